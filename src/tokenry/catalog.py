@@ -1,0 +1,112 @@
+"""The list of methods. Importing it imports no method and no torch, so that `tokenry list` is instant."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import re
+from dataclasses import dataclass
+
+from .errors import InputError
+
+STAGES = {
+    "tokenize": "how does raw input become tokens?",
+    "select": "which tokens are kept?",
+    "represent": "what do the tokens amount to?",
+    "decode": "which token comes next?",
+    "read": "what does a token carry?",
+    "judge": "what is an answer worth?",
+    "train": "how to teach with token-level signal?",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method: where it lives and how to find it."""
+
+    slug: str
+    stage: str
+    target: str
+    summary: str
+    keywords: str = ""
+
+    def load(self) -> type:
+        """Import the method's class."""
+        module, name = self.target.split(":")
+        return getattr(importlib.import_module(module), name)
+
+
+METHODS: tuple[Entry, ...] = (
+    Entry(
+        "antislop",
+        "decode",
+        "tokenry.decode.antislop:Antislop",
+        "rewind when a banned phrase, regex or n-gram appears, and sample again from its first token",
+        "slop ban phrases cliche repetition words backtrack creative writing style",
+    ),
+    Entry(
+        "cyclicreflex",
+        "decode",
+        "tokenry.decode.cyclicreflex:CyclicReflex",
+        "a triangular wave on the logits of reflection words, so that reasoning neither stops early nor loops",
+        "reasoning wait reflection thinking overthinking budget logits schedule",
+    ),
+    Entry(
+        "tip",
+        "decode",
+        "tokenry.decode.cyclicreflex:ThoughtSwitchPenalty",
+        "a penalty on thought-switching words near the start of each thought",
+        "reasoning underthinking penalty switch alternatively baseline",
+    ),
+    Entry(
+        "budget-forcing",
+        "decode",
+        "tokenry.decode.cyclicreflex:BudgetForcing",
+        "ignore the end of thinking and append 'Wait', or close thinking at a token limit (s1)",
+        "reasoning s1 thinking budget length limit wait baseline",
+    ),
+    Entry(
+        "compresskv",
+        "select",
+        "tokenry.select.compresskv:CompressKV",
+        "keep the cache entries that semantic retrieval heads look at, with a budget for each layer",
+        "kv cache compression memory long context prompt eviction retrieval heads",
+    ),
+)
+
+
+def get(slug: str) -> Entry:
+    """The entry named `slug`; an unknown name is refused with the nearest known one."""
+    for entry in METHODS:
+        if entry.slug == slug:
+            return entry
+    near = difflib.get_close_matches(slug, [e.slug for e in METHODS], n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}?" if near else "see `tokenry list`"
+    raise InputError(f"there is no method {slug!r}; {hint}")
+
+
+def load(slug: str) -> type:
+    """Import and return the method class named `slug`."""
+    return get(slug).load()
+
+
+def by_stage(stage: str | None = None) -> list[Entry]:
+    """The methods of one stage, or all, in catalogue order."""
+    if stage is not None and stage not in STAGES:
+        raise InputError(f"there is no stage {stage!r}; the stages are {', '.join(STAGES)}")
+    return [e for e in METHODS if stage in (None, e.stage)]
+
+
+def find(question: str, limit: int = 5) -> list[Entry]:
+    """Methods whose description shares the most word stems with `question`, best first."""
+    wanted = _stems(question)
+    if not wanted:
+        raise InputError("say in a few words what you are looking for, for example 'shorter kv cache'")
+    score = {e.slug: len(wanted & _stems(f"{e.slug} {e.stage} {e.summary} {e.keywords}")) for e in METHODS}
+    hits = [e for e in METHODS if score[e.slug]]
+    return sorted(hits, key=lambda e: -score[e.slug])[:limit]
+
+
+def _stems(text: str) -> set[str]:
+    words = re.findall(r"[a-z0-9]+", text.lower())
+    return {re.sub(r"(ing|ed|es|s)$", "", w)[:8] for w in words if len(w) > 2}

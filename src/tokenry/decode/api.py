@@ -1,0 +1,174 @@
+"""Two doors to the decode loop: `loop` for `model.generate(custom_generate=...)`, and `generate` for prompts as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from ..errors import InputError
+from .core import WARPERS, DecodeLoop, DecodeOutput, Monitor
+from .engine import LayerPolicy, TransformersEngine
+from .method import DecodeMethod, Plugins
+
+__all__ = ["encode_prompts", "generate", "loop"]
+
+
+def loop(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: Sequence[Any],
+    generation_config: GenerationConfig,
+    monitors: Sequence[Monitor] = (),
+    layer_policy: LayerPolicy | None = None,
+    steerers: Sequence[AbstractContextManager] = (),
+    token_streamers: Sequence[BaseStreamer] = (),
+    processing_class: PreTrainedTokenizerBase | None = None,
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+    rewind: str = "auto",
+    **model_kwargs: Any,
+) -> DecodeOutput | Tensor:
+    """The decode loop as a `custom_generate` callable.
+
+        model.generate(**inputs, custom_generate=tokenry.decode.loop, monitors=[...], processing_class=tokenizer)
+
+    `generate` prepares the configuration, logits processors and cache as always. `processing_class` is the
+    tokenizer; without it the one saved beside the model is used. `token_streamers` has one streamer per row
+    (`generate` does not pass its own `streamer` on). Returns ids, or a `DecodeOutput` with
+    `return_dict_in_generate=True`.
+    """
+    if generation_config.num_beams > 1:
+        raise InputError("the decode loop has no beams; leave num_beams at 1")
+    if monitors or token_streamers or stop:
+        processing_class = processing_class or _tokenizer_of(model.name_or_path)
+    _check_context(model, input_ids.shape[1])
+    processors, warpers = _split(logits_processor)
+    eos = [c.eos_token_id.tolist() for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
+    others = [c for c in stopping_criteria if not isinstance(c, EosTokenCriteria | MaxLengthCriteria)]
+    mask = model_kwargs.pop("attention_mask", None)
+    cache = model_kwargs.pop("past_key_values", None)
+    for name in ("position_ids", "logits_to_keep", "use_cache", "synced_gpus", "streamer", "tokenizer"):
+        model_kwargs.pop(name, None)
+    if cache is not None and cache.get_seq_length() > 0:
+        raise InputError(
+            "the decode loop starts from an empty cache; pass the whole prompt and no past_key_values"
+        )
+    engine = TransformersEngine(model, cache, layer_policy, bool(monitors), rewind, model_kwargs)
+    runner = DecodeLoop(
+        engine,
+        processing_class,
+        processors=processors,
+        warpers=warpers,
+        monitors=monitors,
+        steerers=steerers,
+        streamers=token_streamers,
+        do_sample=generation_config.do_sample,
+        seed=seed,
+    )
+    pad = generation_config._pad_token_tensor
+    output = runner.generate(
+        input_ids,
+        mask,
+        max_new_tokens=generation_config.max_length - input_ids.shape[1],
+        eos_ids=eos[0] if eos else (),
+        pad_id=None if pad is None else int(pad),
+        stop=stop,
+        stopping_criteria=others,
+    )
+    return output if generation_config.return_dict_in_generate else output.sequences
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: str | Sequence[str],
+    *,
+    methods: Sequence[DecodeMethod] = (),
+    processors: Sequence[LogitsProcessor] = (),
+    monitors: Sequence[Monitor] = (),
+    layer_policy: LayerPolicy | None = None,
+    steerers: Sequence[AbstractContextManager] = (),
+    streamers: Sequence[BaseStreamer] = (),
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+    chat: bool = True,
+    max_new_tokens: int = 256,
+    **options: Any,
+) -> DecodeOutput:
+    """Continue one or several prompts with any combination of methods and plug-ins.
+
+    Args:
+        methods: decode methods; their plug-ins come before the ones given here.
+        seed: makes sampling repeatable, row by row; None uses torch's global generator.
+        chat: put each prompt through the chat template where the tokenizer has one.
+        options: anything `model.generate` takes, such as do_sample, temperature, min_p.
+
+    Raises:
+        InputError: empty prompt, prompt beyond the context window, max_new_tokens < 1.
+    """
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens={max_new_tokens} leaves nothing to generate; give a number >= 1")
+    plugins = Plugins(processors, monitors, layer_policy, steerers)
+    for method in reversed(list(methods)):
+        plugins = method.plugins(model, tokenizer) + plugins
+    inputs = encode_prompts(tokenizer, [prompts] if isinstance(prompts, str) else prompts, chat)
+    _check_context(model, inputs["input_ids"].shape[1])
+    return model.generate(
+        **inputs.to(model.device),
+        custom_generate=loop,
+        logits_processor=LogitsProcessorList(plugins.processors),
+        monitors=plugins.monitors,
+        layer_policy=plugins.layer_policy,
+        steerers=plugins.steerers,
+        token_streamers=streamers,
+        processing_class=tokenizer,
+        seed=seed,
+        stop=stop,
+        max_new_tokens=max_new_tokens,
+        return_dict_in_generate=True,
+        **{"do_sample": False, **options},
+    )
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], chat: bool = True) -> Any:
+    """Left-padded `input_ids` and `attention_mask` of the prompts."""
+    if not prompts or any(not p.strip() for p in prompts):
+        raise InputError("the prompt is empty; give some text to continue")
+    if chat and tokenizer.chat_template:
+        turns = [[{"role": "user", "content": p}] for p in prompts]
+        texts = [tokenizer.apply_chat_template(t, add_generation_prompt=True, tokenize=False) for t in turns]
+        return tokenizer(
+            texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
+        )
+    return tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left")
+
+
+def _check_context(model: PreTrainedModel, length: int) -> None:
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if window is not None and length >= window:
+        raise InputError(
+            f"the prompt has {length} tokens, the model's context window {window}; shorten the prompt"
+        )
+
+
+def _split(processors: LogitsProcessorList) -> tuple[list[LogitsProcessor], list[LogitsProcessor]]:
+    """What changes the distribution, and what only truncates the draw. `generate` puts the latter last."""
+    first = next((i for i, p in enumerate(processors) if isinstance(p, WARPERS)), len(processors))
+    return list(processors[:first]), list(processors[first:])
+
+
+@lru_cache(maxsize=4)
+def _tokenizer_of(name: str) -> PreTrainedTokenizerBase:
+    if not name or not Path(name).is_dir():
+        raise InputError("monitors and streamers read text; pass processing_class=tokenizer to generate")
+    return AutoTokenizer.from_pretrained(name)

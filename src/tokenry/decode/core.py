@@ -1,0 +1,539 @@
+"""The one decode loop: prefill, steps, and the repair of what monitors reject.
+
+Plug-ins do not know of each other:
+
+* processors: `LogitsProcessor(input_ids, scores)`, pure in the row's ids, or with `begin(prompt_length)`;
+* monitors: `check(row) -> Violation | None` and `hold(row) -> tokens that may still be taken back, None = all`;
+* a layer policy and steerers (context managers), which act inside the engine's forward;
+* streamers: one `transformers` streamer per row, fed only with tokens that no rewind can remove.
+
+A rewind costs no forward pass: the scores of every position that may be taken back are kept, the rejected token
+is lowered or banned there, and the replacement is drawn before the next forward. One draw per accepted token, so
+that plug-ins that do nothing give exactly the tokens of `model.generate` at the same seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.generation import logits_process
+from transformers.generation.logits_process import LogitsProcessor
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import ModelOutput
+
+from ..errors import InputError
+from .engine import Engine
+from .text import TokenText
+
+__all__ = ["DecodeLoop", "DecodeOutput", "Monitor", "RewindEvent", "Row", "Violation"]
+
+WARPERS = tuple(
+    getattr(logits_process, f"{name}LogitsWarper")
+    for name in ("Temperature", "TopP", "TopK", "TopH", "MinP", "Typical", "Epsilon", "Eta")
+    if hasattr(logits_process, f"{name}LogitsWarper")
+)
+CANDIDATES = 20  # alternatives recorded with every rewind
+FULL_ROWS = 32  # newest positions whose scores are kept whole when a monitor may rewind without bound
+COMPACT_ROW = 1024  # best scores kept of older positions in that case
+
+
+@dataclass(frozen=True)
+class Violation:
+    """What a monitor rejects, and the repair it asks for.
+
+    Attributes:
+        index: generated position to go back to; `len(row.ids)` appends without going back.
+        rule: name of the rule, for events and for the set of rules given up on.
+        factors: {token id: factor on its probability at `index`}; 0 is a hard ban.
+        force: tokens to append there instead of sampling.
+        span: (start, stop) characters of the generated text that caused it.
+        invert: sample the replacement with the surviving candidates' ranking turned around.
+        retries: repairs allowed at one position before giving up (or relaxing).
+        relax: on giving up, drop temperature, min-p, top-p and top-k one after the other first.
+    """
+
+    index: int
+    rule: str
+    factors: dict[int, float] = field(default_factory=dict)
+    force: Sequence[int] = ()
+    span: tuple[int, int] | None = None
+    invert: bool = False
+    retries: int = 100
+    relax: bool = False
+
+
+class Monitor(Protocol):
+    """Watches a row and reports the earliest problem. Deterministic; asks for finitely many repairs."""
+
+    def check(self, row: Row) -> Violation | None: ...
+
+    def hold(self, row: Row) -> int | None: ...
+
+
+@dataclass
+class RewindEvent:
+    """One repair. `kind` is "rewind", "kept" (a soft ban the model overrode) or "given up"."""
+
+    row: int
+    index: int
+    kind: str
+    rule: str
+    rejected: list[int]
+    rejected_text: str
+    replacement: list[int]
+    candidates: list[tuple[int, float]]  # (token id, probability) after the repair, best first
+    context_ids: list[int]  # prompt and generated tokens before `index`
+
+
+class Row:
+    """One sequence of the batch, as monitors see it. `ids` holds generated tokens only."""
+
+    def __init__(self, number: int, prompt: list[int], tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self.number = number
+        self.prompt = prompt
+        self.ids: list[int] = []
+        self.decoded = TokenText(tokenizer, prompt) if tokenizer is not None else None
+        self.checked = 0  # characters of the text that monitors have passed
+        self.finished = False
+        self.ignored: set[tuple[int, str]] = set()  # (index, rule) given up on
+        self.forced: list[tuple[int, int, str]] = []  # (start, stop, rule) of forced tokens
+        self.scores: dict[int, Tensor | tuple[Tensor, Tensor]] = {}
+        self.tries: dict[int, int] = {}
+        self.fed = 0
+        self.emitted = 0
+
+    @property
+    def text(self) -> str:
+        """The decoded generated text."""
+        return self.decoded.text if self.decoded else ""
+
+    @property
+    def starts(self) -> list[int]:
+        """Character offset in `text` at which each generated token begins."""
+        return self.decoded.starts if self.decoded else []
+
+    def token_at(self, char: int) -> int:
+        """The generated token that character `char` of `text` belongs to."""
+        return self.decoded.token_at(char)
+
+    def append(self, token: int) -> None:
+        self.ids.append(token)
+        if self.decoded:
+            self.decoded.append(token)
+
+    def truncate(self, count: int) -> None:
+        del self.ids[count:]
+        if self.decoded:
+            self.decoded.truncate(count)
+        self.checked = min(self.checked, len(self.text))
+        self.ignored = {key for key in self.ignored if key[0] < count}
+        self.forced = [span for span in self.forced if span[1] <= count]
+        for store in (self.scores, self.tries):
+            for index in [i for i in store if i > count]:
+                del store[index]
+        self.finished = False
+
+
+@dataclass
+class DecodeOutput(ModelOutput):
+    """Result of the loop. `sequences` (batch, prompt + new) is padded on the right as `generate` pads."""
+
+    sequences: Tensor | None = None
+    texts: list[str] | None = None
+    events: list[RewindEvent] | None = None
+    forward_calls: int | None = None
+    token_forwards: int | None = None
+    past_key_values: Any | None = None
+
+    @property
+    def pairs(self) -> list[dict[str, Any]]:
+        """Preference data from the rewinds: context, the rejected token and the candidates that replaced it."""
+        return [
+            {
+                "context_ids": e.context_ids,
+                "rejected": e.rejected[0],
+                "chosen": e.replacement[0],
+                "candidates": e.candidates,
+                "rule": e.rule,
+            }
+            for e in self.events or []
+            if e.kind == "rewind" and e.rejected and e.replacement
+        ]
+
+
+class Chooser:
+    """Turns scores into tokens. With a seed every row has its own generator, so a batch does not change a row."""
+
+    def __init__(
+        self, warpers: Sequence[LogitsProcessor], sample: bool, seed: int | None, batch: int, device
+    ) -> None:
+        self.warpers, self.sample = list(warpers), sample
+        self.generators = None
+        if seed is not None:
+            self.generators = [torch.Generator(device).manual_seed(row_seed(seed, b)) for b in range(batch)]
+
+    def warp(self, ids: Tensor, scores: Tensor, level: int = 0) -> Tensor:
+        for warper in self._relaxed(level):
+            scores = warper(ids, scores)
+        return scores
+
+    def draw(self, scores: Tensor) -> Tensor:
+        """One token per row from warped scores (batch, vocab)."""
+        if not self.sample:
+            return scores.argmax(-1)
+        probabilities = scores.softmax(-1)
+        if self.generators is None:
+            return torch.multinomial(probabilities, 1).squeeze(1)
+        return torch.stack([self._multinomial(p, b) for b, p in enumerate(probabilities)])
+
+    def redraw(self, row: int, ids: Tensor, scores: Tensor, level: int, invert: bool) -> tuple[int, Tensor]:
+        """Another draw for one row (vocab,): the token and the probabilities it was drawn from."""
+        warped = self.warp(ids, scores[None], level)[0]
+        probabilities = warped.softmax(-1)
+        if not self.sample:
+            return int(probabilities.argmax()), probabilities
+        if invert:
+            alive = probabilities[probabilities > 0]
+            turned = torch.where(probabilities > 0, alive.max() - probabilities + alive.min(), 0.0)
+            probabilities = turned / turned.sum()
+        return int(self._multinomial(probabilities, row)), probabilities
+
+    def _multinomial(self, probabilities: Tensor, row: int) -> Tensor:
+        generator = self.generators[row] if self.generators else None
+        return torch.multinomial(probabilities, 1, generator=generator)[0]
+
+    def _relaxed(self, level: int) -> list[LogitsProcessor]:
+        order = ("Temperature", "MinP", "TopP", "TopK")[:level]
+        return [w for w in self.warpers if not type(w).__name__.startswith(order)] if level else self.warpers
+
+
+def row_seed(seed: int, row: int) -> int:
+    """Seed of a row: the seed itself for row 0, so that a single row equals `torch.manual_seed(seed)`."""
+    return (seed + row * 0x9E3779B97F4A7C15) % 2**63
+
+
+class DecodeLoop:
+    """See the module docstring. Most callers want `tokenry.generate` or `custom_generate=tokenry.decode.loop`.
+
+    Args:
+        engine: anything with the methods of `Engine`.
+        tokenizer: needed as soon as there are monitors, streamers or stop strings.
+        processors: change the scores that are stored; `warpers` (temperature, top-k, ...) only the draw.
+        streamers: one per row.
+        seed: None uses torch's global generator exactly as `generate` does.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        processors: Sequence[LogitsProcessor] = (),
+        warpers: Sequence[LogitsProcessor] = (),
+        monitors: Sequence[Monitor] = (),
+        steerers: Sequence[AbstractContextManager] = (),
+        streamers: Sequence[BaseStreamer] = (),
+        do_sample: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        self.engine, self.tokenizer = engine, tokenizer
+        self.processors, self.warpers = list(processors), list(warpers)
+        self.monitors, self.steerers, self.streamers = list(monitors), list(steerers), list(streamers)
+        self.do_sample, self.seed = do_sample, seed
+        if tokenizer is None and (self.monitors or self.streamers):
+            raise InputError("monitors and streamers read text; pass processing_class=tokenizer")
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int,
+        eos_ids: Sequence[int] = (),
+        pad_id: int | None = None,
+        stop: Sequence[str] = (),
+        stopping_criteria: Sequence[Callable] = (),
+    ) -> DecodeOutput:
+        """Continue `input_ids` (batch, prompt), left-padded where `attention_mask` is 0."""
+        self._prepare(input_ids, attention_mask, max_new_tokens, eos_ids, stop, stopping_criteria)
+        if self.streamers:
+            for streamer, prompt in zip(self.streamers, input_ids):
+                streamer.put(prompt[None].cpu())
+        with ExitStack() as stack:
+            for steerer in self.steerers:
+                stack.enter_context(steerer)
+            block, mask = input_ids, attention_mask
+            while True:
+                logits = self.engine.feed(block, mask)
+                for row in self.rows:
+                    row.fed = len(row.ids)
+                self._choose(logits)
+                for row in self.rows:
+                    if row.number in self.active:
+                        self._repair(row)
+                        self._emit(row)
+                self.active = {row.number for row in self.rows if not row.finished}
+                if not self.active:
+                    break
+                block, mask = self._next_block(input_ids.device)
+        for streamer in self.streamers:
+            streamer.end()
+        return self._output(input_ids, pad_id)
+
+    # --- one step ------------------------------------------------------------------------------------------
+
+    def _prepare(
+        self,
+        input_ids: Tensor,
+        mask: Tensor | None,
+        limit: int,
+        eos_ids: Sequence[int],
+        stop: Sequence[str],
+        criteria: Sequence[Callable],
+    ) -> None:
+        batch, self.prompt_length = input_ids.shape
+        if self.prompt_length == 0:
+            raise InputError("the prompt is empty; give at least one token")
+        if limit <= 0:
+            raise InputError(f"max_new_tokens={limit} leaves nothing to generate; give a number >= 1")
+        if self.streamers and len(self.streamers) != batch:
+            raise InputError(f"{len(self.streamers)} streamers for {batch} rows; give one streamer per row")
+        if any(not text for text in stop):
+            raise InputError("an empty stop string would end every row at once; remove it")
+        self.limit, self.eos, self.stop, self.criteria = limit, set(eos_ids), tuple(stop), list(criteria)
+        self.batch, self.device = batch, input_ids.device
+        self.ids = torch.zeros(batch, self.prompt_length + limit + 64, dtype=torch.long, device=self.device)
+        self.ids[:, : self.prompt_length] = input_ids
+        needs_text = self.monitors or self.stop
+        prompts = input_ids.tolist()
+        masks = mask.tolist() if mask is not None else [[1] * self.prompt_length] * batch
+        live = [[t for t, m in zip(p, k) if m] for p, k in zip(prompts, masks)]
+        self.rows = [Row(b, live[b], self.tokenizer if needs_text else None) for b in range(batch)]
+        self.active = set(range(batch))
+        self.events: list[RewindEvent] = []
+        self.chooser = Chooser(self.warpers, self.do_sample, self.seed, batch, self.device)
+        for processor in self.processors:
+            if hasattr(processor, "begin"):
+                processor.begin(self.prompt_length)
+
+    def _choose(self, logits: Tensor) -> None:
+        """Score and draw for every row at once, or one by one after rewinds have left rows of unequal length."""
+        lengths = {len(self.rows[b].ids) for b in self.active}
+        if len(lengths) == 1:
+            width = self.prompt_length + lengths.pop()
+            ids = self.ids[:, :width]
+            scores = logits
+            for processor in self.processors:
+                scores = processor(ids, scores)
+            tokens = self.chooser.draw(self.chooser.warp(ids, scores))
+            self._extend_ids(width, tokens)
+            picked = tokens.tolist()
+            for row in self.rows:
+                if row.number in self.active:
+                    self._accept(row, picked[row.number], scores[row.number])
+            return
+        for row in self.rows:
+            if row.number in self.active:
+                scores = self._score(row, logits[row.number])
+                token, _ = self.chooser.redraw(row.number, self._row_ids(row), scores, 0, False)
+                self._accept(row, token, scores)
+                self._write(row, len(row.ids) - 1)
+
+    def _accept(self, row: Row, token: int, scores: Tensor) -> None:
+        if self.monitors:
+            row.scores[len(row.ids)] = scores
+        row.append(token)
+        self._finish(row)
+
+    def _finish(self, row: Row) -> None:
+        row.finished = (
+            row.ids[-1] in self.eos
+            or len(row.ids) >= self.limit
+            or any(s in row.text[-len(s) - 64 :] for s in self.stop)
+            or any(bool(criterion(self._row_ids(row), None)[0]) for criterion in self.criteria)
+        )
+
+    def _score(self, row: Row, logits: Tensor) -> Tensor:
+        scores = logits[None]
+        for processor in self.processors:
+            scores = processor(self._row_ids(row), scores)
+        return scores[0]
+
+    def _extend_ids(self, column: int, tokens: Tensor) -> None:
+        if column < self.ids.shape[1]:
+            self.ids[:, column] = tokens
+
+    def _row_ids(self, row: Row) -> Tensor:
+        return self.ids[row.number : row.number + 1, : self.prompt_length + len(row.ids)]
+
+    def _write(self, row: Row, start: int) -> None:
+        first = self.prompt_length + start
+        new = torch.tensor(row.ids[start:], dtype=torch.long, device=self.device)
+        if first + len(new) > self.ids.shape[1]:
+            self.ids = torch.nn.functional.pad(self.ids, (0, len(new) + 64))
+        self.ids[row.number, first : first + len(new)] = new
+
+    # --- repair --------------------------------------------------------------------------------------------
+
+    def _repair(self, row: Row) -> None:
+        """Rewind and redraw until no monitor objects. Costs no forward pass."""
+        while self.monitors:
+            found = [v for v in (monitor.check(row) for monitor in self.monitors) if v is not None]
+            if not found:
+                break
+            self._apply(row, min(found, key=lambda v: v.index))
+        row.checked = len(row.text)
+
+    def _apply(self, row: Row, violation: Violation) -> None:
+        index = violation.index
+        if violation.force:
+            self._force(row, violation)
+            return
+        tries = row.tries.get(index, 0)
+        level = min(tries // violation.retries, 4) if violation.relax else 0
+        inside_forced = any(start <= index < stop for start, stop, _ in row.forced)
+        too_often = tries >= violation.retries * (5 if violation.relax else 1)
+        scores = None if inside_forced or too_often else self._lowered(row, violation)
+        if scores is None:
+            row.ignored.add((index, violation.rule))
+            self._log(row, violation, "given up", [], None)
+            return
+        row.scores[index], row.tries[index] = scores, tries + 1
+        rejected = row.ids[index]
+        soft = violation.factors and min(violation.factors.values()) > 0
+        if soft and int(scores.argmax()) == rejected:
+            row.ignored.add((index, violation.rule))
+            self._log(row, violation, "kept", [], None)
+            return
+        gone = row.ids[index:]
+        self._take_back(row, index)
+        token, probabilities = self.chooser.redraw(
+            row.number, self._row_ids(row), scores, level, violation.invert
+        )
+        self._log(row, violation, "rewind", gone, probabilities, [token])
+        row.append(token)
+        self._write(row, index)
+        self._finish(row)
+
+    def _lowered(self, row: Row, violation: Violation) -> Tensor | None:
+        """The stored scores at the violation with its factors applied; None if nothing would be left to choose."""
+        stored = row.scores.get(violation.index)
+        if stored is None:
+            return None
+        if isinstance(stored, tuple):  # an old row of which only the best scores were kept
+            values, tokens = stored
+            whole = values.new_full((self.vocabulary,), -torch.inf)
+            stored = whole.scatter(0, tokens, values)
+        scores = stored.clone()
+        tokens = torch.tensor(list(violation.factors), device=scores.device)
+        logs = torch.tensor(list(violation.factors.values()), dtype=scores.dtype, device=scores.device).log()
+        scores[tokens] += logs
+        return scores if bool(torch.isfinite(scores).any()) else None
+
+    def _force(self, row: Row, violation: Violation) -> None:
+        gone = row.ids[violation.index :]
+        if gone:
+            self._take_back(row, violation.index)
+        self._log(row, violation, "rewind", gone, None, list(violation.force))
+        for token in violation.force:
+            row.append(token)
+        row.forced.append((violation.index, len(row.ids), violation.rule))
+        self._write(row, violation.index)
+        row.finished = len(row.ids) >= self.limit or row.ids[-1] in self.eos
+
+    def _take_back(self, row: Row, index: int) -> None:
+        if row.fed > index:
+            self.engine.forget(row.number, row.fed - index)
+            row.fed = index
+        row.truncate(index)
+        row.checked = len(row.text)
+
+    def _log(
+        self,
+        row: Row,
+        violation: Violation,
+        kind: str,
+        gone: list[int],
+        probabilities: Tensor | None,
+        replacement: Sequence[int] = (),
+    ) -> None:
+        candidates: list[tuple[int, float]] = []
+        if probabilities is not None:
+            best = probabilities.topk(min(CANDIDATES, probabilities.numel()))
+            candidates = [(t, p) for t, p in zip(best.indices.tolist(), best.values.tolist()) if p > 0]
+        text = self.tokenizer.decode(gone) if gone else ""
+        context = row.prompt + row.ids[: violation.index]
+        self.events.append(
+            RewindEvent(
+                row.number,
+                violation.index,
+                kind,
+                violation.rule,
+                gone,
+                text,
+                list(replacement),
+                candidates,
+                context,
+            )
+        )
+
+    # --- output --------------------------------------------------------------------------------------------
+
+    def _emit(self, row: Row) -> None:
+        """Stream what no rewind can remove any more, and forget the scores that kept it removable."""
+        held = 0
+        for monitor in () if row.finished else self.monitors:
+            tokens = monitor.hold(row)
+            held = len(row.ids) if tokens is None else max(held, tokens)
+        settled = len(row.ids) - held
+        for index in [i for i in row.scores if i < settled]:
+            del row.scores[index]
+        self._shrink_old_scores(row)
+        if self.streamers and settled > row.emitted:
+            for token in row.ids[row.emitted : settled]:
+                self.streamers[row.number].put(torch.tensor([token]))
+            row.emitted = settled
+
+    def _shrink_old_scores(self, row: Row) -> None:
+        old = len(row.ids) - FULL_ROWS - 1
+        stored = row.scores.get(old)
+        if isinstance(stored, Tensor) and stored.numel() > COMPACT_ROW:
+            self.vocabulary = stored.numel()
+            row.scores[old] = tuple(stored.topk(COMPACT_ROW))
+
+    def _next_block(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """The tokens that were not fed yet, right-aligned; finished rows are padding."""
+        pending = [row.ids[row.fed :] if row.number in self.active else [] for row in self.rows]
+        width = max(map(len, pending))
+        if width == 1 and all(pending):
+            return torch.tensor(pending, device=device), None
+        tokens = [[0] * (width - len(p)) + p for p in pending]
+        mask = [[0] * (width - len(p)) + [1] * len(p) for p in pending]
+        return torch.tensor(tokens, device=device), torch.tensor(mask, device=device)
+
+    def _output(self, input_ids: Tensor, pad_id: int | None) -> DecodeOutput:
+        width = max(len(row.ids) for row in self.rows)
+        sequences = input_ids.new_full(
+            (self.batch, self.prompt_length + width), 0 if pad_id is None else pad_id
+        )
+        sequences[:, : self.prompt_length] = input_ids
+        for row in self.rows:
+            new = torch.tensor(row.ids, dtype=torch.long, device=self.device)
+            sequences[row.number, self.prompt_length : self.prompt_length + len(row.ids)] = new
+        texts = None
+        if self.tokenizer is not None:
+            texts = [self.tokenizer.decode(row.ids, skip_special_tokens=True) for row in self.rows]
+        return DecodeOutput(
+            sequences=sequences,
+            texts=texts,
+            events=self.events,
+            forward_calls=self.engine.calls,
+            token_forwards=self.engine.token_forwards,
+            past_key_values=getattr(self.engine, "cache", None),
+        )

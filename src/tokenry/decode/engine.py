@@ -1,0 +1,257 @@
+"""The seam between the decode loop and a model: feed tokens, get rows of logits, take tokens back.
+
+The loop knows nothing about caches, masks or positions. `TransformersEngine` keeps them for a
+`PreTrainedModel`; another engine needs only the three methods of `Engine`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection
+from contextlib import nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from ..cache import gather_columns, is_sliding, layer_lengths, remove_last, rewind_obstacle
+from ..errors import InputError
+from ..hooks import decoder_layers, skip_layers
+
+__all__ = ["Engine", "LayerPolicy", "TransformersEngine"]
+
+COMPACT_ABOVE = 0.25  # share of dead columns at which a batch is compacted
+
+
+class Engine(Protocol):
+    """What the decode loop needs from a model.
+
+    `calls` counts forward passes and `token_forwards` tokens fed, padding excluded.
+    """
+
+    calls: int
+    token_forwards: int
+
+    def feed(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Feed a block (batch, k); entries with mask 0 are padding. Returns the last column's logits (batch, vocab), float32."""
+
+    def forget(self, row: int, count: int) -> None:
+        """Take back the last `count` tokens that were fed to `row`."""
+
+
+class LayerPolicy(Protocol):
+    """Which decoder layers run, as a function of the column alone. Sets only shrink and contain layer 0."""
+
+    def begin(self, prompt_columns: int) -> None:
+        """Called once, before the first generated column."""
+
+    def layers(self, column: int) -> Collection[int]:
+        """The layers executed for this column."""
+
+
+class TransformersEngine:
+    """Runs a decoder-only `PreTrainedModel` with a growing cache.
+
+    A batch shares columns. A token that is taken back leaves a dead column behind, which the mask hides; for one
+    row the cache is cropped instead. Dead columns are gathered away when they exceed a quarter, and at once where a
+    sliding window would count them.
+
+    Args:
+        cache: the cache to fill (default: a new `DynamicCache`).
+        rewinds: whether `forget` will be called.
+        rewind: "auto" takes tokens out of the cache where it can and feeds the row again where it cannot;
+            "reprefill" always feeds again.
+        extra: keyword arguments of the first forward only (pixel values and the like).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: Cache | None = None,
+        layer_policy: LayerPolicy | None = None,
+        rewinds: bool = False,
+        rewind: str = "auto",
+        extra: dict[str, Any] | None = None,
+    ) -> None:
+        if model.config.is_encoder_decoder:
+            raise InputError(
+                f"{type(model).__name__} has an encoder; the decode loop takes decoder-only models"
+            )
+        if rewind not in ("auto", "reprefill"):
+            raise InputError(f"rewind={rewind!r} is unknown; use 'auto' or 'reprefill'")
+        accepted = inspect.signature(model.forward).parameters
+        self.model = model
+        self.cache = DynamicCache(config=model.config) if cache is None else cache
+        self.policy = layer_policy
+        self.rewinds = rewinds
+        self.reprefills = rewind == "reprefill"
+        self.extra = extra or {}
+        self.keep = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self.takes_positions = "position_ids" in accepted
+        self.depth = len(decoder_layers(model)) if layer_policy else 0
+        self.by_column: dict[int, set[int]] = {}  # layers executed, for columns that a policy thinned
+        self.calls = self.token_forwards = 0
+        self.columns = 0
+        self.stale = False
+
+    def feed(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        if self.columns == 0 and not self.stale:
+            self._start(tokens, mask)
+            return self._forward(tokens, mask, None, **self.extra)
+        if self.stale:
+            tokens, mask = self._everything(tokens, mask)
+            return self._forward(tokens, mask, None, **self.extra)
+        if self.policy is None:
+            return self._forward(tokens, mask, None)
+        for i in range(tokens.shape[1]):  # the depth may change from one column to the next
+            executed = self._check_depth(self.columns)
+            logits = self._forward(
+                tokens[:, i : i + 1], None if mask is None else mask[:, i : i + 1], executed
+            )
+        return logits
+
+    def forget(self, row: int, count: int) -> None:
+        if count == 0:
+            return
+        if self.reprefills:
+            self._mark_dead(row, count)
+            self.stale = True
+        elif self.batch == 1 and not self.padded:
+            self._crop(count)
+        else:
+            self._mark_dead(row, count)
+            self._compact()
+
+    # --- state ---------------------------------------------------------------------------------------------
+
+    def _start(self, tokens: Tensor, mask: Tensor | None) -> None:
+        self.batch, prompt = tokens.shape
+        device = tokens.device
+        self.mask = torch.zeros(self.batch, prompt + 256, dtype=torch.bool, device=device)
+        self.tokens = torch.zeros(self.batch, prompt + 256, dtype=torch.long, device=device)
+        self.live = torch.zeros(self.batch, dtype=torch.long, device=device)
+        self.padded = mask is not None and not bool(mask.all())
+        self.dead = 0
+        if self.policy is not None:
+            self.policy.begin(prompt)
+        if self.rewinds and not self.reprefills:
+            obstacle = rewind_obstacle(self.cache)
+            if obstacle and "static" in type(self.cache).__name__.lower():
+                raise InputError(f"tokens cannot be taken back: {obstacle}; use the default dynamic cache")
+            self.reprefills = obstacle is not None
+
+    def _forward(
+        self, tokens: Tensor, mask: Tensor | None, executed: set[int] | None, **extra: Any
+    ) -> Tensor:
+        start, end = self.columns, self.columns + tokens.shape[1]
+        self._reserve(end)
+        self.tokens[:, start:end] = tokens
+        if mask is None:
+            self.mask[:, start:end] = True
+            ahead = torch.arange(end - start, device=tokens.device)
+            self.token_forwards += tokens.numel()
+        else:
+            self.mask[:, start:end] = mask
+            ahead = mask.long().cumsum(-1) - 1
+            self.token_forwards += int(mask.sum())
+            self.padded = self.padded or not bool(mask.all())
+        positions = (self.live[:, None] + ahead).clamp(min=0)
+        self.live += (end - start) if mask is None else mask.long().sum(-1)
+        inputs: dict[str, Any] = {"input_ids": tokens, "past_key_values": self.cache, "use_cache": True}
+        if self.padded:
+            inputs["attention_mask"] = self.mask[:, :end].long()
+        if self.takes_positions:
+            inputs["position_ids"] = positions
+        with skip_layers(self.model, executed) if executed is not None else nullcontext():
+            logits = self.model(**inputs, **self.keep, **extra, return_dict=True).logits
+        if start == 0 and self.rewinds:
+            self.cache.activate_past_recording()  # sliding layers must keep what a rewind may need
+        self.columns = end
+        self.calls += 1
+        # a copy: for a long prompt the model's own logits would keep a large buffer alive
+        return logits[:, -1].to(dtype=torch.float32, copy=True)
+
+    def _reserve(self, end: int) -> None:
+        have = self.mask.shape[1]
+        if end > have:
+            grow = max(end, 2 * have) - have
+            self.mask = torch.nn.functional.pad(self.mask, (0, grow))
+            self.tokens = torch.nn.functional.pad(self.tokens, (0, grow))
+
+    def _check_depth(self, column: int) -> set[int]:
+        executed = set(self.policy.layers(column))
+        if 0 not in executed or not executed <= set(range(self.depth)):
+            raise InputError(
+                f"the layer policy runs {sorted(executed)} of {self.depth} layers; layer 0 is always needed"
+            )
+        before = self.by_column.get(column - 1, executed)
+        if not executed <= before:
+            raise InputError(
+                f"the layer policy adds layers {sorted(executed - before)} back; sets may only shrink"
+            )
+        self.by_column[column] = executed
+        return executed
+
+    # --- taking tokens back --------------------------------------------------------------------------------
+
+    def _crop(self, count: int) -> None:
+        new = self.columns - count
+        counts = [count] * len(self.cache.layers)
+        if self.policy is not None:
+            gone = [self.by_column.pop(c, None) for c in range(new, self.columns)]
+            counts = [sum(ran is None or i in ran for ran in gone) for i in range(len(counts))]
+        remove_last(self.cache, counts)
+        self.mask[:, new : self.columns] = False
+        self.live -= count
+        self.columns = new
+
+    def _mark_dead(self, row: int, count: int) -> None:
+        columns = self.mask[row, : self.columns].nonzero().squeeze(1)[-count:]
+        self.mask[row, columns] = False
+        self.live[row] -= len(columns)
+        self.padded = True
+
+    def _compact(self) -> None:
+        needed = int(self.live.max())
+        dead = self.columns - needed
+        sliding = is_sliding(self.cache)
+        if dead == 0 or not (sliding or dead > COMPACT_ABOVE * self.columns):
+            return
+        lengths = layer_lengths(self.cache)
+        whole = all(
+            length == self.columns or getattr(layer, "is_sliding", False)
+            for length, layer in zip(lengths, self.cache.layers)
+        )
+        if self.policy is not None or not whole:
+            return  # layers of unequal length: the mask alone hides dead columns, which is exact too
+        order = torch.argsort(self.mask[:, : self.columns].long(), dim=1, stable=True)[:, dead:]
+        gather_columns(self.cache, order)
+        for name in ("mask", "tokens"):
+            old = getattr(self, name)
+            packed = torch.zeros_like(old)
+            packed[:, :needed] = old[:, : self.columns].gather(1, order)
+            setattr(self, name, packed)
+        self.columns = needed
+
+    def _everything(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """All live tokens of every row and the new block, left-padded, for a cache that starts again."""
+        if not is_sliding(self.cache) and any(n not in (0, self.columns) for n in layer_lengths(self.cache)):
+            raise InputError(
+                "a compressed cache cannot be filled again; do not combine rewind='reprefill' with cache compression"
+            )
+        new = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
+        all_tokens = torch.cat([self.tokens[:, : self.columns], tokens], 1)
+        all_mask = torch.cat([self.mask[:, : self.columns], new], 1)
+        width = int(all_mask.sum(1).max())
+        order = torch.argsort(all_mask.long(), dim=1, stable=True)[:, -width:]
+        if not bool(all_mask[:, -1].all()):
+            # rows whose newest entry is padding must keep the last column aligned for `logits[:, -1]`
+            order = torch.argsort(all_mask[:, :-1].long(), dim=1, stable=True)[:, -width:]
+            order = torch.cat([order, torch.full_like(order[:, :1], all_mask.shape[1] - 1)], 1)
+        self.cache = DynamicCache(config=self.model.config)
+        self.columns, self.stale = 0, False
+        self.live.zero_()
+        self.mask.zero_()
+        self.padded = True
+        return all_tokens.gather(1, order), all_mask.gather(1, order)

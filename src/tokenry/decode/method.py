@@ -1,0 +1,48 @@
+"""What a decode method is made of: the plug-ins it brings to the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import ClassVar
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.logits_process import LogitsProcessor
+
+from ..errors import InputError
+from ..method import Method
+from .core import Monitor
+from .engine import LayerPolicy
+
+__all__ = ["DecodeMethod", "Plugins"]
+
+
+@dataclass(frozen=True)
+class Plugins:
+    """Plug-ins of the decode loop. Adding two sets combines them, in order."""
+
+    processors: Sequence[LogitsProcessor] = ()
+    monitors: Sequence[Monitor] = ()
+    layer_policy: LayerPolicy | None = None
+    steerers: Sequence[AbstractContextManager] = ()
+
+    def __add__(self, other: Plugins) -> Plugins:
+        if self.layer_policy is not None and other.layer_policy is not None:
+            raise InputError("two methods both decide which layers run; use one of them")
+        return Plugins(
+            (*self.processors, *other.processors),
+            (*self.monitors, *other.monitors),
+            self.layer_policy or other.layer_policy,
+            (*self.steerers, *other.steerers),
+        )
+
+
+class DecodeMethod(Method):
+    """A method of the decode stage: parameters, and the plug-ins they stand for on a given model."""
+
+    stage: ClassVar[str] = "decode"
+
+    def plugins(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Plugins:
+        """The plug-ins for one call of `generate`; new ones for every call."""
+        raise NotImplementedError

@@ -1,0 +1,108 @@
+"""What is measured: a task's samples, how a subject runs on them, and metrics with their better direction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from .compare import Comparison
+
+__all__ = ["COSTS", "Experiment", "Finding", "Metric", "Outcome", "Sample", "Subject", "Task"]
+
+COSTS = {
+    "seconds": "wall-clock seconds",
+    "tokens": "tokens generated",
+    "forward_passes": "forward passes",
+    "token_forwards": "tokens fed to the model",
+    "peak_bytes": "peak memory above the start, in bytes",
+    "cache_bytes": "key-value cache at the end, in bytes",
+}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A quality number per sample. `better` is None for numbers that only describe."""
+
+    name: str
+    better: Literal["higher", "lower"] | None
+    description: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One input. `data` holds whatever else the task needs to run and score it."""
+
+    id: str
+    prompt: str
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is compared: the plain model, a control that could fool the claim, or a method.
+
+    `setting` is what identifies it in the run store (JSON values); `apply` is what the task needs to run it.
+    """
+
+    name: str
+    role: Literal["plain", "control", "method"]
+    setting: dict[str, Any] = field(default_factory=dict)
+    apply: Any = None
+
+
+@dataclass
+class Outcome:
+    """Result of one subject on one sample: metrics, costs (keys of COSTS) and what the report shows."""
+
+    metrics: dict[str, float]
+    cost: dict[str, float] = field(default_factory=dict)
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+class Task(Protocol):
+    """Samples and how to run and score a subject on them."""
+
+    slug: str
+    stage: str
+    metrics: Sequence[Metric]
+
+    def samples(self) -> Sequence[Sample]:
+        """All samples, in a fixed order."""
+
+    def run(self, subject: Subject, samples: Sequence[Sample], seed: int) -> list[Outcome]:
+        """Run `subject` on a batch of samples; one outcome each."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence of the claim, with the numbers that decide it."""
+
+    statement: str
+    holds: bool
+    numbers: str
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A claim and how to test it: a task, the subjects with their controls, and what decides.
+
+    `judge` turns a finished comparison into findings. The verdict is `reproduced` if all hold,
+    `direction only` if the first one holds, else `not reproduced`.
+    """
+
+    slug: str
+    claim: str
+    task: Task
+    subjects: Sequence[Subject]
+    baseline: str
+    judge: Callable[[Comparison], list[Finding]]
+    seeds: Sequence[int] = (0,)
+    batch: int = 1
+    notes: str = ""
+
+    def verdict(self, findings: Sequence[Finding]) -> str:
+        if all(f.holds for f in findings):
+            return "reproduced"
+        return "direction only" if findings and findings[0].holds else "not reproduced"

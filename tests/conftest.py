@@ -1,0 +1,108 @@
+"""Small models and a real tokenizer for exact tests; the embedded model for the rest."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+TEXT = """the old lighthouse stood on the cliff and the sound of the sea was a whisper in the night.
+The keeper seemed to listen; Elara walked along the shore, and the wind echoed through the empty tower.
+It was not a dream but a testament to the sea. Café, naïve, 12 345, “quotes” – dashes… 🙂 done."""
+SIZES = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 512}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads():
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A byte-level BPE of 320 tokens: every text has tokens, many tokens are parts of characters."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<eos>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    raw.train_from_iterator(TEXT.splitlines(), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        eos_token="<eos>",
+        pad_token="<pad>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build(kind: str):
+    """A random model of a family, sharp enough that greedy choices are not ties."""
+    torch.manual_seed(0)
+    common = dict(
+        SIZES, num_hidden_layers=4, num_attention_heads=4, pad_token_id=1, eos_token_id=0, bos_token_id=None
+    )
+    gqa = dict(common, num_key_value_heads=2, head_dim=8)
+    if kind == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**gqa))
+    elif kind == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(**{k: v for k, v in gqa.items() if k != "head_dim"}))
+    elif kind == "gemma3":
+        layers = ["sliding_attention", "full_attention"] * 2
+        model = Gemma3ForCausalLM(
+            Gemma3TextConfig(**gqa, sliding_window=16, layer_types=layers, query_pre_attn_scalar=8)
+        )
+    elif kind == "opt":
+        sizes = {k: v for k, v in common.items() if k not in ("intermediate_size",)}
+        model = OPTForCausalLM(OPTConfig(**sizes, ffn_dim=64, word_embed_proj_dim=32))
+    else:
+        raise ValueError(kind)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0) if parameter.dim() > 1 else None
+    return model.eval()
+
+
+_BUILT = {}
+
+
+@pytest.fixture
+def make_model():
+    """make_model(kind): one shared model per family."""
+
+    def make(kind):
+        if kind not in _BUILT:
+            _BUILT[kind] = build(kind)
+        return _BUILT[kind]
+
+    return make
+
+
+@pytest.fixture
+def llama(make_model):
+    return make_model("llama")
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The embedded model and its tokenizer."""
+    from tokenry import load
+
+    return load("smollm2")
