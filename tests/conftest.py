@@ -56,9 +56,7 @@ def tokenizer():
 def build(kind: str):
     """A random model of a family, sharp enough that greedy choices are not ties."""
     torch.manual_seed(0)
-    common = dict(
-        SIZES, num_hidden_layers=4, num_attention_heads=4, pad_token_id=1, eos_token_id=0, bos_token_id=None
-    )
+    common = dict(SIZES, num_hidden_layers=4, num_attention_heads=4, pad_token_id=1, eos_token_id=0, bos_token_id=None)
     gqa = dict(common, num_key_value_heads=2, head_dim=8)
     if kind == "llama":
         model = LlamaForCausalLM(LlamaConfig(**gqa))

@@ -111,7 +111,7 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     found = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "q_proj")]
     if not found:
         raise InputError(
-            f"{type(model).__name__} has no attention layers with q_proj; use a Llama-, Qwen-, Gemma- or Mistral-like model"
+            f"{type(model).__name__} has no attention layers with q_proj; use a Llama- or Gemma-like model"
         )
     return sorted(found, key=lambda m: m.layer_idx)
 
@@ -121,7 +121,7 @@ def _installed(model: PreTrainedModel, consumer: Observer | Editor, is_editor: b
     before = model.config._attn_implementation
     if before not in ("sdpa", NAME):
         raise InputError(
-            f"attention implementation {before!r} cannot be observed exactly; load the model with attn_implementation='sdpa'"
+            f"attention implementation {before!r} cannot be observed; load the model with attn_implementation='sdpa'"
         )
     modules = attention_modules(model)
     record = (consumer, is_editor)

@@ -27,9 +27,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
-    raise InputError(
-        f"{type(model).__name__} has no list of {count} decoder layers; use a decoder-only model"
-    )
+    raise InputError(f"{type(model).__name__} has no list of {count} decoder layers; use a decoder-only model")
 
 
 def _check(layers: nn.ModuleList, wanted: Collection[int]) -> None:
@@ -124,9 +122,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
     digest = hashlib.sha256()
     config = model.config.get_text_config()
-    digest.update(
-        f"{config.model_type} {config.num_hidden_layers} {config.hidden_size} {config.vocab_size}".encode()
-    )
+    digest.update(f"{config.model_type} {config.num_hidden_layers} {config.hidden_size} {config.vocab_size}".encode())
     state = list(model.named_parameters())
     for name, weight in state[:: max(1, len(state) // 8)]:
         flat = weight.detach().flatten()

@@ -79,9 +79,7 @@ class Method(BaseModel):
         rows = []
         for name, field in cls.model_fields.items():
             schema = cls.model_json_schema()["properties"].get(name, {})
-            default = (
-                "required" if field.is_required() else _show(field.get_default(call_default_factory=True))
-            )
+            default = "required" if field.is_required() else _show(field.get_default(call_default_factory=True))
             rows.append(Option(name, _type(schema), _range(schema), default, field.description or ""))
         return rows
 
@@ -128,9 +126,7 @@ def _variants(schema: dict) -> list[dict]:
 
 def _type(schema: dict) -> str:
     names = {"integer": "whole number", "number": "number", "boolean": "true or false", "string": "text"}
-    kinds = [
-        names.get(s.get("type", ""), "list" if s.get("type") == "array" else "") for s in _variants(schema)
-    ]
+    kinds = [names.get(s.get("type", ""), "list" if s.get("type") == "array" else "") for s in _variants(schema)]
     return " or ".join(dict.fromkeys(k for k in kinds if k)) or "value"
 
 

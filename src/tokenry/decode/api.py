@@ -1,4 +1,4 @@
-"""Two doors to the decode loop: `loop` for `model.generate(custom_generate=...)`, and `generate` for prompts as text."""
+"""Two doors to the decode loop: `loop` for `model.generate(custom_generate=...)`, `generate` for prompts as text."""
 
 from __future__ import annotations
 
@@ -60,9 +60,7 @@ def loop(
     for name in ("position_ids", "logits_to_keep", "use_cache", "synced_gpus", "streamer", "tokenizer"):
         model_kwargs.pop(name, None)
     if cache is not None and cache.get_seq_length() > 0:
-        raise InputError(
-            "the decode loop starts from an empty cache; pass the whole prompt and no past_key_values"
-        )
+        raise InputError("the decode loop starts from an empty cache; pass the whole prompt and no past_key_values")
     engine = TransformersEngine(model, cache, layer_policy, bool(monitors), rewind, model_kwargs)
     runner = DecodeLoop(
         engine,
@@ -147,18 +145,14 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], c
     if chat and tokenizer.chat_template:
         turns = [[{"role": "user", "content": p}] for p in prompts]
         texts = [tokenizer.apply_chat_template(t, add_generation_prompt=True, tokenize=False) for t in turns]
-        return tokenizer(
-            texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
-        )
+        return tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     return tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left")
 
 
 def _check_context(model: PreTrainedModel, length: int) -> None:
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if window is not None and length >= window:
-        raise InputError(
-            f"the prompt has {length} tokens, the model's context window {window}; shorten the prompt"
-        )
+        raise InputError(f"the prompt has {length} tokens, the model's context window {window}; shorten the prompt")
 
 
 def _split(processors: LogitsProcessorList) -> tuple[list[LogitsProcessor], list[LogitsProcessor]]:

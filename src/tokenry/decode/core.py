@@ -170,9 +170,7 @@ class DecodeOutput(ModelOutput):
 class Chooser:
     """Turns scores into tokens. With a seed every row has its own generator, so a batch does not change a row."""
 
-    def __init__(
-        self, warpers: Sequence[LogitsProcessor], sample: bool, seed: int | None, batch: int, device
-    ) -> None:
+    def __init__(self, warpers: Sequence[LogitsProcessor], sample: bool, seed: int | None, batch: int, device) -> None:
         self.warpers, self.sample = list(warpers), sample
         self.generators = None
         if seed is not None:
@@ -413,9 +411,7 @@ class DecodeLoop:
             return
         gone = row.ids[index:]
         self._take_back(row, index)
-        token, probabilities = self.chooser.redraw(
-            row.number, self._row_ids(row), scores, level, violation.invert
-        )
+        token, probabilities = self.chooser.redraw(row.number, self._row_ids(row), scores, level, violation.invert)
         self._log(row, violation, "rewind", gone, probabilities, [token])
         row.append(token)
         self._write(row, index)
@@ -519,9 +515,7 @@ class DecodeLoop:
 
     def _output(self, input_ids: Tensor, pad_id: int | None) -> DecodeOutput:
         width = max(len(row.ids) for row in self.rows)
-        sequences = input_ids.new_full(
-            (self.batch, self.prompt_length + width), 0 if pad_id is None else pad_id
-        )
+        sequences = input_ids.new_full((self.batch, self.prompt_length + width), 0 if pad_id is None else pad_id)
         sequences[:, : self.prompt_length] = input_ids
         for row in self.rows:
             new = torch.tensor(row.ids, dtype=torch.long, device=self.device)

@@ -34,7 +34,7 @@ class Engine(Protocol):
     token_forwards: int
 
     def feed(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Feed a block (batch, k); entries with mask 0 are padding. Returns the last column's logits (batch, vocab), float32."""
+        """Feed a block (batch, k), padding where mask is 0. Returns the last column's logits (batch, vocab), float32."""
 
     def forget(self, row: int, count: int) -> None:
         """Take back the last `count` tokens that were fed to `row`."""
@@ -75,9 +75,7 @@ class TransformersEngine:
         extra: dict[str, Any] | None = None,
     ) -> None:
         if model.config.is_encoder_decoder:
-            raise InputError(
-                f"{type(model).__name__} has an encoder; the decode loop takes decoder-only models"
-            )
+            raise InputError(f"{type(model).__name__} has an encoder; the decode loop takes decoder-only models")
         if rewind not in ("auto", "reprefill"):
             raise InputError(f"rewind={rewind!r} is unknown; use 'auto' or 'reprefill'")
         accepted = inspect.signature(model.forward).parameters
@@ -106,9 +104,7 @@ class TransformersEngine:
             return self._forward(tokens, mask, None)
         for i in range(tokens.shape[1]):  # the depth may change from one column to the next
             executed = self._check_depth(self.columns)
-            logits = self._forward(
-                tokens[:, i : i + 1], None if mask is None else mask[:, i : i + 1], executed
-            )
+            logits = self._forward(tokens[:, i : i + 1], None if mask is None else mask[:, i : i + 1], executed)
         return logits
 
     def forget(self, row: int, count: int) -> None:
@@ -141,9 +137,7 @@ class TransformersEngine:
                 raise InputError(f"tokens cannot be taken back: {obstacle}; use the default dynamic cache")
             self.reprefills = obstacle is not None
 
-    def _forward(
-        self, tokens: Tensor, mask: Tensor | None, executed: set[int] | None, **extra: Any
-    ) -> Tensor:
+    def _forward(self, tokens: Tensor, mask: Tensor | None, executed: set[int] | None, **extra: Any) -> Tensor:
         start, end = self.columns, self.columns + tokens.shape[1]
         self._reserve(end)
         self.tokens[:, start:end] = tokens
@@ -187,9 +181,7 @@ class TransformersEngine:
             )
         before = self.by_column.get(column - 1, executed)
         if not executed <= before:
-            raise InputError(
-                f"the layer policy adds layers {sorted(executed - before)} back; sets may only shrink"
-            )
+            raise InputError(f"the layer policy adds layers {sorted(executed - before)} back; sets may only shrink")
         self.by_column[column] = executed
         return executed
 
