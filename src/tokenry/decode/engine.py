@@ -34,7 +34,7 @@ class Engine(Protocol):
     token_forwards: int
 
     def feed(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Feed a block (batch, k), padding where mask is 0. Returns the last column's logits (batch, vocab), float32."""
+        """Feed a block (batch, k), padding where mask is 0; returns the last column's float32 logits (batch, vocab)."""
 
     def forget(self, row: int, count: int) -> None:
         """Take back the last `count` tokens that were fed to `row`."""
@@ -163,6 +163,8 @@ class TransformersEngine:
             self.cache.activate_past_recording()  # sliding layers must keep what a rewind may need
         self.columns = end
         self.calls += 1
+        if start > 0 and mask is not None and self.rewinds and is_sliding(self.cache):
+            self._compact()  # padding inside the block would take up room in the windows
         # a copy: for a long prompt the model's own logits would keep a large buffer alive
         return logits[:, -1].to(dtype=torch.float32, copy=True)
 
@@ -208,7 +210,7 @@ class TransformersEngine:
         needed = int(self.live.max())
         dead = self.columns - needed
         sliding = is_sliding(self.cache)
-        if dead == 0 or not (sliding or dead > COMPACT_ABOVE * self.columns):
+        if not sliding and dead <= COMPACT_ABOVE * self.columns:
             return
         lengths = layer_lengths(self.cache)
         whole = all(

@@ -19,39 +19,36 @@ class TokenText:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, context: list[int]) -> None:
         self.tokenizer = tokenizer
-        self.context = context[-2:]
+        self.context = context[-1:]
         self.ids: list[int] = []
         self.starts: list[int] = []
-        self.settled: list[int] = []  # per token: how many tokens were text before it was appended
+        self.before: list[tuple[int, int]] = []  # per token: (lead, done) when it was appended
+        self.lead = -len(self.context)  # decoding begins here, always at the border of a character
         self.done = 0  # tokens whose text is in `text`
         self.text = ""
 
     def append(self, token: int) -> None:
         self.starts.append(len(self.text))
-        self.settled.append(self.done)
+        self.before.append((self.lead, self.done))
         self.ids.append(token)
-        lead = self._lead()
-        before, after = self._decode(lead, self.done), self._decode(lead, len(self.ids))
-        if after.endswith(REPLACEMENT) and not before.endswith(REPLACEMENT):
+        known, now = self._decode(self.done), self._decode(len(self.ids))
+        if now.endswith(REPLACEMENT):
             return
-        self.text += after[len(before) :]
-        self.done = len(self.ids)
+        self.text += now[len(known) :]
+        self.lead, self.done = self.done, len(self.ids)
 
     def truncate(self, count: int) -> None:
         """Keep the first `count` tokens."""
         if count >= len(self.ids):
             return
         self.text = self.text[: self.starts[count]]
-        self.done = self.settled[count]
-        del self.ids[count:], self.starts[count:], self.settled[count:]
+        self.lead, self.done = self.before[count]
+        del self.ids[count:], self.starts[count:], self.before[count:]
 
     def token_at(self, char: int) -> int:
         """The token that character `char` belongs to: the largest i with starts[i] <= char."""
         return bisect_right(self.starts, char) - 1
 
-    def _lead(self) -> int:
-        return max(self.done - 2, -len(self.context))
-
-    def _decode(self, lead: int, stop: int) -> str:
-        ids = self.context[lead:] + self.ids[:stop] if lead < 0 else self.ids[lead:stop]
+    def _decode(self, stop: int) -> str:
+        ids = self.context + self.ids[:stop] if self.lead < 0 else self.ids[self.lead : stop]
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
