@@ -312,6 +312,6 @@ def start_tokens(tokenizer: PreTrainedTokenizerBase, phrase: str) -> tuple[int, 
             piece = tokenizer.decode(ids)
             prefixes = [piece[:n] for n in range(1, len(piece)) if piece[:n].strip()]
             for token in ids + [t for p in prefixes for t in tokenizer.encode(p, add_special_tokens=False)[:1]]:
-                if token not in special:
+                if token not in special and tokenizer.decode([token]).strip():
                     found[token] = None
     return tuple(found)

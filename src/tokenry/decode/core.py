@@ -191,16 +191,16 @@ class Chooser:
         return torch.stack([self._multinomial(p, b) for b, p in enumerate(probabilities)])
 
     def redraw(self, row: int, ids: Tensor, scores: Tensor, level: int, invert: bool) -> tuple[int, Tensor]:
-        """Another draw for one row (vocab,): the token and the probabilities it was drawn from."""
+        """Another draw for one row (vocab,): the token, and the probabilities (before inverting)."""
         warped = self.warp(ids, scores[None], level)[0]
         probabilities = warped.softmax(-1)
         if not self.sample:
             return int(probabilities.argmax()), probabilities
+        used = probabilities
         if invert:
             alive = probabilities[probabilities > 0]
-            turned = torch.where(probabilities > 0, alive.max() - probabilities + alive.min(), 0.0)
-            probabilities = turned / turned.sum()
-        return int(self._multinomial(probabilities, row)), probabilities
+            used = torch.where(probabilities > 0, alive.max() - probabilities + alive.min(), 0.0)
+        return int(self._multinomial(used, row)), probabilities
 
     def _multinomial(self, probabilities: Tensor, row: int) -> Tensor:
         generator = self.generators[row] if self.generators else None
@@ -313,6 +313,10 @@ class DecodeLoop:
         masks = mask.tolist() if mask is not None else [[1] * self.prompt_length] * batch
         live = [[t for t, m in zip(p, k) if m] for p, k in zip(prompts, masks)]
         self.rows = [Row(b, live[b], self.tokenizer if needs_text else None) for b in range(batch)]
+        for monitor in self.monitors if self.streamers else ():
+            if monitor.hold(self.rows[0]) is None:
+                name = type(monitor).__name__
+                raise InputError(f"{name} may go back without bound, so nothing can be streamed; set max_span")
         self.active = set(range(batch))
         self.events: list[RewindEvent] = []
         self.chooser = Chooser(self.warpers, self.do_sample, self.seed, batch, self.device)

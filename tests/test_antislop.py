@@ -1,0 +1,358 @@
+"""Antislop: the law of the process, matching, repair, streaming and refusals."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from tokenry import InputError
+from tokenry.decode import Antislop, DecodeLoop, NGramBan, PhraseBan, RegexBan, Row, loop
+from tokenry.decode.antislop import start_tokens
+
+# --- the law of the process, by enumeration ----------------------------------------------------------------------
+
+LETTERS = "abcd"
+MATRIX = np.random.default_rng(0).dirichlet(np.ones(4) * 2, size=5)  # row: previous letter, or the start
+
+
+def letters_tokenizer():
+    raw = Tokenizer(models.WordLevel({c: i for i, c in enumerate(LETTERS)}, unk_token="a"))
+    raw.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    raw.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=raw)
+
+
+class MarkovEngine:
+    """A model with four tokens: the next depends on the last. Shows that the loop needs only feed and forget."""
+
+    def __init__(self):
+        self.calls = self.token_forwards = 0
+        self.history = None
+
+    def feed(self, tokens, mask=None):
+        if self.history is None:
+            self.history = [[4] for _ in tokens]
+        else:
+            for row, (new, ok) in enumerate(
+                zip(tokens.tolist(), mask.tolist() if mask is not None else [[1]] * len(tokens))
+            ):
+                self.history[row] += [t for t, m in zip(new, ok) if m]
+        self.calls += 1
+        self.token_forwards += tokens.numel()
+        return torch.tensor(np.log(MATRIX[[h[-1] for h in self.history]]), dtype=torch.float32)
+
+    def forget(self, row, count):
+        del self.history[row][-count:]
+
+
+def exact_law(length, pattern):
+    """Probability of every string: a node that completes the pattern is removed at its first letter."""
+    law = Counter()
+
+    def draw(ids, bans, mass):
+        if len(ids) == length:
+            law["".join(LETTERS[i] for i in ids)] += mass
+            return
+        position = len(ids)
+        bans = bans[: position + 1] + (frozenset(),) * (position + 1 - len(bans))
+        p = MATRIX[ids[-1] if ids else 4].copy()
+        p[list(bans[position])] = 0
+        for token in np.flatnonzero(p):
+            share = mass * p[token] / p.sum()
+            if share < 1e-12:
+                continue
+            new = (*ids, int(token))
+            found = "".join(LETTERS[i] for i in new).find(pattern)
+            if found < 0:
+                draw(new, bans, share)
+            else:
+                again = (*bans[:found], bans[found] | {new[found]})
+                draw(new[:found], again, share)
+
+    draw((), (), 1.0)
+    return law
+
+
+def test_the_process_follows_its_exact_law():
+    length, pattern, rows = 4, "ab", 20_000
+    law = exact_law(length, pattern)
+    assert abs(sum(law.values()) - 1) < 1e-9 and not any(pattern in text for text in law)
+    runner = DecodeLoop(
+        MarkovEngine(), letters_tokenizer(), monitors=[RegexBan([pattern])], do_sample=True, seed=1
+    )
+    out = runner.generate(torch.zeros(rows, 1, dtype=torch.long), max_new_tokens=length)
+    assert out.events
+    seen = Counter(out.texts)
+    assert set(seen) <= set(law)
+    cells = [text for text in law if law[text] * rows >= 5]
+    expected = np.array([law[t] * rows for t in cells] + [rows - sum(law[t] * rows for t in cells)])
+    observed = np.array([seen[t] for t in cells] + [rows - sum(seen[t] for t in cells)])
+    assert chisquare(observed[expected > 0], expected[expected > 0]).pvalue > 1e-3
+    # and it is not the conditioned distribution, whose letters would be reweighted by the future
+    plain = Counter()
+    for text in law:
+        p = np.prod([MATRIX[LETTERS.index(a) if a else 4][LETTERS.index(b)] for a, b in zip(["", *text], text)])
+        plain[text] = p
+    total = sum(plain.values())
+    assert 0.5 * sum(abs(law[t] - plain[t] / total) for t in law) > 0.005
+
+
+# --- matching ----------------------------------------------------------------------------------------------------
+
+
+def feed_text(tokenizer, text, monitor, stop_at_first=True):
+    """Append the tokens of `text` one by one, as the loop does; the violations in order."""
+    row = Row(0, [], tokenizer)
+    found = []
+    for token in tokenizer.encode(text, add_special_tokens=False):
+        row.append(token)
+        violation = monitor.check(row)
+        if violation:
+            found.append((violation, row))
+            if stop_at_first:
+                return found
+        row.checked = len(row.text)
+    return found
+
+
+def matched(tokenizer, text, monitor):
+    hits = feed_text(tokenizer, text, monitor)
+    return text[slice(*hits[0][0].span)] if hits else None
+
+
+@pytest.mark.parametrize(
+    "text, phrases, expected",
+    [
+        ("It was THE Sound of rain", ["the sound of"], "THE Sound of"),
+        ("a tomcat is", ["cat"], None),  # needs boundaries on both sides ...
+        ("wait: --cat-- ok", ["--cat--"], "--cat--"),  # ... only where the phrase ends in a word character
+        ("naïve café culture", ["café"], "café"),
+        ("the air was still", ["the air was", "the air"], "the air"),  # complete first, before the longer one
+        ("İstanbul was the air", ["the air"], "the air"),  # lower-casing this I changes the length
+        ("nothing here", ["something"], None),
+    ],
+)
+def test_phrases(tokenizer, text, phrases, expected):
+    assert matched(tokenizer, text, PhraseBan(phrases)) == expected
+
+
+def test_prefer_decides_between_phrases_completed_by_one_token(tokenizer):
+    token = tokenizer.encode(" the", add_special_tokens=False)
+    assert len(token) == 1
+    for prefer, expected in (("longest", "phrase:x the"), ("shortest", "phrase:x ")):
+        row = Row(0, [], tokenizer)
+        ban = PhraseBan(["x ", "x the"], prefer=prefer)
+        for t in [*tokenizer.encode("x", add_special_tokens=False), *token]:
+            row.checked = len(row.text)
+            row.append(t)
+        assert ban.check(row).rule == expected
+
+
+def test_the_earliest_start_wins_and_points_at_its_token(tokenizer):
+    text = "Then the sea was a whisper in the night"
+    violation, row = feed_text(tokenizer, text, PhraseBan(["sea was a whisper", "a whisper"]))[0]
+    assert violation.rule == "phrase:sea was a whisper"
+    start = row.starts[violation.index]
+    assert start <= text.index("sea") < row.starts[violation.index + 1]
+    assert violation.factors[row.ids[violation.index]] == 0.0
+
+
+def test_strength_is_the_factor_of_the_paper(tokenizer):
+    for strength, factor in ((0.1, 0.1), (0.5, 1e-5), (1.0, 0.0)):
+        violation, row = feed_text(tokenizer, "by the sea", PhraseBan(["the sea"], strength=strength))[0]
+        assert violation.factors[row.ids[violation.index]] == pytest.approx(factor)
+
+
+def test_start_tokens_cover_case_space_and_prefixes(tokenizer):
+    found = {tokenizer.decode([t]) for t in start_tokens(tokenizer, "the sea")}
+    assert {" the", " t", "t", "T"} <= found
+    assert " " not in found
+    assert not found & set(tokenizer.all_special_tokens)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("It was not a dream but a testament.", "not a dream but a testament"),
+        ("Not only now", None),
+        ("It was NOT\na dream but a bell", "NOT\na dream but a bell"),
+    ],
+)
+def test_regexes(tokenizer, text, expected):
+    assert matched(tokenizer, text, RegexBan([r"\bnot a \w+ but a \w+", r"\bnot\na \w+ but a \w+"])) is not None or (
+        expected is None
+    )
+    hits = feed_text(tokenizer, text, RegexBan([r"\bnot\sa \w+ but a (testament|bell)"]))
+    assert (text[slice(*hits[0][0].span)] if hits else None) == expected
+
+
+def test_the_span_of_a_regex_is_limited(tokenizer):
+    text = "begin " + "x" * 50 + " end"
+    assert matched(tokenizer, text, RegexBan(["begin.*end"])) == text
+    assert matched(tokenizer, text, RegexBan(["begin.*end"], max_span=20)) is None
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("The sun had, then, DIPPED below the horizon", "sun had, then, DIPPED"),
+        ("sunday dipped", None),
+        ("the sun and the moon dipped", None),
+    ],
+)
+def test_ngrams_skip_stop_words(tokenizer, text, expected):
+    assert matched(tokenizer, text, NGramBan(["sun dipped"])) == expected
+
+
+def test_longer_ngrams_win_ties(tokenizer):
+    row = Row(0, [], tokenizer)
+    for token in tokenizer.encode("sun dipped below", add_special_tokens=False):
+        row.append(token)
+    assert NGramBan(["sun dipped", "sun dipped below"]).check(row) is not None
+    assert NGramBan([("sun", "dipped")]).check(row).rule == "ngram:sun dipped"
+
+
+# --- holding back ------------------------------------------------------------------------------------------------
+
+
+def held_text(tokenizer, text, monitor):
+    row = Row(0, [], tokenizer)
+    for token in tokenizer.encode(text, add_special_tokens=False):
+        row.append(token)
+    held = monitor.hold(row)
+    return row.text[row.starts[len(row.ids) - held] :] if held else ""
+
+
+def test_only_live_partial_matches_are_held_back(tokenizer):
+    ban = PhraseBan(["the sound of the sea", "whisper in"])
+    assert held_text(tokenizer, "nothing of the kind.", ban) == ""
+    assert held_text(tokenizer, "and the sound of", ban).lstrip().startswith("the sound of")
+    assert held_text(tokenizer, "bathe", ban) == ""  # inside a word
+    ngrams = NGramBan(["sun dipped horizon"])
+    assert held_text(tokenizer, "when the sun had then di", ngrams).lstrip().startswith("sun had")
+    assert held_text(tokenizer, "when the sun rose", ngrams) == ""
+    assert RegexBan(["a.*b"]).hold(Row(0, [], tokenizer)) is None
+
+
+# --- in the loop -------------------------------------------------------------------------------------------------
+
+
+def run(model, tokenizer, monitors, **options):
+    inputs = tokenizer(["the old", "Elara walked"], return_tensors="pt", padding=True)
+    return model.generate(
+        inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        custom_generate=loop,
+        monitors=monitors,
+        processing_class=tokenizer,
+        pad_token_id=1,
+        return_dict_in_generate=True,
+        **{"max_new_tokens": 40, "do_sample": True, "seed": 3, **options},
+    )
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.3])
+def test_hard_bans_leave_no_match(llama, tokenizer, strength):
+    phrases = ["the", "a", "o", "sea", "li", "an", "en", "e", "er"]
+    banned = PhraseBan(phrases, strength=strength, force_backtrack=True)
+    before = run(llama, tokenizer, [PhraseBan(phrases, strength=0)])
+    after = run(llama, tokenizer, [banned])
+    hits = [sum(_hits(tokenizer, text, phrases) for text in out.texts) for out in (before, after)]
+    assert hits[0] > 0 and after.events
+    if strength == 1.0:
+        assert hits[1] == 0 or any(e.kind == "given up" for e in after.events)
+
+
+def _hits(tokenizer, text, phrases):
+    return len(feed_text(tokenizer, text, PhraseBan(phrases), stop_at_first=False))
+
+
+def test_a_soft_ban_the_model_overrides_stays(llama, tokenizer):
+    """Greedy and a factor close to 1: the banned token stays the argmax and the text is kept."""
+    plain = run(llama, tokenizer, [], do_sample=False)
+    soft = run(llama, tokenizer, [RegexBan([r"\w"], strength=1e-6, max_span=5)], do_sample=False)
+    assert torch.equal(plain.sequences, soft.sequences)
+    assert soft.events and {e.kind for e in soft.events} == {"kept"}
+
+
+def test_when_every_token_is_banned_the_text_is_kept(llama, tokenizer):
+    out = run(llama, tokenizer, [RegexBan([r"\S"], max_span=3, max_retries=4)], max_new_tokens=5)
+    assert any(e.kind == "given up" for e in out.events)
+    assert all(len(text) > 0 for text in out.texts)
+
+
+def test_force_backtrack_relaxes_before_it_gives_up(llama, tokenizer):
+    options = dict(top_k=3, max_new_tokens=30)
+    kept = run(llama, tokenizer, [RegexBan([r"\w"], max_retries=1)], **options)
+    relaxed = run(llama, tokenizer, [RegexBan([r"\w"], max_retries=1, force_backtrack=True)], **options)
+    given_up = [sum(e.kind == "given up" for e in out.events) for out in (kept, relaxed)]
+    assert given_up[0] > given_up[1]
+
+
+def test_invert_probs_favours_the_tail(llama, tokenizer):
+    plain = run(llama, tokenizer, [RegexBan([r"[a-z]"])], max_new_tokens=20)
+    turned = run(llama, tokenizer, [RegexBan([r"[a-z]"], invert_probs=True)], max_new_tokens=20)
+
+    def chance(out):
+        """Mean probability, before inverting, of what was drawn."""
+        drawn = [dict(e.candidates).get(e.replacement[0], 0.0) for e in out.events if e.kind == "rewind"]
+        return np.mean(drawn)
+
+    assert chance(turned) < chance(plain)
+
+
+def test_events_give_training_pairs(llama, tokenizer):
+    out = run(llama, tokenizer, [PhraseBan(["a", "o", "e", "li"])])
+    pairs = out.pairs
+    assert pairs and len(pairs) == sum(e.kind == "rewind" for e in out.events)
+    for pair, event in zip(pairs, [e for e in out.events if e.kind == "rewind"]):
+        assert pair["rejected"] not in [token for token, _ in pair["candidates"]]
+        assert pair["chosen"] == event.replacement[0] and pair["context_ids"][-1:] == event.context_ids[-1:]
+
+
+def test_the_method_is_its_monitors(llama, tokenizer, tmp_path):
+    file = tmp_path / "slop.txt"
+    file.write_text("the sea\na whisper in\n")
+    method = Antislop.from_strings([f"phrases={file}", "strength=0.5"])
+    assert method.phrases == ("the sea", "a whisper in") and len(method.monitors()) == 1
+    assert Antislop(phrases=["x"], strength=0).monitors() == []
+    assert len(Antislop(phrases=["x"], regexes=["y"], ngrams=["z sun"]).monitors()) == 3
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Antislop(phrases=["fine", "  "]), "phrase 2 .* is empty"),
+        (lambda: Antislop(phrases=[""]), "is empty"),
+        (lambda: Antislop(regexes=["(unclosed"]), r"\(unclosed.* does not compile"),
+        (lambda: Antislop(regexes=["a*"]), "matches the empty text"),
+        (lambda: Antislop(ngrams=["of the"]), "no content word"),
+        (lambda: Antislop(phrases=["a"], strength=1.5), r"strength=1.5 is not allowed .* \[0"),
+        (lambda: PhraseBan(["a"], strength=-0.1), r"give a number in \[0, 1\]"),
+        (lambda: PhraseBan(["a"], prefer="first"), "use 'longest' or 'shortest'"),
+        (lambda: RegexBan(["a"], max_span=0), "max_span=0"),
+        (lambda: PhraseBan(["a"], max_retries=0), "max_retries=0"),
+        (lambda: Antislop(phrases="/nowhere/slop.txt"), "cannot be read"),
+        (lambda: Antislop(phrase=["x"]), r"no option 'phrase'; its options are: phrases .*strength \(a number in"),
+    ],
+)
+def test_refusals(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+def test_streaming_with_an_unbounded_regex_is_refused(llama, tokenizer):
+    class Sink:
+        def put(self, value): ...
+
+        def end(self): ...
+
+    with pytest.raises(InputError, match="max_span"):
+        run(llama, tokenizer, [RegexBan(["a.*b"])], token_streamers=[Sink(), Sink()])
