@@ -29,6 +29,7 @@ class Entry:
     target: str
     summary: str
     keywords: str = ""
+    experiment: str | None = None  # module with build(model, tokenizer, samples, seeds, method) -> Experiment
 
     def load(self) -> type:
         """Import the method's class."""
@@ -43,6 +44,7 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.decode.antislop:Antislop",
         "rewind when a banned phrase, regex or n-gram appears, and sample again from its first token",
         "slop ban phrases cliche repetition words backtrack creative writing style",
+        "tokenry.measure.experiments.antislop",
     ),
     Entry(
         "cyclicreflex",
@@ -50,6 +52,7 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.decode.cyclicreflex:CyclicReflex",
         "a triangular wave on the logits of reflection words, so that reasoning neither stops early nor loops",
         "reasoning wait reflection thinking overthinking budget logits schedule",
+        "tokenry.measure.experiments.cyclicreflex",
     ),
     Entry(
         "tip",
@@ -71,6 +74,7 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.select.compresskv:CompressKV",
         "keep the cache entries that semantic retrieval heads look at, with a budget for each layer",
         "kv cache compression memory long context prompt eviction retrieval heads",
+        "tokenry.measure.experiments.compresskv",
     ),
 )
 

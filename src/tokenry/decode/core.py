@@ -142,9 +142,12 @@ class Row:
 
 @dataclass
 class DecodeOutput(ModelOutput):
-    """Result of the loop. `sequences` (batch, prompt + new) is padded on the right as `generate` pads."""
+    """Result of the loop. `sequences` (batch, prompt + new) is padded on the right as `generate` pads; `new_ids` and
+    `prompt_ids` are the same without any padding, a list per row."""
 
     sequences: Tensor | None = None
+    new_ids: list[list[int]] | None = None
+    prompt_ids: list[list[int]] | None = None
     texts: list[str] | None = None
     events: list[RewindEvent] | None = None
     forward_calls: int | None = None
@@ -529,6 +532,8 @@ class DecodeLoop:
             texts = [self.tokenizer.decode(row.ids, skip_special_tokens=True) for row in self.rows]
         return DecodeOutput(
             sequences=sequences,
+            new_ids=[row.ids for row in self.rows],
+            prompt_ids=[row.prompt for row in self.rows],
             texts=texts,
             events=self.events,
             forward_calls=self.engine.calls,

@@ -1,0 +1,146 @@
+"""compare(): run the subjects of an experiment interleaved, sample by sample, and say what differs.
+
+Interleaving means that all subjects see the same machine at the same time. Differences are paired: by sample, after
+averaging over seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .statistics import Interval, paired_bootstrap
+from .store import RunStore
+from .task import COSTS, Experiment, Outcome, Sample
+
+__all__ = ["Comparison", "Interrupted", "compare"]
+
+Progress = Callable[[int, int, str], None]
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during a comparison; what was measured is in the store."""
+
+    def __init__(self, done: int, total: int) -> None:
+        super().__init__(f"interrupted after {done} of {total} measurements")
+        self.done, self.total = done, total
+
+
+@dataclass
+class Comparison:
+    """All outcomes of an experiment: {(subject, sample, seed): outcome}."""
+
+    experiment: Experiment
+    samples: Sequence[Sample]
+    outcomes: dict[tuple[str, str, int], Outcome]
+
+    @property
+    def subjects(self) -> list[str]:
+        return [s.name for s in self.experiment.subjects]
+
+    def values(self, subject: str, name: str) -> np.ndarray:
+        """A metric or cost of a subject, one number per sample (mean over seeds, NaN where not measured)."""
+        rows = []
+        for sample in self.samples:
+            found = [self.outcomes.get((subject, sample.id, seed)) for seed in self.experiment.seeds]
+            numbers = [(o.cost if name in COSTS else o.metrics).get(name, np.nan) for o in found if o is not None]
+            numbers = [n for n in numbers if not np.isnan(n)]
+            rows.append(np.mean(numbers) if numbers else np.nan)
+        return np.array(rows, float)
+
+    def mean(self, subject: str, name: str) -> float:
+        """Mean over samples; NaN if nothing was measured."""
+        values = self.values(subject, name)
+        return float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")
+
+    def difference(self, first: str, second: str, name: str) -> Interval:
+        """Mean paired difference first - second, with its 95 % interval."""
+        return paired_bootstrap(self.values(first, name), self.values(second, name))
+
+    def details(self, subject: str) -> list[dict[str, Any]]:
+        """What the report shows, of every sample and seed."""
+        keys = [(subject, sample.id, seed) for seed in self.experiment.seeds for sample in self.samples]
+        return [self.outcomes[key].detail for key in keys if key in self.outcomes]
+
+    def costs(self) -> list[str]:
+        """The costs that were measured for at least one subject."""
+        return [name for name in COSTS if any(not np.isnan(self.mean(s, name)) for s in self.subjects)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Means and paired differences from the baseline, as JSON values."""
+        names = [m.name for m in self.experiment.task.metrics] + self.costs()
+        base = self.experiment.baseline
+        return {
+            "subjects": {s: {n: _number(self.mean(s, n)) for n in names} for s in self.subjects},
+            "differences": {
+                s: {n: [_number(v) for v in self.difference(s, base, n)[:3]] for n in names}
+                for s in self.subjects
+                if s != base
+            },
+            "samples": len(self.samples),
+            "seeds": list(self.experiment.seeds),
+        }
+
+
+def compare(
+    experiment: Experiment,
+    store: RunStore | None = None,
+    *,
+    about: dict[str, Any] | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Run an experiment. With a store every outcome is kept at once, and `resume` skips what is there.
+
+    Args:
+        about: what identifies the run beside the experiment itself (model, options).
+        progress: called with (done, total, what is running).
+
+    Raises:
+        Interrupted: on Ctrl-C, after the current state has been stored.
+    """
+    samples = list(experiment.task.samples())
+    identity = {
+        "experiment": experiment.slug,
+        "task": experiment.task.slug,
+        "subjects": {s.name: s.setting for s in experiment.subjects},
+        "samples": [s.id for s in samples],
+        "seeds": list(experiment.seeds),
+        **(about or {}),
+    }
+    run = store.begin(identity, resume) if store else None
+    outcomes = store.outcomes(run) if store else {}
+    total = len(samples) * len(experiment.seeds) * len(experiment.subjects)
+    try:
+        for seed in experiment.seeds:
+            for start in range(0, len(samples), experiment.batch):
+                batch = samples[start : start + experiment.batch]
+                for subject in _rotated(experiment.subjects, start // experiment.batch):
+                    todo = [s for s in batch if (subject.name, s.id, seed) not in outcomes]
+                    if progress:
+                        progress(len(outcomes), total, subject.name)
+                    if not todo:
+                        continue
+                    measured = experiment.task.run(subject, batch, seed)
+                    rows = [(subject.name, s.id, seed, o) for s, o in zip(batch, measured, strict=True)]
+                    if store:
+                        store.add(run, rows)
+                    outcomes.update({(name, sample, seed): o for name, sample, seed, o in rows})
+    except KeyboardInterrupt:
+        raise Interrupted(len(outcomes), total) from None
+    if progress:
+        progress(total, total, "done")
+    return Comparison(experiment, samples, outcomes)
+
+
+def _rotated(subjects: Sequence, by: int) -> list:
+    """Another subject goes first in every batch, so that none always meets a cold or a warm machine."""
+    by %= len(subjects)
+    return [*subjects[by:], *subjects[:by]]
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) or np.isinf(value) else round(float(value), 6)

@@ -1,0 +1,187 @@
+"""The report of a comparison: one self-contained HTML file, and the same table for a terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from ..errors import InputError
+from .compare import Comparison
+from .statistics import Interval, paired_bootstrap
+from .task import COSTS, Finding
+
+__all__ = ["check_writable", "format_number", "render", "tables", "write_report"]
+
+ARROWS = {"higher": "↑", "lower": "↓", None: ""}
+MEGABYTES = ("peak_bytes", "cache_bytes")
+PLOT_SAMPLES = 64  # texts shown; the table always covers all
+
+
+def check_writable(path: str | Path) -> Path:
+    """Refuse a report path that cannot be written, before anything runs."""
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"the report path {str(path)!r} is a folder; give a file name")
+    try:
+        with path.open("a"):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"the report {str(path)!r} cannot be written ({error.strerror}); choose another path"
+        ) from None
+    if path.stat().st_size == 0:
+        path.unlink()
+    return path
+
+
+def columns(comparison: Comparison) -> list[tuple[str, str, str]]:
+    """(name, arrow, description) of every metric and measured cost."""
+    metrics = [(m.name, ARROWS[m.better], m.description) for m in comparison.experiment.task.metrics]
+    return metrics + [(c, "", COSTS[c]) for c in comparison.costs()]
+
+
+def label(name: str) -> str:
+    """A column heading; bytes are shown in megabytes."""
+    return name.replace("_bytes", " MB").replace("_", " ") if name in MEGABYTES else name.replace("_", " ")
+
+
+def format_number(name: str, value: float, signed: bool = False) -> str:
+    """Three significant digits, or a dash for a missing value."""
+    if value is None or math.isnan(value):
+        return "-"
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    value = value / 1e6 if name in MEGABYTES else value
+    digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 100 else 2 if abs(value) >= 10 else 3
+    return f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
+
+
+def format_difference(name: str, interval: Interval) -> str:
+    """mean [low, high]"""
+    mean, low, high = (format_number(name, v, signed=True) for v in interval[:3])
+    return f"{mean} [{low}, {high}]"
+
+
+def tables(comparison: Comparison) -> list[Table]:
+    """The comparison for a terminal: quality with paired differences from the baseline, then costs."""
+    base = comparison.experiment.baseline
+    quality = Table(title="quality", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    cost = Table(title="cost per sample", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    metrics = comparison.experiment.task.metrics
+    for grid, headings in (
+        (quality, [f"{label(m.name)} {ARROWS[m.better]}".strip() for m in metrics]),
+        (cost, [label(c) for c in comparison.costs()]),
+    ):
+        grid.add_column("subject", no_wrap=True)
+        for heading in headings:
+            grid.add_column(heading, justify="right")
+    for subject in comparison.experiment.subjects:
+        style = "bold" if subject.role == "method" else None
+        cells = [_cell(comparison, subject.name, m.name, base) for m in metrics]
+        quality.add_row(subject.name, *cells, style=style)
+        costs = [format_number(c, comparison.mean(subject.name, c)) for c in comparison.costs()]
+        cost.add_row(subject.name, *costs, style=style)
+    quality.caption = f"second and third line: paired difference from {base}, 95 % interval"
+    return [quality, cost]
+
+
+def _cell(comparison: Comparison, subject: str, name: str, base: str) -> str:
+    mean = format_number(name, comparison.mean(subject, name))
+    if subject == base:
+        return mean
+    difference = comparison.difference(subject, base, name)
+    shown = format_difference(name, difference).replace(" [", "\n[", 1)
+    return f"{mean}\n[dim]{shown.replace('[', chr(92) + '[')}[/dim]"
+
+
+def render(
+    comparison: Comparison, findings: Sequence[Finding], verdict: str, *, model: str, command: str, versions: str
+) -> str:
+    """The report as one HTML text without any outside reference."""
+    experiment = comparison.experiment
+    shown = columns(comparison)
+    rows = []
+    for subject in experiment.subjects:
+        cells = []
+        for name, _, _ in shown:
+            difference = comparison.difference(subject.name, experiment.baseline, name)
+            cells.append(
+                {
+                    "mean": format_number(name, comparison.mean(subject.name, name)),
+                    "difference": format_difference(name, difference) if subject.name != experiment.baseline else "",
+                    "sure": difference.excludes_zero,
+                }
+            )
+        rows.append({"name": subject.name, "role": subject.role, "cells": cells})
+    template = jinja2.Environment(autoescape=True).from_string(
+        (files("tokenry.measure") / "report.html").read_text(encoding="utf-8")
+    )
+    return template.render(
+        title=experiment.slug,
+        claim=experiment.claim,
+        verdict=verdict,
+        findings=findings,
+        model=model,
+        task=experiment.task.slug,
+        samples=comparison.samples,
+        seeds=experiment.seeds,
+        baseline=experiment.baseline,
+        columns=[{"label": label(n), "arrow": a, "description": d} for n, a, d in shown],
+        rows=rows,
+        command=command,
+        versions=versions,
+        data=_script_json(_data(comparison)),
+    )
+
+
+def write_report(path: str | Path, html: str) -> None:
+    Path(path).write_text(html, encoding="utf-8")
+
+
+def _data(comparison: Comparison) -> dict[str, Any]:
+    """What the script of the page draws."""
+    names = [n for n, _, _ in columns(comparison)]
+    seed = comparison.experiment.seeds[0]
+    return {
+        "metrics": [m.name for m in comparison.experiment.task.metrics],
+        "costs": comparison.costs(),
+        "subjects": [
+            {"name": s.name, "role": s.role, "values": {n: _interval(comparison.values(s.name, n)) for n in names}}
+            for s in comparison.experiment.subjects
+        ],
+        "samples": [
+            {
+                "title": sample.prompt[-70:] if len(sample.prompt) > 70 else sample.prompt,
+                "prompt": sample.prompt[-600:],
+                "details": {
+                    s: comparison.outcomes[s, sample.id, seed].detail
+                    for s in comparison.subjects
+                    if (s, sample.id, seed) in comparison.outcomes
+                },
+            }
+            for sample in comparison.samples[:PLOT_SAMPLES]
+        ],
+    }
+
+
+def _interval(values: Any) -> dict[str, float] | None:
+    interval = paired_bootstrap(values, 0 * values, resamples=2000)
+    if math.isnan(interval.mean):
+        return None
+    low, high = (interval.low, interval.high) if interval.n > 1 else (interval.mean, interval.mean)
+    return {"mean": interval.mean, "low": low, "high": high}
+
+
+def _script_json(data: Any) -> Markup:
+    """JSON that cannot end the script element it stands in."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False)
+    return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))

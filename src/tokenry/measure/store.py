@@ -1,0 +1,85 @@
+"""The run store: one SQLite file that survives a kill at any moment and takes several writers.
+
+Every outcome is committed as soon as it is measured. A run is identified by what would change its numbers (task,
+model, subjects' settings, seeds); resuming continues the latest run with the same signature.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from .task import Outcome
+
+__all__ = ["RunStore", "signature"]
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS runs (
+    id INTEGER PRIMARY KEY, signature TEXT NOT NULL, created TEXT DEFAULT CURRENT_TIMESTAMP, about TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS outcomes (
+    run INTEGER NOT NULL REFERENCES runs(id), subject TEXT NOT NULL, sample TEXT NOT NULL, seed INTEGER NOT NULL,
+    metrics TEXT NOT NULL, cost TEXT NOT NULL, detail TEXT NOT NULL,
+    PRIMARY KEY (run, subject, sample, seed));
+"""
+
+
+def signature(about: Mapping[str, Any]) -> str:
+    """A hash of everything that identifies a run."""
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class RunStore:
+    """Outcomes of comparisons in one file. Use as a context manager, or `close()` it."""
+
+    def __init__(self, path: str | Path) -> None:
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self.db = sqlite3.connect(path, timeout=60)
+            self.db.execute("PRAGMA journal_mode=WAL")
+            self.db.executescript(SCHEMA)
+        except (OSError, sqlite3.Error) as error:
+            raise InputError(f"the run store {str(path)!r} cannot be opened ({error}); choose another path") from None
+
+    def begin(self, about: Mapping[str, Any], resume: bool = False) -> int:
+        """The number of a new run, or with `resume` of the latest one with the same signature."""
+        key = signature(about)
+        if resume:
+            row = self.db.execute("SELECT max(id) FROM runs WHERE signature = ?", (key,)).fetchone()
+            if row[0] is not None:
+                return row[0]
+        with self.db:
+            return self.db.execute(
+                "INSERT INTO runs (signature, about) VALUES (?, ?)", (key, json.dumps(about))
+            ).lastrowid
+
+    def add(self, run: int, rows: Iterable[tuple[str, str, int, Outcome]]) -> None:
+        """Commit (subject, sample, seed, outcome) rows together."""
+        with self.db:
+            self.db.executemany(
+                "INSERT OR REPLACE INTO outcomes VALUES (?, ?, ?, ?, ?, ?, ?)",
+                [
+                    (run, subject, sample, seed, json.dumps(o.metrics), json.dumps(o.cost), json.dumps(o.detail))
+                    for subject, sample, seed, o in rows
+                ],
+            )
+
+    def outcomes(self, run: int) -> dict[tuple[str, str, int], Outcome]:
+        """Everything measured in a run: {(subject, sample, seed): outcome}."""
+        rows = self.db.execute(
+            "SELECT subject, sample, seed, metrics, cost, detail FROM outcomes WHERE run = ?", (run,)
+        )
+        return {(s, x, seed): Outcome(json.loads(m), json.loads(c), json.loads(d)) for s, x, seed, m, c, d in rows}
+
+    def close(self) -> None:
+        self.db.close()
+
+    def __enter__(self) -> RunStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,259 @@
+"""Measuring: statistics, the run store, interleaving, resuming, the report and the evidence."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from multiprocessing import get_context
+
+import numpy as np
+import pytest
+
+from tokenry import InputError
+from tokenry.measure import report
+from tokenry.measure.compare import Comparison, Interrupted, compare
+from tokenry.measure.cost import Meter
+from tokenry.measure.evidence import evidence
+from tokenry.measure.statistics import paired_bootstrap
+from tokenry.measure.store import RunStore, signature
+from tokenry.measure.task import Experiment, Finding, Metric, Outcome, Sample, Subject
+
+# --- a small real task: how far a subject's estimate of a square root is off ------------------------------------
+
+
+class Roots:
+    slug, stage = "roots", "decode"
+    metrics = (Metric("error", "lower", "distance from the square root"), Metric("size", None, "the number"))
+
+    def __init__(self, count=6, stop_at=None):
+        self.count, self.stop_at, self.log = count, stop_at, []
+
+    def samples(self):
+        return [Sample(f"n{i}", f"root of {i}", {"n": i}) for i in range(1, self.count + 1)]
+
+    def run(self, subject, samples, seed):
+        if self.stop_at is not None and len(self.log) == self.stop_at:
+            raise KeyboardInterrupt
+        self.log.append((subject.name, [s.id for s in samples], seed))
+        found = []
+        for sample in samples:
+            n, x = sample.data["n"], 1.0 + 0.1 * seed
+            for _ in range(subject.apply):
+                x = (x + n / x) / 2
+            detail = {"tokens": [[f"root </script> {x:.2f}", 0.5]], "marks": [{"index": 0, "kind": "x", "rule": "r"}]}
+            cost = {"seconds": 0.01 * subject.apply, "tokens": 1.0}
+            found.append(Outcome({"error": abs(x - math.sqrt(n)), "size": float(n)}, cost, detail))
+        return found
+
+
+def experiment(task=None, seeds=(0, 1), batch=2):
+    return Experiment(
+        slug="roots",
+        claim="More steps are closer.",
+        task=task or Roots(),
+        subjects=[Subject("one step", "plain", {"steps": 1}, 1), Subject("four steps", "method", {"steps": 4}, 4)],
+        baseline="one step",
+        judge=lambda c: [
+            Finding("closer", c.difference("four steps", "one step", "error").high < 0, "see the table"),
+        ],
+        seeds=seeds,
+        batch=batch,
+    )
+
+
+# --- statistics ----------------------------------------------------------------------------------------------------
+
+
+def test_bootstrap_mean_is_exact_and_the_interval_covers():
+    rng = np.random.default_rng(1)
+    covered = 0
+    for trial in range(200):
+        first, second = rng.normal(1.0, 1, 30), rng.normal(0.0, 1, 30)
+        interval = paired_bootstrap(first, second, resamples=1000, seed=trial)
+        assert interval.mean == pytest.approx((first - second).mean())
+        covered += interval.low <= 1.0 <= interval.high
+    assert 0.87 <= covered / 200 <= 0.99
+
+
+def test_bootstrap_edge_cases():
+    assert paired_bootstrap([1, 2, 3], [1, 2, 3])[:3] == (0, 0, 0)
+    assert paired_bootstrap([2.0], [1.0])[1:] == (-math.inf, math.inf, 1)
+    assert paired_bootstrap([1.0, math.nan], [0.5, 3.0]).n == 1
+    assert math.isnan(paired_bootstrap([], []).mean)
+    with pytest.raises(ValueError, match="pairs"):
+        paired_bootstrap([1], [1, 2])
+    assert paired_bootstrap([5, 6, 7], [1, 2, 3]).excludes_zero
+
+
+# --- compare -------------------------------------------------------------------------------------------------------
+
+
+def test_subjects_run_interleaved_and_differences_are_paired():
+    task = Roots()
+    comparison = compare(experiment(task))
+    batches = [tuple(ids) for _, ids, _ in task.log]
+    assert all(batches[i] == batches[i + 1] for i in range(0, len(batches), 2))
+    assert task.log[0][0] == "one step" and task.log[2][0] == "four steps"  # who goes first rotates
+    expected = np.mean(comparison.values("four steps", "error") - comparison.values("one step", "error"))
+    assert comparison.difference("four steps", "one step", "error").mean == pytest.approx(expected)
+    assert comparison.values("one step", "error").shape == (6,)  # averaged over seeds
+    assert comparison.costs() == ["seconds", "tokens"]
+    assert comparison.experiment.judge(comparison)[0].holds
+
+
+@pytest.mark.parametrize("stop_at", [0, 1, 5, 11])
+def test_an_interrupted_run_is_kept_and_resumed(tmp_path, stop_at):
+    whole = compare(experiment())
+    with RunStore(tmp_path / "runs.sqlite") as store:
+        with pytest.raises(Interrupted, match=f"{2 * stop_at} of 24"):
+            compare(experiment(Roots(stop_at=stop_at)), store)
+    task = Roots()
+    with RunStore(tmp_path / "runs.sqlite") as store:
+        resumed = compare(experiment(task), store, resume=True)
+    assert len(task.log) == 12 - stop_at
+    assert resumed.to_dict() == whole.to_dict()
+
+
+def test_a_run_with_other_settings_is_not_resumed(tmp_path):
+    with RunStore(tmp_path / "runs.sqlite") as store:
+        compare(experiment(), store, about={"model": "a"})
+        task = Roots()
+        compare(experiment(task), store, about={"model": "b"}, resume=True)
+        assert len(task.log) == 12
+        task = Roots()
+        compare(experiment(task), store, about={"model": "b"}, resume=True)
+        assert task.log == []
+    assert signature({"a": 1, "b": 2}) == signature({"b": 2, "a": 1}) != signature({"a": 1})
+
+
+def _write(path, number):
+    with RunStore(path) as store:
+        run = store.begin({"writer": number})
+        for i in range(25):
+            store.add(run, [("s", f"{number}-{i}", 0, Outcome({"x": float(i)}))])
+
+
+def test_several_writers_share_a_store(tmp_path):
+    path = tmp_path / "runs.sqlite"
+    RunStore(path).close()
+    context = get_context("spawn")
+    writers = [context.Process(target=_write, args=(path, n)) for n in range(3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    with RunStore(path) as store:
+        assert sum(len(store.outcomes(run)) for run in (1, 2, 3)) == 75
+
+
+def test_a_store_survives_a_kill(tmp_path):
+    """The process is killed without warning between two batches; what was committed is there."""
+    script = f"""
+import os, signal, sys
+sys.path.insert(0, {str(__file__.rsplit("/", 1)[0])!r})
+from test_measure import Roots, experiment, RunStore, compare
+class Killed(Roots):
+    def run(self, *args):
+        if len(self.log) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().run(*args)
+compare(experiment(Killed()), RunStore({str(tmp_path / "runs.sqlite")!r}))
+"""
+    assert subprocess.run([sys.executable, "-c", script]).returncode == -9
+    with RunStore(tmp_path / "runs.sqlite") as store:
+        task = Roots()
+        compare(experiment(task), store, resume=True)
+    assert len(task.log) == 9
+
+
+def test_an_unusable_store_is_refused(tmp_path):
+    (tmp_path / "file").write_text("not a database, but long enough to be taken for one " * 20)
+    with pytest.raises(InputError, match="cannot be opened"):
+        RunStore(tmp_path / "file")
+    with pytest.raises(InputError, match="cannot be opened"):
+        RunStore(tmp_path / "file" / "below.sqlite")
+
+
+# --- report and evidence -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def comparison() -> Comparison:
+    return compare(experiment())
+
+
+def test_the_report_is_self_contained(comparison):
+    findings = comparison.experiment.judge(comparison)
+    html = report.render(comparison, findings, "reproduced", model="m", command="tokenry <x>", versions="v")
+    assert not re.search(r"(src|href)\s*=|https?://(?!www\.w3\.org/2000/svg)|@import|url\(", html)
+    assert "tokenry &lt;x&gt;" in html and html.count("</script>") == 2  # data cannot end its element
+    data = json.loads(re.search(r'type="application/json">(.*?)</script>', html, re.S).group(1))
+    assert [s["name"] for s in data["subjects"]] == ["one step", "four steps"]
+    assert len(data["samples"]) == 6
+    interval = data["subjects"][0]["values"]["error"]
+    assert interval["low"] <= interval["mean"] <= interval["high"]
+
+
+def test_the_table_fits_a_terminal(comparison):
+    import io
+
+    from rich.console import Console
+
+    console = Console(width=80, file=io.StringIO())
+    for table in report.tables(comparison):
+        console.print(table)
+    text = console.file.getvalue()
+    assert "four steps" in text and "…" not in text and "error ↓" in text
+
+
+def test_numbers_are_readable():
+    assert report.format_number("x", 0.12345) == "0.123"
+    assert report.format_number("peak_bytes", 12_345_678) == "12.35"
+    assert report.format_number("x", math.nan) == "-"
+    assert report.format_number("x", 1.5, signed=True) == "+1.500"
+
+
+@pytest.mark.parametrize("path", ["missing/report.html", "."])
+def test_unwritable_report_paths_are_refused(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="report"):
+        report.check_writable(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checking_a_path_leaves_what_is_there(tmp_path):
+    old = tmp_path / "old.html"
+    old.write_text("kept")
+    report.check_writable(old)
+    report.check_writable(tmp_path / "new.html")
+    assert old.read_text() == "kept" and not (tmp_path / "new.html").exists()
+
+
+def test_evidence_says_what_was_measured(comparison):
+    findings = comparison.experiment.judge(comparison)
+    entry = evidence(comparison, findings, "reproduced", model="m", command="c")
+    entry = json.loads(json.dumps(entry))
+    assert entry["numbers"]["subjects"]["four steps"]["error"] < entry["numbers"]["subjects"]["one step"]["error"]
+    low, high = entry["numbers"]["differences"]["four steps"]["error"][1:]
+    assert low <= entry["numbers"]["differences"]["four steps"]["error"][0] <= high
+    assert entry["subjects"][1] == {"name": "four steps", "role": "method", "setting": {"steps": 4}}
+    assert {"python", "torch", "transformers", "tokenry"} <= set(entry["versions"])
+
+
+def test_verdicts():
+    verdict = experiment().verdict
+    yes, no = Finding("a", True, ""), Finding("b", False, "")
+    assert verdict([yes, yes]) == "reproduced"
+    assert verdict([yes, no]) == "direction only"
+    assert verdict([no, yes]) == verdict([no]) == "not reproduced"
+
+
+def test_the_meter_sees_time_and_memory():
+    with Meter() as meter:
+        block = np.ones(40_000_000, np.uint8)
+        block[::4096] = 2
+        del block
+    assert meter.seconds > 0
+    assert math.isnan(meter.peak_bytes) or meter.peak_bytes > 30e6
