@@ -21,8 +21,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .errors import InputError
+from .hooks import Feed, on_feed
 
-__all__ = ["AttentionCall", "edit_mask", "observe"]
+__all__ = ["AttentionCall", "edit_mask", "observe", "suppress"]
 
 NAME = "tokenry"
 
@@ -54,7 +55,7 @@ class AttentionCall:
         """
         q_length, k_length = self.query.shape[2], self.key.shape[2]
         heads = torch.arange(self.heads) if heads is None else torch.as_tensor(heads)
-        picked = torch.arange(q_length)[rows] if not isinstance(rows, Tensor) else rows
+        picked = rows if isinstance(rows, Tensor) else torch.arange(q_length)[slice(None) if rows is None else rows]
         group = self.heads // self.key.shape[1]
         q = self.query[:, heads][:, :, picked].float()
         k = self.key[:, heads // group].float()
@@ -94,11 +95,11 @@ def _attention(
 ) -> tuple[Tensor, None]:
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     call = AttentionCall(module.layer_idx, query, key, value, attention_mask, scale, module)
-    for consumer, is_editor in getattr(module, _ACTIVE, ()):
-        if is_editor:
-            call.mask = consumer(call)
-        else:
-            consumer(call)
+    consumers = getattr(module, _ACTIVE, ())
+    for editor in (c for c, is_editor in consumers if is_editor):
+        call.mask = editor(call)
+    for observer in (c for c, is_editor in consumers if not is_editor):  # after all editors: they see what runs
+        observer(call)
     return sdpa_attention_forward(module, query, key, value, call.mask, scaling=scaling, **kwargs)
 
 
@@ -123,6 +124,10 @@ def _installed(model: PreTrainedModel, consumer: Observer | Editor, is_editor: b
         raise InputError(
             f"attention implementation {before!r} cannot be observed; load the model with attn_implementation='sdpa'"
         )
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        raise InputError(f"{type(model).__name__} caps its attention scores, which sdpa cannot do; use another model")
+    if hasattr(model, "_orig_mod"):
+        raise InputError("a compiled model bypasses Python hooks; use the model from before torch.compile")
     modules = attention_modules(model)
     record = (consumer, is_editor)
     try:
@@ -152,6 +157,11 @@ def edit_mask(model: PreTrainedModel, editor: Editor):
     return _installed(model, editor, is_editor=True)
 
 
+def is_edited(module: nn.Module) -> bool:
+    """Whether an editor changes the mask of this attention module now."""
+    return any(is_editor for _, is_editor in getattr(module, _ACTIVE, ()))
+
+
 def allowed(call: AttentionCall) -> Tensor:
     """The mask of `call` as a boolean tensor (batch or 1, heads or 1, q, k) that an editor may change."""
     q_length, k_length = call.query.shape[2], call.key.shape[2]
@@ -162,27 +172,35 @@ def allowed(call: AttentionCall) -> Tensor:
     return call.mask if call.mask.dtype == torch.bool else call.mask >= 0
 
 
+@contextmanager
 def suppress(
     model: PreTrainedModel,
     spans: list[tuple[int, int]],
     layers: set[int] | None = None,
     heads: Tensor | None = None,
-):
-    """Context manager: later tokens cannot attend to the columns in `spans` (half-open), in chosen layers and heads.
+) -> Iterator[None]:
+    """Later tokens cannot attend to the columns in `spans` (half-open), in chosen layers and heads.
 
-    A token always still sees itself, so that no row is empty.
+    Columns count from the start of the sequence, padding included. A token always still sees itself, so that no
+    row is empty.
     """
+    feeds: list[Feed] = []
+
+    def begin(feed: Feed) -> None:
+        feeds[:] = [feed]
 
     def editor(call: AttentionCall) -> Tensor | None:
         if layers is not None and call.layer not in layers:
             return call.mask
-        mask = allowed(call).expand(-1, 1 if heads is None else call.heads, -1, -1).clone()
+        mask = allowed(call).expand(-1, -1 if heads is None else call.heads, -1, -1).clone()
         q_length, k_length = call.query.shape[2], call.key.shape[2]
+        dropped = feeds[0].stop - k_length  # a sliding layer's cache no longer holds the first columns
         picked = slice(None) if heads is None else heads
         for start, stop in spans:
-            mask[:, picked, :, start:stop] = False
+            mask[:, picked, :, max(start - dropped, 0) : max(stop - dropped, 0)] = False
         own = torch.arange(q_length, device=mask.device)
         mask[:, :, own, own + (k_length - q_length)] = True
         return mask
 
-    return edit_mask(model, editor)
+    with on_feed(model, begin), edit_mask(model, editor):
+        yield

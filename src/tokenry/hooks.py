@@ -1,12 +1,17 @@
-"""The residual stream: watch it, edit it, skip layers. Context managers that leave nothing behind.
+"""Inside a forward: watch and edit the residual stream, heads and neurons, skip layers. All are context managers
+that nest and leave nothing behind, also after an error.
 
-`resid[i]` is the output of decoder layer i, of shape (batch, time, width), before any final norm.
+Layers are numbered as decoder blocks; a block's output has shape (batch, time, width) and comes before any final
+norm. (A `Trace` counts the states between the blocks: its `resid[i + 1]` is the output of block i.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import hashlib
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +19,19 @@ from transformers import PreTrainedModel
 
 from .errors import InputError
 
-__all__ = ["add_to_residual", "capture_residual", "decoder_layers", "edit_residual", "skip_layers"]
+__all__ = [
+    "Feed",
+    "ablate_heads",
+    "add_to_residual",
+    "capture_residual",
+    "clamp_neurons",
+    "decoder_layers",
+    "edit_residual",
+    "fingerprint",
+    "on_feed",
+    "patch_resid",
+    "skip_layers",
+]
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -84,6 +101,143 @@ def add_to_residual(model: PreTrainedModel, vectors: Mapping[int, Tensor]) -> It
         yield
 
 
+@dataclass(frozen=True)
+class Feed:
+    """What one forward was given. `ids` (batch, new), `mask` (batch, columns) or None, `positions` or None.
+
+    `start` is how many columns the cache held before, so that column `start + i` belongs to `ids[:, i]`.
+    """
+
+    ids: Tensor | None
+    mask: object
+    positions: Tensor | None
+    start: int
+    new: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.new
+
+
+@contextmanager
+def on_feed(model: PreTrainedModel, begin: Callable[[Feed], None]) -> Iterator[None]:
+    """Call `begin(feed)` before every forward of the model's body."""
+    body = model.base_model
+    signature = inspect.signature(body.forward)
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        given = signature.bind_partial(*args, **kwargs).arguments
+        ids, embeds, cache = given.get("input_ids"), given.get("inputs_embeds"), given.get("past_key_values")
+        new = (ids if ids is not None else embeds).shape[1]
+        start = 0 if cache is None else int(cache.get_seq_length())
+        begin(Feed(ids, given.get("attention_mask"), given.get("position_ids"), start, new))
+
+    handle = body.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def patch_resid(model: PreTrainedModel, layer: int, positions: Sequence[int], values: Tensor) -> Iterator[None]:
+    """Replace the output of `layer` at token columns `positions` by `values` (positions or 1, width).
+
+    Columns count from the start of the sequence (padding included), so cached steps leave them alone.
+    """
+    where, feeds = torch.as_tensor(positions), []
+
+    def begin(feed: Feed) -> None:
+        feeds[:] = [feed]
+
+    def patch(hidden: Tensor) -> Tensor:
+        inside = (where >= feeds[0].start) & (where < feeds[0].stop)
+        if not inside.any():
+            return hidden
+        hidden = hidden.clone()
+        new = values.to(hidden.device, hidden.dtype).expand(len(where), -1)
+        hidden[:, where[inside] - feeds[0].start] = new[inside]
+        return hidden
+
+    with on_feed(model, begin), edit_residual(model, {layer: patch}):
+        yield
+
+
+@contextmanager
+def edit_inputs(edits: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Replace the input x of each module by `edits[module](x)`."""
+    with ExitStack() as stack:
+        for module, edit in edits.items():
+
+            def hook(module: nn.Module, args: tuple, edit: Callable = edit) -> tuple:
+                return (edit(args[0]), *args[1:])
+
+            stack.callback(module.register_forward_pre_hook(hook).remove)
+        yield
+
+
+def head_mixer(model: PreTrainedModel, layer: int) -> tuple[nn.Module, int]:
+    """The projection that mixes the heads of a layer, and head_dim: its input is (batch, time, heads * head_dim)."""
+    layers = decoder_layers(model)
+    _check(layers, [layer])
+    attention = getattr(layers[layer], "self_attn", None)
+    for name in ("o_proj", "out_proj"):
+        if hasattr(attention, name):
+            return getattr(attention, name), attention.head_dim
+    raise InputError(f"{type(model).__name__} has no self_attn.o_proj; use a Llama- or Gemma-like model")
+
+
+def ablate_heads(model: PreTrainedModel, heads: Mapping[int, Sequence[int]]):
+    """Context manager: the heads `heads[layer]` write nothing to the residual stream."""
+
+    def silence(head_dim: int, layer: int, chosen: Sequence[int], count: int) -> Callable[[Tensor], Tensor]:
+        for head in chosen:
+            if not 0 <= head < count:
+                raise InputError(f"head {head} does not exist; layer {layer} has heads 0 to {count - 1}")
+
+        def edit(x: Tensor) -> Tensor:
+            split = x.unflatten(-1, (count, head_dim)).clone()
+            split[..., list(chosen), :] = 0
+            return split.flatten(-2)
+
+        return edit
+
+    edits = {}
+    for layer, chosen in heads.items():
+        mixer, head_dim = head_mixer(model, layer)
+        edits[mixer] = silence(head_dim, layer, chosen, mixer.in_features // head_dim)
+    return edit_inputs(edits)
+
+
+def clamp_neurons(model: PreTrainedModel, neurons: Mapping[int, Mapping[int, float]]):
+    """Context manager: MLP neuron n of layer i has the activation `neurons[i][n]` at every position.
+
+    A neuron is an input of `mlp.down_proj`.
+    """
+    layers = decoder_layers(model)
+    _check(layers, neurons)
+
+    def hold(values: Mapping[int, float], width: int) -> Callable[[Tensor], Tensor]:
+        for neuron in values:
+            if not 0 <= neuron < width:
+                raise InputError(f"neuron {neuron} does not exist; this layer has neurons 0 to {width - 1}")
+
+        def edit(x: Tensor) -> Tensor:
+            x = x.clone()
+            x[..., list(values)] = x.new_tensor(list(values.values()))
+            return x
+
+        return edit
+
+    edits = {}
+    for layer, values in neurons.items():
+        down = getattr(getattr(layers[layer], "mlp", None), "down_proj", None)
+        if down is None:
+            raise InputError(f"layer {layer} of {type(model).__name__} has no mlp.down_proj; use a Llama-like model")
+        edits[down] = hold(values, down.in_features)
+    return edit_inputs(edits)
+
+
 class _Skipped(nn.Module):
     """Stands in for a decoder block that does not run."""
 
@@ -118,8 +272,6 @@ def skip_layers(model: PreTrainedModel, executed: Collection[int]) -> Iterator[N
 
 def fingerprint(model: PreTrainedModel) -> str:
     """A short hash of the architecture and a sample of the weights: artifacts are bound to it."""
-    import hashlib
-
     digest = hashlib.sha256()
     config = model.config.get_text_config()
     digest.update(f"{config.model_type} {config.num_hidden_layers} {config.hidden_size} {config.vocab_size}".encode())

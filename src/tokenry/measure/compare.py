@@ -70,13 +70,13 @@ class Comparison:
         return [name for name in COSTS if any(not np.isnan(self.mean(s, name)) for s in self.subjects)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Means and paired differences from the baseline, as JSON values."""
-        names = [m.name for m in self.experiment.task.metrics] + self.costs()
+        """Means, and paired differences of the metrics from the baseline, as JSON values."""
+        metrics = [m.name for m in self.experiment.task.metrics]
         base = self.experiment.baseline
         return {
-            "subjects": {s: {n: _number(self.mean(s, n)) for n in names} for s in self.subjects},
+            "subjects": {s: {n: _number(self.mean(s, n)) for n in metrics + self.costs()} for s in self.subjects},
             "differences": {
-                s: {n: [_number(v) for v in self.difference(s, base, n)[:3]] for n in names}
+                s: {n: [_number(v) for v in self.difference(s, base, n)[:3]] for n in metrics}
                 for s in self.subjects
                 if s != base
             },

@@ -113,14 +113,7 @@ def render(
     for subject in experiment.subjects:
         cells = []
         for name, _, _ in shown:
-            difference = comparison.difference(subject.name, experiment.baseline, name)
-            cells.append(
-                {
-                    "mean": format_number(name, comparison.mean(subject.name, name)),
-                    "difference": format_difference(name, difference) if subject.name != experiment.baseline else "",
-                    "sure": difference.excludes_zero,
-                }
-            )
+            cells.append(_html_cell(comparison, subject.name, name, experiment.baseline))
         rows.append({"name": subject.name, "role": subject.role, "cells": cells})
     template = jinja2.Environment(autoescape=True).from_string(
         (files("tokenry.measure") / "report.html").read_text(encoding="utf-8")
@@ -143,6 +136,18 @@ def render(
     )
 
 
+def _html_cell(comparison: Comparison, subject: str, name: str, base: str) -> dict[str, Any]:
+    """Mean and difference from the baseline. Samples of a batch share their cost, so costs get a ratio instead."""
+    mean, plain = comparison.mean(subject, name), comparison.mean(base, name)
+    cell = {"mean": format_number(name, mean), "difference": "", "sure": False}
+    if subject == base:
+        return cell
+    if name in COSTS:
+        return {**cell, "difference": f"× {mean / plain:.2f}" if plain > 0 and not math.isnan(mean) else ""}
+    difference = comparison.difference(subject, base, name)
+    return {**cell, "difference": format_difference(name, difference), "sure": difference.excludes_zero}
+
+
 def write_report(path: str | Path, html: str) -> None:
     Path(path).write_text(html, encoding="utf-8")
 
@@ -155,7 +160,7 @@ def _data(comparison: Comparison) -> dict[str, Any]:
         "metrics": [m.name for m in comparison.experiment.task.metrics],
         "costs": comparison.costs(),
         "subjects": [
-            {"name": s.name, "role": s.role, "values": {n: _interval(comparison.values(s.name, n)) for n in names}}
+            {"name": s.name, "role": s.role, "values": {n: _interval(n, comparison.values(s.name, n)) for n in names}}
             for s in comparison.experiment.subjects
         ],
         "samples": [
@@ -173,11 +178,12 @@ def _data(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _interval(values: Any) -> dict[str, float] | None:
+def _interval(name: str, values: Any) -> dict[str, float] | None:
     interval = paired_bootstrap(values, 0 * values, resamples=2000)
     if math.isnan(interval.mean):
         return None
-    low, high = (interval.low, interval.high) if interval.n > 1 else (interval.mean, interval.mean)
+    alone = interval.n == 1 or name in COSTS
+    low, high = (interval.mean, interval.mean) if alone else (interval.low, interval.high)
     return {"mean": interval.mean, "low": low, "high": high}
 
 

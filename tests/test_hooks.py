@@ -1,0 +1,160 @@
+"""Editing inside a forward: exact effect, nesting, nothing left behind."""
+
+import copy
+
+import pytest
+import torch
+from test_attention import KINDS, assert_clean, random_ids
+
+from tokenry.errors import InputError
+from tokenry.hooks import (
+    ablate_heads,
+    add_to_residual,
+    capture_residual,
+    clamp_neurons,
+    decoder_layers,
+    edit_residual,
+    fingerprint,
+    on_feed,
+    patch_resid,
+    skip_layers,
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_residuals_are_the_models_hidden_states(make_model, kind):
+    model, ids = make_model(kind), random_ids(2)
+    with capture_residual(model, [0, 2]) as caught:
+        states = model(ids, output_hidden_states=True).hidden_states
+    assert torch.equal(caught[0][0], states[1]) and torch.equal(caught[2][0], states[3])
+    assert_clean(model)
+
+
+@torch.no_grad()
+def test_edits_of_one_layer_apply_in_order_and_a_zero_vector_is_neutral(llama):
+    ids, plain = random_ids(), llama(random_ids()).logits
+    with add_to_residual(llama, {1: torch.zeros(32)}):
+        assert torch.equal(plain, llama(ids).logits)
+    with (
+        edit_residual(llama, {1: lambda h: h + 1}),
+        edit_residual(llama, {1: lambda h: h * 2}),
+        capture_residual(llama, [1]) as caught,
+    ):
+        llama(ids)
+    with capture_residual(llama, [1]) as before:
+        llama(ids)
+    assert torch.allclose(caught[1][0], (before[1][0] + 1) * 2)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "opt"])
+@torch.no_grad()
+def test_ablated_heads_equal_zero_columns_of_the_output_projection(make_model, kind):
+    model, ids = make_model(kind), random_ids()
+    with ablate_heads(model, {1: [0, 3]}), ablate_heads(model, {2: [1]}):
+        ablated = model(ids).logits
+    twin = copy.deepcopy(model)
+    for layer, heads in ((1, [0, 3]), (2, [1])):
+        attention = decoder_layers(twin)[layer].self_attn
+        mixer = getattr(attention, "o_proj", None) or attention.out_proj
+        for head in heads:
+            mixer.weight[:, head * 8 : head * 8 + 8] = 0
+    assert (ablated - twin(ids).logits).abs().max() < 1e-5
+    with ablate_heads(model, {1: []}):
+        assert torch.equal(model(ids).logits, (plain := model(ids).logits))
+    assert (ablated - plain).abs().max() > 1e-3
+    assert_clean(model)
+
+
+@torch.no_grad()
+def test_clamped_neurons_have_their_value(llama):
+    ids, down = random_ids(), decoder_layers(llama)[2].mlp.down_proj
+    seen = []
+    with clamp_neurons(llama, {2: {5: 1.5, 9: 0.0}}), clamp_neurons(llama, {2: {5: -2.0}}):
+        handle = down.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        llama(ids)
+        handle.remove()
+    assert (seen[0][..., 5] == -2).all() and (seen[0][..., 9] == 0).all() and (seen[0][..., 6] != 0).any()
+    assert_clean(llama)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_patching_everything_transplants_a_run(make_model, kind):
+    model, ids, other = make_model(kind), random_ids(2)[:1], random_ids(2)[1:]
+    with capture_residual(model, [2]) as caught:
+        wanted = model(other).logits
+    source = caught[2][0][0]
+    with patch_resid(model, 2, range(len(source)), source):
+        assert torch.equal(wanted, model(ids).logits)
+    with (
+        patch_resid(model, 2, [7], source[7]),
+        patch_resid(model, 2, [3, 9], source[[3, 9]]),
+        capture_residual(model, [2]) as patched,
+    ):
+        model(ids)
+    with capture_residual(model, [2]) as plain:
+        model(ids)
+    changed = (patched[2][0] != plain[2][0]).any(-1)[0].nonzero().squeeze(1).tolist()
+    assert changed == [3, 7, 9] and torch.equal(patched[2][0][0, [3, 7, 9]], source[[3, 7, 9]])
+
+
+@torch.no_grad()
+def test_patches_stay_where_they_are_in_cached_steps(llama):
+    ids, value = random_ids(), torch.ones(32)
+    with patch_resid(llama, 1, [4, 33], value):
+        full = llama(ids).logits[0, 30:]
+        cache, steps = llama(ids[:, :30]).past_key_values, []
+        for i in range(30, ids.shape[1]):
+            steps.append(llama(ids[:, i : i + 1], past_key_values=cache).logits[0, -1])
+    assert (full - torch.stack(steps)).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_feeds_count_columns(llama):
+    feeds, ids = [], random_ids(2)
+    with on_feed(llama, feeds.append):
+        cache = llama(ids, attention_mask=torch.ones_like(ids)).past_key_values
+        llama(ids[:, :3], past_key_values=cache)
+    assert [(f.start, f.stop) for f in feeds] == [(0, 40), (40, 43)]
+    assert torch.equal(feeds[0].ids, ids) and feeds[0].mask.shape == (2, 40) and feeds[1].mask is None
+
+
+@torch.no_grad()
+def test_everything_is_gone_after_an_error(llama):
+    ids, plain = random_ids(), llama(random_ids()).logits
+    layers = list(decoder_layers(llama))
+    with (
+        pytest.raises(RuntimeError, match="stop"),
+        ablate_heads(llama, {0: [1]}),
+        clamp_neurons(llama, {1: {2: 3.0}}),
+        patch_resid(llama, 2, [0], torch.zeros(32)),
+        skip_layers(llama, {0, 1}),
+    ):
+        raise RuntimeError("stop")
+    assert list(decoder_layers(llama)) == layers
+    assert_clean(llama)
+    assert torch.equal(plain, llama(ids).logits)
+
+
+def test_what_does_not_exist_is_refused(llama, make_model):
+    with pytest.raises(InputError, match=r"layer 4 .* 0 to 3"), edit_residual(llama, {4: abs}):
+        pass
+    with pytest.raises(InputError, match=r"head 4 .* 0 to 3"):
+        ablate_heads(llama, {0: [4]})
+    with pytest.raises(InputError, match="layer 9"):
+        ablate_heads(llama, {9: [0]})
+    with pytest.raises(InputError, match=r"neuron 64 .* 0 to 63"):
+        clamp_neurons(llama, {0: {64: 0.0}})
+    with pytest.raises(InputError, match="down_proj"):
+        clamp_neurons(make_model("opt"), {0: {0: 0.0}})
+    assert_clean(llama)
+
+
+@torch.no_grad()
+def test_the_fingerprint_follows_the_weights(llama, make_model):
+    twin = copy.deepcopy(llama)
+    assert fingerprint(twin) == fingerprint(llama) != fingerprint(make_model("qwen2"))
+    assert fingerprint(copy.deepcopy(llama).to(torch.bfloat16)) == fingerprint(llama)
+    twin.model.embed_tokens.weight.mul_(1.1)
+    assert fingerprint(twin) != fingerprint(llama)
