@@ -285,13 +285,13 @@ def select(
     model, tokenizer = load_model(model_name, dtype, device)
     with method(model) as kept:
         output = generate(model, tokenizer, f"{text}\n\n{question}", max_new_tokens=max_new_tokens)
-    trace = kept.trace
+    counts = kept.trace.counts()
     if json_output:
         size = {"prompt_tokens": len(output.prompt_ids[0]), "cache_bytes": cache_bytes(output.past_key_values)}
-        as_json({"text": output.texts[0], "kept": trace.counts, **size})
+        as_json({"text": output.texts[0], "kept": list(counts.values()), **size})
     else:
         click.echo(output.texts[0].strip())
-        mean = sum(trace.counts) / len(trace.counts)
+        mean = sum(counts.values()) / len(counts)
         click.echo(f"(kept {mean:.0f} of {len(output.prompt_ids[0])} tokens per layer)", err=True)
 
 

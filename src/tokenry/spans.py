@@ -8,29 +8,24 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Span", "find_spans", "text_offsets"]
+from .text import TokenText
 
-REPLACEMENT = "\ufffd"  # what decoding gives for bytes that are not a whole character yet
+__all__ = ["Span", "find_spans", "text_offsets"]
 
 Span = tuple[int, int]
 
 
 def text_offsets(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[str, Tensor]:
-    """The text of `ids` and the characters (T, 2) of each token. Decodes a few tokens at a time."""
-
-    def decode(start: int, stop: int) -> str:
-        return tokenizer.decode(ids[start:stop], clean_up_tokenization_spaces=False)
-
-    text, offsets, done = "", [], 0
-    for stop in range(1, len(ids) + 1):
-        lead = max(done - 2, 0)  # the tokens before keep leading spaces right
-        before, after = decode(lead, done), decode(lead, stop)
-        if after.endswith(REPLACEMENT) and stop - done < 4 and stop < len(ids):
-            continue  # a character has at most four bytes
-        start, text = len(text), text + after[len(before) :]
-        offsets += [(start, len(text))] * (stop - done)
-        done = stop
-    return text, torch.tensor(offsets).reshape(-1, 2)
+    """The text of `ids`, special tokens included, and the characters (T, 2) of each token."""
+    decoded = TokenText(tokenizer, [], skip_special=False)
+    for token in ids:
+        decoded.append(token)
+    offsets, end, after = [], len(decoded.text), len(decoded.text)
+    for start in reversed(decoded.starts):
+        if start < after:  # tokens of one character share its offsets
+            end, after = after, start
+        offsets.append((start, end))
+    return decoded.text, torch.tensor(offsets[::-1]).reshape(-1, 2)
 
 
 def find_spans(text: str, starts: Tensor | None, total: int, prompt: int) -> dict[str, list[Span]]:

@@ -13,12 +13,12 @@ class TokenText:
     """Text coordinates of one row.
 
     `text` is the decoded generated part, never the prompt; `starts[i]` the character offset at which token i
-    begins. Bytes of an unfinished character are not text yet. Each append decodes only the last few tokens;
-    the lead before them keeps leading spaces and multi-byte characters right.
+    begins. Bytes of an unfinished character are not text yet; the tokens of one character all begin at it. Each
+    append decodes only the last few tokens; the lead before them keeps leading spaces right.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: list[int]) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: list[int], skip_special: bool = True) -> None:
+        self.tokenizer, self.skip_special = tokenizer, skip_special
         self.context = context[-1:]
         self.ids: list[int] = []
         self.starts: list[int] = []
@@ -51,4 +51,4 @@ class TokenText:
 
     def _decode(self, stop: int) -> str:
         ids = self.context + self.ids[:stop] if self.lead < 0 else self.ids[self.lead : stop]
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(ids, skip_special_tokens=self.skip_special, clean_up_tokenization_spaces=False)

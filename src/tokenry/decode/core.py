@@ -2,7 +2,8 @@
 
 Plug-ins do not know of each other:
 
-* processors: `LogitsProcessor(input_ids, scores)`, pure in the row's ids, or with `begin(prompt_length)`;
+* processors: `LogitsProcessor(input_ids, scores)`, pure in the row's ids; `begin(prompt_length)` and `end()` are
+  called around a generation where a processor has them;
 * monitors: `check(row) -> Violation | None` and `hold(row) -> tokens that may still be taken back, None = all`;
 * a layer policy and steerers (context managers), which act inside the engine's forward;
 * streamers: one `transformers` streamer per row, fed only with tokens that no rewind can remove.
@@ -28,8 +29,8 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from ..errors import InputError
+from ..text import TokenText
 from .engine import Engine
-from .text import TokenText
 
 __all__ = ["DecodeLoop", "DecodeOutput", "Monitor", "RewindEvent", "Row", "Violation"]
 
@@ -269,23 +270,30 @@ class DecodeLoop:
         with ExitStack() as stack:
             for steerer in self.steerers:
                 stack.enter_context(steerer)
-            block, mask = input_ids, attention_mask
-            while True:
-                logits = self.engine.feed(block, mask)
-                for row in self.rows:
-                    row.fed = len(row.ids)
-                self._choose(logits)
-                for row in self.rows:
-                    if row.number in self.active:
-                        self._repair(row)
-                        self._emit(row)
-                self.active = {row.number for row in self.rows if not row.finished}
-                if not self.active:
-                    break
-                block, mask = self._next_block(input_ids.device)
+            for processor in self.processors:
+                if hasattr(processor, "begin"):
+                    processor.begin(self.prompt_length)
+                if hasattr(processor, "end"):
+                    stack.callback(processor.end)
+            self._run(input_ids, attention_mask)
         for streamer in self.streamers:
             streamer.end()
         return self._output(input_ids, pad_id)
+
+    def _run(self, block: Tensor, mask: Tensor | None) -> None:
+        """Feed, choose, repair and emit until every row has ended."""
+        while self.active:
+            logits = self.engine.feed(block, mask)
+            for row in self.rows:
+                row.fed = len(row.ids)
+            self._choose(logits)
+            for row in self.rows:
+                if row.number in self.active:
+                    self._repair(row)
+                    self._emit(row)
+            self.active = {row.number for row in self.rows if not row.finished}
+            if self.active:
+                block, mask = self._next_block()
 
     # --- one step ------------------------------------------------------------------------------------------
 
@@ -323,9 +331,6 @@ class DecodeLoop:
         self.active = set(range(batch))
         self.events: list[RewindEvent] = []
         self.chooser = Chooser(self.warpers, self.do_sample, self.seed, batch, self.device)
-        for processor in self.processors:
-            if hasattr(processor, "begin"):
-                processor.begin(self.prompt_length)
 
     def _choose(self, logits: Tensor) -> None:
         """Score and draw for every row at once, or one by one after rewinds have left rows of unequal length."""
@@ -510,15 +515,15 @@ class DecodeLoop:
             self.vocabulary = stored.numel()
             row.scores[old] = tuple(stored.topk(COMPACT_ROW))
 
-    def _next_block(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    def _next_block(self) -> tuple[Tensor, Tensor | None]:
         """The tokens that were not fed yet, right-aligned; finished rows are padding."""
         pending = [row.ids[row.fed :] if row.number in self.active else [] for row in self.rows]
         width = max(map(len, pending))
         if width == 1 and all(pending):
-            return torch.tensor(pending, device=device), None
+            return torch.tensor(pending, device=self.device), None
         tokens = [[0] * (width - len(p)) + p for p in pending]
         mask = [[0] * (width - len(p)) + [1] * len(p) for p in pending]
-        return torch.tensor(tokens, device=device), torch.tensor(mask, device=device)
+        return torch.tensor(tokens, device=self.device), torch.tensor(mask, device=self.device)
 
     def _output(self, input_ids: Tensor, pad_id: int | None) -> DecodeOutput:
         width = max(len(row.ids) for row in self.rows)

@@ -1,0 +1,43 @@
+"""What the benchmarks share: interleaved timing and a line per number."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
+torch.set_num_threads(THREADS)
+
+
+def interleaved(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every run, taken in turns, after one warm-up each."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], first: str, second: str) -> float:
+    """Median over rounds of the time of `second` / the time of `first` in the same round."""
+    return statistics.median(b / a for a, b in zip(seconds[first], seconds[second]))
+
+
+def report(what: str, value: float, goal: str, holds: bool) -> None:
+    """One number, its goal, and whether it is reached."""
+    print(f"{what:<78} {value:7.3f}   goal {goal:<10} {'reached' if holds else 'NOT REACHED'}", flush=True)
+
+
+def heading(text: str) -> None:
+    print(f"\n{text} (torch {torch.__version__}, {THREADS} threads, python {sys.version.split()[0]})", flush=True)

@@ -1,0 +1,115 @@
+"""Writes what the documentation says about numbers: `python -m tokenry.measure.docs` in the repository.
+
+The evidence table of README.md, docs/evidence.md and the option tables of docs/<slug>.md come from the evidence files
+and from the methods' declarations. With --check nothing is written, and the exit code says whether all is up to date.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from .. import catalog
+from .evidence import load_evidence
+
+__all__ = ["documents"]
+
+
+def documents(root: Path) -> dict[Path, str]:
+    """Every generated document: {path: what it should contain}."""
+    entries = {e["slug"]: e for e in load_evidence(root / "docs" / "evidence")}
+    made = {root / "docs" / "evidence.md": evidence_page(entries)}
+    readme = root / "README.md"
+    made[readme] = fill(readme.read_text(encoding="utf-8"), "evidence", evidence_table(entries))
+    for entry in catalog.METHODS:
+        page = root / "docs" / f"{entry.slug}.md"
+        if page.exists():
+            made[page] = fill(page.read_text(encoding="utf-8"), "options", options_table(entry))
+    return made
+
+
+def fill(text: str, name: str, content: str) -> str:
+    """Replace what stands between `<!-- name -->` and `<!-- /name -->`."""
+    pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+    filled, count = re.subn(pattern, lambda m: m[1] + content + "\n" + m[2], text, flags=re.S)
+    if count != 1:
+        raise ValueError(f"expected one <!-- {name} --> ... <!-- /{name} --> block, found {count}")
+    return filled
+
+
+def options_table(entry: catalog.Entry) -> str:
+    rows = ["| option | default | allowed | meaning |", "|---|---|---|---|"]
+    rows += [f"| `{o.name}` | {o.default} | {o.range or o.type} | {o.description} |" for o in entry.load().options()]
+    return "\n".join(rows)
+
+
+def evidence_table(entries: dict[str, dict[str, Any]]) -> str:
+    rows = ["| method | stage | claim | verdict | main number |", "|---|---|---|---|---|"]
+    for entry in catalog.METHODS:
+        if entry.experiment is None:
+            continue
+        found = entries.get(entry.slug)
+        link = f"[{entry.slug}](docs/{entry.slug}.md)"
+        if found:
+            main = found["findings"][0]["numbers"]
+            rows.append(f"| {link} | {entry.stage} | {found['claim']} | {found['verdict']} | {main} |")
+        else:
+            rows.append(f"| {link} | {entry.stage} | {entry.summary} | not measured yet | |")
+    return "\n".join(rows)
+
+
+def evidence_page(entries: dict[str, dict[str, Any]]) -> str:
+    parts = ["# Evidence", "", "Generated from `docs/evidence/*.json` by `make docs`. Each entry is one command."]
+    for found in entries.values():
+        parts += ["", f"## {found['slug']}: {found['verdict']}", "", found["claim"], ""]
+        for finding in found["findings"]:
+            parts.append(f"* **{'yes' if finding['holds'] else 'no'}**: {finding['statement']}  ")
+            parts.append(f"  {finding['numbers']}")
+        if found["notes"]:
+            parts += ["", found["notes"]]
+        parts += ["", *numbers_table(found), ""]
+        numbers, versions = found["numbers"], ", ".join(f"{k} {v}" for k, v in found["versions"].items())
+        parts.append(
+            f"{found['model']}, task `{found['task']}`, {numbers['samples']} samples, seeds {numbers['seeds']}; "
+            f"`{found['command']}`; {found['date']}; {versions}."
+        )
+    return "\n".join(parts) + "\n"
+
+
+def numbers_table(found: dict[str, Any]) -> list[str]:
+    metrics = list(found["metrics"])
+    subjects = found["numbers"]["subjects"]
+    costs = [n for n in next(iter(subjects.values())) if n not in metrics]
+    rows = ["| subject | " + " | ".join(metrics + costs) + " |", "|---|" + "---:|" * len(metrics + costs)]
+    for name, values in subjects.items():
+        cells = [_cell(values[n], found["numbers"]["differences"].get(name, {}).get(n)) for n in metrics + costs]
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    return [*rows, "", f"In brackets: 95 % interval of the paired difference from {found['baseline']}."]
+
+
+def _cell(value: float | None, difference: list[float | None] | None) -> str:
+    if value is None:
+        return ""
+    text = f"{value:.4g}"
+    if difference and difference[1] is not None:
+        text += f" [{difference[1]:+.3g}, {difference[2]:+.3g}]"
+    return text
+
+
+def main() -> int:
+    root = Path.cwd()
+    stale = []
+    for path, text in documents(root).items():
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            stale.append(path)
+            if "--check" not in sys.argv:
+                path.write_text(text, encoding="utf-8")
+    for path in stale:
+        print(f"{'stale' if '--check' in sys.argv else 'written'}: {path.relative_to(root)}")
+    return int(bool(stale) and "--check" in sys.argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

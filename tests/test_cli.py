@@ -1,0 +1,159 @@
+"""The command line: what it prints, and how it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from click.testing import CliRunner
+
+from tokenry.cli import main
+from tokenry.measure.store import RunStore
+
+
+def tokenry(*args, code=0, stdin=None):
+    """Run a command in this process; (standard output, standard error)."""
+    result = CliRunner().invoke(main, list(args), input=stdin)
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.stdout, result.stderr
+
+
+def refuse(*args):
+    """The one sentence a command refuses with."""
+    out, err = tokenry(*args, code=2)
+    lines = err.strip().splitlines()
+    assert out == "" and len(lines) == 1 and lines[0].startswith("Error: ")
+    return lines[0]
+
+
+def test_list_show_and_find():
+    assert "antislop" in tokenry("list")[0]
+    listed = json.loads(tokenry("list", "--stage", "select", "--json")[0])
+    assert [e["slug"] for e in listed] == ["compresskv"]
+    shown = tokenry("show", "antislop")[0]
+    assert "arXiv 2510.15061" in shown and "strength = 1.0" in shown
+    options = json.loads(tokenry("show", "compresskv", "--json")[0])["options"]
+    assert any(o["name"] == "budget" for o in options)
+    assert tokenry("find", "shorter kv cache")[0].startswith("compresskv")
+
+
+def test_every_command_has_help_with_an_example():
+    for command in ("list", "show", "find", "decode", "select", "compare"):
+        assert "Example:\n  " in tokenry(command, "--help")[0].replace("    tokenry", "  tokenry")
+
+
+def test_list_is_instant():
+    """No heavy module is imported for it (the time itself depends on the machine)."""
+    code = (
+        "import sys\nfrom click.testing import CliRunner\nfrom tokenry.cli import main\n"
+        "assert CliRunner().invoke(main, ['list']).exit_code == 0\n"
+        "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'pydantic', 'numpy')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_decode_streams_what_it_returns(tmp_path):
+    slop = tmp_path / "slop.txt"
+    slop.write_text("the lighthouse\nonce upon a time\n")
+    args = ["decode", "--method", "antislop", "-o", f"phrases={slop}", "--max-new-tokens", "25", "Write about a lighthouse"]
+    streamed, _ = tokenry(*args)
+    pairs = tmp_path / "pairs.jsonl"
+    result = json.loads(tokenry(*args, "--json", "--save-pairs", str(pairs))[0])
+    assert streamed.strip() == result["text"].strip()
+    assert "the lighthouse" not in result["text"].lower()
+    assert result["forward_calls"] >= len(result["ids"])
+    saved = [json.loads(line) for line in pairs.read_text().splitlines()]
+    assert len(saved) == sum(e["kind"] == "rewind" for e in result["events"])
+
+
+def test_decode_is_repeatable_and_reads_standard_input():
+    args = ["decode", "--max-new-tokens", "8", "--seed", "5", "--raw", "--json"]
+    first, second = (json.loads(tokenry(*args, *rest, stdin="The sea")[0]) for rest in (["-"], ["The sea"]))
+    assert first["ids"] == second["ids"]
+
+
+def test_two_methods_with_prefixed_options(tmp_path):
+    slop = tmp_path / "slop.txt"
+    slop.write_text("the sea\n")
+    out = tokenry(
+        "decode", "--method", "antislop", "--method", "cyclicreflex", "-o", f"antislop.phrases={slop}",
+        "-o", "cyclicreflex.end_think=none", "--max-new-tokens", "6", "--json", "Tell me about ships",
+    )[0]  # fmt: skip
+    assert len(json.loads(out)["ids"]) == 6
+
+
+def test_select_answers_from_a_file(tmp_path):
+    context = tmp_path / "context.txt"
+    context.write_text("The keeper painted the door of the old lighthouse blue. " * 12)
+    args = ["select", "--method", "compresskv", "-o", "budget=48", "--context", str(context), "--max-new-tokens", "8"]
+    result = json.loads(tokenry(*args, "--json", "What colour is the door?")[0])
+    assert sum(result["kept"]) <= 48 * len(result["kept"]) and result["prompt_tokens"] > 48
+    assert result["text"]
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["decode", "--method", "antislopp", "x"], "did you mean 'antislop'"),
+        (["decode", "--method", "compresskv", "x"], "use `tokenry select`"),
+        (["decode", "--method", "antislop", "-o", "phrases=/nowhere", "x"], "cannot be read"),
+        (["decode", "--method", "antislop", "-o", "strong=1", "x"], "its options are: phrases"),
+        (["decode", "--method", "antislop", "-o", "strength=2", "x"], "give a number in [0, 1]"),
+        (["decode", "--method", "antislop", "--method", "tip", "-o", "strength=1", "x"], "say which method"),
+        (["decode", ""], "prompt is empty"),
+        (["decode", "--max-new-tokens", "0", "x"], "max_new_tokens=0"),
+        (["decode", "--max-new-tokens", "-3", "x"], "max_new_tokens=-3"),
+        (["decode", "--temperature", "0", "x"], "--temperature 0.0 is not allowed"),
+        (["decode", "--min-p", "2", "x"], "--min-p 2.0 is not allowed"),
+        (["decode", "--model", "smollm3", "x"], "there is no model 'smollm3'"),
+        (["decode", "--save-pairs", "/nowhere/p.jsonl", "x"], "cannot be written"),
+        (["select", "--method", "compresskv", "--context", "/nowhere", "q"], "context '/nowhere' cannot be read"),
+        (["compare", "antislop", "--report", "/nowhere/r.html"], "cannot be written"),
+        (["compare", "antislop", "--samples", "0"], "--samples 0"),
+        (["compare", "antislop", "--seeds", "a,b"], "not a list of whole numbers"),
+        (["compare", "tip"], "baseline of another"),
+        (["compare", "nothing"], "there is no method"),
+        (["list", "--stage", "x"], "the stages are"),
+        (["find", "zzzz"], "no method matches"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_code_2(args, message):
+    assert message in refuse(*args)
+
+
+def test_a_prompt_beyond_the_window_is_refused():
+    assert "context window 8192" in refuse("decode", "--raw", "sea " * 9000)
+
+
+def test_ctrl_c_keeps_what_was_measured(tmp_path):
+    """A real Ctrl-C in a real comparison: exit code 130, outcomes in the store, --resume finishes."""
+    store = tmp_path / "runs.sqlite"
+    command = [sys.executable, "-m", "tokenry", "compare", "antislop", "--samples", "2", "--store", str(store)]
+    environment = {**os.environ, "TERM": "dumb"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    deadline = time.time() + 300
+    while time.time() < deadline and process.poll() is None:
+        if store.exists():
+            with RunStore(store) as open_store:
+                if open_store.outcomes(1):
+                    break
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "--resume goes on" in err
+    with RunStore(store) as open_store:
+        kept = set(open_store.outcomes(1))
+    assert 0 < len(kept) < 8
+    report = tmp_path / "report.html"
+    resumed = subprocess.run(
+        [*command, "--resume", "--json", "--report", str(report)], capture_output=True, text=True, env=environment
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    entry = json.loads(resumed.stdout)
+    assert set(entry["numbers"]["subjects"]) == {"plain", "bad_words_ids", "ban first tokens", "antislop"}
+    assert report.read_text().startswith("<!doctype html>")
+    with RunStore(store) as open_store:
+        assert kept < set(open_store.outcomes(1)) and len(open_store.outcomes(1)) == 8
