@@ -1,0 +1,97 @@
+"""Methods of several stages in one call of `generate`, in the ecosystem's own idioms."""
+
+import pytest
+import torch
+
+from tokenry.decode import Antislop, CyclicReflex, PhraseBan, RegexBan, loop
+from tokenry.decode.core import row_seed
+from tokenry.select import CompressKV
+from tokenry.trace import capture
+
+PROMPT = "the old lighthouse stood on the cliff and the sound of the sea was a whisper in the night, and the wind"
+OTHER = "Elara walked along the shore; the keeper seemed to listen to the empty tower and the sea was not a dream but"
+
+
+def encode(tokenizer, *prompts):
+    batch = tokenizer(list(prompts), return_tensors="pt", padding=True)
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+
+
+def run(model, tokenizer, inputs, budget, amplitude, phrases, **options):
+    wave = CyclicReflex(token_ids=range(40, 90), amplitude=amplitude, period=8, end_think=None)
+    press = CompressKV(budget=budget, window=4, top_heads=2, min_tokens=5, adaptive=False, heads="all")
+    with press(model) as kept:
+        out = model.generate(
+            **inputs,
+            custom_generate=loop,
+            logits_processor=[wave],
+            monitors=[PhraseBan(phrases), RegexBan(["#"])],
+            processing_class=tokenizer,
+            pad_token_id=1,
+            return_dict_in_generate=True,
+            **{"max_new_tokens": 30, "do_sample": True, "seed": 6, **options},
+        )
+    return out, kept.trace
+
+
+def test_all_neutral_equals_plain_generate(llama, tokenizer):
+    inputs = encode(tokenizer, PROMPT, OTHER)
+    torch.manual_seed(6)
+    plain = llama.generate(**inputs, do_sample=True, max_new_tokens=30, pad_token_id=1)
+    torch.manual_seed(6)
+    out, _ = run(llama, tokenizer, inputs, 512, 0.0, ["this never occurs"], seed=None)
+    assert torch.equal(plain, out.sequences)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_all_active_batch_equals_single(make_model, tokenizer, kind):
+    """A compressed cache under rewinds: cropped (one row), masked (a padded row) and batched agree."""
+    model, phrases = make_model(kind), ["the", "a", "o", "li", "e", "and", "er", "en"]
+    together, trace = run(model, tokenizer, encode(tokenizer, PROMPT, OTHER), 12, 2.0, phrases)
+    assert set(trace.counts().values()) == {12} and together.events
+    for b, prompt in enumerate((PROMPT, OTHER)):
+        single, _ = run(model, tokenizer, encode(tokenizer, prompt), 12, 2.0, phrases, seed=row_seed(6, b))
+        assert single.new_ids[0] == together.new_ids[b]
+
+
+def test_each_alone_in_plain_generate(llama, tokenizer):
+    inputs = encode(tokenizer, PROMPT)
+    options = dict(max_new_tokens=20, do_sample=False, pad_token_id=1)
+    plain = llama.generate(**inputs, **options)
+    wave = CyclicReflex(token_ids=[43, 44], amplitude=30.0, period=8, end_think=None)
+    waved = llama.generate(**inputs, logits_processor=[wave], **options)
+    assert not torch.equal(plain, waved)
+    assert torch.equal(waved, llama.generate(**inputs, logits_processor=[wave], **options))  # used twice
+    with CompressKV(budget=8, window=4, adaptive=False, heads="all")(llama) as kept:
+        llama.generate(**inputs, **options)
+    assert set(kept.trace.counts().values()) == {8}
+    assert torch.equal(plain, llama.generate(**inputs, **options))
+
+
+def test_a_trace_is_taken_along(llama, tokenizer):
+    """Capturing does not change what monitors, a wave and a compressed cache generate."""
+    inputs = encode(tokenizer, PROMPT)
+    phrases = ["this never occurs"]
+    without, _ = run(llama, tokenizer, inputs, 512, 2.0, phrases)
+    with capture(llama, tokenizer) as cap:
+        with_trace, _ = run(llama, tokenizer, inputs, 512, 2.0, phrases)
+    assert torch.equal(without.sequences, with_trace.sequences)
+    fed = with_trace.sequences[0, :-1]
+    assert torch.equal(cap.trace.ids, fed)
+    logits = llama(fed[None]).logits[0].log_softmax(-1)
+    expected = logits[:-1].gather(1, fed[1:, None]).squeeze(1)
+    assert torch.allclose(cap.trace.logprob[1:], expected, atol=1e-4)
+
+
+def test_methods_add_up_in_generate(smollm2):
+    from tokenry import generate
+
+    model, tokenizer = smollm2
+    out = generate(
+        model,
+        tokenizer,
+        "Tell a story about the sea.",
+        methods=[Antislop(phrases=["the"]), CyclicReflex(words=["and"], amplitude=2.0, period=10, end_think=None)],
+        max_new_tokens=24,
+    )
+    assert " the " not in f" {out.texts[0].lower()} " and len(out.new_ids[0]) == 24
