@@ -1,6 +1,6 @@
 """The decode loop against `model.generate`, and Antislop with thousands of phrases against the loop without.
 
-    python benchmarks/bench_loop.py
+python benchmarks/bench_loop.py
 """
 
 from __future__ import annotations

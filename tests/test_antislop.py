@@ -81,9 +81,7 @@ def test_the_process_follows_its_exact_law():
     length, pattern, rows = 4, "ab", 20_000
     law = exact_law(length, pattern)
     assert abs(sum(law.values()) - 1) < 1e-9 and not any(pattern in text for text in law)
-    runner = DecodeLoop(
-        MarkovEngine(), letters_tokenizer(), monitors=[RegexBan([pattern])], do_sample=True, seed=1
-    )
+    runner = DecodeLoop(MarkovEngine(), letters_tokenizer(), monitors=[RegexBan([pattern])], do_sample=True, seed=1)
     out = runner.generate(torch.zeros(rows, 1, dtype=torch.long), max_new_tokens=length)
     assert out.events
     seen = Counter(out.texts)

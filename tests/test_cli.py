@@ -58,7 +58,16 @@ def test_list_is_instant():
 def test_decode_streams_what_it_returns(tmp_path):
     slop = tmp_path / "slop.txt"
     slop.write_text("the lighthouse\nonce upon a time\n")
-    args = ["decode", "--method", "antislop", "-o", f"phrases={slop}", "--max-new-tokens", "25", "Write about a lighthouse"]
+    args = [
+        "decode",
+        "--method",
+        "antislop",
+        "-o",
+        f"phrases={slop}",
+        "--max-new-tokens",
+        "25",
+        "Write about a lighthouse",
+    ]
     streamed, _ = tokenry(*args)
     pairs = tmp_path / "pairs.jsonl"
     result = json.loads(tokenry(*args, "--json", "--save-pairs", str(pairs))[0])

@@ -163,7 +163,9 @@ def test_unusable_models_are_refused(tmp_path, llama):
     with pytest.raises(InputError, match="dtype 'int7' is unknown"):
         load("smollm2", dtype="int7")
     bert = tmp_path / "bert"
-    BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)).save_pretrained(bert)
+    BertModel(
+        BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    ).save_pretrained(bert)
     (bert / "config.json").write_text(json.dumps({"model_type": "clip"}))
     with pytest.raises(InputError, match="not a causal language model"):
         load(bert)

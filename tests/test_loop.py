@@ -9,8 +9,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from tokenry import InputError
 from tokenry.decode import DecodeLoop, PhraseBan, TransformersEngine, Violation, loop
 from tokenry.decode.core import Row, row_seed
-from tokenry.text import TokenText
 from tokenry.hooks import add_to_residual, decoder_layers
+from tokenry.text import TokenText
 
 PROMPTS = ["the old lighthouse", "Elara walked along the shore and", "the"]
 

@@ -105,9 +105,8 @@ def test_subjects_run_interleaved_and_differences_are_paired():
 @pytest.mark.parametrize("stop_at", [0, 1, 5, 11])
 def test_an_interrupted_run_is_kept_and_resumed(tmp_path, stop_at):
     whole = compare(experiment())
-    with RunStore(tmp_path / "runs.sqlite") as store:
-        with pytest.raises(Interrupted, match=f"{2 * stop_at} of 24"):
-            compare(experiment(Roots(stop_at=stop_at)), store)
+    with RunStore(tmp_path / "runs.sqlite") as store, pytest.raises(Interrupted, match=f"{2 * stop_at} of 24"):
+        compare(experiment(Roots(stop_at=stop_at)), store)
     task = Roots()
     with RunStore(tmp_path / "runs.sqlite") as store:
         resumed = compare(experiment(task), store, resume=True)

@@ -178,6 +178,10 @@ class _PromptLength:
         self.fixed = self.warned = False
         self.prompts = self.last = None
 
+    def end(self) -> None:
+        self.looped = False
+        self.prompts = self.last = None
+
     def __call__(self, input_ids: Tensor) -> int:
         width = input_ids.shape[1]
         if self.fixed:
@@ -228,13 +232,17 @@ class _BiasLogitsProcessor(LogitsProcessor):
     def __init__(
         self, token_ids: Sequence[int], end_think_ids: Sequence[int] | None, prompt_length: int | None = None
     ) -> None:
-        self.token_ids = _checked_ids("token_ids", token_ids)
+        self.token_ids = tuple(dict.fromkeys(_checked_ids("token_ids", token_ids)))  # each biased once
         self.end_think_ids = None if end_think_ids is None else _checked_ids("end_think_ids", end_think_ids)
         self.prompt_length = _PromptLength(prompt_length)
 
     def begin(self, prompt_length: int) -> None:
         """A new generation starts; its prompts fill the first `prompt_length` columns."""
         self.prompt_length.begin(prompt_length)
+
+    def end(self) -> None:
+        """The generation that `begin` announced is over."""
+        self.prompt_length.end()
 
     def bias(self, generated: Tensor) -> Tensor:
         """What to add, in logits, for each row of generated ids (batch, t): (batch,), float32."""
@@ -419,14 +427,10 @@ class BudgetForcingMonitor:
 
 
 def _find(ids: list[int], mark: list[int]) -> bool:
-    """Whether `mark` is a run of `ids`. The first id is looked for by `list.index`, which is fast."""
-    start = 0
-    while mark[0] in ids[start:]:
-        start = ids.index(mark[0], start)
-        if ids[start : start + len(mark)] == mark:
-            return True
-        start += 1
-    return False
+    """Whether `mark` is a run of `ids`."""
+    if mark[0] not in ids:  # nearly always, and fast
+        return False
+    return any(ids[i : i + len(mark)] == mark for i in range(len(ids) - len(mark) + 1))
 
 
 # --- parameters ------------------------------------------------------------------------------------------------
@@ -459,7 +463,7 @@ Windows = Annotated[tuple[tuple[int, int], ...] | None, BeforeValidator(_read_wi
 Limit = Annotated[int | None, BeforeValidator(_read_none)]
 
 
-class _ReflectionMethod(DecodeMethod, LogitsProcessor):
+class _ReflectionMethod(DecodeMethod):
     """What the wave and TIP share: whose logits they change, until when, and how they act as a logits processor.
 
     With `tokenizer=` (or `token_ids=` and `end_think` given as ids or None) the method itself is a logits processor:
@@ -511,9 +515,18 @@ class _ReflectionMethod(DecodeMethod, LogitsProcessor):
         """A new generation starts (the decode loop says so); see `_BiasLogitsProcessor.begin`."""
         self._running().begin(prompt_length)
 
+    def end(self) -> None:
+        """The generation that `begin` announced is over."""
+        self._running().end()
+
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Act as a logits processor."""
         return self._running()(input_ids, scores)
+
+    def __copy__(self) -> _ReflectionMethod:
+        copied = super().__copy__()
+        copied._processor = None  # `model_copy(update=...)` must not run on with the old parameters
+        return copied
 
     def _running(self) -> _BiasLogitsProcessor:
         if self._processor is None:

@@ -1,0 +1,400 @@
+"""Score, keep, carry on: what every method that shortens a key-value cache is made of.
+
+A method is a token scorer, a budget per layer and a `CacheCutter`. The cutter works right after prefill, layer by
+layer: prefill itself runs on the full cache, only later tokens see the short one. Layers may keep different numbers
+of tokens; `PerLayerMask` gives each its own mask, because transformers sizes one mask from one layer's cache.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from ..attention import AttentionCall, attention_modules, observe
+from ..errors import InputError
+from .scores import allocate_proportional, keep_topk, stage_counts
+
+__all__ = [
+    "CacheCutter",
+    "FirstLast",
+    "KeepMap",
+    "LayerView",
+    "LowestScore",
+    "PerLayerMask",
+    "Random",
+    "TokenScorer",
+    "UniformStride",
+    "allocate_proportional",
+    "full_attention_layers",
+    "keep_topk",
+    "stage_counts",
+]
+
+
+def full_attention_layers(model: PreTrainedModel) -> list[int]:
+    """Layers whose cache grows with the text. Sliding-window and recurrent layers are not worth cutting.
+
+    Raises:
+        InputError: there are none.
+    """
+    layers = DynamicCache(config=model.config).layers
+    found = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+    if not found:
+        raise InputError(
+            f"every layer of {type(model).__name__} keeps only a window or a state; there is no cache to compress"
+        )
+    return found
+
+
+# --- what was kept ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class KeepMap:
+    """Which columns of the prompt each layer kept.
+
+    Attributes:
+        length: T, columns of the prompt, left padding included.
+        valid: (batch, T) bool, False on padding; None without padding.
+        columns: per layer (batch, kept) int64, ascending. Layers that are never cut are missing.
+        scores: per layer (batch, T) float32, -inf on padding; only layers that were cut.
+        column_bytes: per layer, bytes of one column of one row, keys and values.
+    """
+
+    length: int
+    valid: Tensor | None = None
+    columns: dict[int, Tensor] = field(default_factory=dict)
+    scores: dict[int, Tensor] = field(default_factory=dict)
+    column_bytes: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def cut(self) -> bool:
+        """Whether any layer lost a column."""
+        return bool(self.scores)
+
+    def counts(self) -> dict[int, int]:
+        """Columns kept, per layer."""
+        return {layer: columns.shape[1] for layer, columns in self.columns.items()}
+
+    def mask(self, layer: int) -> Tensor:
+        """(batch, T) bool: True where a token of the prompt is still there. Padding is False."""
+        columns = self.columns[layer]
+        kept = torch.zeros(columns.shape[0], self.length, dtype=torch.bool, device=columns.device)
+        kept.scatter_(1, columns, True)
+        return kept if self.valid is None else kept & self.valid
+
+    def positions(self, layer: int) -> Tensor:
+        """(batch, kept): the place of each kept column in its own row's prompt; -1 for padding."""
+        columns = self.columns[layer]
+        if self.valid is None:
+            return columns
+        place = (self.valid.long().cumsum(1) - 1).masked_fill(~self.valid, -1)
+        return place.gather(1, columns)
+
+    def kv_bytes(self) -> int:
+        """Bytes of the kept keys and values of the prompt, over all layers that may be cut."""
+        return sum(c.numel() * self.column_bytes[layer] for layer, c in self.columns.items())
+
+    def full_bytes(self) -> int:
+        """Bytes of the same layers without compression."""
+        return sum(c.shape[0] * self.length * self.column_bytes[layer] for layer, c in self.columns.items())
+
+
+# --- scorers ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class LayerView:
+    """One layer right after prefill, as a scorer sees it.
+
+    `keys` and `values` are (batch, kv_heads, T, head_dim); `valid` is (batch, T) bool or None without padding.
+    `attention(w, heads)` gives the attention rows of the last w positions, (batch, len(heads), w, T), in float32.
+    """
+
+    layer: int
+    keys: Tensor
+    values: Tensor
+    valid: Tensor | None
+    attention: Callable[[int, Sequence[int]], Tensor]
+
+    def places(self) -> Tensor:
+        """(batch, T): the place of each column in its own row, 0 for the first token after the padding."""
+        batch, _, length, _ = self.keys.shape
+        if self.valid is None:
+            return torch.arange(length, device=self.keys.device).expand(batch, length)
+        return (self.valid.long().cumsum(1) - 1).clamp(min=0)
+
+
+class TokenScorer(Protocol):
+    """Says what each token of the prompt is worth to one layer. `reads_attention`: whether it asks for rows."""
+
+    reads_attention: bool
+
+    def score(self, view: LayerView) -> Tensor:
+        """(batch, T), higher is kept first."""
+
+
+@dataclass(frozen=True)
+class Random:
+    """Control: any tokens, other ones in every layer."""
+
+    seed: int = 0
+    reads_attention: bool = field(default=False, init=False)
+
+    def score(self, view: LayerView) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + view.layer)
+        batch, _, length, _ = view.keys.shape
+        return torch.rand(batch, length, generator=generator).to(view.keys.device)
+
+
+@dataclass(frozen=True)
+class FirstLast:
+    """Control: the first `sinks` tokens and the most recent ones, as in StreamingLLM."""
+
+    sinks: int = 4
+    reads_attention: bool = field(default=False, init=False)
+
+    def score(self, view: LayerView) -> Tensor:
+        place = view.places()
+        return torch.where(place < self.sinks, place.shape[1] + self.sinks - place, place).float()
+
+
+@dataclass(frozen=True)
+class UniformStride:
+    """Control: evenly spread tokens. Bit-reversed order spreads any number of them without knowing how many."""
+
+    reads_attention: bool = field(default=False, init=False)
+
+    def score(self, view: LayerView) -> Tensor:
+        place = view.places()
+        bits = max(1, (place.shape[1] - 1).bit_length())
+        reversed_place = sum(((place >> i) & 1) << (bits - 1 - i) for i in range(bits))
+        return -reversed_place.float()
+
+
+@dataclass(frozen=True)
+class LowestScore:
+    """Control: keep what `scorer` values least. Must be the worst of all."""
+
+    scorer: TokenScorer
+
+    @property
+    def reads_attention(self) -> bool:
+        return self.scorer.reads_attention
+
+    def score(self, view: LayerView) -> Tensor:
+        return -self.scorer.score(view)
+
+
+# --- the cutter ------------------------------------------------------------------------------------------------
+
+
+class PerLayerMask:
+    """Builds the attention mask of a layer from what it kept.
+
+    A layer's cache holds the kept columns of the prompt and then every column that came later, also after the
+    decode loop cropped some. The model's 2-D mask speaks about all columns there ever were.
+    """
+
+    def __init__(self, keep: KeepMap, mask: Tensor | None) -> None:
+        """`mask` is (batch, T + later columns) bool, or None when nothing is hidden."""
+        self.keep, self.mask = keep, mask
+
+    def build(self, layer: int, held: int, q_length: int) -> Tensor | None:
+        """(batch or 1, 1, q, held + q) bool, True where attention is allowed; None when everything is.
+
+        `held` counts the layer's columns before this forward.
+        """
+        device = self.keep.columns[layer].device
+        visible = self._visible(layer, held + q_length)
+        if q_length == 1:
+            return None if visible is None else visible[:, None, None]
+        key = torch.arange(held + q_length, device=device)
+        query = torch.arange(held, held + q_length, device=device)
+        causal = (key <= query[:, None])[None, None]
+        return causal if visible is None else causal & visible[:, None, None]
+
+    def _visible(self, layer: int, total: int) -> Tensor | None:
+        """(batch, total) bool over the layer's own columns."""
+        keep, columns = self.keep, self.keep.columns[layer]
+        if self.mask is None and keep.valid is None:
+            return None
+        seen = keep.valid if self.mask is None else self.mask[:, : keep.length]
+        if self.mask is not None and keep.valid is not None:
+            seen = seen & keep.valid  # padding of the prompt stays hidden whatever a later mask says
+        later = columns.new_ones(columns.shape[0], total - columns.shape[1], dtype=torch.bool)
+        if self.mask is not None:
+            later = self.mask[:, keep.length :]
+        return torch.cat([seen.gather(1, columns), later], 1)
+
+
+class CacheCutter:
+    """Context manager: shorten each layer's cache right after prefill.
+
+    A prefill is a forward whose cache is empty when it starts, so every new `generate` call is compressed anew.
+    Position ids keep counting from the prompt's full length, also in a bare `model(ids, past_key_values=cache)`.
+    The short cache is for use inside the context: outside, nothing knows which columns are missing.
+
+    Args:
+        scorer: what each token is worth.
+        budgets: columns to keep, per layer; layers that are not named are left alone.
+        protect_last: newest prompt tokens that are always kept, counted in the budget.
+
+    Attributes:
+        trace: KeepMap of the last prefill, None before the first.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, scorer: TokenScorer, budgets: Mapping[int, int], protect_last: int = 0
+    ) -> None:
+        if model.config.is_encoder_decoder:
+            raise InputError(f"{type(model).__name__} has an encoder; cache compression takes decoder-only models")
+        self.model, self.scorer, self.budgets, self.protect_last = model, scorer, dict(budgets), protect_last
+        self.trace: KeepMap | None = None
+        self._maps: weakref.WeakKeyDictionary[Cache, KeepMap] = weakref.WeakKeyDictionary()
+        self._call: AttentionCall | None = None
+        self._mask: PerLayerMask | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        implementation = self.model.config._attn_implementation
+        if implementation not in ("eager", "sdpa", "tokenry"):
+            raise InputError(
+                f"attention implementation {implementation!r} takes no mask per layer; "
+                "load the model with attn_implementation='sdpa'"
+            )
+        decoder = self.model.get_decoder()
+        names = list(inspect.signature(decoder.forward).parameters)
+        if "position_ids" not in names:
+            raise InputError(
+                f"{type(self.model).__name__} takes no position_ids, so its positions cannot keep counting"
+            )
+        modules = attention_modules(self.model)
+        if any(isinstance(getattr(m, "_tokenry_cutter", None), CacheCutter) for m in modules):
+            raise InputError("the cache of this model is already being compressed; leave the other context first")
+        with ExitStack() as stack:  # whatever was opened is closed again when a later step fails
+            if self.scorer.reads_attention and implementation != "eager":
+                stack.enter_context(observe(self.model, self._remember))
+            hook = decoder.register_forward_pre_hook(
+                lambda module, args, kwargs: self._before_model(dict(zip(names, args)) | kwargs), with_kwargs=True
+            )
+            stack.callback(hook.remove)
+            for module in modules:
+                if module.layer_idx in self.budgets:
+                    module._tokenry_cutter = self
+                    stack.callback(delattr, module, "_tokenry_cutter")
+                    stack.callback(module.register_forward_pre_hook(self._before_layer, with_kwargs=True).remove)
+                    stack.callback(module.register_forward_hook(self._after_layer, with_kwargs=True).remove)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._call = self._mask = None
+        self._stack.close()
+
+    def _remember(self, call: AttentionCall) -> None:
+        self._call = call
+
+    # --- before a forward --------------------------------------------------------------------------------------
+
+    def _before_model(self, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+        q_length = tokens.shape[1]
+        self._mask = None
+        if cache is None or cache.get_seq_length() == 0:
+            self.trace = KeepMap(q_length, self._check_prompt(cache, mask))
+            return (), kwargs
+        keep = self._maps.get(cache)
+        if keep is None or not keep.cut:
+            return (), kwargs
+        # a layer policy may have skipped layers lately: the longest one has seen everything
+        later = max(cache.layers[i].get_seq_length() - c.shape[1] for i, c in keep.columns.items())
+        if later < 0:
+            raise InputError(
+                "the cache was cropped into the compressed prompt, as assisted generation does with its first draft; "
+                "generate without an assistant or prompt lookup"
+            )
+        seen = keep.length + later
+        if mask is not None and (mask.dim() != 2 or mask.shape[1] != seen + q_length):
+            raise InputError(
+                f"attention_mask has shape {tuple(mask.shape)}, but {seen + q_length} tokens were seen; "
+                "give a 2-D mask with one entry for every token, evicted ones included"
+            )
+        self._mask = PerLayerMask(keep, None if mask is None else mask.bool())
+        if kwargs.get("position_ids") is None:  # the model would count from the short cache
+            kwargs["position_ids"] = torch.arange(seen, seen + q_length, device=tokens.device)[None]
+        return (), kwargs
+
+    def _check_prompt(self, cache: Cache | None, mask: Tensor | None) -> Tensor | None:
+        """The prompt's padding as (batch, T) bool, or None. Refuses what cannot be cut."""
+        for layer in [] if cache is None else cache.layers:
+            if hasattr(layer, "_quantized_keys") or getattr(layer, "is_compileable", False):
+                raise InputError(f"a {type(cache).__name__} cannot be cut; use the default dynamic cache")
+        if mask is None:
+            return None
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            raise InputError("cache compression reads a 2-D attention_mask (batch, tokens); do not pass a 4-D one")
+        valid = mask.bool()
+        if bool(valid.all()):
+            return None
+        if bool((valid[:, :-1] & ~valid[:, 1:]).any()):
+            raise InputError("the prompts are padded on the right; set tokenizer.padding_side = 'left'")
+        return valid
+
+    def _before_layer(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        if self._mask is None:
+            return None
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        held = kwargs["past_key_values"].layers[module.layer_idx].get_seq_length()
+        mask = self._mask.build(module.layer_idx, held, hidden.shape[1])
+        if mask is not None and self.model.config._attn_implementation == "eager":  # which adds its mask
+            mask = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(~mask, torch.finfo(hidden.dtype).min)
+        return args, kwargs | {"attention_mask": mask}
+
+    # --- after prefill -----------------------------------------------------------------------------------------
+
+    def _after_layer(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: tuple) -> None:
+        call, self._call = self._call, None
+        cache = kwargs.get("past_key_values")
+        if cache is None or self._mask is not None or self.trace is None:
+            return
+        store, layer, keep = cache.layers[module.layer_idx], module.layer_idx, self.trace
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        if store.get_seq_length() != hidden.shape[1]:
+            return  # a later forward on a cache that was short enough to stay whole
+        self._maps[cache] = keep
+
+        def attention(w: int, heads: Sequence[int]) -> Tensor:
+            if call is None:  # eager gives every row
+                return output[1][:, list(heads), -w:].float()
+            return call.rows(slice(hidden.shape[1] - w, None), torch.as_tensor(heads))
+
+        self._cut(LayerView(layer, store.keys, store.values, keep.valid, attention), store, keep)
+
+    def _cut(self, view: LayerView, store: DynamicLayer, keep: KeepMap) -> None:
+        batch, kv_heads, length, _ = view.keys.shape
+        per_head = sum(t.shape[-1] * t.element_size() for t in (view.keys, view.values))
+        keep.column_bytes[view.layer] = kv_heads * per_head
+        budget = self.budgets[view.layer]
+        if budget >= length:
+            keep.columns[view.layer] = torch.arange(length, device=view.keys.device).expand(batch, length)
+            return
+        scores = self.scorer.score(view).float()
+        if view.valid is not None:
+            scores = scores.masked_fill(~view.valid, float("-inf"))
+        newest = torch.arange(length, device=scores.device) >= length - self.protect_last
+        columns = keep_topk(scores, budget, newest)
+        index = columns[:, None, :, None]
+        store.keys = view.keys.gather(2, index.expand(-1, kv_heads, -1, view.keys.shape[-1]))
+        store.values = view.values.gather(2, index.expand(-1, kv_heads, -1, view.values.shape[-1]))
+        keep.columns[view.layer], keep.scores[view.layer] = columns, scores
