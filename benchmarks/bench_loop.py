@@ -13,13 +13,17 @@ import tokenry
 from tokenry.decode import PhraseBan, encode_prompts, loop
 
 NEW_TOKENS = 64
-PROMPTS = [f"Write a story about {thing}." for thing in ("a lighthouse", "a fox", "rain", "a clock", "tea", "a map", "ice", "a bell")]  # fmt: skip
+THINGS = ("a lighthouse", "a fox", "rain", "a clock", "tea", "a map", "ice", "a bell")
+PROMPTS = [f"Write a story about {thing}." for thing in THINGS]
 
 
 def phrases(count: int) -> list[str]:
     """Phrases of two to five made-up words that no model writes."""
     rng = random.Random(0)
-    word = lambda: "".join(rng.choice("bcdfghklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(2, 4)))  # noqa: E731
+
+    def word() -> str:
+        return "".join(rng.choice("bcdfghklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(2, 4)))
+
     return [" ".join(["qz" + word(), *(word() for _ in range(rng.randint(1, 4)))]) for _ in range(count)]
 
 

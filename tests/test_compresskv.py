@@ -428,8 +428,8 @@ def test_is_found_by_the_catalogue_and_reads_options_as_text():
 
 
 def test_retrieval_heads_keep_the_needle_that_recent_tokens_lose(smollm2):
+    from tokenry.measure.needle import NeedleTask
     from tokenry.measure.task import Subject
-    from tokenry.measure.tasks_needle import NeedleTask
     from tokenry.select import CacheCutter, FirstLast
 
     model, tokenizer = smollm2
@@ -443,5 +443,5 @@ def test_retrieval_heads_keep_the_needle_that_recent_tokens_lose(smollm2):
     ]
     full, ours, recent = (task.run(subject, task.samples(), 0)[0] for subject in subjects)
     assert full.metrics["answer_nll"] < ours.metrics["answer_nll"] < recent.metrics["answer_nll"]
-    assert sum(ours.detail["kept"]) == 64 * 30 and len(ours.detail["answer"]) == 9
+    assert sum(ours.detail["kept"]) == 64 * 30 and len(ours.detail["tokens"]) == 9
     assert ours.cost["cache_bytes"] == recent.cost["cache_bytes"] == 64 * 30 * 2 * 3 * 64 * 4

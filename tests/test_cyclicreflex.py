@@ -935,6 +935,6 @@ def test_the_experiment_counts_by_phase(llama, tokenizer):
 
 
 def test_the_prompts_are_twenty_different_ones():
-    from tokenry.measure.tasks_reflection import REFLECTION_PROMPTS
+    from tokenry.measure.reflection import REFLECTION_PROMPTS
 
     assert len(set(REFLECTION_PROMPTS)) == 20

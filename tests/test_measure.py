@@ -114,6 +114,15 @@ def test_an_interrupted_run_is_kept_and_resumed(tmp_path, stop_at):
     assert resumed.to_dict() == whole.to_dict()
 
 
+def test_a_run_can_be_extended(tmp_path):
+    with RunStore(tmp_path / "runs.sqlite") as store:
+        compare(experiment(Roots(4), seeds=(0,)), store)
+        task = Roots(6)
+        extended = compare(experiment(task, seeds=(0, 1)), store, resume=True)
+    assert extended.to_dict() == compare(experiment()).to_dict()
+    assert len(task.log) == 8  # two subjects: one new batch of seed 0, three of seed 1
+
+
 def test_a_run_with_other_settings_is_not_resumed(tmp_path):
     with RunStore(tmp_path / "runs.sqlite") as store:
         compare(experiment(), store, about={"model": "a"})

@@ -218,7 +218,12 @@ class TransformersEngine:
             for length, layer in zip(lengths, self.cache.layers)
         )
         if self.policy is not None or not whole:
-            return  # layers of unequal length: the mask alone hides dead columns, which is exact too
+            if sliding:
+                raise InputError(
+                    "tokens of a batch cannot be taken back when layers hold unequal numbers of columns and some have "
+                    "a sliding window; run one prompt at a time"
+                )
+            return  # the mask alone hides dead columns, which is exact too
         order = torch.argsort(self.mask[:, : self.columns].long(), dim=1, stable=True)[:, dead:]
         gather_columns(self.cache, order)
         for name in ("mask", "tokens"):

@@ -93,7 +93,8 @@ def compare(
     resume: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Run an experiment. With a store every outcome is kept at once, and `resume` skips what is there.
+    """Run an experiment. With a store every outcome is kept at once, and `resume` skips what is there: a run can be
+    finished, or extended by more samples or seeds.
 
     Args:
         about: what identifies the run beside the experiment itself (model, options).
@@ -107,13 +108,12 @@ def compare(
         "experiment": experiment.slug,
         "task": experiment.task.slug,
         "subjects": {s.name: s.setting for s in experiment.subjects},
-        "samples": [s.id for s in samples],
-        "seeds": list(experiment.seeds),
         **(about or {}),
     }
     run = store.begin(identity, resume) if store else None
-    outcomes = store.outcomes(run) if store else {}
-    total = len(samples) * len(experiment.seeds) * len(experiment.subjects)
+    wanted = {(s.name, x.id, seed) for s in experiment.subjects for x in samples for seed in experiment.seeds}
+    outcomes = {key: o for key, o in store.outcomes(run).items() if key in wanted} if store else {}
+    total = len(wanted)
     try:
         for seed in experiment.seeds:
             for start in range(0, len(samples), experiment.batch):

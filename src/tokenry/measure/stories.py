@@ -6,18 +6,15 @@ import math
 from collections.abc import Sequence
 from importlib.resources import files
 from itertools import pairwise
-from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..cache import cache_bytes
 from ..decode.antislop import PhraseBan
 from ..decode.api import generate
 from ..decode.core import DecodeOutput, Row
 from .cost import Meter
 from .task import Metric, Outcome, Sample, Subject
+from .texts import continuation_logprobs, generation_cost, shown_tokens
 
 SAMPLING = {"do_sample": True, "temperature": 1.0, "min_p": 0.05, "top_k": 0}
 
@@ -73,9 +70,9 @@ class StoriesTask:
                 **SAMPLING,
                 **(subject.apply or {}),
             )
-        return self._outcomes(output, len(samples), meter)
+        return self._outcomes(output, meter)
 
-    def _outcomes(self, output: DecodeOutput, count: int, meter: Meter) -> list[Outcome]:
+    def _outcomes(self, output: DecodeOutput, meter: Meter) -> list[Outcome]:
         logprobs = continuation_logprobs(self.model, output)
         outcomes = []
         for b, (ids, scores) in enumerate(zip(output.new_ids, logprobs)):
@@ -91,15 +88,8 @@ class StoriesTask:
                         "distinct_2": len(set(pairs)) / max(len(pairs), 1),
                         "words": float(len(words)),
                     },
-                    {
-                        "seconds": meter.seconds / count,
-                        "tokens": float(len(ids)),
-                        "forward_passes": output.forward_calls / count,
-                        "token_forwards": output.token_forwards / count,
-                        "peak_bytes": meter.peak_bytes,
-                        "cache_bytes": cache_bytes(output.past_key_values) / count,
-                    },
-                    self._detail(output, b, row, scores, hits),
+                    generation_cost(output, b, meter),
+                    {"nll": -float(scores.sum()), "hits": hits, **shown_tokens(output, b, row, scores)},
                 )
             )
         return outcomes
@@ -114,32 +104,3 @@ class StoriesTask:
                 spans.append(violation.span)
             row.checked = len(row.text)
         return spans
-
-    def _detail(
-        self, output: DecodeOutput, b: int, row: Row, scores: Tensor, hits: list[tuple[int, int]]
-    ) -> dict[str, Any]:
-        starts = [*row.starts, len(row.text)]
-        tokens = [row.text[a:z] for a, z in pairwise(starts)]
-        marks = [
-            {"index": e.index, "kind": e.kind, "rule": e.rule, "rejected": e.rejected_text}
-            for e in output.events
-            if e.row == b
-        ]
-        return {
-            "tokens": [[t, round(math.exp(s), 4)] for t, s in zip(tokens, scores.tolist())],
-            "nll": -float(scores.sum()),
-            "hits": [list(span) for span in hits],
-            "marks": marks,
-        }
-
-
-def continuation_logprobs(model: PreTrainedModel, output: DecodeOutput) -> list[Tensor]:
-    """Log-probability of every generated token under the plain model, one (new tokens,) tensor per row."""
-    found = []
-    for prompt, ids in zip(output.prompt_ids, output.new_ids):
-        whole = torch.tensor([prompt + ids], device=model.device)
-        with torch.no_grad():
-            logits = model(whole[:, :-1], use_cache=False, logits_to_keep=len(ids)).logits[0].float()
-        target = whole[0, -len(ids) :, None]
-        found.append(logits.log_softmax(-1).gather(1, target).squeeze(1).cpu())
-    return found

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...select.compresskv import CompressKV, shipped_profile
 from ...select.core import CacheCutter, FirstLast, full_attention_layers
+from ..needle import NeedleTask
 from ..task import Experiment, Finding, Subject
-from ..tasks_needle import NeedleTask
 
 if TYPE_CHECKING:
     from ..compare import Comparison
@@ -36,8 +36,8 @@ METHODS = (ADAPTIVE, UNIFORM)
 def build(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    samples: int = 60,
-    seeds: Sequence[int] = (0,),
+    samples: int | None = None,
+    seeds: Sequence[int] | None = None,
     method: CompressKV | None = None,
 ) -> Experiment:
     """Needle prompts of about 500 tokens; every choice of heads at three cache budgets.
@@ -55,11 +55,11 @@ def build(
     return Experiment(
         slug=CompressKV.slug,
         claim=CompressKV.claim,
-        task=NeedleTask(model, tokenizer, samples),
+        task=NeedleTask(model, tokenizer, samples or 60),
         subjects=subjects,
         baseline=FULL,
         judge=judge,
-        seeds=seeds,
+        seeds=tuple(seeds or (0,)),
         notes="Five digits hidden in about 500 tokens of filler; the profile was made from other prompts. "
         "Random heads and shuffled layer errors are drawn anew for every prompt.",
     )

@@ -21,8 +21,8 @@ from ...decode.cyclicreflex import (
     triangular_wave,
 )
 from ..compare import Comparison
+from ..reflection import BOTTOM, TOP, ReflectionTask
 from ..task import Experiment, Finding, Subject
-from ..tasks_reflection import BOTTOM, TOP, ReflectionTask
 
 PLAIN, CONSTANT, TIP, SHIFTED, METHOD = "plain", "constant", "tip", "wave, half a period later", "cyclicreflex"
 WORDS = (" but", " However", " and")
@@ -90,7 +90,7 @@ class Estimate(NamedTuple):
 def phase_counts(comparison: Comparison, subject: str) -> np.ndarray:
     """Counts of a subject, summed over seeds: (samples, 2, bins), reflection tokens and all tokens."""
     details = comparison.details(subject)
-    counts = np.array([[d["hits"], d["tokens"]] for d in details], float)
+    counts = np.array([[d["phase_hits"], d["phase_tokens"]] for d in details], float)
     return counts.reshape(len(comparison.experiment.seeds), -1, *counts.shape[1:]).sum(0)
 
 

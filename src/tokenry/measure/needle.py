@@ -73,6 +73,7 @@ class NeedleTask:
         log_probs = logits.log_softmax(-1)
         chosen = log_probs.gather(1, targets[:, None])[:, 0]
         kept = None if cutter is None else list(cutter.trace.counts().values())
+        note = f"best guess: {self.tokenizer.decode(logits.argmax(-1))!r}"
         return Outcome(
             metrics={
                 "answer_nll": -float(chosen.mean()),
@@ -84,21 +85,18 @@ class NeedleTask:
                 "token_forwards": prompt.shape[1] + answer.shape[1] - 1,
                 "cache_bytes": held,
             },
-            detail={"prompt_tokens": prompt.shape[1], "kept": kept, "answer": self._tokens(logits, targets, chosen)},
+            detail={
+                "prompt_tokens": prompt.shape[1],
+                "kept": kept,
+                "tokens": self._tokens(targets, chosen),
+                "note": note,
+            },
         )
 
     def _ids(self, text: str) -> Tensor:
         ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
         return ids.to(self.model.device)
 
-    def _tokens(self, logits: Tensor, targets: Tensor, chosen: Tensor) -> list[dict[str, Any]]:
-        """Each scored answer token, its probability, and what the model would have written."""
-        best = logits.argmax(-1).tolist()
-        return [
-            {
-                "token": self.tokenizer.decode([target]),
-                "probability": round(p, 4),
-                "best": self.tokenizer.decode([top]),
-            }
-            for target, p, top in zip(targets.tolist(), chosen.exp().tolist(), best)
-        ]
+    def _tokens(self, targets: Tensor, chosen: Tensor) -> list[list[Any]]:
+        """Each scored answer token and its probability."""
+        return [[self.tokenizer.decode([t]), round(p, 4)] for t, p in zip(targets.tolist(), chosen.exp().tolist())]

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..cache import cache_bytes
 from ..decode.api import generate
+from ..decode.core import Row
 from ..decode.cyclicreflex import triangular_wave
 from .cost import Meter
-from .stories import continuation_logprobs
 from .task import Metric, Outcome, Sample, Subject
+from .texts import continuation_logprobs, generation_cost, shown_tokens
 
 __all__ = ["BINS", "REFLECTION_PROMPTS", "ReflectionTask"]
 
@@ -50,7 +50,7 @@ class ReflectionTask:
 
     A subject's `apply` is a dict of keyword arguments for `tokenry.generate`. The phase of a token is its generated
     position within the period, for every subject alike. The rate of reflection tokens by phase is a number of the whole
-    run, not of a sample, so `detail` holds the counts of each of the 16 phase bins: `hits` and `tokens`.
+    run, not of a sample, so `detail` holds the counts of each of the 16 phase bins.
     """
 
     slug: ClassVar[str] = "reflection"
@@ -94,21 +94,17 @@ class ReflectionTask:
                 **(subject.apply or {}),
             )
         logprobs = continuation_logprobs(self.model, output)
-        cost = {
-            "seconds": meter.seconds / len(samples),
-            "forward_passes": output.forward_calls / len(samples),
-            "token_forwards": output.token_forwards / len(samples),
-            "peak_bytes": meter.peak_bytes,
-            "cache_bytes": cache_bytes(output.past_key_values) / len(samples),
-        }
-        return [
-            Outcome(
-                {**self._rates(ids), "words": float(len(text.split())), "logprob": float(scores.mean())},
-                {**cost, "tokens": float(len(ids))},
-                self._detail(ids, text),
-            )
-            for ids, text, scores in zip(output.new_ids, output.texts, logprobs)
-        ]
+        outcomes = []
+        for b, (ids, scores) in enumerate(zip(output.new_ids, logprobs)):
+            row = Row(b, [], self.tokenizer)
+            for token in ids:
+                row.append(token)
+            metrics = {**self._rates(ids), "words": float(len(row.text.split())), "logprob": float(scores.mean())}
+            hits, tokens = self._counts(ids)
+            counts = {"phase_hits": hits.tolist(), "phase_tokens": tokens.tolist()}
+            detail = {**counts, **shown_tokens(output, b, row, scores)}
+            outcomes.append(Outcome(metrics, generation_cost(output, b, meter), detail))
+        return outcomes
 
     def wave(self, amplitude: float, shift: float = 0.0) -> np.ndarray:
         """Mean of exp(bias) over the positions of each phase bin: what the odds are multiplied by."""
@@ -130,7 +126,3 @@ class ReflectionTask:
         parts = {"rate_top": list(TOP), "rate_bottom": list(BOTTOM), "reflection_rate": list(range(BINS))}
         # a text that ends before a phase says nothing about it
         return {n: float(hits[p].sum() / tokens[p].sum()) if tokens[p].sum() else math.nan for n, p in parts.items()}
-
-    def _detail(self, ids: Sequence[int], text: str) -> dict[str, Any]:
-        hits, tokens = self._counts(ids)
-        return {"hits": hits.tolist(), "tokens": tokens.tolist(), "text": text}
