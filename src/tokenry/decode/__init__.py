@@ -1,7 +1,6 @@
 """decode: which token comes next?"""
 
-from importlib import import_module
-from typing import Any
+from ..lazy import exports
 
 _HOMES = {
     "Antislop": "antislop",
@@ -29,9 +28,4 @@ _HOMES = {
     "Plugins": "method",
 }
 __all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    raise AttributeError(f"module 'tokenry.decode' has no attribute {name!r}")
+__getattr__ = exports(__name__, _HOMES)

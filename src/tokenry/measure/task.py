@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
-
-if TYPE_CHECKING:
-    from .compare import Comparison
+from typing import Any, Literal, Protocol
 
 __all__ = ["COSTS", "Experiment", "Finding", "Metric", "Outcome", "Sample", "Subject", "Task"]
 
@@ -88,7 +85,7 @@ class Finding:
 class Experiment:
     """A claim and how to test it: a task, the subjects with their controls, and what decides.
 
-    `judge` turns a finished comparison into findings. The verdict is `reproduced` if all hold,
+    `judge` turns a finished `Comparison` into findings. The verdict is `reproduced` if all hold,
     `direction only` if the first one holds, else `not reproduced`.
     """
 
@@ -97,7 +94,7 @@ class Experiment:
     task: Task
     subjects: Sequence[Subject]
     baseline: str
-    judge: Callable[[Comparison], list[Finding]]
+    judge: Callable[[Any], list[Finding]]
     seeds: Sequence[int] = (0,)
     batch: int = 1
     notes: str = ""

@@ -1,7 +1,6 @@
 """select: which tokens are kept?"""
 
-from importlib import import_module
-from typing import Any
+from ..lazy import exports
 
 _HOMES = {
     "CompressKV": "compresskv",
@@ -31,9 +30,4 @@ _HOMES = {
     "SelectMethod": "method",
 }
 __all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    raise AttributeError(f"module 'tokenry.select' has no attribute {name!r}")
+__getattr__ = exports(__name__, _HOMES)
