@@ -445,3 +445,32 @@ def test_retrieval_heads_keep_the_needle_that_recent_tokens_lose(smollm2):
     assert full.metrics["answer_nll"] < ours.metrics["answer_nll"] < recent.metrics["answer_nll"]
     assert sum(ours.detail["kept"]) == 64 * 30 and len(ours.detail["tokens"]) == 9
     assert ours.cost["cache_bytes"] == recent.cost["cache_bytes"] == 64 * 30 * 2 * 3 * 64 * 4
+
+
+def test_a_shared_prefill_equals_one_inside_the_context(llama):
+    """Cutting a copy of a finished prefill keeps the same tokens and gives the same logits."""
+    import copy
+
+    from transformers import DynamicCache
+
+    from tokenry.attention import observe
+
+    prompt = torch.arange(2, 62)[None]
+    after = torch.tensor([[7, 8, 9]])
+    press = CompressKV(budget=16, window=4, top_heads=2, adaptive=False, heads="random")
+    with torch.no_grad():
+        inside = DynamicCache(config=llama.config)
+        with press(llama) as direct:
+            llama(prompt, past_key_values=inside)
+            expected = llama(after, past_key_values=inside).logits
+        shared, calls = DynamicCache(config=llama.config), {}
+        with observe(llama, lambda call: calls.update({call.layer: call})):
+            llama(prompt, past_key_values=shared)
+        cache = copy.deepcopy(shared)
+        with press(llama) as late:
+            kept = late.cut(cache, calls)
+            logits = llama(after, past_key_values=cache).logits
+    assert kept.counts() == direct.trace.counts()
+    assert all(torch.equal(kept.columns[i], direct.trace.columns[i]) for i in kept.columns)
+    assert torch.allclose(logits, expected, atol=1e-5)
+    assert shared.get_seq_length() == 60  # the shared prefill is untouched

@@ -301,6 +301,19 @@ class CacheCutter:
         self._call = self._mask = None
         self._stack.close()
 
+    def cut(self, cache: Cache, calls: Mapping[int, AttentionCall]) -> KeepMap:
+        """Shorten a cache that a prefill without padding has filled outside this context.
+
+        For several cutters that share one prefill: give each a copy of its cache, and the prefill's attention calls
+        by layer (see `attention.observe`). The context must still be open for the tokens that follow.
+        """
+        keep = self.trace = KeepMap(next(iter(calls.values())).query.shape[2])
+        for layer in self.budgets:
+            store = cache.layers[layer]
+            self._cut(LayerView(layer, store.keys, store.values, None, _newest_rows(calls[layer])), store, keep)
+        self._maps[cache] = keep
+        return keep
+
     def _remember(self, call: AttentionCall) -> None:
         self._call = call
 
@@ -374,11 +387,10 @@ class CacheCutter:
             return  # a later forward on a cache that was short enough to stay whole
         self._maps[cache] = keep
 
-        def attention(w: int, heads: Sequence[int]) -> Tensor:
-            if call is None:  # eager gives every row
-                return output[1][:, list(heads), -w:].float()
-            return call.rows(slice(hidden.shape[1] - w, None), torch.as_tensor(heads))
+        def of_eager(w: int, heads: Sequence[int]) -> Tensor:  # which gives every row
+            return output[1][:, list(heads), -w:].float()
 
+        attention = of_eager if call is None else _newest_rows(call)
         self._cut(LayerView(layer, store.keys, store.values, keep.valid, attention), store, keep)
 
     def _cut(self, view: LayerView, store: DynamicLayer, keep: KeepMap) -> None:
@@ -398,3 +410,9 @@ class CacheCutter:
         store.keys = view.keys.gather(2, index.expand(-1, kv_heads, -1, view.keys.shape[-1]))
         store.values = view.values.gather(2, index.expand(-1, kv_heads, -1, view.values.shape[-1]))
         keep.columns[view.layer], keep.scores[view.layer] = columns, scores
+
+
+def _newest_rows(call: AttentionCall) -> Callable[[int, Sequence[int]], Tensor]:
+    """`LayerView.attention` of a prefill."""
+    length = call.query.shape[2]
+    return lambda w, heads: call.rows(slice(length - w, None), torch.as_tensor(heads))
