@@ -938,3 +938,23 @@ def test_the_prompts_are_twenty_different_ones():
     from tokenry.measure.reflection import REFLECTION_PROMPTS
 
     assert len(set(REFLECTION_PROMPTS)) == 20
+
+
+def test_forced_text_keeps_to_the_limit_of_new_tokens(llama, tokenizer):
+    """The closing text is cut where max_new_tokens ends."""
+    monitor = decode.BudgetForcingMonitor(
+        [END], tokenizer, min_ignores=0, max_thinking_tokens=8, close_text="the end of it all"
+    )
+    out = llama.generate(
+        tokenizer("the old", return_tensors="pt")["input_ids"],
+        custom_generate=decode.loop,
+        monitors=[monitor],
+        processing_class=tokenizer,
+        max_new_tokens=10,
+        do_sample=False,
+        pad_token_id=1,
+        return_dict_in_generate=True,
+    )
+    assert len(out.new_ids[0]) == 10
+    (event,) = [e for e in out.events if e.rule == "budget:close"]
+    assert out.new_ids[0][8:] == event.replacement

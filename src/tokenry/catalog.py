@@ -57,14 +57,14 @@ METHODS: tuple[Entry, ...] = (
     Entry(
         "tip",
         "decode",
-        "tokenry.decode.cyclicreflex:ThoughtSwitchPenalty",
+        "tokenry.decode.tip:ThoughtSwitchPenalty",
         "a penalty on thought-switching words near the start of each thought",
         "reasoning underthinking penalty switch alternatively baseline",
     ),
     Entry(
         "budget-forcing",
         "decode",
-        "tokenry.decode.cyclicreflex:BudgetForcing",
+        "tokenry.decode.budget_forcing:BudgetForcing",
         "ignore the end of thinking and append 'Wait', or close thinking at a token limit (s1)",
         "reasoning s1 thinking budget length limit wait baseline",
     ),

@@ -448,12 +448,13 @@ class DecodeLoop:
         gone = row.ids[violation.index :]
         if gone:
             self._take_back(row, violation.index)
-        self._log(row, violation, "rewind", gone, None, list(violation.force))
-        for token in violation.force:
+        force = list(violation.force)[: max(self.limit - violation.index, 0)]
+        self._log(row, violation, "rewind", gone, None, force)
+        for token in force:
             row.append(token)
         row.forced.append((violation.index, len(row.ids), violation.rule))
         self._write(row, violation.index)
-        row.finished = len(row.ids) >= self.limit or row.ids[-1] in self.eos
+        self._finish(row)
 
     def _take_back(self, row: Row, index: int) -> None:
         if row.fed > index:

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...decode.cyclicreflex import (
     CyclicReflectionLogitsProcessor,
     CyclicReflex,
-    ThoughtSwitchPenalty,
     constant_schedule,
-    reflection_token_ids,
     triangular_wave,
 )
+from ...decode.thinking import reflection_token_ids
+from ...decode.tip import ThoughtSwitchPenalty
 from ..compare import Comparison
 from ..reflection import BOTTOM, TOP, ReflectionTask
 from ..task import Experiment, Finding, Subject

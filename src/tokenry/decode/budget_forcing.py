@@ -1,0 +1,128 @@
+"""Budget forcing of s1: ignore the end of thinking a few times, or close thinking at a limit.
+
+Paper: s1: Simple test-time scaling, arXiv 2501.19393. A baseline of CyclicReflex.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, ClassVar
+
+from pydantic import BeforeValidator, Field
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import InputError
+from .core import Row, Violation
+from .method import DecodeMethod, Plugins
+from .thinking import checked_ids, end_think_ids, read_ids, read_none, require
+
+__all__ = ["BudgetForcing", "BudgetForcingMonitor"]
+
+IGNORED, AGAIN, CLOSED = "budget:ignore", "budget:again", "budget:close"  # rules of the monitor
+Limit = Annotated[int | None, BeforeValidator(read_none)]
+
+
+class BudgetForcingMonitor:
+    """Budget forcing of s1 (arXiv 2501.19393) as a monitor of the decode loop: its state is the row itself.
+
+    The end of thinking is ignored `min_ignores` times: the mark is taken back, `ignore_text` put there instead, and at
+    least one new token must follow before the mark may come again. When thinking has lasted `max_thinking_tokens`
+    tokens, ignored text included, `close_text` is appended, on a new line if the limit cut one in the middle. The end
+    is not ignored any more when there is no room for the text and one new token below that limit.
+
+    Args:
+        end_ids: the token ids that together end thinking; may be the end-of-text token.
+        max_thinking_tokens: None for no limit. `max_new_tokens` of the call must leave room for the answer.
+
+    Raises:
+        InputError: a negative count, a limit < 1, a text without tokens, or an `ignore_text` that ends thinking.
+    """
+
+    def __init__(
+        self,
+        end_ids: Sequence[int],
+        tokenizer: PreTrainedTokenizerBase,
+        min_ignores: int = 1,
+        ignore_text: str = "Wait",
+        max_thinking_tokens: int | None = None,
+        close_text: str = "</think>\nFinal Answer:",
+    ) -> None:
+        self.end_ids = list(checked_ids("end_ids", end_ids))
+        require(min_ignores >= 0, "min_ignores", min_ignores, "a whole number >= 0")
+        if max_thinking_tokens is not None:
+            require(max_thinking_tokens >= 1, "max_thinking_tokens", max_thinking_tokens, "a number >= 1, or none")
+        self.min_ignores, self.limit = min_ignores, max_thinking_tokens
+        self.ignore_ids, self.close_ids, self.newline_ids = (
+            tokenizer.encode(text, add_special_tokens=False) for text in (ignore_text, close_text, "\n")
+        )
+        if min_ignores and not self.ignore_ids:
+            raise InputError(f"ignore_text={ignore_text!r} has no token; give a word such as 'Wait'")
+        if max_thinking_tokens is not None and not self.close_ids:
+            raise InputError(f"close_text={close_text!r} has no token; give the text that ends thinking")
+        if min_ignores and _find(self.ignore_ids, self.end_ids):
+            raise InputError(f"ignore_text={ignore_text!r} ends thinking itself; give a word such as 'Wait'")
+
+    def check(self, row: Row) -> Violation | None:
+        start = len(row.ids) - len(self.end_ids)
+        if row.ids[-len(self.end_ids) :] == self.end_ids:
+            return None if self._over(row, start) else self._ended(row, start)
+        if self.limit is None or len(row.ids) < self.limit or row.finished or self._over(row, len(row.ids)):
+            return None
+        index = len(row.ids) - self.hold(row)  # a mark that has begun is replaced by the forced one
+        text = row.text[: row.starts[index]] if index < len(row.ids) else row.text
+        newline = self.newline_ids if text and not text.endswith("\n") else []
+        return Violation(index, CLOSED, force=[*newline, *self.close_ids])
+
+    def hold(self, row: Row) -> int:
+        """Tokens of an end mark that has begun; a whole one has passed `check`."""
+        for size in range(min(len(self.end_ids) - 1, len(row.ids)), 0, -1):
+            if row.ids[-size:] == self.end_ids[:size]:
+                return size
+        return 0
+
+    def _ended(self, row: Row, start: int) -> Violation | None:
+        """What to do about the end mark at `start`: nothing, draw another token, or ignore it."""
+        if any(stop == start for _, stop, rule in row.forced if rule == IGNORED):
+            if (start, AGAIN) in row.ignored:
+                return None
+            return Violation(start, AGAIN, {self.end_ids[0]: 0.0})
+        used = sum(rule == IGNORED for _, _, rule in row.forced)
+        room = self.limit is None or self.limit - start > len(self.ignore_ids)
+        return Violation(start, IGNORED, force=self.ignore_ids) if used < self.min_ignores and room else None
+
+    def _over(self, row: Row, before: int) -> bool:
+        """Whether thinking had ended before position `before`."""
+        return any(rule == CLOSED for _, _, rule in row.forced) or _find(row.ids[:before], self.end_ids)
+
+
+def _find(ids: list[int], mark: list[int]) -> bool:
+    """Whether `mark` is a run of `ids`."""
+    if mark[0] not in ids:  # nearly always, and fast
+        return False
+    return any(ids[i : i + len(mark)] == mark for i in range(len(ids) - len(mark) + 1))
+
+
+class BudgetForcing(DecodeMethod):
+    """Budget forcing: ignore the end of thinking a few times, or close thinking at a limit."""
+
+    slug: ClassVar[str] = "budget-forcing"
+    title: ClassVar[str] = "Budget forcing (s1)"
+    paper: ClassVar[str] = "s1: Simple test-time scaling, arXiv 2501.19393"
+    claim: ClassVar[str] = "Longer thinking, forced by 'Wait', solves more problems; a limit keeps the length in hand."
+
+    end_think: Annotated[str | tuple[int, ...], BeforeValidator(read_ids)] = Field(
+        "</think>", description="mark that ends thinking: text, or token ids"
+    )
+    min_ignores: int = Field(1, ge=0, description="how often the end of thinking is ignored")
+    ignore_text: str = Field("Wait", description="what stands in place of an ignored end")
+    max_thinking_tokens: Limit = Field(None, ge=1, description="tokens of thinking after which it is closed, or none")
+    close_text: str = Field("</think>\nFinal Answer:", description="what closes it")
+
+    def plugins(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Plugins:
+        if self.min_ignores == 0 and self.max_thinking_tokens is None:
+            return Plugins()
+        end_ids = end_think_ids(tokenizer, self.end_think)
+        monitor = BudgetForcingMonitor(
+            end_ids, tokenizer, self.min_ignores, self.ignore_text, self.max_thinking_tokens, self.close_text
+        )
+        return Plugins(monitors=[monitor])
