@@ -437,15 +437,24 @@ def publish(
         report.write_report(report_path, html)
         console.print(f"report: {report_path}")
     if picture:
-        import io
-
-        canvas = Console(record=True, width=110, file=io.StringIO())
-        print_result(canvas, comparison, findings, verdict)
-        canvas.save_svg(picture, title=f"tokenry compare {comparison.experiment.slug}")
+        Path(picture).write_text(draw(comparison, findings, verdict), encoding="utf-8")
     if evidence_path:
         entry = evidence(comparison, findings, verdict, model=model, command=command_line())
         evidence_path.write_text(json.dumps(entry, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         console.print(f"evidence: {evidence_path}")
+
+
+def draw(comparison: Any, findings: Sequence[Any], verdict: str) -> str:
+    """The result as an SVG text that needs no network: rich's web fonts are left out."""
+    import io
+    import re
+
+    from rich.console import Console
+
+    canvas = Console(record=True, width=110, file=io.StringIO())
+    print_result(canvas, comparison, findings, verdict)
+    svg = canvas.export_svg(title=f"tokenry compare {comparison.experiment.slug}")
+    return re.sub(r"@font-face\s*\{.*?\}", "", svg, flags=re.DOTALL)
 
 
 def print_result(console: Any, comparison: Any, findings: Sequence[Any], verdict: str) -> None:
@@ -454,8 +463,7 @@ def print_result(console: Any, comparison: Any, findings: Sequence[Any], verdict
     for table in report.tables(comparison):
         console.print(table)
     for finding in findings:
-        console.print(
-            f"[{'green' if finding.holds else 'red'}]{'yes' if finding.holds else 'no '}[/] {finding.statement}"
-        )
+        answer = "[green]yes[/]" if finding.holds else "[red]no [/]"
+        console.print(f"{answer} {finding.statement}", highlight=False)
         console.print(f"    {finding.numbers}", style="dim", highlight=False)
     console.print(f"verdict: [bold]{verdict}[/]")
