@@ -159,6 +159,7 @@ def _data(comparison: Comparison) -> dict[str, Any]:
     return {
         "metrics": [m.name for m in comparison.experiment.task.metrics],
         "costs": comparison.costs(),
+        "cost": "cache_bytes" if comparison.experiment.task.stage == "select" else next(iter(comparison.costs()), None),
         "subjects": [
             {"name": s.name, "role": s.role, "values": {n: _interval(n, comparison.values(s.name, n)) for n in names}}
             for s in comparison.experiment.subjects

@@ -41,7 +41,7 @@ def build(
     return Experiment(
         slug="antislop",
         claim=Antislop.claim,
-        task=StoriesTask(model, tokenizer, phrases, count=samples or 64),
+        task=StoriesTask(model, tokenizer, phrases, count=samples or 24),
         subjects=subjects,
         baseline=PLAIN,
         judge=judge,
