@@ -114,6 +114,7 @@ def test_answer_span():
 
 def test_rouge_recall_counts_words():
     assert rouge1_recall("Seven, seven and nine", "seven nine ten") == pytest.approx(2 / 3)
+    assert rouge1_recall("the doors opened", "opening door") == 1.0  # stemmed
 
 
 ERRORS = st.lists(st.floats(0, 1e3), min_size=1, max_size=30).filter(lambda e: sum(e) > 0)

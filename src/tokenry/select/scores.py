@@ -256,11 +256,14 @@ def semantic_retrieval_scores(
 
 
 def rouge1_recall(text: str, reference: str) -> float:
-    """Share of the reference's words, with their counts, that `text` has too. Words are lower-cased, not stemmed."""
-    have, want = _words(text), _words(reference)
+    """Share of the reference's words, with their counts, that `text` has too. Words are lower-cased and stemmed."""
+    have, want = _stems(text), _stems(reference)
     found = sum(min(have.count(word), want.count(word)) for word in set(want))
     return found / max(1, len(want))
 
 
-def _words(text: str) -> list[str]:
-    return "".join(c if c.isalnum() else " " for c in text.lower()).split()
+def _stems(text: str) -> list[str]:
+    import snowballstemmer  # here, so that the kvpress press needs no more than torch and pydantic
+
+    words = "".join(c if c.isalnum() else " " for c in text.lower()).split()
+    return snowballstemmer.stemmer("porter").stemWords(words)
