@@ -41,7 +41,9 @@ def fill(text: str, name: str, content: str) -> str:
 
 def options_table(entry: catalog.Entry) -> str:
     rows = ["| option | default | allowed | meaning |", "|---|---|---|---|"]
-    rows += [f"| `{o.name}` | {o.default} | {o.range or o.type} | {o.description} |" for o in entry.load().options()]
+    for o in entry.load().options():
+        default = o.default.replace("<", "&lt;")  # a mark such as </think> would vanish as a tag
+        rows.append(f"| `{o.name}` | {default} | {o.range or o.type} | {o.description} |")
     return "\n".join(rows)
 
 
