@@ -157,7 +157,10 @@ class DecodeOutput(ModelOutput):
 
     @property
     def pairs(self) -> list[dict[str, Any]]:
-        """Preference data from the rewinds: context, the rejected token and the candidates that replaced it."""
+        """Preference data from the rewinds: context, the rejected token, and the candidates at its place.
+
+        A soft ban may draw the rejected token again; that is no preference and left out.
+        """
         return [
             {
                 "context_ids": e.context_ids,
@@ -167,7 +170,7 @@ class DecodeOutput(ModelOutput):
                 "rule": e.rule,
             }
             for e in self.events or []
-            if e.kind == "rewind" and e.rejected and e.replacement
+            if e.kind == "rewind" and e.rejected and e.replacement and e.rejected[0] != e.replacement[0]
         ]
 
 
