@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 
 export TQDM_DISABLE ?= 1
 
-.PHONY: install demo test lint docs evidence benchmarks clean
+.PHONY: install demo test lint docs benchmarks clean
 
 install: $(STAMP)
 
