@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from tokenry import InputError
 from tokenry.decode import Antislop, DecodeLoop, NGramBan, PhraseBan, RegexBan, Row, loop
 from tokenry.decode.antislop import start_tokens
+from tokenry.decode.core import held_tokens
 
 # --- the law of the process, by enumeration ----------------------------------------------------------------------
 
@@ -225,6 +226,38 @@ def held_text(tokenizer, text, monitor):
     return row.text[row.starts[len(row.ids) - held] :] if held else ""
 
 
+def test_what_a_rewind_may_bring_back_to_life_is_held_too(tokenizer):
+    """ "in a small" may be taken back; then "stood" may be followed by "at the" and must still be removable."""
+    row = Row(0, [], tokenizer)
+    for token in tokenizer.encode("the keeper stood in a", add_special_tokens=False):
+        row.append(token)
+
+    def held(*phrases):
+        count = held_tokens(row, [PhraseBan(phrases)])
+        return row.text[row.starts[len(row.ids) - count] :].strip() if count else ""
+
+    assert held("in a small") == "in a"
+    assert held("in a small", "stood at the") == "stood in a"
+    assert held("in a small", "stood at the", "keeper was") == "keeper stood in a"
+    assert held("in the", "stood at the") == ""
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_hard_bans_never_have_to_give_up(llama, tokenizer, seed):
+    phrases = ["the sea", "a", "o e", "li", "an the", "en", "er a", "ood", "e o"]
+    monitors = [PhraseBan(phrases), RegexBan([r"[b-d] ?[a-z]", r"\d+\W"], max_span=8), NGramBan(["sea night", "done"])]
+    out = run(llama, tokenizer, monitors, seed=seed, max_new_tokens=60)
+    assert out.events and not any(e.kind == "given up" for e in out.events)
+    assert not any(monitor.check(_row(tokenizer, ids)) for ids in out.new_ids for monitor in monitors)
+
+
+def _row(tokenizer, ids):
+    row = Row(0, [], tokenizer)
+    for token in ids:
+        row.append(token)
+    return row
+
+
 def test_only_live_partial_matches_are_held_back(tokenizer):
     ban = PhraseBan(["the sound of the sea", "whisper in"])
     assert held_text(tokenizer, "nothing of the kind.", ban) == ""
@@ -233,6 +266,10 @@ def test_only_live_partial_matches_are_held_back(tokenizer):
     ngrams = NGramBan(["sun dipped horizon"])
     assert held_text(tokenizer, "when the sun had then di", ngrams).lstrip().startswith("sun had")
     assert held_text(tokenizer, "when the sun rose", ngrams) == ""
+    expression = RegexBan([r"not a \w+ but"], max_span=30)
+    assert held_text(tokenizer, "it was not a dre", expression).lstrip().startswith("not a")
+    assert held_text(tokenizer, "it was not the dre", expression) == ""
+    assert held_text(tokenizer, "not a " + "x" * 40, expression) == ""  # longer than any match that counts
     assert RegexBan(["a.*b"]).hold(Row(0, [], tokenizer)) is None
 
 

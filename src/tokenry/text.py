@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from copy import copy
 
 from transformers import PreTrainedTokenizerBase
 
@@ -44,6 +45,13 @@ class TokenText:
         self.text = self.text[: self.starts[count]]
         self.lead, self.done = self.before[count]
         del self.ids[count:], self.starts[count:], self.before[count:]
+
+    def prefix(self, count: int) -> TokenText:
+        """A copy of the first `count` tokens."""
+        part = copy(self)
+        part.ids, part.starts, part.before = list(self.ids), list(self.starts), list(self.before)
+        part.truncate(count)
+        return part
 
     def token_at(self, char: int) -> int:
         """The token that character `char` belongs to: the largest i with starts[i] <= char."""

@@ -10,13 +10,13 @@ forgotten when a rewind goes further back.
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import ClassVar, Literal
 
 import ahocorasick
+import regex
 from pydantic import Field, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -126,6 +126,8 @@ class PhraseBan(_Ban):
 class RegexBan(_Ban):
     """Ban regular expressions (ignoring case; `.` matches newlines, `^` and `$` at lines).
 
+    The syntax is that of the package `regex`, which knows whether the end of a text may be the beginning of a match.
+
     Args:
         max_span: longest match in characters that is looked for. Needed for streaming: without it nothing can be
             shown before the end.
@@ -141,10 +143,10 @@ class RegexBan(_Ban):
         self.patterns = [self._compile(p) for p in patterns]
 
     @staticmethod
-    def _compile(pattern: str) -> re.Pattern[str]:
+    def _compile(pattern: str) -> regex.Pattern[str]:
         try:
-            compiled = re.compile(pattern, re.IGNORECASE | re.MULTILINE | re.DOTALL)
-        except re.error as error:
+            compiled = regex.compile(pattern, regex.IGNORECASE | regex.MULTILINE | regex.DOTALL)
+        except regex.error as error:
             raise InputError(f"the regular expression {pattern!r} does not compile: {error}") from None
         if compiled.search(""):
             raise InputError(f"the regular expression {pattern!r} matches the empty text; make part of it obligatory")
@@ -169,12 +171,20 @@ class RegexBan(_Ban):
         return None if best is None else self.violation(row, f"regex:{best[2]}", best[0], best[1])
 
     def hold(self, row: Row) -> int | None:
+        """Tokens from the earliest place where a match may have begun."""
         if not self.active or not self.patterns:
             return 0
         if self.max_span is None:
             return None
-        start = len(row.text) - self.max_span + 1
-        return len(row.ids) if start <= 0 else self.tokens_from(row, min(start, len(row.text)))
+        text = row.text
+        first = max(0, len(text) - self.max_span + 1)
+        begun = [
+            match.start()
+            for pattern in self.patterns
+            for match in pattern.finditer(text, first, partial=True, overlapped=True)
+            if match.partial and match.start() < len(text)
+        ]
+        return self.tokens_from(row, min(begun, default=None))
 
 
 class NGramBan(_Ban):

@@ -4,7 +4,8 @@ Plug-ins do not know of each other:
 
 * processors: `LogitsProcessor(input_ids, scores)`, pure in the row's ids; `begin(prompt_length)` and `end()` are
   called around a generation where a processor has them;
-* monitors: `check(row) -> Violation | None` and `hold(row) -> tokens that may still be taken back, None = all`;
+* monitors: `check(row) -> Violation | None` and `hold(row) -> tokens from the earliest place where a problem may have
+  begun, None = all`;
 * a layer policy and steerers (context managers), which act inside the engine's forward;
 * streamers: one `transformers` streamer per row, fed only with tokens that no rewind can remove.
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -128,6 +130,13 @@ class Row:
         if self.decoded:
             self.decoded.append(token)
 
+    def prefix(self, count: int) -> Row:
+        """The first `count` tokens as a row of their own, for monitors that look at them."""
+        part = copy(self)
+        part.ids = self.ids[:count]
+        part.decoded = self.decoded and self.decoded.prefix(count)
+        return part
+
     def truncate(self, count: int) -> None:
         del self.ids[count:]
         if self.decoded:
@@ -216,6 +225,25 @@ class Chooser:
     def _relaxed(self, level: int) -> list[LogitsProcessor]:
         order = ("Temperature", "MinP", "TopP", "TopK")[:level]
         return [w for w in self.warpers if not type(w).__name__.startswith(order)] if level else self.warpers
+
+
+def held_tokens(row: Row, monitors: Sequence[Monitor]) -> int:
+    """How many of the row's newest tokens a rewind may still take back.
+
+    What one rewind takes back can be followed by other tokens than now, so that a pattern that begins before them
+    comes alive again: the question is asked once more for the tokens before, until nothing more is held.
+    """
+    held, view = 0, row
+    while view.ids:
+        asked = [monitor.hold(view) for monitor in monitors]
+        if None in asked:
+            return len(row.ids)
+        more = max(asked, default=0)
+        if more == 0:
+            break
+        held = min(held + more, len(row.ids))
+        view = row.prefix(len(row.ids) - held)
+    return held
 
 
 def row_seed(seed: int, row: int) -> int:
@@ -499,11 +527,7 @@ class DecodeLoop:
 
     def _emit(self, row: Row) -> None:
         """Stream what no rewind can remove any more, and forget the scores that kept it removable."""
-        held = 0
-        for monitor in () if row.finished else self.monitors:
-            tokens = monitor.hold(row)
-            held = len(row.ids) if tokens is None else max(held, tokens)
-        settled = len(row.ids) - held
+        settled = len(row.ids) - (0 if row.finished else held_tokens(row, self.monitors))
         for index in [i for i in row.scores if i < settled]:
             del row.scores[index]
         self._shrink_old_scores(row)
