@@ -78,6 +78,13 @@ def build(kind: str):
     return model.eval()
 
 
+def own_hooks(model):
+    """What tokenry has left on a model: hooks and attributes. transformers leaves hooks of its own."""
+    hooks = [h for m in model.modules() for h in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
+    marks = [m for m in model.modules() if hasattr(m, "_tokenry_attention") or hasattr(m, "_tokenry_cutter")]
+    return [hook for hook in hooks if getattr(hook, "__module__", "").startswith("tokenry")] + marks
+
+
 _BUILT = {}
 
 

@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
+from conftest import own_hooks
 
-from tokenry.attention import attention_modules, edit_mask, observe, suppress
+from tokenry.attention import edit_mask, observe, suppress
 from tokenry.errors import InputError
 
 KINDS = ["llama", "gemma3", "qwen2"]
@@ -32,9 +33,7 @@ def eager(model):
 
 def assert_clean(model):
     assert model.config._attn_implementation == "sdpa"
-    assert not any(hasattr(m, "_tokenry_attention") for m in attention_modules(model))
-    hooks = [h for m in model.modules() for h in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
-    assert not [hook for hook in hooks if hook.__module__.startswith("tokenry")]  # transformers leaves its own
+    assert own_hooks(model) == []
 
 
 @pytest.mark.parametrize("kind", KINDS)

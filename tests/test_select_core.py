@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import own_hooks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache, StaticCache
@@ -36,14 +37,6 @@ def implementation(request, llama):
     llama.set_attn_implementation(request.param)
     yield request.param
     llama.set_attn_implementation("sdpa")
-
-
-def hooks_of(model):
-    return [
-        m
-        for m in model.modules()
-        if m._forward_hooks or m._forward_pre_hooks or hasattr(m, "_tokenry_cutter") or hasattr(m, "_tokenry_attention")
-    ]
 
 
 # --- keep_topk -------------------------------------------------------------------------------------------------
@@ -261,9 +254,9 @@ def test_controls_keep_what_they_say(llama):
 def test_hooks_are_gone_after_an_exception(llama):
     cutter = CacheCutter(llama, Random(), UNEQUAL)
     with pytest.raises(RuntimeError, match="stop"), cutter:
-        assert hooks_of(llama)
+        assert own_hooks(llama)
         raise RuntimeError("stop")
-    assert not hooks_of(llama)
+    assert not own_hooks(llama)
 
 
 def test_keep_map_counts_padding_out():
@@ -294,7 +287,7 @@ def test_refuses_what_it_cannot_cut(llama):
         llama(x, past_key_values=cache)
         with pytest.raises(InputError, match="evicted ones included"):
             llama(x[:, :1], past_key_values=cache, attention_mask=torch.ones(2, 11))
-    assert not hooks_of(llama)
+    assert not own_hooks(llama)
 
 
 def test_refuses_drafts_that_were_compressed_with_the_prompt(llama):
