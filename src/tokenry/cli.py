@@ -355,11 +355,13 @@ def compare(
         comparison = run_compare(experiment, store, about, resume)
     findings = experiment.judge(comparison)
     verdict = experiment.verdict(findings)
-    publish(comparison, findings, verdict, model_name, report_path, picture, evidence_path if record else None)
+    command = rerun_command(slug, options, samples, seeds, model_name, dtype)
+    outputs = (report_path, picture, evidence_path if record else None)
+    publish(comparison, findings, verdict, model_name, command, *outputs)
     if json_output:
         from .measure.evidence import evidence
 
-        as_json(evidence(comparison, findings, verdict, model=model_name, command=command_line()))
+        as_json(evidence(comparison, findings, verdict, model=model_name, command=command))
 
 
 def parse_seeds(seeds: str | None) -> list[int] | None:
@@ -371,10 +373,17 @@ def parse_seeds(seeds: str | None) -> list[int] | None:
         raise InputError(f"--seeds {seeds!r} is not a list of whole numbers; write for example 0,1,2") from None
 
 
-def command_line() -> str:
+def rerun_command(
+    slug: str, options: Sequence[str], samples: int | None, seeds: str | None, model: str, dtype: str | None
+) -> str:
+    """The command that measures the same again, without where its outputs went."""
     import shlex
 
-    return shlex.join(["tokenry", *sys.argv[1:]])
+    parts = ["tokenry", "compare", slug]
+    for name, value in (("samples", samples), ("seeds", seeds), ("dtype", dtype)):
+        parts += [f"--{name}", str(value)] if value is not None else []
+    parts += ["--model", model] if model != "smollm2" else []
+    return shlex.join([*parts, *(word for pair in options for word in ("-o", pair))])
 
 
 def run_compare(experiment: Any, store: Any, about: dict[str, Any], resume: bool) -> Any:
@@ -419,6 +428,7 @@ def publish(
     findings: Sequence[Any],
     verdict: str,
     model: str,
+    command: str,
     report_path: str | None,
     picture: str | None,
     evidence_path: Path | None,
@@ -433,13 +443,13 @@ def publish(
     print_result(console, comparison, findings, verdict)
     text = ", ".join(f"{k} {v}" for k, v in versions().items())
     if report_path:
-        html = report.render(comparison, findings, verdict, model=model, command=command_line(), versions=text)
+        html = report.render(comparison, findings, verdict, model=model, command=command, versions=text)
         report.write_report(report_path, html)
         console.print(f"report: {report_path}")
     if picture:
         Path(picture).write_text(draw(comparison, findings, verdict), encoding="utf-8")
     if evidence_path:
-        entry = evidence(comparison, findings, verdict, model=model, command=command_line())
+        entry = evidence(comparison, findings, verdict, model=model, command=command)
         evidence_path.write_text(json.dumps(entry, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         console.print(f"evidence: {evidence_path}")
 
