@@ -182,9 +182,6 @@ def test_start_tokens_cover_case_space_and_prefixes(tokenizer):
     ],
 )
 def test_regexes(tokenizer, text, expected):
-    assert matched(tokenizer, text, RegexBan([r"\bnot a \w+ but a \w+", r"\bnot\na \w+ but a \w+"])) is not None or (
-        expected is None
-    )
     hits = feed_text(tokenizer, text, RegexBan([r"\bnot\sa \w+ but a (testament|bell)"]))
     assert (text[slice(*hits[0][0].span)] if hits else None) == expected
 
@@ -291,15 +288,14 @@ def run(model, tokenizer, monitors, **options):
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.3])
-def test_hard_bans_leave_no_match(llama, tokenizer, strength):
+def test_hard_bans_leave_no_match_and_soft_ones_fewer(llama, tokenizer, strength):
     phrases = ["the", "a", "o", "sea", "li", "an", "en", "e", "er"]
     banned = PhraseBan(phrases, strength=strength, force_backtrack=True)
     before = run(llama, tokenizer, [PhraseBan(phrases, strength=0)])
     after = run(llama, tokenizer, [banned])
     hits = [sum(_hits(tokenizer, text, phrases) for text in out.texts) for out in (before, after)]
     assert hits[0] > 0 and after.events
-    if strength == 1.0:
-        assert hits[1] == 0 or any(e.kind == "given up" for e in after.events)
+    assert hits[1] == 0 if strength == 1.0 else hits[1] < hits[0]
 
 
 def _hits(tokenizer, text, phrases):

@@ -334,8 +334,6 @@ def compare(
     if samples is not None and samples < 1:
         raise InputError(f"--samples {samples} measures nothing; give a number >= 1")
     seed_list = parse_seeds(seeds)
-    from .measure.report import check_writable
-
     evidence_path = Path("docs/evidence") / f"{slug}.json"
     if record:
         try:
@@ -444,7 +442,7 @@ def publish(
     text = ", ".join(f"{k} {v}" for k, v in versions().items())
     if report_path:
         html = report.render(comparison, findings, verdict, model=model, command=command, versions=text)
-        report.write_report(report_path, html)
+        Path(report_path).write_text(html, encoding="utf-8")
         console.print(f"report: {report_path}")
     if picture:
         Path(picture).write_text(draw(comparison, findings, verdict), encoding="utf-8")

@@ -76,9 +76,9 @@ class Method(BaseModel):
     @classmethod
     def options(cls) -> list[Option]:
         """The parameters in the order of their declaration."""
-        rows = []
+        rows, schemas = [], cls.model_json_schema()["properties"]
         for name, field in cls.model_fields.items():
-            schema = cls.model_json_schema()["properties"].get(name, {})
+            schema = schemas.get(name, {})
             default = "required" if field.is_required() else _show(field.get_default(call_default_factory=True))
             rows.append(Option(name, _type(schema), _range(schema), default, field.description or ""))
         return rows

@@ -49,8 +49,10 @@ class TokenText:
     def prefix(self, count: int) -> TokenText:
         """A copy of the first `count` tokens."""
         part = copy(self)
-        part.ids, part.starts, part.before = list(self.ids), list(self.starts), list(self.before)
-        part.truncate(count)
+        part.ids, part.starts, part.before = self.ids[:count], self.starts[:count], self.before[:count]
+        if count < len(self.ids):
+            part.text = self.text[: self.starts[count]]
+            part.lead, part.done = self.before[count]
         return part
 
     def token_at(self, char: int) -> int:

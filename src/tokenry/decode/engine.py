@@ -148,8 +148,9 @@ class TransformersEngine:
         else:
             self.mask[:, start:end] = mask
             ahead = mask.long().cumsum(-1) - 1
-            self.token_forwards += int(mask.sum())
-            self.padded = self.padded or not bool(mask.all())
+            fed = int(mask.sum())
+            self.token_forwards += fed
+            self.padded = self.padded or fed < mask.numel()
         positions = (self.live[:, None] + ahead).clamp(min=0)
         self.live += (end - start) if mask is None else mask.long().sum(-1)
         inputs: dict[str, Any] = {"input_ids": tokens, "past_key_values": self.cache, "use_cache": True}

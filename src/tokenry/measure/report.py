@@ -19,7 +19,7 @@ from .compare import Comparison
 from .statistics import Interval, paired_bootstrap
 from .task import COSTS, Finding
 
-__all__ = ["check_writable", "format_number", "render", "tables", "write_report"]
+__all__ = ["check_writable", "format_number", "render", "tables"]
 
 ARROWS = {"higher": "↑", "lower": "↓", None: ""}
 MEGABYTES = ("peak_bytes", "cache_bytes")
@@ -146,10 +146,6 @@ def _html_cell(comparison: Comparison, subject: str, name: str, base: str) -> di
         return {**cell, "difference": f"× {mean / plain:.2f}" if plain > 0 and not math.isnan(mean) else ""}
     difference = comparison.difference(subject, base, name)
     return {**cell, "difference": format_difference(name, difference), "sure": difference.excludes_zero}
-
-
-def write_report(path: str | Path, html: str) -> None:
-    Path(path).write_text(html, encoding="utf-8")
 
 
 def _data(comparison: Comparison) -> dict[str, Any]:
