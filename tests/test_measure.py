@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from multiprocessing import get_context
 
 import numpy as np
@@ -15,9 +16,9 @@ from tokenry.measure import report
 from tokenry.measure.compare import Comparison, Interrupted, compare
 from tokenry.measure.cost import Meter
 from tokenry.measure.evidence import evidence
-from tokenry.measure.statistics import paired_bootstrap
+from tokenry.measure.statistics import bootstrap_statistic, paired_bootstrap
 from tokenry.measure.store import RunStore, signature
-from tokenry.measure.task import Experiment, Finding, Metric, Outcome, Sample, Subject
+from tokenry.measure.task import Experiment, Finding, Metric, Outcome, Sample, Statistic, Subject
 
 # --- a small real task: how far a subject's estimate of a square root is off ------------------------------------
 
@@ -74,6 +75,35 @@ def test_bootstrap_mean_is_exact_and_the_interval_covers():
         assert interval.mean == pytest.approx((first - second).mean())
         covered += interval.low <= 1.0 <= interval.high
     assert 0.87 <= covered / 200 <= 0.99
+
+
+def test_a_statistic_of_means_is_the_paired_bootstrap():
+    rng = np.random.default_rng(2)
+    first, second = rng.normal(1.0, 1, 40), rng.normal(0.0, 1, 40)
+    expected = paired_bootstrap(first, second, resamples=1000)
+    found = bootstrap_statistic(lambda pick: (first[pick] - second[pick]).mean(), 40)
+    assert found == pytest.approx(expected)
+    assert bootstrap_statistic(lambda pick: 3.0, 1)[:3] == (3.0, -math.inf, math.inf)
+    undefined = bootstrap_statistic(lambda pick: math.nan, 5)
+    assert math.isnan(undefined.mean) and math.isnan(undefined.low)
+
+
+def test_a_comparison_shows_statistics_like_metrics():
+    """A ratio of sums: its value, its interval, its paired difference; in the table, the report and the evidence."""
+    ratio = Statistic("relative", "lower", "summed error / summed size", lambda v: v["error"].sum() / v["size"].sum())
+    result = compare(replace(experiment(), statistics=(ratio,)))
+    table = {s: result.table(s) for s in result.subjects}
+    assert table["one step"]["error"].shape == (6, 2) and np.isnan(table["one step"]["cache_bytes"]).all()
+    expected = {s: t["error"].sum() / t["size"].sum() for s, t in table.items()}
+    assert result.mean("one step", "relative") == pytest.approx(expected["one step"])
+    interval = result.interval("one step", "relative")
+    assert interval.low < interval.mean < interval.high
+    gap = result.difference("four steps", "one step", "relative")
+    assert gap.mean == pytest.approx(expected["four steps"] - expected["one step"]) and gap.high < 0
+    assert result.to_dict()["differences"]["four steps"]["relative"][0] == pytest.approx(gap.mean, abs=1e-6)
+    assert [c[0] for c in report.columns(result)][:2] == ["relative", "error"]
+    html = report.render(result, [], "reproduced", model="m", command="c", versions="v")
+    assert "summed error / summed size" in html and report.format_number("relative", gap.mean, signed=True) in html
 
 
 def test_bootstrap_edge_cases():

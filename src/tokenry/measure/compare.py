@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from .statistics import Interval, paired_bootstrap
+from .statistics import Interval, bootstrap_statistic, paired_bootstrap
 from .store import RunStore
-from .task import COSTS, Experiment, Outcome, Sample
+from .task import COSTS, Experiment, Outcome, Sample, Statistic
 
 __all__ = ["Comparison", "Interrupted", "compare"]
 
@@ -51,14 +51,47 @@ class Comparison:
             rows.append(np.mean(numbers) if numbers else np.nan)
         return np.array(rows, float)
 
+    def table(self, subject: str) -> dict[str, np.ndarray]:
+        """Every metric and cost of a subject: {name: (samples, seeds), NaN where not measured}."""
+        names = [*(m.name for m in self.experiment.task.metrics), *COSTS]
+        shape = (len(self.samples), len(self.experiment.seeds))
+        found = {name: np.full(shape, np.nan) for name in names}
+        for i, sample in enumerate(self.samples):
+            for j, seed in enumerate(self.experiment.seeds):
+                outcome = self.outcomes.get((subject, sample.id, seed))
+                for name, value in {**outcome.metrics, **outcome.cost}.items() if outcome else ():
+                    found[name][i, j] = value
+        return found
+
     def mean(self, subject: str, name: str) -> float:
-        """Mean over samples; NaN if nothing was measured."""
+        """Mean over samples of a metric or cost, or the value of a statistic; NaN if nothing was measured."""
+        statistic = self._statistic(name)
+        if statistic:
+            return statistic.compute({n: v.ravel() for n, v in self.table(subject).items()})
         values = self.values(subject, name)
         return float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")
 
+    def interval(self, subject: str, name: str) -> Interval:
+        """A mean or statistic with its 95 % interval over samples."""
+        statistic = self._statistic(name)
+        if statistic is None:
+            values = self.values(subject, name)
+            return paired_bootstrap(values, np.zeros_like(values))
+        table = self.table(subject)
+        return bootstrap_statistic(lambda pick: _compute(statistic, table, pick), len(self.samples))
+
     def difference(self, first: str, second: str, name: str) -> Interval:
-        """Mean paired difference first - second, with its 95 % interval."""
-        return paired_bootstrap(self.values(first, name), self.values(second, name))
+        """Paired difference first - second of a mean or statistic, with its 95 % interval over samples."""
+        statistic = self._statistic(name)
+        if statistic is None:
+            return paired_bootstrap(self.values(first, name), self.values(second, name))
+        a, b = self.table(first), self.table(second)
+        return bootstrap_statistic(
+            lambda pick: _compute(statistic, a, pick) - _compute(statistic, b, pick), len(self.samples)
+        )
+
+    def _statistic(self, name: str) -> Statistic | None:
+        return next((s for s in self.experiment.statistics if s.name == name), None)
 
     def details(self, subject: str) -> list[dict[str, Any]]:
         """What the report shows, of every sample and seed."""
@@ -71,7 +104,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Means, and paired differences of the metrics from the baseline, as JSON values."""
-        metrics = [m.name for m in self.experiment.task.metrics]
+        metrics = [m.name for m in self.experiment.qualities]
         base = self.experiment.baseline
         return {
             "subjects": {s: {n: _number(self.mean(s, n)) for n in metrics + self.costs()} for s in self.subjects},
@@ -134,6 +167,10 @@ def compare(
     if progress:
         progress(total, total, "done")
     return Comparison(experiment, samples, outcomes)
+
+
+def _compute(statistic: Statistic, table: dict[str, np.ndarray], pick: np.ndarray) -> float:
+    return statistic.compute({name: values[pick].ravel() for name, values in table.items()})
 
 
 def _rotated(subjects: Sequence, by: int) -> list:

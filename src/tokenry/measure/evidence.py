@@ -37,7 +37,7 @@ def evidence(
         "task": experiment.task.slug,
         "baseline": experiment.baseline,
         "subjects": [{"name": s.name, "role": s.role, "setting": s.setting} for s in experiment.subjects],
-        "metrics": {m.name: {"better": m.better, "description": m.description} for m in experiment.task.metrics},
+        "metrics": {m.name: {"better": m.better, "description": m.description} for m in experiment.qualities},
         "numbers": comparison.to_dict(),
         "notes": experiment.notes,
         "command": command,

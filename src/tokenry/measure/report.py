@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ..errors import InputError
 from .compare import Comparison
-from .statistics import Interval, paired_bootstrap
+from .statistics import Interval
 from .task import COSTS, Finding
 
 __all__ = ["check_writable", "format_number", "render", "tables"]
@@ -27,16 +27,16 @@ PLOT_SAMPLES = 64  # texts shown; the table always covers all
 
 
 def check_writable(path: str | Path) -> Path:
-    """Refuse a report path that cannot be written, before anything runs."""
+    """Refuse an output path that cannot be written, before anything runs."""
     path = Path(path)
     if path.is_dir():
-        raise InputError(f"the report path {str(path)!r} is a folder; give a file name")
+        raise InputError(f"the output {str(path)!r} is a folder; give a file name")
     try:
         with path.open("a"):
             pass
     except OSError as error:
         raise InputError(
-            f"the report {str(path)!r} cannot be written ({error.strerror}); choose another path"
+            f"the output {str(path)!r} cannot be written ({error.strerror}); choose another path"
         ) from None
     if path.stat().st_size == 0:
         path.unlink()
@@ -45,7 +45,7 @@ def check_writable(path: str | Path) -> Path:
 
 def columns(comparison: Comparison) -> list[tuple[str, str, str]]:
     """(name, arrow, description) of every metric and measured cost."""
-    metrics = [(m.name, ARROWS[m.better], m.description) for m in comparison.experiment.task.metrics]
+    metrics = [(m.name, ARROWS[m.better], m.description) for m in comparison.experiment.qualities]
     return metrics + [(c, "", COSTS[c]) for c in comparison.costs()]
 
 
@@ -76,7 +76,7 @@ def tables(comparison: Comparison) -> list[Table]:
     base = comparison.experiment.baseline
     quality = Table(title="quality", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     cost = Table(title="cost per sample", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    metrics = comparison.experiment.task.metrics
+    metrics = comparison.experiment.qualities
     for grid, headings in (
         (quality, [f"{label(m.name)} {ARROWS[m.better]}".strip() for m in metrics]),
         (cost, [label(c) for c in comparison.costs()]),
@@ -153,11 +153,11 @@ def _data(comparison: Comparison) -> dict[str, Any]:
     names = [n for n, _, _ in columns(comparison)]
     seed = comparison.experiment.seeds[0]
     return {
-        "metrics": [m.name for m in comparison.experiment.task.metrics],
+        "metrics": [m.name for m in comparison.experiment.qualities],
         "costs": comparison.costs(),
         "cost": "cache_bytes" if comparison.experiment.task.stage == "select" else next(iter(comparison.costs()), None),
         "subjects": [
-            {"name": s.name, "role": s.role, "values": {n: _interval(n, comparison.values(s.name, n)) for n in names}}
+            {"name": s.name, "role": s.role, "values": {n: _interval(comparison, s.name, n) for n in names}}
             for s in comparison.experiment.subjects
         ],
         "samples": [
@@ -175,11 +175,11 @@ def _data(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _interval(name: str, values: Any) -> dict[str, float] | None:
-    interval = paired_bootstrap(values, 0 * values, resamples=2000)
+def _interval(comparison: Comparison, subject: str, name: str) -> dict[str, float] | None:
+    interval = comparison.interval(subject, name)
     if math.isnan(interval.mean):
         return None
-    alone = interval.n == 1 or name in COSTS
+    alone = interval.n == 1 or name in COSTS or math.isnan(interval.low)
     low, high = (interval.mean, interval.mean) if alone else (interval.low, interval.high)
     return {"mean": interval.mean, "low": low, "high": high}
 

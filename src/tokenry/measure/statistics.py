@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Interval", "paired_bootstrap"]
+__all__ = ["Interval", "bootstrap_statistic", "paired_bootstrap"]
 
 
 class Interval(NamedTuple):
@@ -43,3 +43,23 @@ def paired_bootstrap(
     picks = np.random.default_rng(seed).integers(0, n, size=(resamples, n))
     low, high = np.percentile(difference[picks].mean(1), [2.5, 97.5])
     return Interval(mean, float(low), float(high), n)
+
+
+def bootstrap_statistic(
+    compute: Callable[[np.ndarray], float], samples: int, resamples: int = 1000, seed: int = 0
+) -> Interval:
+    """A number over `samples` samples, with the percentile bootstrap interval (95 %) over them.
+
+    Args:
+        compute: the number for the samples with these indices (n,); resampled indices repeat.
+    """
+    value = compute(np.arange(samples))
+    if samples < 2:
+        return Interval(value, float("-inf"), float("inf"), samples)
+    picks = np.random.default_rng(seed).integers(0, samples, size=(resamples, samples))
+    found = np.array([compute(pick) for pick in picks])
+    found = found[~np.isnan(found)]
+    if found.size == 0:
+        return Interval(value, float("nan"), float("nan"), samples)
+    low, high = np.percentile(found, [2.5, 97.5])
+    return Interval(value, float(low), float(high), samples)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-__all__ = ["COSTS", "Experiment", "Finding", "Metric", "Outcome", "Sample", "Subject", "Task"]
+import numpy as np
+
+__all__ = ["COSTS", "Experiment", "Finding", "Metric", "Outcome", "Sample", "Statistic", "Subject", "Task"]
 
 COSTS = {
     "seconds": "wall-clock seconds",
@@ -25,6 +27,19 @@ class Metric:
     name: str
     better: Literal["higher", "lower"] | None
     description: str
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A quality number over all samples that is no mean, such as a rank correlation.
+
+    `compute` takes the subject's metrics and costs, {name: (samples * seeds,) array, NaN where not measured}.
+    """
+
+    name: str
+    better: Literal["higher", "lower"] | None
+    description: str
+    compute: Callable[[Mapping[str, np.ndarray]], float]
 
 
 @dataclass(frozen=True)
@@ -98,6 +113,12 @@ class Experiment:
     seeds: Sequence[int] = (0,)
     batch: int = 1
     notes: str = ""
+    statistics: Sequence[Statistic] = ()
+
+    @property
+    def qualities(self) -> list[Metric | Statistic]:
+        """What a comparison shows of quality: the statistics, then the task's metrics."""
+        return [*self.statistics, *self.task.metrics]
 
     def verdict(self, findings: Sequence[Finding]) -> str:
         if all(f.holds for f in findings):
