@@ -113,6 +113,11 @@ def test_select_answers_from_a_file(tmp_path):
         (["decode", "--method", "antislop", "-o", "strength=2", "x"], "give a number in [0, 1]"),
         (["decode", "--method", "antislop", "--method", "tip", "-o", "strength=1", "x"], "say which method"),
         (["decode", ""], "prompt is empty"),
+        (["decode"], "give one PROMPT, or a file"),
+        (["decode", "x", "--prompts", "y"], "give one PROMPT, or a file"),
+        (["decode", "--prompts", "/nowhere"], "prompts '/nowhere' cannot be read"),
+        (["decode", "--prompts", "/dev/null"], "has no prompts"),
+        (["decode", "--batch-size", "0", "x"], "--batch-size 0"),
         (["decode", "--max-new-tokens", "0", "x"], "max_new_tokens=0"),
         (["decode", "--max-new-tokens", "-3", "x"], "max_new_tokens=-3"),
         (["decode", "--temperature", "0", "x"], "--temperature 0.0 is not allowed"),
@@ -166,3 +171,21 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
     assert report.read_text().startswith("<!doctype html>")
     with RunStore(store) as open_store:
         assert kept < set(open_store.outcomes(1)) and len(open_store.outcomes(1)) == 8
+
+
+def test_many_prompts_give_a_json_line_each(tmp_path, llama, tokenizer):
+    """Batches are those of `generate`: a text does not depend on how many others are asked for after it."""
+    folder, prompts, pairs = tmp_path / "model", tmp_path / "prompts.txt", tmp_path / "pairs.jsonl"
+    llama.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    prompts.write_text("the old\nElara\n\nIt was\n")
+    common = ["decode", "--model", str(folder), "--raw", "--max-new-tokens", "12"]
+    ban = ["--method", "antislop", "-o", 'phrases=["li", "e", "he"]', "--save-pairs", str(pairs)]
+    result = CliRunner().invoke(main, [*common, "--prompts", str(prompts), "--batch-size", "2", *ban])
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["prompt"] for line in lines] == ["the old", "Elara", "It was"]
+    single = CliRunner().invoke(main, [*common, "--seed", "2", "--json", "It was", *ban[:4]])
+    assert json.loads(single.stdout)["text"] == lines[2]["text"]
+    for pair in map(json.loads, pairs.read_text().splitlines()):
+        assert tokenizer.decode([pair["rejected"]]) in pair["rejected_text"]

@@ -8,12 +8,13 @@ from .lazy import exports
 
 __version__ = "0.1.0"
 
+_MODULES = "attention catalog decode hooks judge measure select trace".split()
 _HOMES = {
     "Trace": "trace",
     "capture": "trace",
     "generate": "decode.api",
     "load": "models",
-    **{name: name for name in ("attention", "catalog", "decode", "hooks", "judge", "measure", "select", "trace")},
+    **{name: name for name in _MODULES},
 }
 __all__ = ["InputError", "__version__", *sorted(_HOMES)]
 __getattr__ = exports(__name__, _HOMES)

@@ -166,7 +166,8 @@ class DecodeOutput(ModelOutput):
 
     @property
     def pairs(self) -> list[dict[str, Any]]:
-        """Preference data from the rewinds: context, the rejected token, and the candidates at its place.
+        """Preference data from the rewinds: context, the rejected token with the text that went with it, and the
+        candidates at its place.
 
         A soft ban may draw the rejected token again; that is no preference and left out.
         """
@@ -174,6 +175,7 @@ class DecodeOutput(ModelOutput):
             {
                 "context_ids": e.context_ids,
                 "rejected": e.rejected[0],
+                "rejected_text": e.rejected_text,
                 "chosen": e.replacement[0],
                 "candidates": e.candidates,
                 "rule": e.rule,

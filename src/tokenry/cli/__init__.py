@@ -1,0 +1,50 @@
+"""The command line: one verb per stage, and `list`, `show`, `find`, `compare`.
+
+Nothing heavy is imported before a command needs it, so that `tokenry list` answers at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from .. import __version__
+from ..errors import InputError
+from . import catalogue, compare, decode, select
+from .shared import example
+
+__all__ = ["main"]
+
+
+class Refusal(click.ClickException):
+    """Bad input: one sentence, exit code 2."""
+
+    exit_code = 2
+
+
+class Commands(click.Group):
+    """A group that turns InputError into a refusal."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            raise Refusal(str(error)) from None
+
+
+@click.group(cls=Commands, epilog=example("tokenry compare antislop --report report.html"))
+@click.version_option(__version__)
+def main() -> None:
+    """Everything that happens to a token in a transformer: methods from the literature, each measured."""
+
+
+for command in (
+    catalogue.list_methods,
+    catalogue.find,
+    catalogue.show,
+    decode.decode,
+    select.select,
+    compare.compare,
+):
+    main.add_command(command)

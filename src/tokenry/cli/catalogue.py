@@ -1,0 +1,61 @@
+"""list, show, find."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import click
+
+from .. import catalog
+from ..errors import InputError
+from .shared import as_json, example
+
+
+def entry_dict(entry: catalog.Entry) -> dict[str, str]:
+    return {"slug": entry.slug, "stage": entry.stage, "summary": entry.summary}
+
+
+def print_entries(entries: Sequence[catalog.Entry], json_output: bool) -> None:
+    if json_output:
+        as_json([entry_dict(e) for e in entries])
+        return
+    width = max((len(e.slug) for e in entries), default=0)
+    for entry in entries:
+        click.echo(f"{entry.slug:<{width}}  {entry.stage:<9}  {entry.summary}")
+
+
+@click.command("list", epilog=example("tokenry list --stage decode"))
+@click.option("--stage", help="Only the methods of one stage.")
+@click.option("--json", "json_output", is_flag=True, help="Print JSON.")
+def list_methods(stage: str | None, json_output: bool) -> None:
+    """List the methods."""
+    print_entries(catalog.by_stage(stage), json_output)
+
+
+@click.command(epilog=example("tokenry find 'shorter kv cache'"))
+@click.argument("question")
+@click.option("--json", "json_output", is_flag=True, help="Print JSON.")
+def find(question: str, json_output: bool) -> None:
+    """Find methods by what they do."""
+    found = catalog.find(question)
+    if not found and not json_output:
+        raise InputError(f"no method matches {question!r}; see `tokenry list`")
+    print_entries(found, json_output)
+
+
+@click.command(epilog=example("tokenry show antislop"))
+@click.argument("slug")
+@click.option("--json", "json_output", is_flag=True, help="Print JSON.")
+def show(slug: str, json_output: bool) -> None:
+    """Show what a method does, its paper and its options."""
+    entry = catalog.get(slug)
+    method = entry.load()
+    if json_output:
+        about = {"title": method.title, "paper": method.paper, "claim": method.claim}
+        as_json({**entry_dict(entry), **about, "options": [o._asdict() for o in method.options()]})
+        return
+    click.echo(f"{method.title} ({entry.stage}): {entry.summary}\n\nPaper:  {method.paper}\nClaim:  {method.claim}\n")
+    click.echo("Options (-o name=value):")
+    for option in method.options():
+        allowed = f", {option.range}" if option.range else ""
+        click.echo(f"  {option.name} = {option.default}\n      {option.description} ({option.type}{allowed})")

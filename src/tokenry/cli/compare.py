@@ -1,0 +1,176 @@
+"""compare: measure a method against the plain model and its controls."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .. import catalog
+from ..errors import InputError
+from .shared import as_json, check_writable, example, load_model, model_options, parse_methods, progress
+
+
+@click.command(epilog=example("tokenry compare antislop --samples 64 --report report.html --record"))
+@click.argument("slug")
+@click.option("-o", "options", multiple=True, metavar="NAME=VALUE", help="An option of the method.")
+@click.option("--samples", type=int, help="How many samples; default: enough for the claim.")
+@click.option("--seeds", help="Seeds, separated by commas.")
+@click.option("--report", "report_path", help="Write a self-contained HTML report.")
+@click.option("--picture", help="Write the table as an SVG picture.")
+@click.option("--record", is_flag=True, help="Write the evidence entry docs/evidence/SLUG.json.")
+@click.option(
+    "--store", "store_path", default="runs/tokenry.sqlite", show_default=True, help="Where outcomes are kept."
+)
+@click.option("--resume", is_flag=True, help="Go on with the latest run of the same comparison.")
+@model_options
+def compare(
+    slug: str,
+    options: tuple[str, ...],
+    samples: int | None,
+    seeds: str | None,
+    report_path: str | None,
+    picture: str | None,
+    record: bool,
+    store_path: str,
+    resume: bool,
+    model_name: str,
+    dtype: str | None,
+    device: str | None,
+    json_output: bool,
+) -> None:
+    """Measure a method against the plain model and against the controls that could fool it."""
+    entry = catalog.get(slug)
+    if entry.experiment is None:
+        raise InputError(f"{slug} has no comparison of its own; it is a baseline of another method's")
+    (method,) = parse_methods([slug], options, entry.stage)
+    if samples is not None and samples < 1:
+        raise InputError(f"--samples {samples} measures nothing; give a number >= 1")
+    seed_list = parse_seeds(seeds)
+    evidence_path = Path("docs/evidence") / f"{slug}.json"
+    if record:
+        try:
+            evidence_path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{str(evidence_path.parent)!r} cannot be made ({error.strerror})") from None
+    for path in (report_path, picture, evidence_path if record else None):
+        if path:
+            check_writable(path)
+    from ..measure.store import RunStore
+
+    with RunStore(store_path) as store:
+        model, tokenizer = load_model(model_name, dtype, device)
+        build = importlib.import_module(entry.experiment).build
+        experiment = build(model, tokenizer, samples=samples, seeds=seed_list, method=method if options else None)
+        about = {"model": model_name, "dtype": str(model.dtype)}
+        comparison = run_compare(experiment, store, about, resume)
+    findings = experiment.judge(comparison)
+    verdict = experiment.verdict(findings)
+    command = rerun_command(slug, options, samples, seeds, model_name, dtype)
+    outputs = (report_path, picture, evidence_path if record else None)
+    publish(comparison, findings, verdict, model_name, command, *outputs)
+    if json_output:
+        from ..measure.evidence import evidence
+
+        as_json(evidence(comparison, findings, verdict, model=model_name, command=command))
+
+
+def parse_seeds(seeds: str | None) -> list[int] | None:
+    if seeds is None:
+        return None
+    try:
+        return [int(s) for s in seeds.split(",")]
+    except ValueError:
+        raise InputError(f"--seeds {seeds!r} is not a list of whole numbers; write for example 0,1,2") from None
+
+
+def rerun_command(
+    slug: str, options: Sequence[str], samples: int | None, seeds: str | None, model: str, dtype: str | None
+) -> str:
+    """The command that measures the same again, without where its outputs went."""
+    import shlex
+
+    parts = ["tokenry", "compare", slug]
+    for name, value in (("samples", samples), ("seeds", seeds), ("dtype", dtype)):
+        parts += [f"--{name}", str(value)] if value is not None else []
+    parts += ["--model", model] if model != "smollm2" else []
+    return shlex.join([*parts, *(word for pair in options for word in ("-o", pair))])
+
+
+def run_compare(experiment: Any, store: Any, about: dict[str, Any], resume: bool) -> Any:
+    """Run with a progress bar on standard error; Ctrl-C keeps what was measured."""
+    from ..measure.compare import Interrupted, compare
+
+    try:
+        with progress(experiment.slug, None) as update:
+            return compare(
+                experiment,
+                store,
+                about=about,
+                resume=resume,
+                progress=lambda done, total, what: update(completed=done, total=total, description=what),
+            )
+    except Interrupted as error:
+        click.echo(f"{error}; they are kept, and --resume goes on from there", err=True)
+        sys.exit(130)
+
+
+def publish(
+    comparison: Any,
+    findings: Sequence[Any],
+    verdict: str,
+    model: str,
+    command: str,
+    report_path: str | None,
+    picture: str | None,
+    evidence_path: Path | None,
+) -> None:
+    """Table on standard error (standard output is for --json), report, picture and evidence entry."""
+    from rich.console import Console
+
+    from ..measure import report
+    from ..measure.evidence import evidence, versions
+
+    console = Console(stderr=True)
+    print_result(console, comparison, findings, verdict)
+    text = ", ".join(f"{k} {v}" for k, v in versions().items())
+    if report_path:
+        html = report.render(comparison, findings, verdict, model=model, command=command, versions=text)
+        Path(report_path).write_text(html, encoding="utf-8")
+        console.print(f"report: {report_path}")
+    if picture:
+        Path(picture).write_text(draw(comparison, findings, verdict), encoding="utf-8")
+    if evidence_path:
+        entry = evidence(comparison, findings, verdict, model=model, command=command)
+        evidence_path.write_text(json.dumps(entry, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        console.print(f"evidence: {evidence_path}")
+
+
+def draw(comparison: Any, findings: Sequence[Any], verdict: str) -> str:
+    """The result as an SVG text that needs no network: rich's web fonts are left out."""
+    import io
+    import re
+
+    from rich.console import Console
+
+    canvas = Console(record=True, width=110, file=io.StringIO())
+    print_result(canvas, comparison, findings, verdict)
+    svg = canvas.export_svg(title=f"tokenry compare {comparison.experiment.slug}")
+    return re.sub(r"@font-face\s*\{.*?\}", "", svg, flags=re.DOTALL)
+
+
+def print_result(console: Any, comparison: Any, findings: Sequence[Any], verdict: str) -> None:
+    from ..measure import report
+
+    for table in report.tables(comparison):
+        console.print(table)
+    for finding in findings:
+        answer = "[green]yes[/]" if finding.holds else "[red]no [/]"
+        console.print(f"{answer} {finding.statement}", highlight=False)
+        console.print(f"    {finding.numbers}", style="dim", highlight=False)
+    console.print(f"verdict: [bold]{verdict}[/]")

@@ -1,0 +1,104 @@
+"""What the verbs share: options, methods from the command line, models, files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .. import catalog
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    from ..method import Method
+
+
+def example(text: str) -> str:
+    """An epilog that click does not reflow."""
+    return "\b\nExample:\n  " + text
+
+
+def as_json(value: Any) -> None:
+    click.echo(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+def model_options(command: Any) -> Any:
+    """--model, --dtype, --device and --json."""
+    for option in (
+        click.option("--json", "json_output", is_flag=True, help="Print JSON."),
+        click.option("--device", help="Where to run; default: cuda where there is one."),
+        click.option("--dtype", help="float32, bfloat16 or float16; default: float32 on CPU."),
+        click.option("--model", "model_name", default="smollm2", show_default=True, help="Name, folder or hub id."),
+    ):
+        command = option(command)
+    return command
+
+
+def parse_methods(slugs: Sequence[str], pairs: Sequence[str], stage: str) -> list[Method]:
+    """Methods with their -o options; with several methods an option is written slug.name=value."""
+    classes = {}
+    for slug in slugs:
+        entry = catalog.get(slug)
+        if entry.stage != stage:
+            raise InputError(f"{slug} belongs to the stage {entry.stage!r}; use `tokenry {entry.stage}`")
+        classes[slug] = entry.load()
+    own: dict[str, list[str]] = {slug: [] for slug in slugs}
+    for pair in pairs:
+        prefix, dot, _ = pair.partition("=")[0].partition(".")
+        if dot and prefix in own:
+            own[prefix].append(pair.removeprefix(prefix + "."))
+        elif len(own) == 1:
+            own[slugs[0]].append(pair)
+        else:
+            raise InputError(f"say which method the option {pair!r} is for: -o SLUG.{pair}")
+    return [cls.from_strings(own[slug]) for slug, cls in classes.items()]
+
+
+def load_model(name: str, dtype: str | None, device: str | None) -> Any:
+    """Load quietly."""
+    from transformers.utils import logging
+
+    from ..models import load
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return load(name, dtype, device)
+
+
+def read_text(path: str, what: str) -> str:
+    """The text of a file, or of standard input for '-'."""
+    try:
+        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise InputError(f"the {what} {path!r} cannot be read ({reason}); give a text file") from None
+
+
+def check_writable(path: str) -> None:
+    from ..measure.report import check_writable
+
+    check_writable(path)
+
+
+@contextmanager
+def progress(what: str, total: int | None) -> Iterator[Callable[..., None]]:
+    """A bar on standard error; yields `update(advance=1)`, which also takes completed, total and description."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda **fields: bar.update(task, **fields)
