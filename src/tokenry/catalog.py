@@ -76,6 +76,14 @@ METHODS: tuple[Entry, ...] = (
         "kv cache compression memory long context prompt eviction retrieval heads",
         "tokenry.measure.experiments.compresskv",
     ),
+    Entry(
+        "kl3m",
+        "tokenize",
+        "tokenry.tokenize.kl3m:KL3M",
+        "train a tokenizer for a domain, or one of short tokens for text correction",
+        "bpe vocabulary legal financial domain character ocr spelling train tokenizer",
+        "tokenry.measure.experiments.kl3m",
+    ),
 )
 
 

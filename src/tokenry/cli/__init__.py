@@ -11,7 +11,7 @@ import click
 
 from .. import __version__
 from ..errors import InputError
-from . import catalogue, compare, decode, select
+from . import catalogue, compare, decode, select, tokenize
 from .shared import example
 
 __all__ = ["main"]
@@ -43,6 +43,7 @@ for command in (
     catalogue.list_methods,
     catalogue.find,
     catalogue.show,
+    tokenize.tokenize,
     decode.decode,
     select.select,
     compare.compare,

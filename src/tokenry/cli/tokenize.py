@@ -1,0 +1,156 @@
+"""tokenize: train a tokenizer, look at its tokens, compare several on a text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import InputError
+from .shared import as_json, check_writable, example, parse_methods, progress, read_text
+
+if TYPE_CHECKING:
+    from ..method import Method
+
+SUFFIXES = (".txt", ".md")
+SHOWN = 600  # characters of the coloured view in a terminal
+SHOWN_IN_PAGE = 5000
+
+
+@click.group(epilog=example("tokenry tokenize --method kl3m train docs/ --output tokenizer -o vocab_size=8192"))
+@click.option("--method", "slug", default="kl3m", show_default=True, help="A tokenize method.")
+@click.pass_context
+def tokenize(ctx: click.Context, slug: str) -> None:
+    """Train a tokenizer on text of a domain, and see what it and others make of a text."""
+    ctx.obj = slug
+
+
+@tokenize.command(epilog=example("tokenry tokenize train contracts/ --output tokenizer -o vocab_size=8192"))
+@click.argument("files", nargs=-1, required=True)
+@click.option("--output", required=True, help="Folder to save the tokenizer in.")
+@click.option("-o", "options", multiple=True, metavar="NAME=VALUE", help="An option of the method.")
+@click.option("--json", "json_output", is_flag=True, help="Print JSON.")
+@click.pass_obj
+def train(slug: str, files: tuple[str, ...], output: str, options: tuple[str, ...], json_output: bool) -> None:
+    """Train on FILES: text files, one document each, or folders, read with all that is in them (*.txt and *.md)."""
+    (method,) = parse_methods([slug], options, "tokenize")
+    paths = text_files(files)
+    folder = Path(output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the folder {output!r} cannot be made ({error.strerror}); choose another one") from None
+    check_writable(str(folder / "tokenizer.json"))
+    tokenizer = train_shown(method, paths)
+    tokenizer.save_pretrained(folder)
+    if json_output:
+        as_json({"folder": output, "vocabulary": len(tokenizer), "files": len(paths)})
+    else:
+        click.echo(f"{len(tokenizer):,} entries from {len(paths):,} files, saved in {output}")
+
+
+def text_files(names: Sequence[str]) -> list[Path]:
+    """The files that were named, and the text files of the folders that were named."""
+    found: list[Path] = []
+    for name in names:
+        path = Path(name)
+        inside = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file()) if path.is_dir() else [path]
+        if not inside:
+            raise InputError(f"the folder {name!r} holds no {' or '.join(SUFFIXES)} file; name the files themselves")
+        found += inside
+    return found
+
+
+def train_shown(method: Method, paths: Sequence[Path]) -> Any:
+    """Train with a progress bar over the files on standard error; merges are learnt after the last one."""
+    with progress("reading", len(paths)) as update:
+
+        def documents() -> Iterator[str]:
+            for path in paths:
+                yield read_text(str(path), "training text")
+                update(advance=1)
+            update(description="learning merges", total=None)
+
+        tokenizer = method.train(documents())
+        update(description="done", total=len(paths))
+    return tokenizer
+
+
+@tokenize.command(epilog=example('tokenry tokenize encode --tokenizer smollm2 "The Licensee shall not sublicense."'))
+@click.argument("text")
+@click.option("--tokenizer", "name", required=True, help="Folder with tokenizer.json, smollm2 or hub id.")
+@click.option("--json", "json_output", is_flag=True, help="Print ids and pieces as JSON.")
+def encode(text: str, name: str, json_output: bool) -> None:
+    """Show the tokens of TEXT in colour; '-' reads standard input."""
+    text = read_text("-", "text") if text == "-" else text
+    if not text:
+        raise InputError("the text is empty; give some to encode")
+    (tokenizer,) = load_tokenizers([name]).values()
+    from rich.console import Console
+
+    from ..tokenize.report import coloured, token_pieces
+
+    pieces = token_pieces(tokenizer, text)
+    ids = [i for piece in pieces for i in piece.ids]
+    if json_output:
+        as_json({"ids": ids, "pieces": [piece._asdict() for piece in pieces]})
+        return
+    console = Console()
+    if console.is_terminal:
+        console.print(coloured(pieces), soft_wrap=True)
+    else:
+        click.echo("|".join(piece.text for piece in pieces))
+    click.echo(f"({len(ids)} tokens, {len(ids) / len(text):.3f} per character)", err=True)
+
+
+@tokenize.command(epilog=example("tokenry tokenize report tokenizer/ smollm2 --text contract.txt --html report.html"))
+@click.argument("tokenizers", nargs=-1, required=True)
+@click.option("--text", "path", required=True, help="File with the text to compare on; '-' for standard input.")
+@click.option("--error-rate", default=0.05, show_default=True, help="Recognition errors per character, for stability.")
+@click.option("--html", help="Write a self-contained HTML page.")
+@click.option("--json", "json_output", is_flag=True, help="Print JSON.")
+def report(tokenizers: tuple[str, ...], path: str, error_rate: float, html: str | None, json_output: bool) -> None:
+    """Compare TOKENIZERS on a text: folders with tokenizer.json, smollm2, or hub ids. Savings are against the first."""
+    text = read_text(path, "text")
+    if html:
+        check_writable(html)
+    loaded = load_tokenizers(tokenizers)
+    from rich.console import Console
+
+    from ..tokenize.report import render, report_table, token_pieces, tokenizer_report
+
+    with Console(stderr=True).status("counting"):
+        reports = tokenizer_report(loaded, text, error_rate)
+    if html:
+        pieces = {name: token_pieces(tokenizer, text[:SHOWN_IN_PAGE]) for name, tokenizer in loaded.items()}
+        Path(html).write_text(render(reports, pieces), encoding="utf-8")
+    if json_output:
+        as_json([found.to_dict() for found in reports])
+        return
+    console = Console()
+    console.print(report_table(reports))
+    console.print(side_by_side(loaded, text[:SHOWN]))
+
+
+def load_tokenizers(names: Sequence[str]) -> dict[str, Any]:
+    """Load quietly; a name that was given twice is loaded once."""
+    from transformers.utils import logging
+
+    from ..tokenize import load_tokenizer
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return {name: load_tokenizer(name) for name in names}
+
+
+def side_by_side(tokenizers: dict[str, Any], text: str) -> Any:
+    """One column of coloured text for each tokenizer."""
+    from rich.table import Table
+
+    from ..tokenize.report import coloured, token_pieces
+
+    grid = Table(*tokenizers, box=None, padding=(0, 2, 0, 0))
+    grid.add_row(*(coloured(token_pieces(tokenizer, text)) for tokenizer in tokenizers.values()))
+    return grid
