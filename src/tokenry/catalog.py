@@ -84,6 +84,14 @@ METHODS: tuple[Entry, ...] = (
         "bpe vocabulary legal financial domain character ocr spelling train tokenizer",
         "tokenry.measure.experiments.kl3m",
     ),
+    Entry(
+        "token-prepending",
+        "represent",
+        "tokenry.represent.token_prepending:TokenPrepending",
+        "sentence embeddings from a decoder whose early layers see the last state before the sentence",
+        "sentence embedding similarity sts retrieval prompt eol training-free",
+        "tokenry.measure.experiments.token_prepending",
+    ),
 )
 
 

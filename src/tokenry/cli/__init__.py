@@ -11,7 +11,7 @@ import click
 
 from .. import __version__
 from ..errors import InputError
-from . import catalogue, compare, decode, select, tokenize
+from . import catalogue, compare, decode, represent, select, tokenize
 from .shared import example
 
 __all__ = ["main"]
@@ -44,6 +44,7 @@ for command in (
     catalogue.find,
     catalogue.show,
     tokenize.tokenize,
+    represent.represent,
     decode.decode,
     select.select,
     compare.compare,

@@ -1,0 +1,105 @@
+"""represent: one vector for each line of a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ..errors import InputError
+from .shared import as_json, check_writable, example, load_model, model_options, parse_methods, progress, read_text
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from ..represent import PromptEmbedder
+
+SUFFIXES = (".npy", ".parquet")
+
+
+@click.command(epilog=example("tokenry represent --method token-prepending sentences.txt --output vectors.npy"))
+@click.argument("file")
+@click.option("--method", "slug", help="A represent method; default: the plain prompt.")
+@click.option("-o", "options", multiple=True, metavar="NAME=VALUE", help="An option of the method.")
+@click.option("--output", required=True, help="Where to write: .npy (lines, width), or .parquet (text, embedding).")
+@click.option("--batch-size", default=16, show_default=True)
+@model_options
+def represent(
+    file: str,
+    slug: str | None,
+    options: tuple[str, ...],
+    output: str,
+    batch_size: int,
+    model_name: str,
+    dtype: str | None,
+    device: str | None,
+    json_output: bool,
+) -> None:
+    """Embed the sentences of FILE, one a line; '-' reads standard input."""
+    if slug is None and options:
+        raise InputError(f"the option {options[0]!r} needs a method; add --method token-prepending")
+    (method,) = parse_methods([slug], options, "represent") if slug else (None,)
+    if batch_size < 1:
+        raise InputError(f"--batch-size {batch_size} is not allowed; give a number >= 1")
+    check_output(output)
+    texts = read_lines(file)
+    from ..represent import PromptEmbedder
+
+    model, tokenizer = load_model(model_name, dtype, device)
+    embedder = PromptEmbedder(model, tokenizer) if method is None else method.encoder(model, tokenizer)
+    vectors = encode(embedder, texts, batch_size)
+    write(output, texts, vectors)
+    if json_output:
+        about = {"method": slug, "options": method.model_dump(mode="json") if method else {}}
+        as_json(
+            {"output": output, "shape": list(vectors.shape), "model": model_name, "dtype": str(model.dtype), **about}
+        )
+    else:
+        click.echo(f"{output}: {vectors.shape[0]} vectors of width {vectors.shape[1]}")
+
+
+def check_output(path: str) -> None:
+    """Refuse what could not be written, before anything is computed."""
+    suffix = Path(path).suffix
+    if suffix not in SUFFIXES:
+        raise InputError(f"--output {path!r} ends in {suffix!r}; give a file that ends in {' or '.join(SUFFIXES)}")
+    if suffix == ".parquet":
+        from importlib.util import find_spec
+
+        if find_spec("pyarrow") is None:
+            raise InputError("Parquet needs pyarrow; run `pip install pyarrow` or give an --output that ends in .npy")
+    check_writable(path)
+
+
+def read_lines(file: str) -> list[str]:
+    """The lines of a file; vectors and lines must match, so that an empty line is refused."""
+    text = read_text(file, "file").removesuffix("\n")
+    if not text:
+        raise InputError(f"the file {file!r} is empty; give one sentence a line")
+    texts = text.split("\n")
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            raise InputError(f"line {number} of {file!r} is empty; remove it")
+    return texts
+
+
+def encode(embedder: PromptEmbedder, texts: Sequence[str], batch_size: int) -> NDArray:
+    """Embed with a progress bar on standard error."""
+    with progress("embedding", len(texts)) as update:
+        return embedder.encode(texts, batch_size, lambda done, total: update(completed=done)).numpy()
+
+
+def write(path: str, texts: Sequence[str], vectors: NDArray) -> None:
+    if Path(path).suffix == ".npy":
+        import numpy as np
+
+        np.save(path, vectors)
+        return
+    import pyarrow
+    from pyarrow import parquet
+
+    embedding = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(vectors.ravel()), vectors.shape[1])
+    parquet.write_table(pyarrow.table({"text": texts, "embedding": embedding}), path)
