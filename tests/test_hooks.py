@@ -1,6 +1,7 @@
 """Editing inside a forward: exact effect, nesting, nothing left behind."""
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,8 +14,11 @@ from tokenry.hooks import (
     capture_residual,
     clamp_neurons,
     decoder_layers,
+    edit_inputs,
+    edit_outputs,
     edit_residual,
     fingerprint,
+    gated_mlp,
     on_feed,
     patch_resid,
     skip_layers,
@@ -76,6 +80,73 @@ def test_clamped_neurons_have_their_value(llama):
         handle.remove()
     assert (seen[0][..., 5] == -2).all() and (seen[0][..., 9] == 0).all() and (seen[0][..., 6] != 0).any()
     assert_clean(llama)
+
+
+@torch.no_grad()
+def test_a_clamped_up_projection_is_still_gated(llama):
+    ids, mlp = random_ids(), decoder_layers(llama)[2].mlp
+    seen = []
+    watch = {mlp.down_proj: lambda m: seen.append(m) or m}
+    gate = []
+    with (
+        clamp_neurons(llama, {2: {5: 20.0, 9: -3.0}}, side="up"),
+        edit_outputs({mlp.gate_proj: lambda g: gate.append(g) or g}),
+        edit_inputs(watch),
+    ):
+        llama(ids)
+    held = torch.nn.functional.silu(gate[0])
+    assert torch.allclose(seen[0][..., 5], 20 * held[..., 5]) and torch.allclose(seen[0][..., 9], -3 * held[..., 9])
+    twin = copy.deepcopy(llama)
+    twin.model.layers[2].mlp.down_proj.weight[:, 7] = 0
+    with clamp_neurons(llama, {2: {7: 0.0}}), clamp_neurons(llama, {1: {}}, side="up"):
+        assert torch.allclose(llama(ids).logits, twin(ids).logits, atol=1e-5)
+    assert_clean(llama)
+
+
+@contextmanager
+def watched(model, side):
+    """What the clamp of layer 1 leaves behind, one tensor per forward."""
+    seen = []
+    if side == "up":
+        watch = edit_outputs({gated_mlp(model, 1)["up"].module: lambda u: seen.append(u) or u})
+    else:
+        watch = edit_inputs({decoder_layers(model)[1].mlp.down_proj: lambda m: seen.append(m) or m})
+    with watch:
+        yield seen
+
+
+@pytest.mark.parametrize("side", ["product", "up"])
+@pytest.mark.parametrize("cached", [True, False])
+@torch.no_grad()
+def test_clamps_act_at_generated_positions_only(llama, side, cached):
+    ids = random_ids(2)[:, :12]
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "use_cache": cached}
+    with clamp_neurons(llama, {1: {3: 50.0}}, side, "generated"), watched(llama, side) as seen:
+        llama.generate(ids, **options)
+        llama.generate(ids.flip(1), **options)  # another prompt starts over
+    first, rest = seen[0], seen[1:4]
+    assert not (first[..., 3] == 50).any() and not (seen[4][..., 3] == 50).any()
+    for step in rest:
+        new = step[..., 3] == 50
+        assert new[:, -1].all() and (cached or (not new[:, :12].any() and new[:, 12:].all()))
+    cache = llama(ids).past_key_values
+    with clamp_neurons(llama, {1: {3: 50.0}}, side, "generated"), watched(llama, side) as again:
+        llama(ids[:, :2], past_key_values=cache)  # what the cache held before is the prompt
+    assert (again[0][..., 3] == 50).all()
+    assert_clean(llama)
+
+
+@torch.no_grad()
+def test_clamps_act_where_a_mask_says(llama):
+    ids, seen = random_ids(2), []
+    mask = torch.zeros(2, 30, dtype=torch.bool)
+    mask[0, 4] = mask[1, 29] = True
+    watch = edit_inputs({decoder_layers(llama)[1].mlp.down_proj: lambda m: seen.append(m) or m})
+    with clamp_neurons(llama, {1: {3: 7.0}}, positions=mask), watch:
+        cache = llama(ids[:, :20]).past_key_values
+        llama(ids[:, 20:], past_key_values=cache)  # beyond the mask nothing is held
+    held = torch.cat(seen, 1)[..., 3] == 7
+    assert held.nonzero().tolist() == [[0, 4], [1, 29]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -148,6 +219,13 @@ def test_what_does_not_exist_is_refused(llama, make_model):
         clamp_neurons(llama, {0: {64: 0.0}})
     with pytest.raises(InputError, match="down_proj"):
         clamp_neurons(make_model("opt"), {0: {0: 0.0}})
+    with pytest.raises(InputError, match="side='gate'"):
+        clamp_neurons(llama, {0: {0: 0.0}}, side="gate")
+    for positions in ("some", torch.ones(3)):
+        with pytest.raises(InputError, match="boolean"):
+            clamp_neurons(llama, {0: {0: 0.0}}, positions=positions)
+    with pytest.raises(InputError, match="not inputs_embeds"), clamp_neurons(llama, {0: {0: 1.0}}, "up", "generated"):
+        llama(inputs_embeds=torch.zeros(1, 3, 32))
     assert_clean(llama)
 
 

@@ -17,7 +17,7 @@ from tokenry.spans import find_spans, text_offsets
 from tokenry.trace import Trace, capture
 
 SPANS = [(0, 9), (9, 21), (21, 40)]
-EVERYTHING = {"hidden": [0, 2, -1], "qk": "all", "head_outputs": [0, 3, 17]}
+EVERYTHING = {"hidden": [0, 2, -1], "qk": "all", "head_outputs": [0, 3, 17], "neurons": "all"}
 
 
 def reducers():
@@ -117,6 +117,29 @@ def test_head_outputs_sum_to_the_sublayer(make_model, kind):
             split = block.self_attn.o_proj.weight.unflatten(1, (-1, 8))  # (width, heads, head_dim)
             parts = torch.einsum("phd,whd->phw", trace.head_outputs(layer), split)
             assert torch.allclose(parts.sum(1), outputs[layer][row, live][present], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_neurons_are_what_the_mlp_writes_from(make_model, kind):
+    model, (ids, mask) = make_model(kind), left_padded()
+    outputs = {}
+    handles = [
+        block.mlp.register_forward_hook(lambda m, a, out, i=i: outputs.update({i: out}))
+        for i, block in enumerate(decoder_layers(model))
+    ]
+    traces = traced(model, ids, mask=mask, neurons=[3, 1])
+    for handle in handles:
+        handle.remove()
+    for row, trace in enumerate(traces):
+        for layer in (1, 3):
+            written = decoder_layers(model)[layer].mlp.down_proj(trace.neurons(layer))
+            assert torch.allclose(written, outputs[layer][row, mask[row].bool()], atol=1e-5)
+        with pytest.raises(InputError, match=r"neurons=\[0\]"):
+            trace.neurons(0)
+    with pytest.raises(InputError, match="layer 4"):
+        traced(model, ids, neurons=[4])
+    assert_clean(model)
 
 
 # --- however it was collected --------------------------------------------------------------------------------------
@@ -455,3 +478,14 @@ def test_text_decoded_with_rewinds_is_traced_as_it_ended(llama, tokenizer):
     assert monitor.rejected and out.sequences[0, -11] != monitor.rejected[0]
     assert torch.equal(cap.trace.ids, out.sequences[0, :-1])
     assert_same(cap.trace, traced(llama, cap.trace.ids[None], tokenizer, hidden=[1], qk="all")[0])
+
+
+def test_a_trace_knows_its_model_again_after_saving_it(llama, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    with capture(llama) as cap, torch.no_grad():
+        llama(torch.tensor([[5, 6, 7]]), use_cache=False)
+    cap.trace.save(tmp_path / "t.safetensors")
+    llama.save_pretrained(tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert torch.equal(Trace.load(tmp_path / "t.safetensors", loaded).logits([1]), cap.trace.logits([1]))

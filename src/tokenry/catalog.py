@@ -92,6 +92,14 @@ METHODS: tuple[Entry, ...] = (
         "sentence embedding similarity sts retrieval prompt eol training-free",
         "tokenry.measure.experiments.token_prepending",
     ),
+    Entry(
+        "lm-head-neurons",
+        "read",
+        "tokenry.read.lm_head_neurons:LMHeadNeurons",
+        "name every MLP neuron after the tokens its weights point at, and clamp it",
+        "interpretability neuron unembedding logit lens feature map clamp steer",
+        "tokenry.measure.experiments.lm_head_neurons",
+    ),
 )
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +22,16 @@ from .errors import InputError
 
 __all__ = [
     "Feed",
+    "Projection",
     "ablate_heads",
     "add_to_residual",
     "capture_residual",
     "clamp_neurons",
     "decoder_layers",
+    "edit_outputs",
     "edit_residual",
     "fingerprint",
+    "gated_mlp",
     "on_feed",
     "patch_resid",
     "skip_layers",
@@ -176,6 +180,19 @@ def edit_inputs(edits: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterat
         yield
 
 
+@contextmanager
+def edit_outputs(edits: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Replace the output y of each module by `edits[module](y)`."""
+    with ExitStack() as stack:
+        for module, edit in edits.items():
+
+            def hook(module: nn.Module, args: tuple, output: Tensor, edit: Callable = edit) -> Tensor:
+                return edit(output)
+
+            stack.callback(module.register_forward_hook(hook).remove)
+        yield
+
+
 def head_mixer(model: PreTrainedModel, layer: int) -> tuple[nn.Module, int]:
     """The projection that mixes the heads of a layer, and head_dim: its input is (batch, time, heads * head_dim)."""
     layers = decoder_layers(model)
@@ -209,33 +226,137 @@ def ablate_heads(model: PreTrainedModel, heads: Mapping[int, Sequence[int]]):
     return edit_inputs(edits)
 
 
-def clamp_neurons(model: PreTrainedModel, neurons: Mapping[int, Mapping[int, float]]):
-    """Context manager: MLP neuron n of layer i has the activation `neurons[i][n]` at every position.
+class Projection(NamedTuple):
+    """A linear layer, and which of its outputs are the neurons: a model may fuse gate and up in one layer."""
 
-    A neuron is an input of `mlp.down_proj`.
+    module: nn.Module
+    outputs: slice
+
+
+def down_projection(model: PreTrainedModel, layer: int) -> nn.Module:
+    """The layer that writes the neurons of an MLP to the residual stream; its input is (batch, time, neurons)."""
+    layers = decoder_layers(model)
+    _check(layers, [layer])
+    down = getattr(getattr(layers[layer], "mlp", None), "down_proj", None)
+    if down is None:
+        raise InputError(f"layer {layer} of {type(model).__name__} has no mlp.down_proj; use a Llama-like model")
+    return down
+
+
+def gated_mlp(model: PreTrainedModel, layer: int) -> dict[Literal["gate", "up"], Projection]:
+    """The two input sides of a gated MLP, m = up(x) * act(gate(x)). Fused rows are gate first, then up (Phi-3).
+
+    Raises:
+        InputError: no such layer, a mixture of experts, or an MLP without a gate.
     """
     layers = decoder_layers(model)
-    _check(layers, neurons)
+    _check(layers, [layer])
+    mlp = getattr(layers[layer], "mlp", None)
+    if hasattr(mlp, "experts") or hasattr(layers[layer], "block_sparse_moe"):
+        raise InputError(
+            f"layer {layer} of {type(model).__name__} is a mixture of experts, whose neurons have no one number; "
+            "use a model with one MLP per layer"
+        )
+    down = down_projection(model, layer)
+    if hasattr(mlp, "gate_up_proj"):
+        half = mlp.gate_up_proj.out_features // 2
+        return {
+            "gate": Projection(mlp.gate_up_proj, slice(0, half)),
+            "up": Projection(mlp.gate_up_proj, slice(half, 2 * half)),
+        }
+    if not (hasattr(mlp, "gate_proj") and hasattr(mlp, "up_proj")):
+        raise InputError(f"layer {layer} of {type(model).__name__} has no gated MLP; use a Llama- or Phi-3-like model")
+    every = slice(0, down.in_features)
+    return {"gate": Projection(mlp.gate_proj, every), "up": Projection(mlp.up_proj, every)}
 
-    def hold(values: Mapping[int, float], width: int) -> Callable[[Tensor], Tensor]:
+
+class _Columns:
+    """Which columns of each forward are edited: all, a boolean mask, or those after the prompt.
+
+    The prompt is the first forward and whatever starts over with other tokens; a forward that feeds the same tokens
+    and more (generation without a cache) goes on.
+    """
+
+    def __init__(self, positions: str | Tensor) -> None:
+        if isinstance(positions, str) and positions not in ("all", "generated"):
+            raise InputError(f"positions={positions!r} is not allowed; give 'all', 'generated' or a boolean mask")
+        if isinstance(positions, Tensor) and positions.dtype != torch.bool:
+            raise InputError(f"a mask of {positions.dtype} is not allowed; give a boolean mask of columns")
+        self.positions = positions
+        self.prompt: Tensor | None = None
+        self.chosen: Tensor | None = None  # (batch or 1, new); None for all
+
+    def begin(self, feed: Feed) -> None:
+        columns = torch.arange(feed.start, feed.stop)
+        if isinstance(self.positions, Tensor):
+            mask = torch.atleast_2d(self.positions.cpu())
+            known = columns < mask.shape[1]  # a mask of the prompt says nothing about what is generated
+            self.chosen = mask[:, columns.clamp(max=mask.shape[1] - 1)] & known
+        elif self.positions == "generated":
+            if feed.ids is None:
+                raise InputError("positions='generated' needs token ids, not inputs_embeds; give a mask of columns")
+            if feed.start == 0 and not self._goes_on(feed.ids):
+                self.prompt = feed.ids
+            self.chosen = (columns >= self._held)[None]
+
+    @property
+    def _held(self) -> int:
+        return 0 if self.prompt is None else self.prompt.shape[1]  # 0 also if a cache was there before the clamp
+
+    def _goes_on(self, ids: Tensor) -> bool:
+        return 0 < self._held < ids.shape[1] and torch.equal(ids[:, : self._held], self.prompt)
+
+
+def clamp_neurons(
+    model: PreTrainedModel,
+    neurons: Mapping[int, Mapping[int, float]],
+    side: Literal["product", "up"] = "product",
+    positions: Literal["all", "generated"] | Tensor = "all",
+):
+    """Context manager: MLP neuron n of layer i has the activation `neurons[i][n]`.
+
+    Args:
+        side: what is held: "product", the input of `mlp.down_proj`, or "up", the output of the up-projection, which
+            the gate still multiplies.
+        positions: "all", "generated" (everything after the first forward, so the prompt reads as it is), or a boolean
+            mask (columns,) or (batch, columns) of token columns, padding included.
+
+    Raises:
+        InputError: unknown layer, neuron, side or positions; no gated MLP for side "up".
+    """
+    if side not in ("product", "up"):
+        raise InputError(f"side={side!r} is not allowed; give 'product' or 'up'")
+    columns = _Columns(positions)
+
+    def hold(values: Mapping[int, float], first: int, width: int) -> Callable[[Tensor], Tensor]:
         for neuron in values:
             if not 0 <= neuron < width:
                 raise InputError(f"neuron {neuron} does not exist; this layer has neurons 0 to {width - 1}")
+        where = [first + neuron for neuron in values]
 
         def edit(x: Tensor) -> Tensor:
-            x = x.clone()
-            x[..., list(values)] = x.new_tensor(list(values.values()))
+            x, new = x.clone(), x.new_tensor(list(values.values()))
+            chosen = columns.chosen
+            x[..., where] = new if chosen is None else torch.where(chosen[..., None].to(x.device), new, x[..., where])
             return x
 
         return edit
 
     edits = {}
     for layer, values in neurons.items():
-        down = getattr(getattr(layers[layer], "mlp", None), "down_proj", None)
-        if down is None:
-            raise InputError(f"layer {layer} of {type(model).__name__} has no mlp.down_proj; use a Llama-like model")
-        edits[down] = hold(values, down.in_features)
-    return edit_inputs(edits)
+        width = down_projection(model, layer).in_features
+        if side == "product":
+            edits[down_projection(model, layer)] = hold(values, 0, width)
+        else:
+            up = gated_mlp(model, layer)["up"]
+            edits[up.module] = hold(values, up.outputs.start, width)
+    return _during(model, columns, edit_inputs(edits) if side == "product" else edit_outputs(edits))
+
+
+@contextmanager
+def _during(model: PreTrainedModel, columns: _Columns, edits: AbstractContextManager) -> Iterator[None]:
+    with on_feed(model, columns.begin), edits:
+        yield
 
 
 class _Skipped(nn.Module):

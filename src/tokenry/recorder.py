@@ -73,20 +73,24 @@ class Recorder:
         return new if self.start == 0 else torch.cat([self.valid, new], 1)
 
     def _take_back(self, feed: Feed, held: int) -> None:
+        keep = feed.start
         if feed.start > 0:
-            position = feed.start if feed.positions is None else int(feed.positions[0, 0])
-            if len(feed.ids) == 1 and position == held:
-                return  # the cache was compressed, not rewound: the sequence goes on
-            if len(feed.ids) > 1 or position != feed.start:
+            if len(feed.ids) > 1:
                 raise InputError(
                     f"the cache holds {feed.start} columns after {held} were fed; "
                     "trace one sequence at a time where tokens are taken back"
                 )
+            if feed.positions is not None:  # a compressed cache has fewer columns than tokens
+                keep = int(feed.positions[0, 0]) + int((~self.valid).sum())
+            if keep == held:
+                return  # compressed, not rewound: the sequence goes on
+            if keep > held:
+                raise InputError(f"the next token stands at {keep}, {held} were traced; capture from the first forward")
             if self.reducers or len(self.positions):
                 raise InputError("tokens were taken back, which reducers and head_outputs cannot follow; trace without")
         for parts in self.columns.values():
-            parts[:] = [torch.cat(parts, 1)[:, : feed.start]] if feed.start else []
-        self.valid, self.heads, self.wanted = self.valid[:, : feed.start], {}, []
+            parts[:] = [torch.cat(parts, 1)[:, :keep]] if keep else []
+        self.valid, self.heads, self.wanted = self.valid[:, :keep], {}, []
 
     def _add(self, name: str, part: Tensor) -> None:
         self.columns.setdefault(name, []).append(part.detach())
@@ -229,7 +233,8 @@ def statistics(model: PreTrainedModel, ids: Tensor, final: Tensor) -> Tensor:
 def identity(model: PreTrainedModel) -> list[str]:
     """[hash of a sample of the weights, hash of the config without what a copy may change]."""
     config = model.config.to_dict()
-    kept = {k: v for k, v in config.items() if not k.startswith("_") and k not in ("transformers_version", "dtype")}
+    written = {"architectures", "dtype", "transformers_version"}  # what save_pretrained changes
+    kept = {k: v for k, v in config.items() if not k.startswith("_") and k not in written}
     return [fingerprint(model), _digest(kept)]
 
 

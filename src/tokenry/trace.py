@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .attention import observe
 from .errors import InputError
-from .hooks import capture_residual, decoder_layers, edit_inputs, head_mixer, on_feed
+from .hooks import capture_residual, decoder_layers, down_projection, edit_inputs, head_mixer, on_feed
 from .recorder import FORMAT, Recorder, head_logits, identity
 from .reducers import Reducer
 from .spans import Span, find_spans
@@ -142,6 +142,10 @@ class Trace:
         """Outputs (positions, heads, head_dim) of each head before o_proj, at `tensors["positions"]`."""
         return self._get(f"heads.{layer}", f"head outputs of layer {layer}", "head_outputs=[position, ...]")
 
+    def neurons(self, layer: int) -> Tensor:
+        """Activations (T, neurons) of an MLP: the inputs of `mlp.down_proj`."""
+        return self._get(f"mlp.{layer}", f"neurons of layer {layer}", f"neurons=[{layer}]")
+
     def save(self, path: str | Path) -> None:
         """Write one safetensors file with a JSON header."""
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
@@ -202,6 +206,7 @@ def capture(
     qk: Collection[int] | str | None = None,
     head_outputs: Collection[int] = (),
     reducers: Sequence[Reducer] = (),
+    neurons: Collection[int] | str = (),
 ) -> Iterator[Captured]:
     """Record the tokens fed to `model`, in one forward or in cached steps (`model.generate`, without beams).
 
@@ -214,6 +219,7 @@ def capture(
         qk: layers whose queries and keys to keep, or "all".
         head_outputs: token positions whose head outputs to keep, in every layer.
         reducers: summaries of all attention rows, computed on the way.
+        neurons: layers whose MLP activations to keep, or "all".
 
     Raises:
         InputError: unknown layer, a model whose attention or logits cannot be followed, or a cache that holds
@@ -234,6 +240,8 @@ def capture(
         edits = {decoder_layers(model)[0]: recorder.keep("resid.0")} if 0 in states else {}
         for layer in range(depth if head_outputs else 0):
             edits[head_mixer(model, layer)[0]] = recorder.keep_heads(layer)
+        for layer in range(depth) if neurons == "all" else sorted(set(neurons)):
+            edits[down_projection(model, layer)] = recorder.keep(f"mlp.{layer}")
         stack.enter_context(edit_inputs(edits))
         if layers or reducers:
             stack.enter_context(observe(model, recorder.attention))

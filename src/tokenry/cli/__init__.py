@@ -11,7 +11,7 @@ import click
 
 from .. import __version__
 from ..errors import InputError
-from . import catalogue, compare, decode, represent, select, tokenize
+from . import catalogue, compare, decode, read, represent, select, tokenize
 from .shared import example
 
 __all__ = ["main"]
@@ -46,6 +46,7 @@ for command in (
     tokenize.tokenize,
     represent.represent,
     decode.decode,
+    read.read,
     select.select,
     compare.compare,
 ):
