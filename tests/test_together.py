@@ -1,12 +1,16 @@
 """Methods of several stages in one call of `generate`, in the ecosystem's own idioms."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from transformers.generation.logits_process import LogitsProcessor
 
 from tokenry.decode import Antislop, CyclicReflex, PhraseBan, RegexBan, loop
 from tokenry.decode.core import row_seed
+from tokenry.judge import CRew
 from tokenry.select import CompressKV
-from tokenry.trace import capture
+from tokenry.trace import Trace, capture
 
 PROMPT = "the old lighthouse stood on the cliff and the sound of the sea was a whisper in the night, and the wind"
 OTHER = "Elara walked along the shore; the keeper seemed to listen to the empty tower and the sea was not a dream but"
@@ -81,6 +85,61 @@ def test_a_trace_is_taken_along(llama, tokenizer):
     logits = llama(fed[None]).logits[0].log_softmax(-1)
     expected = logits[:-1].gather(1, fed[1:, None]).squeeze(1)
     assert torch.allclose(cap.trace.logprob[1:], expected, atol=1e-4)
+
+
+class RawScores(LogitsProcessor):
+    """Oracle: the log-probabilities of the model itself at every length, the last time it was asked."""
+
+    def __init__(self):
+        self.at = {}
+
+    def __call__(self, input_ids, scores):
+        self.at[input_ids.shape[1]] = scores[0].log_softmax(-1)
+        return scores
+
+
+def test_everything_at_once_and_judged_from_its_trace(llama, tokenizer, tmp_path):
+    """CompressKV, CyclicReflex, Antislop with rewinds, and a Trace that CRew scores: what is neutral changes nothing,
+    and the score is that of the probabilities the model had when it wrote."""
+    inputs = encode(tokenizer, PROMPT)
+    oracle = RawScores()
+
+    def write(*extra, capturing=None):
+        wave = CyclicReflex(token_ids=range(40, 90), amplitude=2.0, period=8, end_think=None)
+        press = CompressKV(budget=12, window=4, top_heads=2, min_tokens=5, adaptive=False, heads="all")
+        with press(llama) as kept, capturing or nullcontext() as cap:
+            out = llama.generate(
+                **inputs,
+                custom_generate=loop,
+                logits_processor=[*extra, wave],
+                monitors=Antislop(phrases=["the", "li"], regexes=["[a-z]{4}"]).monitors(),
+                processing_class=tokenizer,
+                pad_token_id=1,
+                return_dict_in_generate=True,
+                max_new_tokens=30,
+                do_sample=True,
+                seed=6,
+            )
+        return out, kept.trace, cap
+
+    plain, _, _ = write()
+    neutral = CyclicReflex(token_ids=[3], amplitude=0.0, period=8, end_think=None)
+    out, kept, cap = write(oracle, neutral, capturing=capture(llama, tokenizer))
+    assert out.new_ids == plain.new_ids and any(len(e.rejected) > 1 for e in out.events)
+    assert set(kept.counts().values()) == {12}
+    trace, first = cap.trace, inputs["input_ids"].shape[1]
+    fed = [*inputs["input_ids"][0].tolist(), *out.new_ids[0][:-1]]
+    assert trace.ids.tolist() == fed and trace.spans["prompt"] == [(0, first)]
+    expected = [float(oracle.at[t][fed[t]]) for t in range(first, len(fed))]
+    assert torch.allclose(trace.logprob[first:], torch.tensor(expected), atol=1e-5)
+
+    method = CRew(marker=lambda text: (0, len(text) // 2))
+    (score,) = method.score([trace])
+    half = len(trace.text[int(trace.offsets[first, 0]) :]) // 2
+    starts = trace.offsets[first:, 0] - int(trace.offsets[first, 0])
+    assert score == pytest.approx(float(torch.tensor(expected)[starts < half].exp().mean()), rel=1e-4)
+    trace.save(tmp_path / "t.safetensors")
+    assert method.score([Trace.load(tmp_path / "t.safetensors", llama)]) == pytest.approx([score])
 
 
 def test_methods_add_up_in_generate(smollm2):

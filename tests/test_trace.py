@@ -489,3 +489,18 @@ def test_a_trace_knows_its_model_again_after_saving_it(llama, tmp_path):
     llama.save_pretrained(tmp_path / "model")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert torch.equal(Trace.load(tmp_path / "t.safetensors", loaded).logits([1]), cap.trace.logits([1]))
+
+
+def test_learned_positions_and_a_body_inside_the_body(make_model, tokenizer):
+    """OPT's decoder is called past its base model; left padding is stripped, positions are the model's own."""
+    model = make_model("opt")
+    batch = tokenizer(["the old lighthouse", "the sea"], return_tensors="pt", padding=True)
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    with capture(model, tokenizer) as cap, torch.no_grad():
+        model(**inputs, use_cache=False)
+    for trace, text in zip(cap.traces, ("the old lighthouse", "the sea")):
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        with torch.no_grad():
+            expected = model(ids).logits[0]
+        assert trace.ids.tolist() == ids[0].tolist()
+        assert torch.allclose(trace.logits(), expected, atol=1e-4)

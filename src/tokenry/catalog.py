@@ -100,6 +100,14 @@ METHODS: tuple[Entry, ...] = (
         "interpretability neuron unembedding logit lens feature map clamp steer",
         "tokenry.measure.experiments.lm_head_neurons",
     ),
+    Entry(
+        "crew",
+        "judge",
+        "tokenry.judge.crew:CRew",
+        "score a solution by the probability of its final answer, and build preference pairs from that",
+        "confidence reward verifier best-of-n vote self-consistency math answer dpo",
+        "tokenry.measure.experiments.crew",
+    ),
 )
 
 

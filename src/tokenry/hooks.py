@@ -126,7 +126,7 @@ class Feed:
 @contextmanager
 def on_feed(model: PreTrainedModel, begin: Callable[[Feed], None]) -> Iterator[None]:
     """Call `begin(feed)` before every forward of the model's body."""
-    body = model.base_model
+    body = model.get_decoder()  # OPT calls it without its base model
     signature = inspect.signature(body.forward)
 
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -245,7 +245,7 @@ def capture(
         stack.enter_context(edit_inputs(edits))
         if layers or reducers:
             stack.enter_context(observe(model, recorder.attention))
-        stack.callback(model.base_model.register_forward_hook(recorder.final).remove)
+        stack.callback(model.get_decoder().register_forward_hook(recorder.final).remove)
         stack.callback(model.register_forward_hook(recorder.check_logits, with_kwargs=True).remove)
         yield captured
     captured.traces = [Trace(tensors, header, model) for tensors, header in recorder.sequences(tokenizer)]

@@ -11,7 +11,7 @@ import click
 
 from .. import __version__
 from ..errors import InputError
-from . import catalogue, compare, decode, read, represent, select, tokenize
+from . import catalogue, compare, decode, judge, read, represent, select, tokenize
 from .shared import example
 
 __all__ = ["main"]
@@ -47,6 +47,7 @@ for command in (
     represent.represent,
     decode.decode,
     read.read,
+    judge.judge,
     select.select,
     compare.compare,
 ):

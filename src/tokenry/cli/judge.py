@@ -1,0 +1,161 @@
+"""judge: score solutions, choose among them, and make preference pairs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import InputError
+from .shared import as_json, check_writable, example, load_model, model_options, parse_methods, progress, read_text
+
+
+@click.command(epilog=example("tokenry judge --method crew -o marker=answer --pairs pairs.jsonl solutions.jsonl"))
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.option("--method", "slug", required=True, help="A judge method.")
+@click.option("-o", "options", multiple=True, metavar="NAME=VALUE", help="An option of the method.")
+@click.option("--trace", "traces", is_flag=True, help="The files are traces of solutions (Trace.save).")
+@click.option("--pairs", help="Write preference pairs of right and wrong solutions (JSON lines).")
+@click.option("--top-k", default=10, show_default=True, help="Pairs per prompt.")
+@click.option("--min-gap", type=float, help="Smallest difference of scores in a pair; default: any.")
+@click.option("--raw", is_flag=True, help="Take the prompts as they are, without the chat template.")
+@model_options
+def judge(
+    files: tuple[str, ...],
+    slug: str,
+    options: tuple[str, ...],
+    traces: bool,
+    pairs: str | None,
+    top_k: int,
+    min_gap: float | None,
+    raw: bool,
+    model_name: str,
+    dtype: str | None,
+    device: str | None,
+    json_output: bool,
+) -> None:
+    """Score solutions; for each prompt show the best one and what a vote weighted by the scores says.
+
+    A line of FILE is {"prompt": ..., "solution": ...} or {"prompt": ..., "solutions": [...]}; with "answer", the right
+    one, solutions are marked right or wrong, which --pairs needs. FILE '-' reads standard input.
+    """
+    (method,) = parse_methods([slug], options, "judge")
+    rows = [] if traces else [row for path in files for row in read_rows(path)]
+    check_pairs(pairs, top_k, traces, rows)
+    model, tokenizer = load_model(model_name, dtype, device)
+    if traces:
+        from ..trace import Trace
+
+        judged = method.judge(Trace.load(path, model) for path in files)
+    else:
+        judged = judge_rows(method, model, tokenizer, rows, chat=not raw)
+    if pairs:
+        write_pairs(judged, pairs, top_k, min_gap)
+    groups: dict[str, list[Any]] = {}
+    for one in judged:
+        groups.setdefault(one.prompt, []).append(one)
+    shown = [summary(prompt, group) for prompt, group in groups.items()]
+    as_json(shown) if json_output else show(shown)
+
+
+Row = tuple[str, str, str | None]  # prompt, solution, right answer
+
+
+def read_rows(path: str) -> Iterable[Row]:
+    """The solutions of a file of JSON lines."""
+    found = []
+    for number, line in enumerate(read_text(path, "file of solutions").splitlines(), 1):
+        if line.strip():
+            found += parse_row(line, f"line {number} of {path!r}")
+    if not found:
+        raise InputError(f'{path!r} holds no solutions; write lines like {{"prompt": "...", "solution": "..."}}')
+    return found
+
+
+def parse_row(line: str, where: str) -> list[Row]:
+    """The solutions of one line."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where} is not JSON ({error}); write one object a line") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{where} is not an object but {line.strip()[:40]!r}; write one object a line")
+    prompt, answer = row.get("prompt"), row.get("answer")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise InputError(f"{where} has the prompt {prompt!r}; give the question as text")
+    if ("solution" in row) == ("solutions" in row):
+        raise InputError(f"{where} needs either 'solution', a text, or 'solutions', a list of texts")
+    solutions = [row["solution"]] if "solution" in row else row["solutions"]
+    if not isinstance(solutions, list) or not solutions or not all(isinstance(s, str) for s in solutions):
+        raise InputError(f"{where} has no solutions as text; give 'solution', a text, or 'solutions', a list of texts")
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        answer = str(answer)
+    if not isinstance(answer, str | None):
+        raise InputError(f"{where} has the answer {answer!r}; give the right answer as text or number")
+    return [(prompt, solution, answer) for solution in solutions]
+
+
+def check_pairs(pairs: str | None, top_k: int, traces: bool, rows: Sequence[Row]) -> None:
+    """Refuse --pairs before anything runs, where there will be none."""
+    if pairs is None:
+        return
+    if top_k < 1:
+        raise InputError(f"--top-k {top_k} keeps no pair; give a number >= 1")
+    if traces:
+        raise InputError("--pairs needs right answers, which traces do not hold; give JSON lines with 'answer'")
+    missing = next((prompt for prompt, _, answer in rows if answer is None), None)
+    if missing is not None:
+        raise InputError(f"--pairs needs the right answer of every prompt; add 'answer' to {missing[:40]!r}")
+    check_writable(pairs)
+
+
+def judge_rows(method: Any, model: Any, tokenizer: Any, rows: Sequence[Row], chat: bool) -> list[Any]:
+    """Feed the solutions to the model, a batch at a time."""
+    from ..judge import CRewScorer
+
+    scorer = CRewScorer(model, tokenizer, method, chat=chat)
+    solutions = []
+    with progress("judge", len(rows)) as update:
+        for first in range(0, len(rows), scorer.batch_size):
+            batch = rows[first : first + scorer.batch_size]
+            solutions += scorer.read([prompt for prompt, _, _ in batch], [solution for _, solution, _ in batch])
+            update(advance=len(batch))
+    return method.judge(solutions, gold=[answer for _, _, answer in rows])
+
+
+def write_pairs(judged: Sequence[Any], path: str, top_k: int, min_gap: float | None) -> None:
+    from ..judge import build_crew_pairs
+
+    made = build_crew_pairs(judged, top_k, min_gap)
+    Path(path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made), encoding="utf-8")
+    click.echo(f"{len(made)} pairs: {path}; {made.info.description}", err=True)
+
+
+def summary(prompt: str, group: Sequence[Any]) -> dict[str, Any]:
+    """One prompt as JSON values; `best` is the place of the best solution."""
+    from ..judge import best_of_n, weighted_vote
+
+    best = best_of_n(group) if len(group) > 1 else None
+    vote = weighted_vote(group) if len(group) > 1 else None
+    return {
+        "prompt": prompt,
+        "solutions": [{"score": s.score, "answer": s.answer, "correct": s.correct} for s in group],
+        "best": None if best is None else next(i for i, one in enumerate(group) if one is best),
+        "vote": None if vote is None else vote._asdict(),
+    }
+
+
+def show(prompts: Sequence[dict[str, Any]]) -> None:
+    for one in prompts:
+        lines = one["prompt"].strip().splitlines()
+        click.echo(lines[-1] if len(lines[-1]) <= 100 else "... " + lines[-1][-96:])
+        for i, solution in enumerate(one["solutions"]):
+            score = "  none" if solution["score"] is None else f"{solution['score']:6.3f}"
+            right = {True: "  right", False: "  wrong", None: ""}[solution["correct"]]
+            best = "  best" if i == one["best"] else ""
+            click.echo(f"  {i + 1:>3}  {score}  {solution['answer'] or 'no answer found'}{right}{best}")
+        if one["vote"]:
+            click.echo(f"  vote: {one['vote']['answer']} with {one['vote']['share']:.0%} of the weight")
