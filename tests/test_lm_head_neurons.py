@@ -18,7 +18,7 @@ from tokenry.measure.compare import compare
 from tokenry.measure.experiments.lm_head_neurons import METHOD, PLAIN, RANDOM, build
 from tokenry.measure.neurons import PROMPTS
 from tokenry.read import LMHeadNeurons, NeuronMap, Reading, clamp_effect, top_tokens
-from tokenry.read.neuron_map import neuron_rows, norm_gain, unembedding
+from tokenry.read.directions import neuron_rows, norm_gain, unembedding
 from tokenry.trace import Trace, capture
 
 SIZES = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}

@@ -39,6 +39,30 @@ class Entry:
 
 METHODS: tuple[Entry, ...] = (
     Entry(
+        "kl3m",
+        "tokenize",
+        "tokenry.tokenize.kl3m:KL3M",
+        "train a tokenizer for a domain, or one of short tokens for text correction",
+        "bpe vocabulary legal financial domain character ocr spelling train tokenizer",
+        "tokenry.measure.experiments.kl3m",
+    ),
+    Entry(
+        "compresskv",
+        "select",
+        "tokenry.select.compresskv:CompressKV",
+        "keep the cache entries that semantic retrieval heads look at, with a budget for each layer",
+        "kv cache compression memory long context prompt eviction retrieval heads",
+        "tokenry.measure.experiments.compresskv",
+    ),
+    Entry(
+        "token-prepending",
+        "represent",
+        "tokenry.represent.token_prepending:TokenPrepending",
+        "sentence embeddings from a decoder whose early layers see the last state before the sentence",
+        "sentence embedding similarity sts retrieval prompt eol training-free",
+        "tokenry.measure.experiments.token_prepending",
+    ),
+    Entry(
         "antislop",
         "decode",
         "tokenry.decode.antislop:Antislop",
@@ -67,30 +91,6 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.decode.budget_forcing:BudgetForcing",
         "ignore the end of thinking and append 'Wait', or close thinking at a token limit (s1)",
         "reasoning s1 thinking budget length limit wait baseline",
-    ),
-    Entry(
-        "compresskv",
-        "select",
-        "tokenry.select.compresskv:CompressKV",
-        "keep the cache entries that semantic retrieval heads look at, with a budget for each layer",
-        "kv cache compression memory long context prompt eviction retrieval heads",
-        "tokenry.measure.experiments.compresskv",
-    ),
-    Entry(
-        "kl3m",
-        "tokenize",
-        "tokenry.tokenize.kl3m:KL3M",
-        "train a tokenizer for a domain, or one of short tokens for text correction",
-        "bpe vocabulary legal financial domain character ocr spelling train tokenizer",
-        "tokenry.measure.experiments.kl3m",
-    ),
-    Entry(
-        "token-prepending",
-        "represent",
-        "tokenry.represent.token_prepending:TokenPrepending",
-        "sentence embeddings from a decoder whose early layers see the last state before the sentence",
-        "sentence embedding similarity sts retrieval prompt eol training-free",
-        "tokenry.measure.experiments.token_prepending",
     ),
     Entry(
         "lm-head-neurons",

@@ -44,11 +44,11 @@ for command in (
     catalogue.find,
     catalogue.show,
     tokenize.tokenize,
+    select.select,
     represent.represent,
     decode.decode,
     read.read,
     judge.judge,
-    select.select,
     compare.compare,
 ):
     main.add_command(command)

@@ -9,15 +9,15 @@ _HOMES = {
     "Reference": "slop",
     "SlopProfile": "slop",
     "Solution": "crew",
-    "best_of_n": "crew",
-    "build_crew_pairs": "crew",
-    "crew_dpo_config": "crew",
-    "crew_reward": "crew",
+    "best_of_n": "choice",
+    "build_crew_pairs": "choice",
+    "crew_dpo_config": "choice",
+    "crew_reward": "choice",
     "find_answer": "answers",
     "human_reference": "slop",
-    "lowest_correct": "crew",
+    "lowest_correct": "choice",
     "normalise_answer": "answers",
-    "weighted_vote": "crew",
+    "weighted_vote": "choice",
 }
 __all__ = sorted(_HOMES)
 __getattr__ = exports(__name__, _HOMES)

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
 from ..hooks import decoder_layers, down_projection, edit_inputs, edit_outputs, gated_mlp
+from ..read.directions import neuron_rows, top_tokens, unembedding
 from ..read.lm_head_neurons import LMHeadNeurons
-from ..read.neuron_map import neuron_rows, top_tokens, unembedding
 from .task import Metric, Outcome, Sample, Subject
 
 __all__ = ["PROMPTS", "ClampTask", "Target", "named_neurons"]

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..judge.answers import normalise_answer
-from ..judge.crew import CRew, Judged, Solution, best_of_n, weighted_vote
+from ..judge.choice import best_of_n, weighted_vote
+from ..judge.crew import CRew, Judged, Solution
 from ..spans import text_offsets
 from .task import Metric, Outcome, Sample, Subject
 

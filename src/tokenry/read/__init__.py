@@ -8,7 +8,7 @@ _HOMES = {
     "Overlap": "neuron_map",
     "Reading": "reading",
     "clamp_effect": "lm_head_neurons",
-    "top_tokens": "neuron_map",
+    "top_tokens": "directions",
 }
 __all__ = sorted(_HOMES)
 __getattr__ = exports(__name__, _HOMES)

@@ -19,7 +19,8 @@ from ..errors import InputError
 from ..hooks import clamp_neurons
 from ..method import Method
 from ..trace import Trace
-from .neuron_map import NeuronMap, Progress, Side, neuron_rows, top_tokens, unembedding
+from .directions import Side, neuron_rows, top_tokens, unembedding
+from .neuron_map import NeuronMap, Progress
 from .reading import Reading
 
 __all__ = ["LMHeadNeurons", "clamp_effect"]

@@ -8,8 +8,8 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
 from ..hooks import decoder_layers, edit_inputs, skip_layers
-
-if TYPE_CHECKING:
-    from .token_prepending import TokenPrepending
 
 __all__ = ["PROMPTS", "PromptEmbedder", "clean_up", "last_states", "last_tokens", "leads_with_bos", "read_prompt"]
 
@@ -44,6 +41,13 @@ PROMPTS: dict[str, tuple[str, ...]] = {
     ),
     "metaeol": tuple(f"{question} For this task , this sentence : {END}" for question in QUESTIONS),
 }
+
+
+class Prepends(Protocol):
+    """A method that edits a model's forwards around a slot, such as `TokenPrepending`."""
+
+    def __call__(self, model: PreTrainedModel, slot_token_id: int | None = None) -> AbstractContextManager:
+        """The context in which it acts; it has the attribute `slot_token_id`."""
 
 
 def read_prompt(prompt: str) -> tuple[str, ...]:
@@ -144,7 +148,7 @@ class PromptEmbedder(nn.Module):
         tokenizer: PreTrainedTokenizerBase,
         *,
         prompt: str = "prompteol",
-        token_prepending: TokenPrepending | None = None,
+        token_prepending: Prepends | None = None,
         output_layer: int = -1,
         add_bos: bool | None = None,
         normalize: bool = False,
