@@ -1,8 +1,8 @@
-"""Makes src/tokenry/measure/data/slop_smollm2.txt: 25 patterns that the embedded model overuses.
+"""Makes the lists of patterns that the embedded model overuses, slop_smollm2.txt and slop_words_smollm2.txt.
 
-    python tools/make_slop_list.py HUMAN_TEXT_FOLDER OUTPUT [--stories STORIES.json]
+    python tools/make_slop_list.py OUTPUT [--words 10] [--phrases 15] [--human FOLDER] [--stories STORIES.json]
 
-HUMAN_TEXT_FOLDER holds the human texts to compare with (*.txt). Without --stories, 96 stories are generated first.
+FOLDER holds the human texts that phrases are compared with (*.txt). Without --stories, 96 stories are generated first.
 The rules are those of src/tokenry/measure/data/README.md; nothing is chosen by hand.
 """
 
@@ -17,20 +17,24 @@ from pathlib import Path
 
 from tokenry.judge import SlopProfile
 
-WORDS, PHRASES = 10, 15  # how many of each
 IN_STORIES, OVERUSE = 5, 10  # seen in at least so many stories, and so many times as often as in human text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("human", type=Path)
     parser.add_argument("output", type=Path)
+    parser.add_argument("--words", type=int, default=10)
+    parser.add_argument("--phrases", type=int, default=15)
+    parser.add_argument("--human", type=Path, help="needed for phrases")
     parser.add_argument("--stories", type=Path, help="JSON list of texts")
     arguments = parser.parse_args()
     prompts = (files("tokenry.measure") / "data" / "profile_prompts.txt").read_text(encoding="utf-8").splitlines()
     stories = json.loads(arguments.stories.read_text()) if arguments.stories else generate_stories(prompts)
-    human = " ".join(" ".join(f.read_text(encoding="utf-8").split()) for f in sorted(arguments.human.glob("*.txt")))
-    lines = overused_trigrams(stories, human) + overused_words(stories, prompts)
+    lines = overused_words(stories, prompts)[: arguments.words]
+    if arguments.phrases:
+        texts = sorted(arguments.human.glob("*.txt"))
+        human = " ".join(" ".join(f.read_text(encoding="utf-8").split()) for f in texts)
+        lines = overused_trigrams(stories, human)[: arguments.phrases] + lines
     arguments.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -51,7 +55,7 @@ def overused_words(stories: list[str], prompts: list[str]) -> list[str]:
     """The words that the profile ranks highest, among those in enough stories and in no prompt."""
     asked = set(words(" ".join(prompts)))
     spread = {p.text: sum(p.text in story.lower() for story in stories) for p in SlopProfile.fit(stories).words}
-    return [word for word, count in spread.items() if count >= IN_STORIES and word not in asked][:WORDS]
+    return [word for word, count in spread.items() if count >= IN_STORIES and word not in asked]
 
 
 def overused_trigrams(stories: list[str], human: str) -> list[str]:
@@ -65,7 +69,7 @@ def overused_trigrams(stories: list[str], human: str) -> list[str]:
         a, b = set(gram.split()[:2]), set(gram.split()[1:])
         if not any(a == set(p.split()[1:]) or b == set(p.split()[:2]) for p in picked):
             picked.append(gram)
-    return picked[:PHRASES]
+    return picked
 
 
 def trigrams(text: str) -> list[str]:

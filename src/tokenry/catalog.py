@@ -108,6 +108,14 @@ METHODS: tuple[Entry, ...] = (
         "confidence reward verifier best-of-n vote self-consistency math answer dpo",
         "tokenry.measure.experiments.crew",
     ),
+    Entry(
+        "ftpo",
+        "train",
+        "tokenry.train.ftpo:FTPO",
+        "train banned patterns out: at each rewind the chosen tokens must beat the rejected one by a margin",
+        "preference optimization dpo lora slop unlearn repetition finetune",
+        "tokenry.measure.experiments.ftpo",
+    ),
 )
 
 

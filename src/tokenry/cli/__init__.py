@@ -11,7 +11,7 @@ import click
 
 from .. import __version__
 from ..errors import InputError
-from . import catalogue, compare, decode, judge, read, represent, select, tokenize
+from . import catalogue, compare, decode, judge, read, represent, select, tokenize, train
 from .shared import example
 
 __all__ = ["main"]
@@ -49,6 +49,7 @@ for command in (
     decode.decode,
     read.read,
     judge.judge,
+    train.train,
     compare.compare,
 ):
     main.add_command(command)

@@ -59,6 +59,10 @@ class StoriesTask:
         return [Sample(f"story-{i:02d}", prompt) for i, prompt in enumerate(self.prompts)]
 
     def run(self, subject: Subject, samples: Sequence[Sample], seed: int) -> list[Outcome]:
+        return self.score(*self.write(subject, samples, seed))
+
+    def write(self, subject: Subject, samples: Sequence[Sample], seed: int) -> tuple[DecodeOutput, Meter]:
+        """The stories, and what they cost."""
         first = int(samples[0].id.removeprefix("story-"))
         with Meter() as meter:
             output = generate(
@@ -70,9 +74,10 @@ class StoriesTask:
                 **SAMPLING,
                 **(subject.apply or {}),
             )
-        return self._outcomes(output, meter)
+        return output, meter
 
-    def _outcomes(self, output: DecodeOutput, meter: Meter) -> list[Outcome]:
+    def score(self, output: DecodeOutput, meter: Meter) -> list[Outcome]:
+        """Hits, and naturalness under the model as it is now."""
         logprobs = continuation_logprobs(self.model, output)
         outcomes = []
         for b, (ids, scores) in enumerate(zip(output.new_ids, logprobs)):

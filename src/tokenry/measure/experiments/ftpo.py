@@ -1,0 +1,215 @@
+"""Does training on the rewinds of Antislop remove the banned words from plain sampling, and at what price?
+
+The whole story: words that the model overuses (profiled beforehand), rewinds sampled under a ban of them, training, and
+plain sampling on other prompts. Rewinds and adapters are kept in the cache folder, so that a run can be repeated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ...decode.antislop import Antislop
+from ...decode.api import generate
+from ...errors import InputError
+from ...hooks import fingerprint
+from ...models import cache_folder
+from ...train.ftpo import FTPO, FinalTokenDPOTrainer, FTPOTrainer
+from ...train.pairs import read_pairs
+from ..compare import Comparison
+from ..statistics import Interval, bootstrap_statistic
+from ..stories import SAMPLING
+from ..task import Experiment, Finding, Subject
+from ..unlearning import UnlearningTask
+
+__all__ = ["build"]
+
+PLAIN, BAN, DPO, UNTIED, METHOD = "plain", "antislop while sampling", "dpo", "ftpo without the tie", "ftpo"
+DEFAULT = {"rank": 64, "learning_rate": 2e-4, "batch_size": 8, "dropout": 0.0, "max_length": 192}
+ROUNDS, BATCH, NEW_TOKENS = 2, 24, 110  # how rewinds are sampled
+HELD_OUT = 96  # pairs that are only measured
+PASSAGES = 40
+
+
+def build(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int | None = None,
+    seeds: Sequence[int] | None = None,
+    method: FTPO | None = None,
+) -> Experiment:
+    """Sample the rewinds, train FTPO, FTPO without its tie to the reference, and DPO, then compare.
+
+    Args:
+        samples: stories for each subject; default 64.
+        method: settings that replace the defaults of this experiment (rank 64, learning rate 2e-4, batches of 8).
+    """
+    try:
+        from peft import PeftModel
+    except ModuleNotFoundError:
+        raise InputError("this comparison needs the package peft; run `pip install tokenry[train]`") from None
+    method = FTPO(**{**DEFAULT, **(method.model_dump(exclude_unset=True) if method else {})})
+    words = lines("slop_words_smollm2.txt")
+    folder = cache_folder() / "ftpo" / fingerprint(model)
+    pairs = method.pairs(read_pairs(sample_rewinds(model, tokenizer, words, folder)), tokenizer)
+    held, kept = pairs[:HELD_OUT], pairs[HELD_OUT:]
+    untied = method.model_copy(update={"lambda_nontarget": 0.0, "lambda_target": 0.0})
+    trainings = {METHOD: (method, FTPOTrainer), UNTIED: (untied, FTPOTrainer), DPO: (method, FinalTokenDPOTrainer)}
+    wrapped = None
+    for name, (settings, trainer) in trainings.items():
+        adapter = train_adapter(model, tokenizer, settings, trainer, kept, folder)
+        if wrapped is None:
+            wrapped = PeftModel.from_pretrained(model, adapter, adapter_name=name)
+        else:
+            wrapped.load_adapter(adapter, name)
+    ban = {"adapter": None, "methods": [Antislop(phrases=words)]}
+    shared = {"pairs": len(kept)}
+    subjects = [
+        Subject(PLAIN, "plain", {}, {"adapter": None}),
+        Subject(BAN, "control", {"phrases": words}, ban),
+        Subject(DPO, "control", {**method.model_dump(mode="json"), **shared, "loss": "dpo"}, {"adapter": DPO}),
+        Subject(UNTIED, "control", {**untied.model_dump(mode="json"), **shared}, {"adapter": UNTIED}),
+        Subject(METHOD, "method", {**method.model_dump(mode="json"), **shared}, {"adapter": METHOD}),
+    ]
+    count = samples or 64
+    task = UnlearningTask(
+        wrapped.eval(), tokenizer, words, held, count, min(PASSAGES, 2 * count), min(method.max_length, 512)
+    )
+    return Experiment(
+        slug="ftpo",
+        claim=FTPO.claim,
+        task=task,
+        subjects=subjects,
+        baseline=PLAIN,
+        judge=judge,
+        seeds=tuple(seeds or (0,)),
+        batch=16,
+        notes=f"{len(words)} words that the model overuses; {len(kept)} pairs from stories to other prompts. DPO and "
+        "FTPO see the same pairs in the same order, with the same LoRA, learning rate and stopping rule.",
+    )
+
+
+# --- before the comparison -----------------------------------------------------------------------------------------
+
+
+def lines(name: str) -> list[str]:
+    return (files("tokenry.measure") / "data" / name).read_text(encoding="utf-8").splitlines()
+
+
+def sample_rewinds(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, words: Sequence[str], folder: Path
+) -> Path:
+    """The file of rewinds under a ban of `words` on the training prompts; sampled where it is not there yet."""
+    path = folder / f"rewinds-{digest(list(words))}.jsonl"
+    if path.exists():
+        return path
+    prompts, ban, found = lines("training_prompts.txt"), Antislop(phrases=words), []
+    starts = [(r, i) for r in range(ROUNDS) for i in range(0, len(prompts), BATCH)]
+    for r, i in tqdm(starts, desc="sampling rewinds"):
+        batch = prompts[i : i + BATCH]
+        options = {**SAMPLING, "max_new_tokens": NEW_TOKENS, "seed": 1000 * r + i}
+        found += generate(model, tokenizer, batch, methods=[ban], **options).pairs
+    write(path, lambda part: part.write_text("".join(json.dumps(p) + "\n" for p in found), encoding="utf-8"))
+    return path
+
+
+def train_adapter(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    method: FTPO,
+    trainer_class: type[FTPOTrainer],
+    pairs: Sequence[dict[str, Any]],
+    folder: Path,
+) -> Path:
+    """The folder of a trained adapter; trained where it is not there yet. The model is left as it was."""
+    path = folder / f"{trainer_class.__name__}-{digest([method.model_dump(mode='json'), pairs])}"
+    if not path.exists():
+        with tqdm(desc=f"training, {trainer_class.__name__}") as bar:
+
+            def advance(completed: int, total: int) -> None:
+                bar.total = total
+                bar.update(completed - bar.n)
+
+            trainer = method.trainer(model, tokenizer, pairs, folder / "trainer", trainer_class, progress=advance)
+            trainer.train()
+        write(path, trainer.model.save_pretrained)
+        trainer.model.unload()
+    return path
+
+
+def write(path: Path, save: Callable[[Path], Any]) -> None:
+    """Complete or absent: saved beside its place, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    save(part)
+    part.rename(path)
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+# --- afterwards ----------------------------------------------------------------------------------------------------
+
+
+def fewer_hits(comparison: Comparison, subject: str) -> Interval:
+    """1 - hits per word / hits per word of the plain model, over all stories."""
+
+    def rates(name: str) -> tuple[Any, Any]:
+        hits, words = (comparison.values(name, n) for n in ("hits_per_1000_words", "words"))
+        stories = ~(hits != hits)
+        return (hits * words)[stories], words[stories]
+
+    (hits, words), (plain_hits, plain_words) = rates(subject), rates(PLAIN)
+    return bootstrap_statistic(
+        lambda p: 1 - (hits[p].sum() / words[p].sum()) / (plain_hits[p].sum() / plain_words[p].sum()), len(hits)
+    )
+
+
+def judge(comparison: Comparison) -> list[Finding]:
+    """Fewer hits, the price in ordinary text and in variety, and whether DPO or no tie would do as well."""
+    fewer = {s: fewer_hits(comparison, s) for s in comparison.subjects if s != PLAIN}
+    ratios = {}
+    for subject in (METHOD, DPO, UNTIED):
+        gap = comparison.difference(subject, PLAIN, "text_nll")
+        ratios[subject] = Interval(*(math.exp(v) for v in gap[:3]), gap.n)
+    variety = {s: comparison.difference(s, PLAIN, "distinct_2") for s in (METHOD, DPO, UNTIED)}
+    wins = {s: comparison.mean(s, "choice_win") for s in (METHOD, DPO, UNTIED)}
+    drift = {s: comparison.difference(s, METHOD, "drift") for s in (DPO, UNTIED)}
+    own_drift = comparison.mean(METHOD, "drift")
+    return [
+        Finding(
+            "plain sampling of the trained model has at least 60 % fewer hits on held-out prompts",
+            fewer[METHOD].mean >= 0.6,
+            "fewer hits: " + _list(fewer, "{:.1%}"),
+        ),
+        Finding(
+            "perplexity on ordinary text is at most 5 % higher",
+            ratios[METHOD].mean <= 1.05,
+            "perplexity / plain: " + _list(ratios, "{:.3f}"),
+        ),
+        Finding(
+            "variety (distinct-2) is not lower",
+            variety[METHOD].high >= 0,
+            "distinct-2 - plain: " + _list(variety, "{:+.4f}"),
+        ),
+        Finding(
+            "the tie to the reference keeps the other logits: without it, and with DPO, they move further",
+            all(gap.low > 0 for gap in drift.values()),
+            f"drift of ftpo {own_drift:.3f}; more than that: {_list(drift, '{:+.3f}')}; choice_win at held-out pairs: "
+            + ", ".join(f"{s} {w:.2f}" for s, w in wins.items()),
+        ),
+    ]
+
+
+def _list(intervals: dict[str, Interval], form: str) -> str:
+    shown = ((name, [form.format(v) for v in found[:3]]) for name, found in intervals.items())
+    return "; ".join(f"{name} {mean} [{low}, {high}]" for name, (mean, low, high) in shown)

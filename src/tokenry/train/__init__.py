@@ -1,0 +1,23 @@
+"""train: how to teach with token-level signal?"""
+
+from ..lazy import exports
+
+_HOMES = {
+    "FTPO": "ftpo",
+    "FTPOCollator": "ftpo",
+    "FTPOConfig": "ftpo",
+    "FTPOOutput": "ftpo",
+    "FTPOTrainer": "ftpo",
+    "FinalTokenDPOTrainer": "ftpo",
+    "final_token_dpo_loss": "ftpo",
+    "ftpo_loss": "ftpo",
+    "score_pairs": "ftpo",
+    "balance_pairs": "pairs",
+    "pairs_from_rewinds": "pairs",
+    "pairs_from_text": "pairs",
+    "read_pairs": "pairs",
+    "lora_last_layers": "lora",
+    "merged": "lora",
+}
+__all__ = sorted(_HOMES)
+__getattr__ = exports(__name__, _HOMES)

@@ -1,0 +1,263 @@
+"""Single-token preference pairs: one context, one rejected next token, several chosen ones.
+
+A pair is a dict with `prompt_ids` (token ids of the context), `chosen_ids` (list) and `rejected_id`. They come from the
+rewinds of a decode run (`DecodeOutput.pairs`, `tokenry decode --save-pairs`) or from text.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import InputError
+from ..words import STOP_WORDS, content_words, is_word_character
+
+__all__ = ["balance_pairs", "check_pairs", "pairs_from_rewinds", "pairs_from_text", "read_pairs"]
+
+Pair = dict[str, Any]
+MOST_PROBABLE = 50  # candidates looked at, best first
+MOST_CHOSEN = 20  # of these, kept from the least probable up
+TAIL = 40  # tokens of context in which a candidate might complete a banned pattern
+
+
+def read_pairs(path: str | Path) -> list[dict[str, Any]]:
+    """The JSON lines of a file: rewinds, pairs of ids, or pairs of text."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise InputError(
+            f"the pairs {str(path)!r} cannot be read ({reason}); make them with tokenry decode --save-pairs"
+        ) from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"line {number} of {str(path)!r} is not JSON ({error}); write one object a line") from None
+        if not isinstance(row, dict):
+            raise InputError(f"line {number} of {str(path)!r} is a {type(row).__name__}; write one object a line")
+        rows.append(row)
+    if not rows:
+        raise InputError(f"{str(path)!r} holds no pairs; a run without rewinds gives none, so ban what does occur")
+    return rows
+
+
+def to_pairs(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[Pair]:
+    """Pairs of ids from any of the three forms, which is told by the keys of the first row."""
+    forms = {"context_ids": pairs_from_rewinds, "prompt_ids": lambda found, _: [dict(r) for r in found]}
+    for key, convert in {**forms, "prompt": pairs_from_text}.items():
+        if key in rows[0]:
+            return convert(rows, tokenizer)
+    raise InputError(
+        f"a pair with the keys {sorted(rows[0])} is not understood; give rewinds (context_ids, rejected, candidates), "
+        "ids (prompt_ids, chosen_ids, rejected_id) or text (prompt, chosen, rejected)"
+    )
+
+
+# --- from rewinds --------------------------------------------------------------------------------------------------
+
+
+def pairs_from_rewinds(
+    rewinds: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, min_p: float = 0.01
+) -> list[Pair]:
+    """One pair for each context at which a decode run went back (arXiv 2510.15061, capture of pairs).
+
+    The rejected token is the one that was taken back; chosen are the alternatives at its place, from the least
+    probable up, without those that would begin or complete a banned pattern. A later rewind at the same context
+    replaces the earlier one; contexts with no alternative give no pair.
+
+    Args:
+        rewinds: `DecodeOutput.pairs`.
+        min_p: smallest probability of an alternative, as a share of the highest one.
+
+    Raises:
+        InputError: the rewinds come from another tokenizer.
+    """
+    rewinds = list(rewinds)
+    patterns = _Patterns(tokenizer, {r["rule"] for r in rewinds})
+    tried: dict[tuple[int, ...], set[int]] = defaultdict(set)
+    pairs: dict[tuple[int, ...], Pair] = {}
+    for rewind in rewinds:
+        context, rejected = tuple(rewind["context_ids"]), rewind["rejected"]
+        _check_tokenizer(tokenizer, rewind)
+        tried[context].add(rejected)
+        options = [(t, p) for t, p in rewind["candidates"] if t not in tried[context]]
+        best = max((p for _, p in options), default=0.0)
+        options = sorted((o for o in options if o[1] >= min_p * best), key=lambda o: -o[1])[:MOST_PROBABLE]
+        good = (token for token, _ in reversed(options) if patterns.allow(context, token))
+        chosen = [token for token, _ in zip(good, range(MOST_CHOSEN))]
+        pairs.pop(context, None)
+        if chosen:
+            pairs[context] = {"prompt_ids": list(context), "chosen_ids": chosen, "rejected_id": rejected}
+    return list(pairs.values())
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, rewind: Mapping[str, Any]) -> None:
+    text = rewind.get("rejected_text")
+    own = tokenizer.decode([rewind["rejected"]]) if rewind["rejected"] < len(tokenizer) else ""
+    if text is not None and (not own or not text.startswith(own.rstrip("\ufffd"))):
+        raise InputError(
+            f"the rejected token {rewind['rejected']} is {own!r} for this tokenizer but began {text!r}; "
+            "train the model that the pairs were made with"
+        )
+
+
+class _Patterns:
+    """The banned patterns behind a set of rules, and whether a token would begin or complete one."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rules: set[str]) -> None:
+        self.tokenizer = tokenizer
+        split = [rule.partition(":") for rule in rules]
+        self.phrases = {text.lower() for kind, _, text in split if kind == "phrase"}
+        self.ngrams = {tuple(text.split()) for kind, _, text in split if kind == "ngram"}
+        starts = self.phrases | {ngram[0] for ngram in self.ngrams}
+        self.prefixes = {text[:n] for text in starts for n in range(2, len(text) + 1)}
+
+    def allow(self, context: tuple[int, ...], token: int) -> bool:
+        text = self.tokenizer.decode([token])
+        word = text.strip().lower()
+        if len(word) < 2 or "*" in word or not any(map(str.isalnum, word)) or word in self.prefixes:
+            return False
+        tail = self.tokenizer.decode([*context[-TAIL:], token]).lower()
+        return not any(self._ends(tail, phrase) for phrase in self.phrases) and not self._completes(tail)
+
+    @staticmethod
+    def _ends(text: str, phrase: str) -> bool:
+        before = text[-len(phrase) - 1 : -len(phrase)]
+        return text.endswith(phrase) and not (is_word_character(phrase[0]) and before and is_word_character(before))
+
+    def _completes(self, text: str) -> bool:
+        words = tuple(word for word, _, _ in content_words(text)) if self.ngrams else ()
+        return any(words[-len(ngram) :] == ngram for ngram in self.ngrams)
+
+
+# --- from text -----------------------------------------------------------------------------------------------------
+
+
+def pairs_from_text(rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[Pair]:
+    """Pairs from `prompt` (text), `chosen` (list of texts) and `rejected` (text).
+
+    Raises:
+        InputError: a chosen or rejected text is not one token, or joins with the end of the prompt.
+    """
+    pairs = []
+    for row in rows:
+        prompt = tokenizer.encode(row["prompt"], add_special_tokens=False)
+        chosen = [row["chosen"]] if isinstance(row["chosen"], str) else row["chosen"]
+        ids = [_one_token(tokenizer, row["prompt"], prompt, text) for text in (*chosen, row["rejected"])]
+        pairs.append({"prompt_ids": prompt, "chosen_ids": ids[:-1], "rejected_id": ids[-1]})
+    return pairs
+
+
+def _one_token(tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_ids: list[int], text: str) -> int:
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) != 1:
+        pieces = ", ".join(repr(tokenizer.decode([i])) for i in ids)
+        raise InputError(f"{text!r} is {len(ids)} tokens ({pieces}); chosen and rejected texts must be one token each")
+    if tokenizer.encode(prompt + text, add_special_tokens=False) != prompt_ids + ids:
+        raise InputError(
+            f"{text!r} joins with the end of the prompt {prompt[-20:]!r} into other tokens; move the border, for "
+            "example put the space before the word"
+        )
+    return ids[0]
+
+
+# --- checks and balance --------------------------------------------------------------------------------------------
+
+
+def check_pairs(pairs: Iterable[Pair], vocab_size: int) -> None:
+    """Refuse pairs that cannot be learnt from, naming the first one."""
+    for number, pair in enumerate(pairs, 1):
+        chosen, rejected = pair["chosen_ids"], pair["rejected_id"]
+        if not pair["prompt_ids"]:
+            raise InputError(f"pair {number} has an empty context; give at least one token")
+        if not chosen:
+            raise InputError(f"pair {number} has no chosen token; give at least one")
+        if rejected in chosen:
+            raise InputError(f"pair {number} has the rejected token {rejected} among the chosen ones; remove it there")
+        if len(set(chosen)) < len(chosen):
+            raise InputError(f"pair {number} names a chosen token twice; name each once")
+        for token in (*chosen, rejected, *pair["prompt_ids"]):
+            if not 0 <= token < vocab_size:
+                raise InputError(f"pair {number} has the token {token}; this model has tokens 0 to {vocab_size - 1}")
+
+
+def balance_pairs(
+    pairs: Sequence[Pair],
+    rho: float = 0.8,
+    max_examples: int | None = 1000,
+    min_chosen: int = 4,
+    seed: int = 3407,
+) -> list[Pair]:
+    """Choose pairs so that frequent rejected tokens do not drown the rare ones (arXiv 2510.15061, data loader).
+
+    A rejected token seen c times, more often than the median m, counts (m / c)^rho of its share. The shares are those
+    before any filter; a token that has too few pairs leaves its places to the one furthest below its share.
+
+    Args:
+        rho: 0 leaves the shares alone, 1 flattens everything above the median.
+        max_examples: most pairs to keep; None for all.
+        min_chosen: pairs with fewer chosen tokens are dropped.
+
+    Raises:
+        InputError: nothing is left.
+    """
+    if not 0 <= rho <= 1:
+        raise InputError(f"rho={rho} is not allowed; give a number in [0, 1]")
+    draw = random.Random(seed)
+    rows = _shuffled(pairs, draw)
+    counts = Counter(pair["rejected_id"] for pair in rows)
+    median = statistics.median(counts.values()) if counts else 0
+    weight = {r: c * (1 if c <= median else (median / c) ** rho) for r, c in counts.items()}
+    share = {r: w / sum(weight.values()) for r, w in weight.items()}
+    rows = [pair for pair in rows if len(pair["chosen_ids"]) >= min_chosen]
+    if not rows:
+        raise InputError(
+            f"none of {len(pairs)} pairs has {min_chosen} chosen tokens or more; lower min_chosen or sample more"
+        )
+    total = min(max_examples or len(rows), len(rows))
+    return _shuffled(_fill(_shuffled(rows, draw), share, total), draw)
+
+
+def _shuffled(rows: Sequence[Pair], draw: random.Random) -> list[Pair]:
+    return draw.sample(list(rows), len(rows))
+
+
+def _fill(rows: list[Pair], share: Mapping[int, float], total: int) -> list[Pair]:
+    """`total` rows by quota, then from whichever rejected token is furthest below its share."""
+    waiting: dict[int, list[Pair]] = defaultdict(list)
+    taken: Counter[int] = Counter()
+    picked: list[Pair] = []
+    for pair in rows:
+        token = pair["rejected_id"]
+        if len(picked) < total and taken[token] < round(share[token] * total):
+            picked.append(pair)
+            taken[token] += 1
+        else:
+            waiting[token].append(pair)
+    while len(picked) < total:
+        token = max(waiting, key=lambda t: share[t] - taken[t] / max(len(picked), 1))
+        picked.append(waiting[token].pop(0))
+        taken[token] += 1
+        if not waiting[token]:
+            del waiting[token]
+    return picked
+
+
+def without_function_words(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> list[Pair]:
+    """The pairs whose rejected token is not a function word such as " the", which no text can do without."""
+    kept = [p for p in pairs if tokenizer.decode([p["rejected_id"]]).strip().lower() not in STOP_WORDS]
+    if pairs and not kept:
+        raise InputError(
+            f"all {len(pairs)} pairs reject a function word; ban patterns that begin with another word, or set "
+            "function_words=true"
+        )
+    return kept
