@@ -12,10 +12,9 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
@@ -25,110 +24,18 @@ from ..errors import InputError
 from ..hooks import decoder_layers, edit_inputs, skip_layers
 from ..method import Method
 from .lora import lora_last_layers
+from .losses import choice_win, final_token_dpo_loss, ftpo_loss
 from .pairs import Pair, balance_pairs, check_pairs, to_pairs, without_function_words
 
 __all__ = [
     "FTPO",
     "FTPOCollator",
     "FTPOConfig",
-    "FTPOOutput",
     "FTPOTrainer",
     "FinalTokenDPOTrainer",
     "auto_learning_rate",
-    "final_token_dpo_loss",
-    "ftpo_loss",
     "score_pairs",
 ]
-
-
-class FTPOOutput(NamedTuple):
-    """The loss, its four parts before weighting, and the share of chosen tokens above the rejected one."""
-
-    loss: Tensor
-    pref: Tensor
-    nontarget: Tensor
-    target: Tensor
-    aggregate: Tensor
-    choice_win: Tensor
-
-
-def ftpo_loss(
-    logits: Tensor,
-    ref_logits: Tensor,
-    chosen_ids: Tensor,
-    chosen_mask: Tensor,
-    rejected_ids: Tensor,
-    margin: float = 2.0,
-    lambda_nontarget: float = 0.4,
-    lambda_target: float = 0.05,
-    tau_target: float = 1.0,
-    lambda_aggregate: float = 0.0,
-    tau_aggregate: float = 2.0,
-    temperature: float = 1.0,
-) -> FTPOOutput:
-    """Final Token Preference Optimization (arXiv 2510.15061).
-
-    The preference term is one ratio over the whole batch, so the loss of a batch is not the mean over its rows.
-
-    Args:
-        logits, ref_logits: (batch, vocab) at the last position, of the policy and of the reference.
-        chosen_ids, chosen_mask: (batch, chosen), padded where the mask is False.
-        rejected_ids: (batch,).
-        margin: logits by which a chosen token must beat the rejected one.
-        tau_target: drift of a chosen or rejected logit that costs nothing, in logits.
-        tau_aggregate: the same for their mean.
-        temperature: softness of the preference term.
-    """
-    if margin <= 0:
-        raise InputError(f"margin={margin} is not allowed; give a number of logits > 0")
-    y, reference = logits.float(), ref_logits.float()  # differences of large logits vanish in bfloat16
-    # a padded place repeats the rejected token, which is a target anyway
-    targets = torch.cat([chosen_ids.where(chosen_mask, rejected_ids[:, None]), rejected_ids[:, None]], 1)
-    real = F.pad(chosen_mask, (0, 1), value=True)
-    at_targets = y.gather(1, targets)
-    lead = at_targets[:, :-1] - at_targets[:, -1:]
-    drift = y - reference
-    at_drift = drift.gather(1, targets)
-    outside = torch.ones_like(drift).scatter(1, targets, 0.0)
-    nontarget = (drift.square() * outside).sum() / outside.sum()
-    target = ((at_drift.abs() - tau_target).clamp_min(0).square() * real).sum() / real.sum()
-    mean_drift = (at_drift * real).sum(1) / real.sum(1)
-    aggregate = (mean_drift.abs() - tau_aggregate).clamp_min(0).square().mean()
-    pref = _preference(lead, chosen_mask, margin, temperature)
-    loss = pref + lambda_nontarget * nontarget + lambda_target * target + lambda_aggregate * aggregate
-    return FTPOOutput(loss, pref, nontarget, target, aggregate, _choice_win(lead, chosen_mask))
-
-
-def _preference(lead: Tensor, mask: Tensor, margin: float, temperature: float) -> Tensor:
-    """Pooled softplus of what is missing to the margin, weighted by how much is missing (with gradient).
-
-    A row in which nothing is missing would have no weight at all; its chosen tokens then count 1 each.
-    """
-    weight = ((margin - lead) / margin).clamp(0, 1) * mask
-    weight = torch.where(weight.sum(1, keepdim=True) < 1e-12, mask.to(weight.dtype), weight)
-    missing = temperature * F.softplus((margin - lead) / temperature)
-    return (weight * missing).sum() / weight.sum()
-
-
-def _choice_win(lead: Tensor, mask: Tensor) -> Tensor:
-    return (((lead > 0) & mask).sum(1) / mask.sum(1)).mean()
-
-
-def final_token_dpo_loss(
-    logits: Tensor,
-    ref_logits: Tensor,
-    chosen_ids: Tensor,
-    chosen_mask: Tensor,
-    rejected_ids: Tensor,
-    beta: float = 0.1,
-) -> Tensor:
-    """DPO on one-token completions, the mean over all (chosen, rejected) pairs: the baseline of FTPO.
-
-    The normalisers of the two log-probabilities cancel, so logits are enough. Shapes as in `ftpo_loss`.
-    """
-    drift = logits.float() - ref_logits.float()
-    gap = drift.gather(1, chosen_ids) - drift.gather(1, rejected_ids[:, None])
-    return (-F.logsigmoid(beta * gap) * chosen_mask).sum() / chosen_mask.sum()
 
 
 # --- batches -------------------------------------------------------------------------------------------------------
@@ -351,7 +258,7 @@ class FinalTokenDPOTrainer(FTPOTrainer):
     def pair_loss(self, logits: Tensor, reference: Tensor, targets: dict[str, Tensor]) -> tuple[Tensor, dict]:
         loss = final_token_dpo_loss(logits, reference, **targets, beta=self.beta)
         lead = logits.gather(1, targets["chosen_ids"]) - logits.gather(1, targets["rejected_ids"][:, None])
-        return loss, {"choice_win": _choice_win(lead, targets["chosen_mask"])}
+        return loss, {"choice_win": choice_win(lead, targets["chosen_mask"])}
 
 
 class _Progress(TrainerCallback):
