@@ -15,6 +15,8 @@ from tokenry.catalog import load as load_method
 from tokenry.cli import main
 from tokenry.decode import PhraseBan, Row, generate
 from tokenry.errors import InputError
+from tokenry.measure.compare import compare
+from tokenry.measure.experiments import ftpo as experiment
 from tokenry.train import (
     FTPO,
     FinalTokenDPOTrainer,
@@ -473,6 +475,8 @@ def test_refusals_of_the_trainer(sharp, pairs, tmp_path):
     config = FTPOConfig(output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(InputError, match="neither an adapter nor a reference"):
         FTPOTrainer(copy.deepcopy(sharp), config, pairs)
+    with pytest.raises(InputError, match="no pairs to train on"):
+        trainer_for(sharp, [], tmp_path)
     with pytest.raises(InputError, match="among the chosen"):
         trainer_for(sharp, [{**pairs[0], "rejected_id": pairs[0]["chosen_ids"][0]}], tmp_path)
     trainer = trainer_for(sharp, pairs, tmp_path)
@@ -560,3 +564,59 @@ def test_from_the_ban_to_the_trained_model(sharp, tokenizer, tmp_path):
 def test_the_command_line_refuses(args, message):
     result = CliRunner().invoke(main, ["train", *args])
     assert result.exit_code == 2 and message in result.output
+
+
+# --- the comparison ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def comparison(sharp, tokenizer, tmp_path_factory):
+    """The whole experiment on the small model: its own words, 4 stories, 3 passages, 4 pairs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOKENRY_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(experiment, "lines", lambda name: BANNED if "words" in name else PROMPTS * 3)
+        for name, value in (("ROUNDS", 1), ("NEW_TOKENS", 60), ("HELD_OUT", 4), ("PASSAGES", 3)):
+            patch.setattr(experiment, name, value)
+        rates = {"learning_rate": 3e-3, "epochs": 8, "early_stop_choice_win": 2.0, "min_chosen": 1}
+        method = FTPO(rank=8, last_layers=2, batch_size=8, dropout=0.0, **rates)
+        build = lambda: experiment.build(copy.deepcopy(sharp), tokenizer, samples=4, method=method)  # noqa: E731
+        found = build()
+        patch.setattr(FTPOTrainer, "train", None)  # made once: a second time it comes from the cache
+        again = build()
+        assert [s.setting for s in found.subjects] == [s.setting for s in again.subjects]
+        return compare(again)
+
+
+def test_the_experiment_measures_each_kind_of_sample(comparison, sharp, tokenizer):
+    plain, method = experiment.PLAIN, experiment.METHOD
+    assert {s.id.split("-")[0] for s in comparison.samples} == {"story", "text", "pair"}
+    assert comparison.mean(experiment.BAN, "hits_per_1000_words") == 0
+    assert comparison.mean(plain, "hits_per_1000_words") > 0
+    for sample, nll in zip(comparison.samples, comparison.values(plain, "text_nll")):
+        if sample.id.startswith("text"):
+            ids = tokenizer(sample.prompt, return_tensors="pt").input_ids[:, :256]
+            with torch.no_grad():
+                logprobs = sharp(ids).logits[0, :-1].log_softmax(-1)
+            assert nll == pytest.approx(-float(logprobs.gather(1, ids[0, 1:, None]).mean()), rel=1e-4)
+        else:
+            assert math.isnan(nll)
+    assert comparison.mean(plain, "drift") == 0 and comparison.mean(method, "drift") > 0
+    assert comparison.mean(method, "rejected") < comparison.mean(plain, "rejected")
+    assert comparison.mean(method, "drift") < comparison.mean(experiment.UNTIED, "drift")
+
+
+def test_the_verdict_follows_from_the_numbers(comparison):
+    """Ratios of sums over stories; the finding names every subject."""
+    plain, method = experiment.PLAIN, experiment.METHOD
+
+    def rate(subject):
+        values = [comparison.values(subject, n)[:4] for n in ("hits_per_1000_words", "words")]
+        return (values[0] * values[1]).sum() / values[1].sum()
+
+    expected = 1 - rate(method) / rate(plain)
+    assert experiment.fewer_hits(comparison, method).mean == pytest.approx(expected)
+    findings = experiment.judge(comparison)
+    assert findings[0].holds == (expected >= 0.6) and f"ftpo {expected:.1%}" in findings[0].numbers
+    assert f"antislop while sampling {1:.1%}" in findings[0].numbers
+    ratio = math.exp(comparison.difference(method, plain, "text_nll").mean)
+    assert findings[1].holds == (ratio <= 1.05) and f"ftpo {ratio:.3f}" in findings[1].numbers

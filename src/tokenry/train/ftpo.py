@@ -181,6 +181,8 @@ class FTPOTrainer(Trainer):
         data_collator: FTPOCollator | None = None,
         **kwargs: Any,
     ) -> None:
+        if not len(train_dataset):
+            raise InputError("there are no pairs to train on; sample more, or hold fewer out")
         for pairs in (train_dataset, eval_dataset or ()):
             check_pairs(pairs, model.config.get_text_config().vocab_size)
         if peft_config is not None:

@@ -61,6 +61,11 @@ def build(
     folder = cache_folder() / "ftpo" / fingerprint(model)
     pairs = method.pairs(read_pairs(sample_rewinds(model, tokenizer, words, folder)), tokenizer)
     held, kept = pairs[:HELD_OUT], pairs[HELD_OUT:]
+    if len(kept) < len(held):
+        raise InputError(
+            f"only {len(pairs)} pairs are left of the rewinds of this model; it hardly writes the {len(words)} words, so "
+            "there is nothing to train out, or lower min_chosen"
+        )
     untied = method.model_copy(update={"lambda_nontarget": 0.0, "lambda_target": 0.0})
     trainings = {METHOD: (method, FTPOTrainer), UNTIED: (untied, FTPOTrainer), DPO: (method, FinalTokenDPOTrainer)}
     wrapped = None
