@@ -584,7 +584,7 @@ def comparison(sharp, tokenizer, tmp_path_factory):
         patch.setattr(FTPOTrainer, "train", None)  # made once: a second time it comes from the cache
         again = build()
         assert [s.setting for s in found.subjects] == [s.setting for s in again.subjects]
-        return compare(again)
+        return compare(found)
 
 
 def test_the_experiment_measures_each_kind_of_sample(comparison, sharp, tokenizer):
@@ -603,6 +603,8 @@ def test_the_experiment_measures_each_kind_of_sample(comparison, sharp, tokenize
     assert comparison.mean(plain, "drift") == 0 and comparison.mean(method, "drift") > 0
     assert comparison.mean(method, "rejected") < comparison.mean(plain, "rejected")
     assert comparison.mean(method, "drift") < comparison.mean(experiment.UNTIED, "drift")
+    for subject in experiment.TRAINED:
+        assert comparison.mean(subject, "rejected") < 0.7 * comparison.mean(plain, "rejected"), subject
 
 
 def test_the_verdict_follows_from_the_numbers(comparison):

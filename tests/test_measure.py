@@ -256,7 +256,7 @@ def test_numbers_are_readable():
 @pytest.mark.parametrize("path", ["missing/report.html", "."])
 def test_unwritable_report_paths_are_refused(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="report"):
+    with pytest.raises(InputError, match="output"):
         report.check_writable(path)
     assert list(tmp_path.iterdir()) == []
 

@@ -392,12 +392,11 @@ def skip_layers(model: PreTrainedModel, executed: Collection[int]) -> Iterator[N
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """A short hash of the architecture and a sample of the weights: artifacts are bound to it."""
+    """A short hash of the architecture and a sample of every weight: artifacts are bound to it."""
     digest = hashlib.sha256()
     config = model.config.get_text_config()
     digest.update(f"{config.model_type} {config.num_hidden_layers} {config.hidden_size} {config.vocab_size}".encode())
-    state = list(model.named_parameters())
-    for name, weight in state[:: max(1, len(state) // 8)]:
+    for name, weight in model.named_parameters():
         flat = weight.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.bfloat16).float()
         digest.update(name.encode() + sample.numpy().tobytes())

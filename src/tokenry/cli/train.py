@@ -74,9 +74,9 @@ def measure(trainer: Any, pairs: list[Any]) -> dict[str, float]:
 
 def save(trainer: Any, tokenizer: Any, folder: Path) -> None:
     """The merged model, which loads anywhere, and the adapter beside it."""
-    from ..train import merged
+    from ..train import merged, save_adapter
 
-    trainer.model.save_pretrained(folder / "adapter")
+    save_adapter(trainer.model, folder / "adapter")
     merged(trainer.model).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -23,6 +23,7 @@ __all__ = ["check_writable", "format_number", "render", "tables"]
 
 ARROWS = {"higher": "↑", "lower": "↓", None: ""}
 MEGABYTES = ("peak_bytes", "cache_bytes")
+ACROSS = 4  # metrics side by side in a terminal
 PLOT_SAMPLES = 64  # texts shown; the table always covers all
 
 
@@ -72,26 +73,28 @@ def format_difference(name: str, interval: Interval) -> str:
 
 
 def tables(comparison: Comparison) -> list[Table]:
-    """The comparison for a terminal: quality with paired differences from the baseline, then costs."""
-    base = comparison.experiment.baseline
-    quality = Table(title="quality", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    cost = Table(title="cost per sample", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    metrics = comparison.experiment.qualities
-    for grid, headings in (
-        (quality, [f"{label(m.name)} {ARROWS[m.better]}".strip() for m in metrics]),
-        (cost, [label(c) for c in comparison.costs()]),
-    ):
-        grid.add_column("subject", no_wrap=True)
-        for heading in headings:
-            grid.add_column(heading, justify="right")
+    """The comparison for a terminal: quality with paired differences from the baseline, a few metrics at a time, then
+    costs."""
+    base, qualities = comparison.experiment.baseline, comparison.experiment.qualities
+    made = []
+    for first in range(0, len(qualities), ACROSS):
+        shown = qualities[first : first + ACROSS]
+        headings = [f"{label(m.name)} {ARROWS[m.better]}".strip() for m in shown]
+        rows = {s: [_cell(comparison, s, m.name, base) for m in shown] for s in comparison.subjects}
+        made.append(_table(comparison, "quality", headings, rows))
+    made[-1].caption = f"second and third line: paired difference from {base}, 95 % interval"
+    rows = {s: [format_number(c, comparison.mean(s, c)) for c in comparison.costs()] for s in comparison.subjects}
+    return [*made, _table(comparison, "cost per sample", [label(c) for c in comparison.costs()], rows)]
+
+
+def _table(comparison: Comparison, title: str, headings: Sequence[str], rows: dict[str, list[str]]) -> Table:
+    grid = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    grid.add_column("subject", no_wrap=True)
+    for heading in headings:
+        grid.add_column(heading, justify="right")
     for subject in comparison.experiment.subjects:
-        style = "bold" if subject.role == "method" else None
-        cells = [_cell(comparison, subject.name, m.name, base) for m in metrics]
-        quality.add_row(subject.name, *cells, style=style)
-        costs = [format_number(c, comparison.mean(subject.name, c)) for c in comparison.costs()]
-        cost.add_row(subject.name, *costs, style=style)
-    quality.caption = f"second and third line: paired difference from {base}, 95 % interval"
-    return [quality, cost]
+        grid.add_row(subject.name, *rows[subject.name], style="bold" if subject.role == "method" else None)
+    return grid
 
 
 def _cell(comparison: Comparison, subject: str, name: str, base: str) -> str:

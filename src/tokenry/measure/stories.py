@@ -49,14 +49,15 @@ class StoriesTask:
         patterns: Sequence[str],
         count: int = 64,
         max_new_tokens: int = 110,
+        first: int = 0,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.detector = PhraseBan(patterns)
-        self.prompts = story_prompts()[:count]
+        self.prompts = dict(list(enumerate(story_prompts()))[first : first + count])
         self.max_new_tokens = max_new_tokens
 
     def samples(self) -> list[Sample]:
-        return [Sample(f"story-{i:02d}", prompt) for i, prompt in enumerate(self.prompts)]
+        return [Sample(f"story-{i:02d}", prompt) for i, prompt in self.prompts.items()]
 
     def run(self, subject: Subject, samples: Sequence[Sample], seed: int) -> list[Outcome]:
         return self.score(*self.write(subject, samples, seed))

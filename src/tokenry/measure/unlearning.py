@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["UnlearningTask", "ordinary_texts"]
 
 TOKENS = 256  # of each ordinary text
+TUNED_ON = 24  # story prompts that settings were chosen on
 
 
 def ordinary_texts(count: int) -> list[str]:
@@ -34,6 +35,8 @@ class UnlearningTask:
     * stories on held-out prompts, sampled from the trained model: banned patterns, perplexity under the plain model;
     * passages of ordinary text: their likelihood under the trained model;
     * held-out preference pairs: whether the chosen tokens win, and how far the other logits moved.
+
+    Only stories depend on the seed; the others are measured once.
 
     A subject's `apply` is {"adapter": name or None, and keyword arguments for `tokenry.generate`}.
     """
@@ -62,9 +65,10 @@ class UnlearningTask:
         max_length: int,
     ) -> None:
         self.model, self.tokenizer, self.pairs = model, tokenizer, list(pairs)
-        self.stories = StoriesTask(model, tokenizer, patterns, stories)
+        self.stories = StoriesTask(model, tokenizer, patterns, stories, first=TUNED_ON)
         self.passages = ordinary_texts(passages)
         self.collator = FTPOCollator(tokenizer.pad_token_id, max_length)
+        self.known: dict[str, dict[str, Outcome]] = {}  # of each subject: what no seed changes
 
     def samples(self) -> list[Sample]:
         passages = [Sample(f"text-{i:02}", text) for i, text in enumerate(self.passages)]
@@ -75,12 +79,14 @@ class UnlearningTask:
         return [*self.stories.samples(), *passages, *pairs]
 
     def run(self, subject: Subject, samples: Sequence[Sample], seed: int) -> list[Outcome]:
-        made: dict[str, Outcome] = {}
-        for kind, measure in (("story", self._stories), ("text", self._passages), ("pair", self._pairs)):
-            mine = [s for s in samples if s.id.startswith(kind)]
-            if mine:
-                made |= zip([s.id for s in mine], measure(subject, mine, seed))
-        return [made[s.id] for s in samples]
+        stories = [s for s in samples if s.id.startswith("story")]
+        made = dict(zip([s.id for s in stories], self._stories(subject, stories, seed))) if stories else {}
+        for kind, measure in (("text", self._passages), ("pair", self._pairs)):
+            known = self.known.setdefault(subject.name, {})
+            new = [s for s in samples if s.id.startswith(kind) and s.id not in known]
+            if new:
+                known |= zip([s.id for s in new], measure(subject, new))
+        return [made.get(s.id) or self.known[subject.name][s.id] for s in samples]
 
     def _stories(self, subject: Subject, samples: Sequence[Sample], seed: int) -> list[Outcome]:
         options = {k: v for k, v in subject.apply.items() if k != "adapter"}
@@ -89,17 +95,18 @@ class UnlearningTask:
         with self._adapter(None):
             return self.stories.score(*written)
 
-    def _passages(self, subject: Subject, samples: Sequence[Sample], seed: int) -> list[Outcome]:
+    def _passages(self, subject: Subject, samples: Sequence[Sample]) -> list[Outcome]:
         found = []
         with self._adapter(subject), torch.no_grad():
             for sample in samples:
-                ids = self.tokenizer(sample.prompt, return_tensors="pt").input_ids[:, :TOKENS].to(self.model.device)
+                cut = {"truncation": True, "max_length": TOKENS}
+                ids = self.tokenizer(sample.prompt, return_tensors="pt", **cut).input_ids.to(self.model.device)
                 logprobs = self.model(ids[:, :-1], use_cache=False).logits[0].float().log_softmax(-1)
                 nll = -logprobs.gather(1, ids[0, 1:, None]).mean()
                 found.append(Outcome({"text_nll": float(nll)}))
         return found
 
-    def _pairs(self, subject: Subject, samples: Sequence[Sample], seed: int) -> list[Outcome]:
+    def _pairs(self, subject: Subject, samples: Sequence[Sample]) -> list[Outcome]:
         pairs = [s.data["pair"] for s in samples]
         trained = subject.apply["adapter"] is not None
         with self._adapter(subject):

@@ -18,6 +18,7 @@ _HOMES = {
     "read_pairs": "pairs",
     "lora_last_layers": "lora",
     "merged": "lora",
+    "save_adapter": "lora",
 }
 __all__ = sorted(_HOMES)
 __getattr__ = exports(__name__, _HOMES)

@@ -23,7 +23,7 @@ from transformers.trainer_callback import PrinterCallback
 from ..errors import InputError
 from ..hooks import decoder_layers, edit_inputs, skip_layers
 from ..method import Method
-from .lora import lora_last_layers
+from .lora import lora_last_layers, with_adapter
 from .losses import choice_win, final_token_dpo_loss, ftpo_loss
 from .pairs import Pair, balance_pairs, check_pairs, to_pairs, without_function_words
 
@@ -186,9 +186,7 @@ class FTPOTrainer(Trainer):
         for pairs in (train_dataset, eval_dataset or ()):
             check_pairs(pairs, model.config.get_text_config().vocab_size)
         if peft_config is not None:
-            from peft import get_peft_model
-
-            model = get_peft_model(model, peft_config)
+            model = with_adapter(model, peft_config)
         if ref_model is None and not hasattr(model, "disable_adapter"):
             raise InputError(
                 "there is neither an adapter nor a reference, so the model would be compared with itself; "

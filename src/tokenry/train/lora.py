@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +16,7 @@ from ..hooks import decoder_layers
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
-__all__ = ["lora_last_layers", "merged", "untie"]
+__all__ = ["lora_last_layers", "merged", "save_adapter", "untie", "with_adapter", "without_adapter"]
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -33,6 +35,27 @@ def lora_last_layers(
     layers = "|".join(map(str, range(depth - last, depth)))
     modules = rf".*\.({layers})\.(.*\.)?({'|'.join(PROJECTIONS)})" + ("|lm_head" if lm_head else "")
     return LoraConfig(r=rank, lora_alpha=rank, lora_dropout=dropout, target_modules=modules, task_type="CAUSAL_LM")
+
+
+def with_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """The model with a fresh adapter, which changes nothing yet."""
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():  # about tied embeddings, which `merged` unties
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        return get_peft_model(model, config)
+
+
+def save_adapter(model: PeftModel, folder: str | Path) -> None:
+    """The adapter alone; peft would add the whole embeddings where the unembedding is adapted."""
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+
+
+def without_adapter(model: PeftModel) -> PreTrainedModel:
+    """The model as it was before its adapter."""
+    plain = model.unload()
+    vars(plain).pop("peft_config", None)  # peft leaves it, and would take the next adapter for a second one
+    return plain
 
 
 def untie(model: PreTrainedModel) -> None:

@@ -58,7 +58,8 @@ def build(
         batch=16,
         notes="`all alike` gives every solution the same score: its vote is the plain vote, its best the first one. "
         "Half of the questions are answered by a bare equation, half with a few free words before it. The solutions "
-        "are short; the paper's are long.",
+        "are short; the paper's are long. The free words were settled on after 14 other prompts had been tried at 96 "
+        "solutions each; in several of them the log-likelihood ties or wins.",
     )
 
 

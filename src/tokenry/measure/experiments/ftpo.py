@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ...errors import InputError
 from ...hooks import fingerprint
 from ...models import cache_folder
 from ...train.ftpo import FTPO, FinalTokenDPOTrainer, FTPOTrainer
+from ...train.lora import save_adapter, without_adapter
 from ...train.pairs import read_pairs
 from ..compare import Comparison
 from ..statistics import Interval, bootstrap_statistic
@@ -32,8 +34,24 @@ from ..unlearning import UnlearningTask
 
 __all__ = ["build"]
 
-PLAIN, BAN, DPO, UNTIED, METHOD = "plain", "antislop while sampling", "dpo", "ftpo without the tie", "ftpo"
-DEFAULT = {"rank": 64, "learning_rate": 2e-4, "batch_size": 8, "dropout": 0.0, "max_length": 192}
+PLAIN, BAN, DPO, UNTIED, STRONG, METHOD = (
+    "plain",
+    "antislop while sampling",
+    "dpo",
+    "ftpo without the tie",
+    "ftpo, strong tie",
+    "ftpo",
+)
+DEFAULT = {  # the paper's schedule is for larger models and more pairs; the terms of the loss are the paper's
+    "rank": 64,
+    "learning_rate": 2e-4,
+    "batch_size": 8,
+    "dropout": 0.0,
+    "max_length": 128,
+    "max_examples": 700,
+    "early_stop_choice_win": 0.5,
+}
+TRAINED = (METHOD, STRONG, DPO, UNTIED)
 ROUNDS, BATCH, NEW_TOKENS = 2, 24, 110  # how rewinds are sampled
 HELD_OUT = 96  # pairs that are only measured
 PASSAGES = 40
@@ -46,11 +64,11 @@ def build(
     seeds: Sequence[int] | None = None,
     method: FTPO | None = None,
 ) -> Experiment:
-    """Sample the rewinds, train FTPO, FTPO without its tie to the reference, and DPO, then compare.
+    """Sample the rewinds, train FTPO, FTPO with a stronger tie to the reference and with none, and DPO, then compare.
 
     Args:
-        samples: stories for each subject; default 64.
-        method: settings that replace the defaults of this experiment (rank 64, learning rate 2e-4, batches of 8).
+        samples: stories for each subject and seed; default 40.
+        method: settings that replace the defaults of this experiment, see DEFAULT.
     """
     try:
         from peft import PeftModel
@@ -63,18 +81,24 @@ def build(
     held, kept = pairs[:HELD_OUT], pairs[HELD_OUT:]
     if len(kept) < len(held):
         raise InputError(
-            f"only {len(pairs)} pairs are left of the rewinds of this model; it hardly writes the {len(words)} words, so "
-            "there is nothing to train out, or lower min_chosen"
+            f"only {len(pairs)} pairs are left of the rewinds; this model hardly writes the {len(words)} words, or "
+            "min_chosen is too high"
         )
     untied = method.model_copy(update={"lambda_nontarget": 0.0, "lambda_target": 0.0})
-    trainings = {METHOD: (method, FTPOTrainer), UNTIED: (untied, FTPOTrainer), DPO: (method, FinalTokenDPOTrainer)}
-    wrapped = None
-    for name, (settings, trainer) in trainings.items():
-        adapter = train_adapter(model, tokenizer, settings, trainer, kept, folder)
-        if wrapped is None:
-            wrapped = PeftModel.from_pretrained(model, adapter, adapter_name=name)
-        else:
-            wrapped.load_adapter(adapter, name)
+    strong = method.model_copy(update={"lambda_nontarget": 20 * method.lambda_nontarget})
+    trainings = {
+        METHOD: (method, FTPOTrainer),
+        STRONG: (strong, FTPOTrainer),
+        UNTIED: (untied, FTPOTrainer),
+        DPO: (method, FinalTokenDPOTrainer),
+    }
+    adapters = {
+        name: train_adapter(model, tokenizer, settings, trainer, kept, folder)
+        for name, (settings, trainer) in trainings.items()
+    }
+    wrapped = PeftModel.from_pretrained(model, adapters[METHOD], adapter_name=METHOD)
+    for name in TRAINED[1:]:  # only now: an adapter that is loaded would be trained on, and unloaded, with the next
+        wrapped.load_adapter(adapters[name], name)
     ban = {"adapter": None, "methods": [Antislop(phrases=words)]}
     shared = {"pairs": len(kept)}
     subjects = [
@@ -82,9 +106,10 @@ def build(
         Subject(BAN, "control", {"phrases": words}, ban),
         Subject(DPO, "control", {**method.model_dump(mode="json"), **shared, "loss": "dpo"}, {"adapter": DPO}),
         Subject(UNTIED, "control", {**untied.model_dump(mode="json"), **shared}, {"adapter": UNTIED}),
+        Subject(STRONG, "method", {**strong.model_dump(mode="json"), **shared}, {"adapter": STRONG}),
         Subject(METHOD, "method", {**method.model_dump(mode="json"), **shared}, {"adapter": METHOD}),
     ]
-    count = samples or 64
+    count = samples or 40
     task = UnlearningTask(
         wrapped.eval(), tokenizer, words, held, count, min(PASSAGES, 2 * count), min(method.max_length, 512)
     )
@@ -95,10 +120,12 @@ def build(
         subjects=subjects,
         baseline=PLAIN,
         judge=judge,
-        seeds=tuple(seeds or (0,)),
-        batch=16,
-        notes=f"{len(words)} words that the model overuses; {len(kept)} pairs from stories to other prompts. DPO and "
-        "FTPO see the same pairs in the same order, with the same LoRA, learning rate and stopping rule.",
+        seeds=tuple(seeds or (0, 1)),
+        batch=20,
+        notes=f"{len(words)} words that the model overuses; {len(kept)} pairs from stories to other prompts. All are "
+        "trained on the same pairs in the same order, with the same LoRA, learning rate and stopping rule (choice_win "
+        "0.5). These, and the strong tie (20 times the published weight), were chosen on the first 24 prompts of the "
+        "task `stories`, which are left out here; on those the strong tie had met all three goals.",
     )
 
 
@@ -145,8 +172,8 @@ def train_adapter(
 
             trainer = method.trainer(model, tokenizer, pairs, folder / "trainer", trainer_class, progress=advance)
             trainer.train()
-        write(path, trainer.model.save_pretrained)
-        trainer.model.unload()
+        write(path, partial(save_adapter, trainer.model))
+        without_adapter(trainer.model)
     return path
 
 
@@ -183,11 +210,11 @@ def judge(comparison: Comparison) -> list[Finding]:
     """Fewer hits, the price in ordinary text and in variety, and whether DPO or no tie would do as well."""
     fewer = {s: fewer_hits(comparison, s) for s in comparison.subjects if s != PLAIN}
     ratios = {}
-    for subject in (METHOD, DPO, UNTIED):
+    for subject in TRAINED:
         gap = comparison.difference(subject, PLAIN, "text_nll")
         ratios[subject] = Interval(*(math.exp(v) for v in gap[:3]), gap.n)
-    variety = {s: comparison.difference(s, PLAIN, "distinct_2") for s in (METHOD, DPO, UNTIED)}
-    wins = {s: comparison.mean(s, "choice_win") for s in (METHOD, DPO, UNTIED)}
+    variety = {s: comparison.difference(s, PLAIN, "distinct_2") for s in TRAINED}
+    wins = {s: comparison.mean(s, "choice_win") for s in TRAINED}
     drift = {s: comparison.difference(s, METHOD, "drift") for s in (DPO, UNTIED)}
     own_drift = comparison.mean(METHOD, "drift")
     return [
