@@ -35,7 +35,7 @@ def main() -> None:
         "disable_tqdm": True,
         "use_cpu": True,
     }
-    lora = lora_last_layers(model, rank=64, dropout=0.0)
+    lora = lora_last_layers(model, rank=64, dropout=0.0, lm_head=False)  # which trl refuses
     with tempfile.TemporaryDirectory() as folder:
         ftpo = FTPOTrainer(copy.deepcopy(model), FTPOConfig(folder, **shared), pairs, peft_config=lora)
         whole = FTPOTrainer(copy.deepcopy(model), FTPOConfig(folder, **shared), pairs, peft_config=lora)

@@ -15,6 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -197,13 +198,16 @@ def fewer_hits(comparison: Comparison, subject: str) -> Interval:
 
     def rates(name: str) -> tuple[Any, Any]:
         hits, words = (comparison.values(name, n) for n in ("hits_per_1000_words", "words"))
-        stories = ~(hits != hits)
+        stories = ~np.isnan(hits)
         return (hits * words)[stories], words[stories]
 
     (hits, words), (plain_hits, plain_words) = rates(subject), rates(PLAIN)
-    return bootstrap_statistic(
-        lambda p: 1 - (hits[p].sum() / words[p].sum()) / (plain_hits[p].sum() / plain_words[p].sum()), len(hits)
-    )
+
+    def fewer(p: np.ndarray) -> float:
+        before = plain_hits[p].sum() / plain_words[p].sum()
+        return 1 - (hits[p].sum() / words[p].sum()) / before if before else math.nan
+
+    return bootstrap_statistic(fewer, len(hits))
 
 
 def judge(comparison: Comparison) -> list[Finding]:
