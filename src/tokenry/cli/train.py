@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
@@ -41,8 +42,8 @@ def train(
     rows = read_pairs(data)
     model, tokenizer = load_model(model_name, dtype, device)
     kept, held = split(method.pairs(rows, tokenizer), hold_out)
-    with progress(slug, None) as update:
-        trainer = method.trainer(model, tokenizer, kept, folder / "trainer", progress=update)
+    with progress(slug, None) as update, TemporaryDirectory() as scratch:
+        trainer = method.trainer(model, tokenizer, kept, scratch, progress=update)
         before = measure(trainer, held or kept)
         trained = trainer.train()
     after = measure(trainer, held or kept)

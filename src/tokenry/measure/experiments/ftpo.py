@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -165,13 +166,13 @@ def train_adapter(
     """The folder of a trained adapter; trained where it is not there yet. The model is left as it was."""
     path = folder / f"{trainer_class.__name__}-{digest([method.model_dump(mode='json'), pairs])}"
     if not path.exists():
-        with tqdm(desc=f"training, {trainer_class.__name__}") as bar:
+        with tqdm(desc=f"training, {trainer_class.__name__}") as bar, TemporaryDirectory() as scratch:
 
             def advance(completed: int, total: int) -> None:
                 bar.total = total
                 bar.update(completed - bar.n)
 
-            trainer = method.trainer(model, tokenizer, pairs, folder / "trainer", trainer_class, progress=advance)
+            trainer = method.trainer(model, tokenizer, pairs, scratch, trainer_class, progress=advance)
             trainer.train()
         write(path, partial(save_adapter, trainer.model))
         without_adapter(trainer.model)
