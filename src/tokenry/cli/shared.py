@@ -59,14 +59,19 @@ def parse_methods(slugs: Sequence[str], pairs: Sequence[str], stage: str) -> lis
     return [cls.from_strings(own[slug]) for slug, cls in classes.items()]
 
 
-def load_model(name: str, dtype: str | None, device: str | None) -> Any:
-    """Load quietly."""
+def quiet() -> None:
+    """No warnings and progress bars of transformers."""
     from transformers.utils import logging
-
-    from ..models import load
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def load_model(name: str, dtype: str | None, device: str | None) -> Any:
+    """Load quietly."""
+    from ..models import load
+
+    quiet()
     return load(name, dtype, device)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import InputError
-from .shared import as_json, check_writable, example, parse_methods, progress, read_text
+from .shared import as_json, check_writable, example, parse_methods, progress, quiet, read_text
 
 if TYPE_CHECKING:
     from ..method import Method
@@ -136,12 +136,9 @@ def report(tokenizers: tuple[str, ...], path: str, error_rate: float, html: str 
 
 def load_tokenizers(names: Sequence[str]) -> dict[str, Any]:
     """Load quietly; a name that was given twice is loaded once."""
-    from transformers.utils import logging
-
     from ..tokenize import load_tokenizer
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet()
     return {name: load_tokenizer(name) for name in names}
 
 
