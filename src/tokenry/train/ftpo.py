@@ -24,7 +24,7 @@ from ..errors import InputError
 from ..hooks import decoder_layers, edit_inputs, skip_layers
 from ..method import Method
 from .lora import lora_last_layers, with_adapter
-from .losses import choice_win, final_token_dpo_loss, ftpo_loss
+from .losses import choice_win, final_token_dpo_loss, ftpo_loss, others, target_ids
 from .pairs import Pair, balance_pairs, check_pairs, to_pairs, without_function_words
 
 __all__ = [
@@ -107,8 +107,7 @@ def score_pairs(
         if adapter:
             with model.disable_adapter():
                 drift = (logits - last_logits(model, batch).float()).abs()
-            targets = torch.cat([chosen.where(mask, rejected), rejected], 1)
-            outside = torch.ones_like(drift).scatter(1, targets, 0.0)
+            outside = others(drift, target_ids(chosen, mask, batch["rejected_ids"]))
             columns["drift"].append((drift * outside).sum(1) / outside.sum(1))
     model.train(training)
     return {name: torch.cat(parts).cpu() for name, parts in columns.items()}

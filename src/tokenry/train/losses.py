@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import InputError
 
-__all__ = ["FTPOOutput", "choice_win", "final_token_dpo_loss", "ftpo_loss"]
+__all__ = ["FTPOOutput", "choice_win", "final_token_dpo_loss", "ftpo_loss", "others", "target_ids"]
 
 
 class FTPOOutput(NamedTuple):
@@ -54,14 +54,13 @@ def ftpo_loss(
     if margin <= 0:
         raise InputError(f"margin={margin} is not allowed; give a number of logits > 0")
     y, reference = logits.float(), ref_logits.float()  # differences of large logits vanish in bfloat16
-    # a padded place repeats the rejected token, which is a target anyway
-    targets = torch.cat([chosen_ids.where(chosen_mask, rejected_ids[:, None]), rejected_ids[:, None]], 1)
+    targets = target_ids(chosen_ids, chosen_mask, rejected_ids)
     real = F.pad(chosen_mask, (0, 1), value=True)
     at_targets = y.gather(1, targets)
     lead = at_targets[:, :-1] - at_targets[:, -1:]
     drift = y - reference
     at_drift = drift.gather(1, targets)
-    outside = torch.ones_like(drift).scatter(1, targets, 0.0)
+    outside = others(drift, targets)
     nontarget = (drift.square() * outside).sum() / outside.sum()
     target = ((at_drift.abs() - tau_target).clamp_min(0).square() * real).sum() / real.sum()
     mean_drift = (at_drift * real).sum(1) / real.sum(1)
@@ -69,6 +68,17 @@ def ftpo_loss(
     pref = _preference(lead, chosen_mask, margin, temperature)
     loss = pref + lambda_nontarget * nontarget + lambda_target * target + lambda_aggregate * aggregate
     return FTPOOutput(loss, pref, nontarget, target, aggregate, choice_win(lead, chosen_mask))
+
+
+def target_ids(chosen_ids: Tensor, chosen_mask: Tensor, rejected_ids: Tensor) -> Tensor:
+    """(batch, chosen + 1): the chosen tokens, then the rejected one, which also stands in the padded places."""
+    rejected = rejected_ids[:, None]
+    return torch.cat([chosen_ids.where(chosen_mask, rejected), rejected], 1)
+
+
+def others(logits: Tensor, targets: Tensor) -> Tensor:
+    """(batch, vocab): 1 for every token that is no target, else 0."""
+    return torch.ones_like(logits).scatter(1, targets, 0.0)
 
 
 def _preference(lead: Tensor, mask: Tensor, margin: float, temperature: float) -> Tensor:
