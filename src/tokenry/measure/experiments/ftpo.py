@@ -222,6 +222,8 @@ def judge(comparison: Comparison) -> list[Finding]:
     wins = {s: comparison.mean(s, "choice_win") for s in TRAINED}
     drift = {s: comparison.difference(s, METHOD, "drift") for s in (DPO, UNTIED)}
     own_drift = comparison.mean(METHOD, "drift")
+    dearer = comparison.difference(DPO, METHOD, "text_nll")
+    duller = comparison.difference(DPO, METHOD, "distinct_2")
     return [
         Finding(
             "plain sampling of the trained model has at least 60 % fewer hits on held-out prompts",
@@ -243,6 +245,12 @@ def judge(comparison: Comparison) -> list[Finding]:
             all(gap.low > 0 for gap in drift.values()),
             f"drift of ftpo {own_drift:.3f}; more than that: {_list(drift, '{:+.3f}')}; choice_win at held-out pairs: "
             + ", ".join(f"{s} {w:.2f}" for s, w in wins.items()),
+        ),
+        Finding(
+            "DPO on the same pairs avoids fewer patterns and costs more",
+            fewer[DPO].mean < fewer[METHOD].mean and dearer.low > 0 and duller.high < 0,
+            f"fewer hits: dpo {fewer[DPO].mean:.1%}, ftpo {fewer[METHOD].mean:.1%}; dpo - ftpo: "
+            + _list({"nats per token of ordinary text": dearer, "distinct-2": duller}, "{:+.4f}"),
         ),
     ]
 
