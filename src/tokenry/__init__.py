@@ -8,7 +8,7 @@ from .lazy import exports
 
 __version__ = "0.1.0"
 
-_MODULES = "attention catalog decode hooks judge measure read represent select tokenize trace train".split()
+_MODULES = "attention catalog decode hooks judge measure read represent select tokenize trace train zoo".split()
 _HOMES = {
     "Trace": "trace",
     "capture": "trace",

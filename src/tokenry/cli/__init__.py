@@ -1,4 +1,4 @@
-"""The command line: one verb per stage, and `list`, `show`, `find`, `compare`.
+"""The command line: one verb per stage, and `list`, `show`, `find`, `compare`, `zoo`.
 
 Nothing heavy is imported before a command needs it, so that `tokenry list` answers at once.
 """
@@ -11,7 +11,7 @@ import click
 
 from .. import __version__
 from ..errors import InputError
-from . import catalogue, compare, decode, judge, read, represent, select, tokenize, train
+from . import catalogue, compare, decode, judge, read, represent, select, tokenize, train, zoo
 from .shared import example
 
 __all__ = ["main"]
@@ -51,5 +51,6 @@ for command in (
     judge.judge,
     train.train,
     compare.compare,
+    zoo.zoo,
 ):
     main.add_command(command)

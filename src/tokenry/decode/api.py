@@ -31,11 +31,13 @@ def loop(
     monitors: Sequence[Monitor] = (),
     layer_policy: LayerPolicy | None = None,
     steerers: Sequence[AbstractContextManager] = (),
+    caps: Sequence[LogitsProcessor] = (),
     token_streamers: Sequence[BaseStreamer] = (),
     processing_class: PreTrainedTokenizerBase | None = None,
     seed: int | None = None,
     stop: Sequence[str] = (),
     rewind: str = "auto",
+    budgets: Sequence[int] | None = None,
     **model_kwargs: Any,
 ) -> DecodeOutput | Tensor:
     """The decode loop as a `custom_generate` callable.
@@ -43,9 +45,11 @@ def loop(
         model.generate(**inputs, custom_generate=tokenry.decode.loop, monitors=[...], processing_class=tokenizer)
 
     `generate` prepares the configuration, logits processors and cache as always. `processing_class` is the
-    tokenizer; without it the one saved beside the model is used. `token_streamers` has one streamer per row
-    (`generate` does not pass its own `streamer` on). Returns ids, or a `DecodeOutput` with
-    `return_dict_in_generate=True`.
+    tokenizer; without it the one saved beside the model is used. `caps` are logits processors that act last, after
+    temperature and truncation. `token_streamers` has one streamer per row
+    (`generate` does not pass its own `streamer` on). `budgets` are the most new tokens of each row, where that is less
+    than `max_new_tokens`. `past_key_values` may hold the first columns of the prompt. Returns ids, or a `DecodeOutput`
+    with `return_dict_in_generate=True`.
     """
     if generation_config.num_beams > 1:
         raise InputError("the decode loop has no beams; leave num_beams at 1")
@@ -59,14 +63,13 @@ def loop(
     cache = model_kwargs.pop("past_key_values", None)
     for name in ("position_ids", "logits_to_keep", "use_cache", "synced_gpus", "streamer", "tokenizer"):
         model_kwargs.pop(name, None)
-    if cache is not None and cache.get_seq_length() > 0:
-        raise InputError("the decode loop starts from an empty cache; pass the whole prompt and no past_key_values")
     engine = TransformersEngine(model, cache, layer_policy, bool(monitors), rewind, model_kwargs)
     runner = DecodeLoop(
         engine,
         processing_class,
         processors=processors,
         warpers=warpers,
+        caps=caps,
         monitors=monitors,
         steerers=steerers,
         streamers=token_streamers,
@@ -78,6 +81,7 @@ def loop(
         input_ids,
         mask,
         max_new_tokens=generation_config.max_length - input_ids.shape[1],
+        budgets=budgets,
         eos_ids=eos[0] if eos else (),
         pad_id=None if pad is None else int(pad),
         stop=stop,
@@ -96,6 +100,7 @@ def generate(
     monitors: Sequence[Monitor] = (),
     layer_policy: LayerPolicy | None = None,
     steerers: Sequence[AbstractContextManager] = (),
+    caps: Sequence[LogitsProcessor] = (),
     streamers: Sequence[BaseStreamer] = (),
     seed: int | None = None,
     stop: Sequence[str] = (),
@@ -107,6 +112,7 @@ def generate(
 
     Args:
         methods: decode methods; their plug-ins come before the ones given here.
+        caps: logits processors that act last, after temperature and truncation.
         seed: makes sampling repeatable, row by row; None uses torch's global generator.
         chat: put each prompt through the chat template where the tokenizer has one.
         options: anything `model.generate` takes, such as do_sample, temperature, min_p.
@@ -116,7 +122,7 @@ def generate(
     """
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens={max_new_tokens} leaves nothing to generate; give a number >= 1")
-    plugins = Plugins(processors, monitors, layer_policy, steerers)
+    plugins = Plugins(processors, monitors, layer_policy, steerers, caps)
     for method in reversed(list(methods)):
         plugins = method.plugins(model, tokenizer) + plugins
     inputs = encode_prompts(tokenizer, [prompts] if isinstance(prompts, str) else prompts, chat)
@@ -128,6 +134,7 @@ def generate(
         monitors=plugins.monitors,
         layer_policy=plugins.layer_policy,
         steerers=plugins.steerers,
+        caps=plugins.caps,
         token_streamers=streamers,
         processing_class=tokenizer,
         seed=seed,

@@ -4,6 +4,8 @@ Plug-ins do not know of each other:
 
 * processors: `LogitsProcessor(input_ids, scores)`, pure in the row's ids; `begin(prompt_length)` and `end()` are
   called around a generation where a processor has them;
+* caps: logits processors that act last, on what the warpers have left, and so on the very distribution that is drawn
+  from; their `begin` also gets the attention mask (batch, prompt). A rewind asks them again for the shorter row;
 * monitors: `check(row) -> Violation | None` and `hold(row) -> tokens from the earliest place where a problem may have
   begun, None = all`;
 * a layer policy and steerers (context managers), which act inside the engine's forward;
@@ -188,14 +190,22 @@ class DecodeOutput(ModelOutput):
 class Chooser:
     """Turns scores into tokens. With a seed every row has its own generator, so a batch does not change a row."""
 
-    def __init__(self, warpers: Sequence[LogitsProcessor], sample: bool, seed: int | None, batch: int, device) -> None:
-        self.warpers, self.sample = list(warpers), sample
+    def __init__(
+        self,
+        warpers: Sequence[LogitsProcessor],
+        sample: bool,
+        seed: int | None,
+        batch: int,
+        device,
+        caps: Sequence[LogitsProcessor] = (),
+    ) -> None:
+        self.warpers, self.caps, self.sample = list(warpers), list(caps), sample
         self.generators = None
         if seed is not None:
             self.generators = [torch.Generator(device).manual_seed(row_seed(seed, b)) for b in range(batch)]
 
     def warp(self, ids: Tensor, scores: Tensor, level: int = 0) -> Tensor:
-        for warper in self._relaxed(level):
+        for warper in (*self._relaxed(level), *self.caps):
             scores = warper(ids, scores)
         return scores
 
@@ -259,7 +269,8 @@ class DecodeLoop:
     Args:
         engine: anything with the methods of `Engine`.
         tokenizer: needed as soon as there are monitors, streamers or stop strings.
-        processors: change the scores that are stored; `warpers` (temperature, top-k, ...) only the draw.
+        processors: change the scores that are stored; `warpers` (temperature, top-k, ...) only the draw, and `caps`
+            what the warpers have left.
         streamers: one per row.
         seed: None uses torch's global generator exactly as `generate` does.
     """
@@ -271,6 +282,7 @@ class DecodeLoop:
         *,
         processors: Sequence[LogitsProcessor] = (),
         warpers: Sequence[LogitsProcessor] = (),
+        caps: Sequence[LogitsProcessor] = (),
         monitors: Sequence[Monitor] = (),
         steerers: Sequence[AbstractContextManager] = (),
         streamers: Sequence[BaseStreamer] = (),
@@ -278,7 +290,7 @@ class DecodeLoop:
         seed: int | None = None,
     ) -> None:
         self.engine, self.tokenizer = engine, tokenizer
-        self.processors, self.warpers = list(processors), list(warpers)
+        self.processors, self.warpers, self.caps = list(processors), list(warpers), list(caps)
         self.monitors, self.steerers, self.streamers = list(monitors), list(steerers), list(streamers)
         self.do_sample, self.seed = do_sample, seed
         if tokenizer is None and (self.monitors or self.streamers):
@@ -290,13 +302,17 @@ class DecodeLoop:
         attention_mask: Tensor | None = None,
         *,
         max_new_tokens: int,
+        budgets: Sequence[int] | None = None,
         eos_ids: Sequence[int] = (),
         pad_id: int | None = None,
         stop: Sequence[str] = (),
         stopping_criteria: Sequence[Callable] = (),
     ) -> DecodeOutput:
-        """Continue `input_ids` (batch, prompt), left-padded where `attention_mask` is 0."""
-        self._prepare(input_ids, attention_mask, max_new_tokens, eos_ids, stop, stopping_criteria)
+        """Continue `input_ids` (batch, prompt), padding where `attention_mask` is 0; its last column has none.
+
+        `budgets` (batch,) are limits of single rows below `max_new_tokens`.
+        """
+        self._prepare(input_ids, attention_mask, max_new_tokens, budgets, eos_ids, stop, stopping_criteria)
         if self.streamers:
             for streamer, prompt in zip(self.streamers, input_ids):
                 streamer.put(prompt[None].cpu())
@@ -308,6 +324,12 @@ class DecodeLoop:
                     processor.begin(self.prompt_length)
                 if hasattr(processor, "end"):
                     stack.callback(processor.end)
+            for cap in self.caps:
+                if hasattr(cap, "begin"):
+                    whole = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+                    cap.begin(self.prompt_length, whole)
+                if hasattr(cap, "end"):
+                    stack.callback(cap.end)
             self._run(input_ids, attention_mask)
         for streamer in self.streamers:
             streamer.end()
@@ -335,6 +357,7 @@ class DecodeLoop:
         input_ids: Tensor,
         mask: Tensor | None,
         limit: int,
+        budgets: Sequence[int] | None,
         eos_ids: Sequence[int],
         stop: Sequence[str],
         criteria: Sequence[Callable],
@@ -348,7 +371,10 @@ class DecodeLoop:
             raise InputError(f"{len(self.streamers)} streamers for {batch} rows; give one streamer per row")
         if any(not text for text in stop):
             raise InputError("an empty stop string would end every row at once; remove it")
-        self.limit, self.eos, self.stop, self.criteria = limit, set(eos_ids), tuple(stop), list(criteria)
+        if budgets is not None and (len(budgets) != batch or min(budgets) < 1):
+            raise InputError(f"budgets={list(budgets)} is not allowed for {batch} rows; give a number >= 1 for each")
+        self.limits = [min(limit, budget) for budget in budgets or [limit] * batch]
+        self.eos, self.stop, self.criteria = set(eos_ids), tuple(stop), list(criteria)
         self.batch, self.device = batch, input_ids.device
         self.ids = torch.zeros(batch, self.prompt_length + limit + 64, dtype=torch.long, device=self.device)
         self.ids[:, : self.prompt_length] = input_ids
@@ -363,7 +389,7 @@ class DecodeLoop:
                 raise InputError(f"{name} may go back without bound, so nothing can be streamed; set max_span")
         self.active = set(range(batch))
         self.events: list[RewindEvent] = []
-        self.chooser = Chooser(self.warpers, self.do_sample, self.seed, batch, self.device)
+        self.chooser = Chooser(self.warpers, self.do_sample, self.seed, batch, self.device, self.caps)
 
     def _choose(self, logits: Tensor) -> None:
         """Score and draw for every row at once, or one by one after rewinds have left rows of unequal length."""
@@ -397,7 +423,7 @@ class DecodeLoop:
     def _finish(self, row: Row) -> None:
         row.finished = (
             row.ids[-1] in self.eos
-            or len(row.ids) >= self.limit
+            or len(row.ids) >= self.limits[row.number]
             or any(s in row.text[-len(s) - 64 :] for s in self.stop)
             or any(bool(criterion(self._row_ids(row), None)[0]) for criterion in self.criteria)
         )
@@ -481,7 +507,7 @@ class DecodeLoop:
         gone = row.ids[violation.index :]
         if gone:
             self._take_back(row, violation.index)
-        force = list(violation.force)[: max(self.limit - violation.index, 0)]
+        force = list(violation.force)[: max(self.limits[row.number] - violation.index, 0)]
         self._log(row, violation, "rewind", gone, None, force)
         for token in force:
             row.append(token)

@@ -58,7 +58,8 @@ class TransformersEngine:
     sliding window would count them.
 
     Args:
-        cache: the cache to fill (default: a new `DynamicCache`).
+        cache: the cache to fill (default: a new `DynamicCache`). It may hold the first columns of the prompt; then only
+            the rest is fed, where the mask may have padding again (rows whose rest is shorter).
         rewinds: whether `forget` will be called.
         rewind: "auto" takes tokens out of the cache where it can and feeds the row again where it cannot;
             "reprefill" always feeds again.
@@ -95,8 +96,9 @@ class TransformersEngine:
 
     def feed(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         if self.columns == 0 and not self.stale:
-            self._start(tokens, mask)
-            return self._forward(tokens, mask, None, **self.extra)
+            tokens, mask = self._start(tokens, mask)
+            if not self.stale:
+                return self._forward(tokens, mask, None, **self.extra)
         if self.stale:
             tokens, mask = self._everything(tokens, mask)
             return self._forward(tokens, mask, None, **self.extra)
@@ -121,7 +123,8 @@ class TransformersEngine:
 
     # --- state ---------------------------------------------------------------------------------------------
 
-    def _start(self, tokens: Tensor, mask: Tensor | None) -> None:
+    def _start(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Set up for a prompt; returns what of it is still to be fed."""
         self.batch, prompt = tokens.shape
         device = tokens.device
         self.mask = torch.zeros(self.batch, prompt + 256, dtype=torch.bool, device=device)
@@ -136,6 +139,31 @@ class TransformersEngine:
             if obstacle and "static" in type(self.cache).__name__.lower():
                 raise InputError(f"tokens cannot be taken back: {obstacle}; use the default dynamic cache")
             self.reprefills = obstacle is not None
+        return self._adopt(tokens, mask) if self.cache.get_seq_length() else (tokens, mask)
+
+    def _adopt(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The cache holds the first columns of the prompt already: take them over and return the rest."""
+        held, lengths = int(self.cache.get_seq_length()), layer_lengths(self.cache)
+        rows = next(layer.keys.shape[0] for layer in self.cache.layers if layer.keys is not None)
+        if held >= tokens.shape[1] or rows != self.batch:
+            raise InputError(
+                f"the cache holds {held} columns of {rows} rows, the prompt has {tokens.shape[1]} of {self.batch}; "
+                "pass the whole prompt, and a cache of its first columns that leaves at least the last one to feed"
+            )
+        if not is_sliding(self.cache) and any(n != held for n in lengths):
+            raise InputError(
+                f"the layers of the cache hold {min(lengths)} to {max(lengths)} columns; pass an empty one"
+            )
+        known = torch.ones_like(tokens[:, :held]) if mask is None else mask[:, :held]
+        self.mask[:, :held], self.tokens[:, :held] = known.bool(), tokens[:, :held]
+        self.live = known.long().sum(-1)
+        self.columns = held
+        if self.rewinds:
+            self.cache.activate_past_recording()
+        tokens, mask = tokens[:, held:], None if mask is None else mask[:, held:]
+        # padding between cache and block would take up room in the windows: feed all of it again, left-padded
+        self.stale = mask is not None and not bool(mask.all()) and is_sliding(self.cache)
+        return tokens, mask
 
     def _forward(self, tokens: Tensor, mask: Tensor | None, executed: set[int] | None, **extra: Any) -> Tensor:
         start, end = self.columns, self.columns + tokens.shape[1]

@@ -26,6 +26,7 @@ class Plugins:
     monitors: Sequence[Monitor] = ()
     layer_policy: LayerPolicy | None = None
     steerers: Sequence[AbstractContextManager] = ()
+    caps: Sequence[LogitsProcessor] = ()  # act last, after temperature and truncation
 
     def __add__(self, other: Plugins) -> Plugins:
         if self.layer_policy is not None and other.layer_policy is not None:
@@ -35,6 +36,7 @@ class Plugins:
             (*self.monitors, *other.monitors),
             self.layer_policy or other.layer_policy,
             (*self.steerers, *other.steerers),
+            (*self.caps, *other.caps),
         )
 
 

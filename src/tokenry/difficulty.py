@@ -1,0 +1,303 @@
+"""Easy, normal or hard: what the model's state says of a question before it is answered.
+
+`read_questions` reads a batch of questions once and keeps the cache; `DifficultyProbe` turns the state of each
+question's last token into the probabilities of three classes. A probe is trained by the stage read and used by the
+stage decode.
+
+Paper: DiffAdapt: Difficulty-Adaptive Reasoning for Token-Efficient LLM Inference, arXiv 2510.19669.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from .errors import InputError
+from .hooks import capture_residual, decoder_layers, fingerprint
+
+__all__ = ["CLASSES", "DifficultyProbe", "Prompt", "Questions", "prompt_ids", "question_ids", "read_questions"]
+
+CLASSES = ("easy", "normal", "hard")
+FORMAT = 1
+WEIGHTS, HEADER = "probe.safetensors", "probe.json"
+MARK = "\ue000"  # private use: no question and no template has it
+
+Prompt = str | Sequence[Mapping[str, str]]  # a question, or messages that end with one
+
+
+# --- prompts -------------------------------------------------------------------------------------------------------
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, suffix: str = "", chat: bool = True) -> list[int]:
+    """Token ids of a prompt whose last message has `suffix` behind it."""
+    if chat and tokenizer.chat_template:
+        text = tokenizer.apply_chat_template(_messages(prompt, suffix), add_generation_prompt=True, tokenize=False)
+        return tokenizer.encode(text, add_special_tokens=False)
+    return tokenizer.encode(_messages(prompt, suffix)[-1]["content"])
+
+
+def question_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool = True) -> list[int]:
+    """The first tokens of the prompt, up to the end of the question: those that any words behind it leave alone."""
+    bare, marked = (prompt_ids(tokenizer, prompt, suffix, chat) for suffix in ("", MARK))
+    return bare[: shared_length(bare, marked)]
+
+
+def shared_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many ids both begin with."""
+    return next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
+
+
+def _messages(prompt: Prompt, suffix: str) -> list[dict[str, str]]:
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+    if not messages or messages[-1].get("role") != "user" or not messages[-1].get("content", "").strip():
+        raise InputError(
+            f"{prompt!r} does not end with a question; give some text, or messages of which the last is the user's"
+        )
+    messages[-1]["content"] += suffix
+    return messages
+
+
+def left_padded(rows: Sequence[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows of ids as `input_ids` and `attention_mask` (batch, columns)."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+    return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+
+
+def template_hash(tokenizer: PreTrainedTokenizerBase, chat: bool) -> str:
+    """A short hash of the template that questions are put into."""
+    template = str(tokenizer.chat_template) if chat and tokenizer.chat_template else ""
+    return hashlib.sha256(template.encode()).hexdigest()[:16]
+
+
+# --- the state of a question ---------------------------------------------------------------------------------------
+
+
+class Questions(NamedTuple):
+    """Questions that the model has read: left-padded `ids` and `mask` (batch, columns), the `cache` of these columns,
+    and the output of the last decoder block, before the last norm, at each question's last token: `states` (batch,
+    width), float32."""
+
+    ids: Tensor
+    mask: Tensor
+    cache: Cache
+    states: Tensor
+
+
+@torch.no_grad()
+def read_questions(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], chat: bool = True
+) -> Questions:
+    """Read the questions of the prompts in one forward, without the words that a strategy would add."""
+    rows = [question_ids(tokenizer, prompt, chat) for prompt in prompts]
+    if not rows or not all(rows):
+        raise InputError("there is no question to read; give at least one prompt, each with some text")
+    ids, mask = left_padded(rows, tokenizer.pad_token_id or 0, model.device)
+    body, cache = model.get_decoder(), DynamicCache(config=model.config)
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+    if "position_ids" in inspect.signature(body.forward).parameters:
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    last = len(decoder_layers(model)) - 1
+    with capture_residual(model, [last]) as caught:
+        body(**inputs)
+    return Questions(ids, mask, cache, caught[last][0][:, -1].float())
+
+
+# --- the probe -----------------------------------------------------------------------------------------------------
+
+
+class DifficultyProbe(nn.Module):
+    """softmax(W2 relu(W1 h + b1) + b2) over easy, normal and hard, of standardised states h (arXiv 2510.19669).
+
+    Args:
+        hidden_size: width of the model.
+        hidden: width of the hidden layer; 0 for a linear probe.
+
+    `held_out_accuracy` is that of the questions `fit` kept back; `made_for` says for which model, layer and template
+    (see `bind`).
+    """
+
+    def __init__(self, hidden_size: int, hidden: int = 256, n_classes: int = len(CLASSES)) -> None:
+        super().__init__()
+        if hidden_size < 1 or hidden < 0 or n_classes < 2:
+            raise InputError(
+                f"hidden_size={hidden_size}, hidden={hidden}, n_classes={n_classes} is not allowed; give a width >= 1, "
+                "a hidden width >= 0 (0: linear) and at least 2 classes"
+            )
+        self.hidden_size, self.hidden, self.n_classes = hidden_size, hidden, n_classes
+        self.register_buffer("mean", torch.zeros(hidden_size))
+        self.register_buffer("deviation", torch.ones(hidden_size))
+        layers = [nn.Linear(hidden_size, hidden), nn.ReLU()] if hidden else []
+        self.layers = nn.Sequential(*layers, nn.Linear(hidden or hidden_size, n_classes))
+        self.held_out_accuracy = float("nan")
+        self.made_for: dict[str, Any] | None = None
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Logits (batch, classes) of states (batch, hidden_size)."""
+        if states.shape[-1] != self.hidden_size:
+            raise InputError(
+                f"the probe reads states of width {self.hidden_size}, not {states.shape[-1]}; use one of this model"
+            )
+        states = states.to(self.mean.device, torch.float32)
+        return self.layers((states - self.mean) / self.deviation)
+
+    @torch.no_grad()
+    def probabilities(self, states: Tensor) -> Tensor:
+        """Probabilities (batch, classes) of states (batch, hidden_size)."""
+        return self(states).softmax(-1)
+
+    def fit(
+        self,
+        features: Tensor,
+        labels: Sequence[int] | Tensor,
+        *,
+        learning_rate: float = 1e-3,
+        epochs: int = 100,
+        batch_size: int = 64,
+        held_out: float = 0.1,
+        seed: int = 0,
+    ) -> DifficultyProbe:
+        """Train on states (n, hidden_size) and classes (n,), from a fresh start: cross-entropy with classes weighted by
+        the inverse of their frequency, AdamW, the best epoch on the questions held out.
+
+        Raises:
+            InputError: fewer than two classes, a class that does not exist, states that are not finite.
+        """
+        features, labels = features.detach().cpu().float(), torch.as_tensor(labels, dtype=torch.long)
+        self._check_examples(features, labels)
+        draw = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(labels), generator=draw)
+        kept_back, used = order[: int(held_out * len(order))], order[int(held_out * len(order)) :]
+        self._restart(features[used], seed)
+        counts = labels[used].bincount(minlength=self.n_classes)
+        weight = len(used) / (self.n_classes * counts.clamp(min=1))
+        optimizer = torch.optim.AdamW(self.parameters(), lr=learning_rate)
+        best, state = float("inf"), self.state_dict()
+        for _ in range(epochs):
+            for batch in used[torch.randperm(len(used), generator=draw)].split(batch_size):
+                optimizer.zero_grad()
+                F.cross_entropy(self(features[batch]), labels[batch], weight).backward()
+                optimizer.step()
+            loss = self._loss(features[kept_back], labels[kept_back]) if len(kept_back) else -float("inf")
+            if loss < best or not len(kept_back):
+                best, state = loss, {name: tensor.clone() for name, tensor in self.state_dict().items()}
+        self.load_state_dict(state)
+        if len(kept_back):
+            right = self.probabilities(features[kept_back]).argmax(-1) == labels[kept_back]
+            self.held_out_accuracy = float(right.float().mean())
+        return self
+
+    def _check_examples(self, features: Tensor, labels: Tensor) -> None:
+        if features.dim() != 2 or len(features) != len(labels) or not bool(torch.isfinite(features).all()):
+            raise InputError(
+                f"features {tuple(features.shape)} for {len(labels)} labels are not allowed; give a finite state "
+                "(width,) for each label"
+            )
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.n_classes:
+            raise InputError(f"labels must be classes 0 to {self.n_classes - 1}; found {sorted(set(labels.tolist()))}")
+        counts = labels.bincount(minlength=self.n_classes)
+        if int((counts > 0).sum()) < 2:
+            names = CLASSES if self.n_classes == len(CLASSES) else tuple(map(str, range(self.n_classes)))
+            empty = ", ".join(name for name, count in zip(names, counts.tolist()) if not count)
+            raise InputError(
+                f"no question is {empty}, so there is nothing to tell apart; take questions that the model sometimes "
+                "solves and sometimes not, or move alpha, beta and gamma"
+            )
+
+    def _restart(self, features: Tensor, seed: int) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for layer in self.layers:
+                if isinstance(layer, nn.Linear):
+                    layer.reset_parameters()
+        self.mean.copy_(features.mean(0))
+        self.deviation.copy_(features.std(0, correction=0).clamp(min=1e-6))
+
+    @torch.no_grad()
+    def _loss(self, features: Tensor, labels: Tensor) -> float:
+        return float(F.cross_entropy(self(features), labels))
+
+    # --- whom it belongs to ------------------------------------------------------------------------------------------
+
+    def bind(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat: bool = True) -> DifficultyProbe:
+        """Say that it was trained on states of `model` after this tokenizer's template."""
+        self.made_for = {
+            "model": model.config._name_or_path,
+            "fingerprint": fingerprint(model),
+            "layer": len(decoder_layers(model)) - 1,
+            "normed": False,
+            "template": template_hash(tokenizer, chat),
+        }
+        return self
+
+    def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat: bool = True) -> None:
+        """Refuse a model or template that it was not trained for."""
+        width = model.config.get_text_config().hidden_size
+        if width != self.hidden_size:
+            raise InputError(
+                f"the probe reads states of width {self.hidden_size}, the model has {width}; train a probe for it"
+            )
+        if self.made_for is None:
+            return
+        now = {**self.made_for, "fingerprint": fingerprint(model), "template": template_hash(tokenizer, chat)}
+        if now["fingerprint"] != self.made_for["fingerprint"]:
+            raise InputError(
+                f"the probe was trained for {self.made_for['model']!r} (weights {self.made_for['fingerprint']}), not "
+                f"for the weights {now['fingerprint']}; train one for this model"
+            )
+        if now["template"] != self.made_for["template"]:
+            raise InputError(
+                f"the probe was trained after another chat template ({self.made_for['template']}, here "
+                f"{now['template']}); use the same tokenizer and the same `chat`, or train again"
+            )
+
+    def save(self, folder: str | Path) -> None:
+        """Write weights (safetensors) and what they belong to (JSON).
+
+        Raises:
+            InputError: the probe was not bound to a model.
+        """
+        if self.made_for is None:
+            raise InputError("the probe belongs to no model yet; call bind(model, tokenizer) before save")
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / WEIGHTS)
+        sizes = {"hidden_size": self.hidden_size, "hidden": self.hidden, "n_classes": self.n_classes}
+        header = {"format": FORMAT, **sizes, "held_out_accuracy": self.held_out_accuracy, "made_for": self.made_for}
+        (folder / HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> DifficultyProbe:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: no probe there, a damaged one, or one of a newer version.
+        """
+        folder = Path(folder)
+        try:
+            header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
+            if header["format"] > FORMAT:
+                raise InputError(
+                    f"the probe in {str(folder)!r} has format {header['format']}, this version reads {FORMAT}; update "
+                    "tokenry"
+                )
+            probe = cls(header["hidden_size"], header["hidden"], header["n_classes"])
+            probe.load_state_dict(load_file(folder / WEIGHTS))
+        except (OSError, KeyError, TypeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise InputError(
+                f"there is no probe in {str(folder)!r} ({reason}); give a folder written by DifficultyProbe.save"
+            ) from None
+        probe.held_out_accuracy, probe.made_for = header["held_out_accuracy"], header["made_for"]
+        return probe

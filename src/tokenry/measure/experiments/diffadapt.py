@@ -1,0 +1,393 @@
+"""Does a probe on the question's state save tokens at equal accuracy, and more than choices without it?
+
+The model's own samples on training problems give the labels; the probe that learns them chooses a strategy for each
+test problem. Against it stand one strategy for all, a random choice with the same shares, a probe of shuffled labels, a
+linear probe, and an oracle that sees which strategy is right.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ...decode.api import generate
+from ...decode.diffadapt import DiffAdapt, Strategy, generate_by_strategy, oracle_strategy
+from ...difficulty import CLASSES, DifficultyProbe
+from ...hooks import fingerprint
+from ...models import cache_folder
+from ...problems import Arithmetic, Problem, draw_problems
+from ...read.difficulty_probe import DifficultyLabels, EntropyProfile, question_states
+from ..compare import Comparison
+from ..cost import Meter
+from ..difficulty import Answer, Answering, DifficultyTask, answers
+from ..statistics import Interval, bootstrap_statistic
+from ..task import Experiment, Finding, Subject
+
+__all__ = ["build"]
+
+PLAIN, EASY, HARD, RANDOM, SHUFFLED, LINEAR, ORACLE, METHOD = (
+    "normal for all",
+    "easy for all",
+    "hard for all",
+    "random, same shares",
+    "probe of shuffled labels",
+    "linear probe",
+    "oracle",
+    "diffadapt",
+)
+STRATEGIES = (  # the model knows one word of style; without it, it writes and doubts every step
+    Strategy("easy", " direct", 0.5, 0.4),
+    Strategy("normal", "", 0.8, 1.0),
+    Strategy("hard", " direct", 0.4, 0.5),
+)
+MAX_NEW_TOKENS = 256
+PROFILED, HELD_OUT = 640, 240  # questions that are sampled for labels: to train on, and to test the probe on
+SAVED, TOLERANCE = 0.15, 0.02
+SAMPLING = {"do_sample": True, "top_k": 0}
+
+
+def build(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int | None = None,
+    seeds: Sequence[int] | None = None,
+    method: DiffAdapt | None = None,
+) -> Experiment:
+    """Profile the model on training problems, fit the probes, then compare on test problems.
+
+    Args:
+        samples: test problems; default 320. The profile has at most twice as many questions.
+        method: the strategies, the threshold and the probe that it sets replace those of this experiment.
+    """
+    count, labelling, task = samples or 320, DifficultyLabels(), Arithmetic()
+    trained, held = (
+        profiled(model, tokenizer, task, labelling, min(most, max(2 * count, 16)), split)
+        for most, split in ((PROFILED, "train"), (HELD_OUT, "dev"))
+    )
+    labels = labelling.labels(trained.profile)
+    probes = fit_probes(model, tokenizer, labelling, trained.questions, labels)
+    given = {name: getattr(method, name) for name in method.model_fields_set} if method else {}
+    probes[METHOD] = given.pop("probe", probes[METHOD])
+    routed = {name: DiffAdapt(**{"strategies": STRATEGIES, **given, "probe": probe}) for name, probe in probes.items()}
+    beta = solved_limit(trained.profile, labelling)
+    truth = labelling.model_copy(update={"beta": beta}).labels(held.profile)
+    known = {name: right_classes(model, tokenizer, one, held.questions, truth) for name, one in routed.items()}
+    problems = draw_problems(task, count)
+    difficulty = DifficultyTask(task, problems)
+    subjects = make_subjects(model, tokenizer, routed, difficulty)
+    return Experiment(
+        slug=DiffAdapt.slug,
+        claim=DiffAdapt.claim,
+        task=difficulty,
+        subjects=subjects,
+        baseline=PLAIN,
+        judge=partial(judge, trained=trained, known=known, truth=truth),
+        seeds=tuple(seeds or (0, 1)),
+        batch=32,
+        notes=f"Labels from {labelling.n_samples} samples of each of {len(labels)} training questions: "
+        + ", ".join(f"{np.mean(labels == i):.0%} {name}" for i, name in enumerate(CLASSES))
+        + f". Budget {MAX_NEW_TOKENS} tokens. The probe is tested on {len(truth)} questions of a third split, labelled "
+        "with the same threshold of entropy. The oracle sees which strategy is right; it is a ceiling and no method.",
+    )
+
+
+# --- before the comparison -----------------------------------------------------------------------------------------
+
+
+class Profiled(NamedTuple):
+    """Questions with their levels, and what the model's samples of them say."""
+
+    questions: list[str]
+    levels: list[int]
+    profile: EntropyProfile
+
+
+def profiled(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Arithmetic,
+    labelling: DifficultyLabels,
+    count: int,
+    split: str,
+) -> Profiled:
+    """Problems of a split with the profile of the model's samples; drawn where it is not kept yet."""
+    problems = draw_problems(task, count, split=split)
+    questions = [problem.question for problem in problems]
+    name = f"profile-{split}-{count}-{labelling.n_samples}-{labelling.temperature}-{MAX_NEW_TOKENS}.json"
+    path = cache_folder() / "diffadapt" / fingerprint(model) / name
+    if not path.exists():
+        with tqdm(desc=f"sampling the {split} questions", total=count) as bar:
+            found = labelling.profile(
+                model,
+                tokenizer,
+                questions,
+                lambda i, text: task.check(problems[i], text),
+                MAX_NEW_TOKENS,
+                progress=lambda done, total: bar.update(done - bar.n),
+            )
+        write(path, {name: values.tolist() for name, values in vars(found).items()})
+    kept = {name: np.array(values) for name, values in json.loads(path.read_text(encoding="utf-8")).items()}
+    return Profiled(questions, [problem.difficulty for problem in problems], EntropyProfile(**kept))
+
+
+def write(path: Path, values: dict[str, list[float]]) -> None:
+    """Complete or absent: written beside its place, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(values), encoding="utf-8")
+    part.rename(path)
+
+
+def fit_probes(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    labelling: DifficultyLabels,
+    questions: Sequence[str],
+    labels: np.ndarray,
+) -> dict[str, DifficultyProbe]:
+    """The probe, the same on shuffled labels, and a linear one."""
+    linear = labelling.model_copy(update={"hidden": 0})
+    shuffled = np.random.default_rng(0).permutation(labels)
+    wanted = {METHOD: (labelling, labels), SHUFFLED: (labelling, shuffled), LINEAR: (linear, labels)}
+    return {name: one.fit(model, tokenizer, questions, y) for name, (one, y) in wanted.items()}
+
+
+def solved_limit(profile: EntropyProfile, labelling: DifficultyLabels) -> float:
+    """The threshold of entropy that the labels of this profile have: held-out questions get the same one."""
+    normal = labelling.labels(profile) == CLASSES.index("normal")
+    return float(profile.entropy[normal].max()) if normal.any() else 0.0
+
+
+def right_classes(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    method: DiffAdapt,
+    questions: Sequence[str],
+    truth: np.ndarray,
+) -> np.ndarray:
+    """Whether the probe gives each question its class."""
+    states = question_states(model, tokenizer, questions)
+    return method.probe.probabilities(states).argmax(-1).cpu().numpy() == truth
+
+
+# --- the subjects ----------------------------------------------------------------------------------------------------
+
+
+def make_subjects(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, routed: dict[str, DiffAdapt], task: DifficultyTask
+) -> list[Subject]:
+    """One strategy for all, choices that do not read the question, probes, and the oracle."""
+    method = routed[METHOD]
+    normal = method.strategies[CLASSES.index("normal")]
+    fixed = {
+        one.name: partial(by_strategy, model, tokenizer, lambda p, seed, one=one: one) for one in method.strategies
+    }
+    shares = [s.name for s in choices(model, tokenizer, method, task.problems)]
+    drawn = partial(by_strategy, model, tokenizer, random_choice(task.problems, shares, method.strategies))
+    runs: dict[str, tuple[str, Answering]] = {
+        PLAIN: ("plain", partial(plainly, model, tokenizer, normal)),
+        EASY: ("control", fixed["easy"]),
+        HARD: ("control", fixed["hard"]),
+        RANDOM: ("control", drawn),
+        **{name: ("control", partial(by_probe, model, tokenizer, routed[name])) for name in (SHUFFLED, LINEAR)},
+        ORACLE: ("control", partial(by_oracle, fixed, task)),
+        METHOD: ("method", partial(by_probe, model, tokenizer, method)),
+    }
+    setting = {"strategies": [vars(one) for one in method.strategies], "min_confidence": method.min_confidence}
+    return [Subject(name, role, setting, run) for name, (role, run) in runs.items()]
+
+
+def plainly(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, normal: Strategy, problems: Sequence[Problem], seed: int
+) -> list[Answer]:
+    prompts = [problem.question + normal.suffix for problem in problems]
+    with Meter() as meter:
+        output = generate(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=normal.tokens(MAX_NEW_TOKENS),
+            seed=seed,
+            temperature=normal.temperature,
+            **SAMPLING,
+        )
+    return answers(output, meter, [normal.name] * len(problems), tokenizer)
+
+
+def by_strategy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    choose: Callable[[Problem, int], Strategy],
+    problems: Sequence[Problem],
+    seed: int,
+) -> list[Answer]:
+    chosen = [choose(problem, seed) for problem in problems]
+    questions = [problem.question for problem in problems]
+    with Meter() as meter:
+        output = generate_by_strategy(
+            model, tokenizer, questions, chosen, max_new_tokens=MAX_NEW_TOKENS, seed=seed, **SAMPLING
+        )
+    return answers(output, meter, [one.name for one in chosen], tokenizer)
+
+
+def by_probe(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    method: DiffAdapt,
+    problems: Sequence[Problem],
+    seed: int,
+) -> list[Answer]:
+    questions = [problem.question for problem in problems]
+    with Meter() as meter:
+        output = method.generate(model, tokenizer, questions, max_new_tokens=MAX_NEW_TOKENS, seed=seed, **SAMPLING)
+    return answers(output, meter, output.strategy, tokenizer)
+
+
+def by_oracle(
+    fixed: dict[str, Answering], task: DifficultyTask, problems: Sequence[Problem], seed: int
+) -> list[Answer]:
+    """The answer of the cheapest strategy that is right; only its tokens are known beforehand, so only they count."""
+    found = {name: run(problems, seed) for name, run in fixed.items()}
+    table = {
+        name: ([task.right(p, a) for p, a in zip(problems, given)], [a.cost["tokens"] for a in given])
+        for name, given in found.items()
+    }
+    best = [found[name][i] for i, name in enumerate(oracle_strategy(table))]
+    return [answer._replace(cost={"tokens": answer.cost["tokens"]}) for answer in best]
+
+
+def choices(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: DiffAdapt, problems: Sequence[Problem]
+) -> list[Strategy]:
+    """What the method chooses for each problem."""
+    states = question_states(model, tokenizer, [problem.question for problem in problems])
+    return method.choose(method.probe.probabilities(states))
+
+
+def random_choice(
+    problems: Sequence[Problem], shares: Sequence[str], strategies: Sequence[Strategy]
+) -> Callable[[Problem, int], Strategy]:
+    """A strategy for each problem: those that the method has chosen, dealt out anew for every seed."""
+    by_name = {one.name: one for one in strategies}
+    place = {problem.id: i for i, problem in enumerate(problems)}
+
+    def choose(problem: Problem, seed: int) -> Strategy:
+        dealt = random.Random(seed // 100_000).sample(shares, len(shares))
+        return by_name[dealt[place[problem.id]]]
+
+    return choose
+
+
+# --- afterwards ----------------------------------------------------------------------------------------------------
+
+
+def saved(comparison: Comparison, subject: str, than: str) -> Interval:
+    """Share of the tokens of `than` that `subject` does not need, over all samples."""
+    a, b = comparison.values(subject, "tokens"), comparison.values(than, "tokens")
+    return bootstrap_statistic(lambda pick: 1 - a[pick].sum() / b[pick].sum(), len(a))
+
+
+def judge(comparison: Comparison, trained: Profiled, known: dict[str, np.ndarray], truth: np.ndarray) -> list[Finding]:
+    """Tokens and accuracy against one strategy for all, the probe, the controls, the ceiling, the shape of entropy."""
+    fewer, accuracy = saved(comparison, METHOD, PLAIN), comparison.difference(METHOD, PLAIN, "accuracy")
+    numbers = f"tokens saved {_percent(fewer)}; accuracy {_signed(accuracy)}"
+    return [
+        Finding(
+            f"it saves tokens against the normal strategy, and accuracy falls by no more than {TOLERANCE:.0%}",
+            fewer.low > 0 and accuracy.mean > -TOLERANCE,
+            f"{numbers}; " + _spent(comparison, (PLAIN, METHOD, EASY, HARD)),
+        ),
+        Finding(
+            f"it saves at least {SAVED:.0%}, and the interval of accuracy excludes a loss of {TOLERANCE:.0%}",
+            fewer.mean >= SAVED and accuracy.low > -TOLERANCE,
+            numbers,
+        ),
+        _probe_tells(known, truth),
+        _beats(comparison, RANDOM, "a random choice with the same shares"),
+        _beats(comparison, SHUFFLED, "a probe of shuffled labels"),
+        _ceiling(comparison),
+        _shape(trained),
+    ]
+
+
+def _probe_tells(known: dict[str, np.ndarray], truth: np.ndarray) -> Finding:
+    found = {
+        name: bootstrap_statistic(lambda pick, r=right: r[pick].mean(), len(right)) for name, right in known.items()
+    }
+    most = np.bincount(truth, minlength=len(CLASSES)).max() / len(truth)
+    return Finding(
+        "the probe gives more than 80 % of held-out questions their class",
+        found[METHOD].mean > 0.8,
+        "right classes: "
+        + ", ".join(f"{name} {_percent(one)}" for name, one in found.items())
+        + f"; the most frequent class {most:.1%}",
+    )
+
+
+def _beats(comparison: Comparison, control: str, what: str) -> Finding:
+    """More accurate with no more tokens, or fewer tokens at the same accuracy."""
+    gain, fewer = comparison.difference(METHOD, control, "accuracy"), saved(comparison, METHOD, control)
+    better = gain.low > 0 and fewer.mean > -0.01
+    cheaper = fewer.low > 0 and gain.low > -TOLERANCE
+    return Finding(
+        f"it beats {what}: more accurate with no more tokens, or as accurate with fewer",
+        better or cheaper,
+        f"accuracy {_signed(gain)}, tokens saved {_percent(fewer)}",
+    )
+
+
+def _ceiling(comparison: Comparison) -> Finding:
+    fewer, gain = saved(comparison, ORACLE, METHOD), comparison.difference(ORACLE, METHOD, "accuracy")
+    return Finding(
+        "an oracle saves more still",
+        fewer.low > 0,
+        f"oracle against diffadapt: tokens saved {_percent(fewer)}, accuracy {_signed(gain)}; "
+        f"oracle against normal: tokens saved {_percent(saved(comparison, ORACLE, PLAIN))}",
+    )
+
+
+def _shape(trained: Profiled) -> Finding:
+    """Described only: the U is a claim about large models, and the labels work without it."""
+    levels, entropy = np.array(trained.levels), trained.profile.entropy
+    third = np.zeros(len(levels), int)
+    for i, part in enumerate(np.array_split(np.unique(levels), 3)):
+        third[np.isin(levels, part)] = i
+
+    def above_the_middle(end: int) -> Interval:
+        def compute(pick: np.ndarray) -> float:
+            e, part = entropy[pick], third[pick]
+            both = (part == end).any() and (part == 1).any()
+            return e[part == end].mean() - e[part == 1].mean() if both else float("nan")
+
+        return bootstrap_statistic(compute, len(levels))
+
+    easy, hard = above_the_middle(0), above_the_middle(2)
+    appears = "the U appears" if easy.low > 0 and hard.low > 0 else "no U"
+    means = ", ".join(f"{level}: {one.entropy:.3f}" for level, one in trained.profile.levels(levels).items())
+    return Finding(
+        "whether entropy is high on easy, low on medium and high on hard questions is described and does not decide",
+        True,
+        f"{appears}: nats per token, easy third - middle {_signed(easy)}, hard third - middle {_signed(hard)}; by "
+        f"level {means}",
+    )
+
+
+def _spent(comparison: Comparison, subjects: Sequence[str]) -> str:
+    shown = (f"{s} {comparison.mean(s, 'tokens'):.1f} ({comparison.mean(s, 'accuracy'):.3f})" for s in subjects)
+    return "tokens (accuracy): " + ", ".join(shown)
+
+
+def _percent(interval: Interval) -> str:
+    return f"{interval.mean:.1%} [{interval.low:.1%}, {interval.high:.1%}]"
+
+
+def _signed(interval: Interval) -> str:
+    return f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"

@@ -1,0 +1,326 @@
+"""Where the labels of a difficulty probe come from: the model's own samples, how sure it was and how often right.
+
+Paper: DiffAdapt: Difficulty-Adaptive Reasoning for Token-Efficient LLM Inference, arXiv 2510.19669. There the entropy
+of the samples is high on easy, low on medium and high on hard questions; `EntropyProfile.plot` shows what it is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..difficulty import CLASSES, DifficultyProbe, Prompt, prompt_ids, read_questions
+from ..errors import InputError
+from ..method import Method
+from .reading import Reading
+
+__all__ = [
+    "DifficultyLabels",
+    "EntropyProfile",
+    "entropy_profile",
+    "label_by_entropy",
+    "question_states",
+    "token_entropy",
+]
+
+EASY, NORMAL, HARD = range(len(CLASSES))
+BETA_PERCENTILE = 60  # of the entropy of questions that are mostly solved
+BAR = 24  # characters of the longest bar
+Progress = Callable[[int, int], None]
+
+
+# --- entropy -------------------------------------------------------------------------------------------------------
+
+
+def step_entropy(logits: Tensor) -> Tensor:
+    """Entropy in nats of softmax(logits), over the last dimension, in float32; impossible tokens (-inf) count 0."""
+    logprob = logits.float().log_softmax(-1)
+    return -(logprob.exp() * logprob.masked_fill(logprob.isneginf(), 0.0)).sum(-1)
+
+
+def token_entropy(logits: Tensor, mask: Tensor) -> Tensor:
+    """Mean entropy in nats (batch,) of logits (batch, time, vocab) over the tokens where mask (batch, time) is true.
+
+    Raises:
+        InputError: a row without any token.
+    """
+    return _masked_mean(step_entropy(logits), mask)
+
+
+def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    mask = mask.bool()
+    if not bool(mask.any(-1).all()):
+        raise InputError(f"row {int((~mask.any(-1)).nonzero()[0])} has no token, so no entropy; leave it out")
+    return values.masked_fill(~mask, 0.0).sum(-1) / mask.sum(-1)
+
+
+class StepEntropies(LogitsProcessor):
+    """Keeps the entropy of every distribution it sees. It stands before temperature and truncation, which lower it."""
+
+    def __init__(self) -> None:
+        self.steps: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.steps.append(step_entropy(scores))
+        return scores
+
+
+# --- the profile ---------------------------------------------------------------------------------------------------
+
+
+class Level(NamedTuple):
+    """Means over the questions of one level, with the 95 % bootstrap interval of the entropy."""
+
+    questions: int
+    entropy: float
+    low: float
+    high: float
+    correctness: float
+    tokens: float
+
+
+@dataclass(frozen=True)
+class EntropyProfile:
+    """What the samples of each question say: arrays (questions,).
+
+    Attributes:
+        entropy: mean over the samples of their mean entropy, in nats per token.
+        correctness: share of right samples.
+        tokens: mean length of a sample.
+    """
+
+    entropy: np.ndarray
+    correctness: np.ndarray
+    tokens: np.ndarray
+
+    def levels(self, difficulty: Sequence[int]) -> dict[int, Level]:
+        """The means of each level of difficulty, the lowest first; `difficulty` has one for each question."""
+        given = np.asarray(difficulty)
+        if given.shape != self.entropy.shape:
+            raise InputError(f"{given.size} difficulties for {self.entropy.size} questions; give one for each")
+        return {int(level): self._level(given == level) for level in np.unique(given)}
+
+    def _level(self, chosen: np.ndarray) -> Level:
+        entropy = self.entropy[chosen]
+        picks = np.random.default_rng(0).integers(0, len(entropy), (2000, len(entropy)))
+        low, high = np.percentile(entropy[picks].mean(1), [2.5, 97.5])
+        means = (float(values[chosen].mean()) for values in (self.correctness, self.tokens))
+        return Level(len(entropy), float(entropy.mean()), float(low), float(high), *means)
+
+    def reading(self, difficulty: Sequence[int]) -> Reading:
+        """Entropy, correctness and length by level of difficulty."""
+        rows = [{"level": level, **found._asdict()} for level, found in self.levels(difficulty).items()]
+        return Reading("entropy of the model's own samples, by difficulty", rows)
+
+    def plot(self, difficulty: Sequence[int]) -> Table:
+        """The levels with bars of entropy, for a terminal or notebook: `rich.print(profile.plot(difficulty))`."""
+        levels = self.levels(difficulty)
+        longest = max(found.entropy for found in levels.values()) or 1.0
+        table = Table(title="entropy by difficulty", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        for heading in ("level", "correct", "tokens", "nats per token"):
+            table.add_column(heading, justify="right")
+        table.add_column("")
+        for level, found in levels.items():
+            shown = f"{found.correctness:.2f}", f"{found.tokens:.1f}", f"{found.entropy:.3f}"
+            table.add_row(str(level), *shown, "█" * round(BAR * found.entropy / longest))
+        return table
+
+
+def entropy_profile(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    is_correct: Callable[[int, str], bool],
+    *,
+    max_new_tokens: int,
+    n_samples: int = 10,
+    temperature: float = 0.8,
+    chat: bool = True,
+    batch_size: int = 160,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> EntropyProfile:
+    """Draw samples of each prompt and measure their entropy at temperature 1 and their correctness.
+
+    Args:
+        is_correct: whether the text answers prompt number i rightly. A sample cut off at `max_new_tokens` is judged by
+            what it has.
+        max_new_tokens: the full budget.
+        batch_size: samples at a time.
+        progress: called with (prompts done, all).
+
+    Raises:
+        InputError: n_samples < 2, temperature <= 0, no prompts, max_new_tokens < 1.
+    """
+    for name, value, good, allowed in (
+        ("n_samples", n_samples, n_samples >= 2, "a number >= 2"),
+        ("temperature", temperature, temperature > 0, "a number > 0, since samples must differ"),
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "a number >= 1"),
+        ("prompts", len(prompts), len(prompts) > 0, "at least one"),
+    ):
+        if not good:
+            raise InputError(f"{name}={value} is not allowed; give {allowed}")
+    at_a_time, rows = max(1, batch_size // n_samples), []
+    for start in range(0, len(prompts), at_a_time):
+        batch = [prompt_ids(tokenizer, prompt, chat=chat) for prompt in prompts[start : start + at_a_time]]
+        drawn = _draw(model, tokenizer, batch, n_samples, temperature, max_new_tokens, seed + start)
+        for i, (entropy, length, texts) in enumerate(drawn):
+            right = [is_correct(start + i, text) for text in texts]
+            rows.append((float(entropy.mean()), float(np.mean(right)), float(length.mean())))
+        if progress:
+            progress(min(start + at_a_time, len(prompts)), len(prompts))
+    return EntropyProfile(*np.array(rows).T)
+
+
+@torch.no_grad()
+def _draw(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    n_samples: int,
+    temperature: float,
+    max_new_tokens: int,
+    seed: int,
+) -> list[tuple[Tensor, Tensor, list[str]]]:
+    """For each prompt the entropies (n_samples,), the lengths (n_samples,) and the texts of its samples."""
+    inputs = tokenizer.pad({"input_ids": list(prompts)}, padding_side="left", return_tensors="pt").to(model.device)
+    watch = StepEntropies()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        out = model.generate(
+            **inputs,
+            logits_processor=LogitsProcessorList([watch]),
+            do_sample=True,
+            temperature=temperature,
+            top_k=0,
+            top_p=1.0,
+            num_return_sequences=n_samples,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    new = out[:, inputs["input_ids"].shape[1] :]
+    mask = _until_the_end(new, model.generation_config.eos_token_id)
+    entropy = _masked_mean(torch.stack(watch.steps, 1), mask).cpu().view(-1, n_samples)
+    lengths = mask.sum(-1).cpu().float().view(-1, n_samples)
+    texts = [tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(new, mask)]
+    parts = [texts[i : i + n_samples] for i in range(0, len(texts), n_samples)]
+    return list(zip(entropy, lengths, parts))
+
+
+def _until_the_end(new: Tensor, eos: int | Sequence[int] | None) -> Tensor:
+    """True up to the first end-of-text token and on it: (rows, time)."""
+    ends = torch.tensor([] if eos is None else [eos] if isinstance(eos, int) else list(eos), device=new.device)
+    ended = torch.isin(new, ends.to(new.dtype)).long()
+    return ended.cumsum(-1) - ended == 0
+
+
+# --- labels and states ---------------------------------------------------------------------------------------------
+
+
+def label_by_entropy(
+    entropy: Sequence[float],
+    correctness: Sequence[float],
+    alpha: float = 0.7,
+    beta: float | None = None,
+    gamma: float = 0.3,
+) -> np.ndarray:
+    """The class of each question (arXiv 2510.19669): normal if correctness >= alpha and entropy <= beta; else hard if
+    correctness < gamma; else easy. Indices into `CLASSES`, int64.
+
+    Args:
+        beta: in nats; None for the 60th percentile of entropy among questions with correctness >= alpha.
+
+    Raises:
+        InputError: alpha < gamma or outside [0, 1], unequal lengths, entropies that are not finite.
+    """
+    e, r = np.asarray(entropy, float), np.asarray(correctness, float)
+    if not 0 <= gamma <= alpha <= 1:
+        raise InputError(f"alpha={alpha}, gamma={gamma} is not allowed; give 0 <= gamma <= alpha <= 1")
+    if e.shape != r.shape or not (np.isfinite(e).all() and np.isfinite(r).all()):
+        raise InputError("entropy and correctness must be finite and as many; leave out questions without samples")
+    solved = r >= alpha
+    if beta is None:
+        beta = np.percentile(e[solved], BETA_PERCENTILE) if solved.any() else -np.inf
+    return np.where(solved & (e <= beta), NORMAL, np.where(r < gamma, HARD, EASY))
+
+
+def question_states(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    chat: bool = True,
+    batch_size: int = 32,
+) -> Tensor:
+    """The states (questions, width) a probe reads, see `read_questions`."""
+    parts = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
+    return torch.cat([read_questions(model, tokenizer, part, chat).states.cpu() for part in parts])
+
+
+class DifficultyLabels(Method):
+    """Train a difficulty probe: profile the model's own samples, label by entropy and correctness, fit."""
+
+    slug: ClassVar[str] = "difficulty-probe"
+    stage: ClassVar[str] = "read"
+    title: ClassVar[str] = "Difficulty probe"
+    paper: ClassVar[str] = (
+        "DiffAdapt: Difficulty-Adaptive Reasoning for Token-Efficient LLM Inference, arXiv 2510.19669"
+    )
+    claim: ClassVar[str] = "The state of a question's last token tells how hard the model will find it."
+
+    n_samples: int = Field(10, ge=2, description="samples drawn of each question")
+    temperature: float = Field(0.8, gt=0, allow_inf_nan=False, description="of these samples")
+    alpha: float = Field(0.7, ge=0, le=1, description="correctness from which a question is solved")
+    beta: float | None = Field(
+        None, ge=0, description="entropy in nats up to which a solved question is normal; none: 60 % of them"
+    )
+    gamma: float = Field(0.3, ge=0, le=1, description="correctness below which a question is hard")
+    hidden: int = Field(256, ge=0, description="width of the probe's hidden layer; 0 for a linear probe")
+    learning_rate: float = Field(1e-3, gt=0, description="of AdamW")
+    epochs: int = Field(100, ge=1, description="passes over the questions")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> DifficultyLabels:
+        if self.alpha < self.gamma:
+            raise InputError(f"alpha={self.alpha} is below gamma={self.gamma}; give 0 <= gamma <= alpha <= 1")
+        return self
+
+    def profile(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Prompt],
+        is_correct: Callable[[int, str], bool],
+        max_new_tokens: int,
+        **options: object,
+    ) -> EntropyProfile:
+        """`entropy_profile` with these settings."""
+        settings = {"n_samples": self.n_samples, "temperature": self.temperature, **options}
+        return entropy_profile(model, tokenizer, prompts, is_correct, max_new_tokens=max_new_tokens, **settings)
+
+    def labels(self, profile: EntropyProfile) -> np.ndarray:
+        """`label_by_entropy` with these settings."""
+        return label_by_entropy(profile.entropy, profile.correctness, self.alpha, self.beta, self.gamma)
+
+    def fit(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Prompt],
+        labels: Sequence[int],
+        chat: bool = True,
+        seed: int = 0,
+    ) -> DifficultyProbe:
+        """A probe of these prompts and their classes, bound to the model."""
+        states = question_states(model, tokenizer, prompts, chat)
+        probe = DifficultyProbe(states.shape[1], self.hidden)
+        probe.fit(states, torch.as_tensor(labels), learning_rate=self.learning_rate, epochs=self.epochs, seed=seed)
+        return probe.bind(model, tokenizer, chat)

@@ -1,0 +1,164 @@
+"""The recipes: what each model of the zoo is for, how it is built, and what it must reach.
+
+A recipe is a module of this package with `train(seed, progress) -> (model, tokenizer)` and
+`measure(model, tokenizer) -> {name: number}`. Building trains from the seed, saves in Hugging Face format with half
+precision weights, measures what was saved, and keeps a model only if every measure lies in its range.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+from ..models import LoadedModel, load, zoo_folders
+from .training import Progress
+
+__all__ = ["RECIPES", "Recipe", "build", "find_recipe", "record_of"]
+
+RECORD = "recipe.json"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A model that can be built.
+
+    Attributes:
+        task: what the model does; `data`: what it learns that from.
+        size: parameters, in millions.
+        minutes: what building takes on two cores.
+        reach: the range (lowest, highest) of everything it must reach.
+        module: where it is trained and measured, in this package; the name by default.
+        needs: models of the zoo that must be there before.
+    """
+
+    name: str
+    task: str
+    data: str
+    size: float
+    minutes: int
+    reach: Mapping[str, tuple[float, float]]
+    module: str = ""
+    needs: tuple[str, ...] = ()
+
+    def load(self) -> ModuleType:
+        """Import where it is trained and measured."""
+        return importlib.import_module(f".{self.module or self.name}", __package__)
+
+
+RECIPES: tuple[Recipe, ...] = (
+    Recipe(
+        "reasoner",
+        task="sums with products, by a written chain of thought with second thoughts; also judges single steps",
+        data="generated solutions of arithmetic problems of six levels, with errors that are mostly noticed",
+        size=1.75,
+        minutes=40,
+        reach={"accuracy": (0.7, 0.97), "easiest": (0.9, 1.0), "hardest": (0.5, 0.95), "direct": (0.2, 0.9)},
+    ),
+    Recipe(
+        "teller",
+        task="short stories about two people, some of which end in a threat",
+        data="stories of a small generated language",
+        size=0.47,
+        minutes=4,
+        reach={"nats_per_token": (0.5, 1.5), "sound": (0.9, 1.0), "undesired": (0.1, 0.6), "finished": (0.9, 1.0)},
+    ),
+)
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of zoo/`name`; an unknown name is refused with the nearest known one."""
+    name = name.removeprefix("zoo/")
+    for recipe in RECIPES:
+        if recipe.name == name:
+            return recipe
+    near = difflib.get_close_matches(name, [r.name for r in RECIPES], n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}?" if near else "see `tokenry zoo list`"
+    raise InputError(f"there is no recipe {name!r}; {hint}")
+
+
+def record_of(name: str) -> dict[str, Any] | None:
+    """What building zoo/`name` has measured, or None where it is not there."""
+    for folder in zoo_folders(name):
+        if (folder / RECORD).is_file():
+            return json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    return None
+
+
+def build(name: str, output: str | Path | None = None, seed: int = 0, progress: Progress | None = None) -> Path:
+    """Train the model from its recipe, measure it, and keep it if it reaches what it must.
+
+    Args:
+        output: the folder; by default where `tokenry.load("zoo/...")` finds it.
+        progress: called with (steps done, steps, loss).
+
+    Returns:
+        The folder, complete: it is written beside its place and renamed.
+
+    Raises:
+        InputError: unknown recipe, a model that it needs is missing, or a measure outside its range.
+    """
+    recipe = find_recipe(name)
+    for needed in recipe.needs:
+        load(f"zoo/{needed}")
+    target = Path(output) if output else zoo_folders(recipe.name)[1]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    module, start = recipe.load(), time.perf_counter()
+    model, tokenizer = module.train(seed, progress)
+    seconds = time.perf_counter() - start
+    work = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
+    try:
+        save(LoadedModel(model, tokenizer), work)
+        measures = module.measure(*load(work, device="cpu"))
+        (work / RECORD).write_text(json.dumps(_record(recipe, seed, seconds, model, measures), indent=1) + "\n")
+        check(recipe, measures)
+        shutil.rmtree(target, ignore_errors=True)
+        work.chmod(0o755)
+        work.rename(target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def save(loaded: LoadedModel, folder: Path) -> None:
+    """In Hugging Face format, half precision."""
+    loaded.model.to(torch.float16).save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+
+
+def check(recipe: Recipe, measures: Mapping[str, float]) -> None:
+    """Refuse measures that are not in their ranges."""
+    for name, (low, high) in recipe.reach.items():
+        if not low <= measures[name] <= high:
+            raise InputError(
+                f"zoo/{recipe.name} reaches {name} {measures[name]:.3f}, and must reach {low} to {high}; train longer, "
+                "or with another seed"
+            )
+
+
+def _record(recipe: Recipe, seed: int, seconds: float, model: Any, measures: Mapping[str, float]) -> dict[str, Any]:
+    from transformers import __version__ as transformers
+
+    return {
+        "recipe": recipe.name,
+        "seed": seed,
+        "parameters": model.num_parameters(),
+        "measures": {name: round(float(value), 4) for name, value in measures.items()},
+        "reach": {name: list(bounds) for name, bounds in recipe.reach.items()},
+        "seconds": round(seconds),
+        "threads": torch.get_num_threads(),
+        "versions": {"torch": torch.__version__, "transformers": transformers},
+        "date": datetime.now(UTC).date().isoformat(),
+    }

@@ -1,0 +1,92 @@
+"""What recipes share: batches of examples of like length, and a short training loop."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+__all__ = ["Progress", "batches_by_length", "fit"]
+
+Progress = Callable[[int, int, float], None]  # steps done, of how many, loss
+POOL = 2048  # examples that are sorted by length at a time
+
+
+def batches_by_length(
+    examples: Iterator[tuple[list[int], int]], tokens: int, pad_id: int, seed: int = 0
+) -> Iterator[dict[str, Tensor]]:
+    """Right-padded batches of about `tokens` tokens from examples (ids, length of the prompt).
+
+    Returns `input_ids`, `attention_mask` and `labels` (batch, time); prompts and padding have the label -100.
+    """
+    rng = random.Random(seed)
+    while pool := list(islice(examples, POOL)):
+        pool.sort(key=lambda example: len(example[0]))
+        batches, start = [], 0
+        while start < len(pool):
+            stop = start + 1
+            while stop < len(pool) and len(pool[stop][0]) * (stop + 1 - start) <= tokens:
+                stop += 1
+            batches.append(pool[start:stop])
+            start = stop
+        rng.shuffle(batches)
+        for batch in batches:
+            yield _padded(batch, pad_id)
+
+
+def _padded(batch: list[tuple[list[int], int]], pad_id: int) -> dict[str, Tensor]:
+    width = max(len(ids) for ids, _ in batch)
+    lengths = torch.tensor([[len(ids)] for ids, _ in batch])
+    prompts = torch.tensor([[prompt] for _, prompt in batch])
+    ids = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids, _ in batch])
+    column = torch.arange(width)
+    learnt = (column >= prompts) & (column < lengths)
+    return {
+        "input_ids": ids,
+        "attention_mask": (column < lengths).long(),
+        "labels": ids.masked_fill(~learnt, -100),
+    }
+
+
+def fit(
+    model: PreTrainedModel,
+    batches: Iterator[dict[str, Tensor]],
+    steps: int,
+    learning_rate: float = 1e-3,
+    warmup: int = 200,
+    loss: Callable[[PreTrainedModel, dict[str, Tensor]], Tensor] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Train all weights with AdamW, a linear warm-up and a cosine down to a tenth; the model ends in eval mode.
+
+    Args:
+        loss: of a batch; the model's own cross-entropy by default.
+        progress: called after every step with (steps done, steps, mean loss of late).
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _rate(i, steps, warmup))
+    loss = loss or (lambda model, batch: model(**batch, use_cache=False).loss)
+    model.train()
+    late = math.nan
+    for i, batch in enumerate(islice(batches, steps)):
+        value = loss(model, batch)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        late = value.item() if math.isnan(late) else 0.98 * late + 0.02 * value.item()
+        if progress:
+            progress(i + 1, steps, late)
+    model.eval()
+
+
+def _rate(step: int, steps: int, warmup: int) -> float:
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
