@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -174,8 +174,13 @@ def examples(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[li
 # --- the recipe ----------------------------------------------------------------------------------------------------
 
 
-def train(seed: int = 0, progress: Progress | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Train it from the seed."""
+def train(
+    seed: int = 0,
+    progress: Progress | None = None,
+    shape: Mapping[str, int] = SHAPE,
+    steps: int = STEPS,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Train it from the seed, or one of another shape on the same examples."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     config = LlamaConfig(
@@ -186,11 +191,11 @@ def train(seed: int = 0, progress: Progress | None = None) -> tuple[PreTrainedMo
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **SHAPE,
+        **shape,
     )
     model = LlamaForCausalLM(config)
     batches = batches_by_length(examples(tokenizer, seed), BATCH_TOKENS, tokenizer.pad_token_id)
-    fit(model, batches, STEPS, learning_rate=2e-3, progress=progress)
+    fit(model, batches, steps, learning_rate=2e-3, progress=progress)
     return model, tokenizer
 
 

@@ -68,6 +68,14 @@ RECIPES: tuple[Recipe, ...] = (
         reach={"accuracy": (0.7, 0.97), "easiest": (0.9, 1.0), "hardest": (0.5, 0.95), "direct": (0.2, 0.9)},
     ),
     Recipe(
+        "speculator",
+        task="what zoo/reasoner does, faster and less reliably; drafts for it",
+        data="the lessons of zoo/reasoner",
+        size=0.22,
+        minutes=12,
+        reach={"accuracy": (0.3, 0.8), "easiest": (0.6, 1.0), "finished": (0.8, 1.0)},
+    ),
+    Recipe(
         "teller",
         task="short stories about two people, some of which end in a threat",
         data="stories of a small generated language",

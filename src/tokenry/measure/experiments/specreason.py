@@ -1,0 +1,314 @@
+"""Does the base model write less than half, at equal accuracy, and is it its judgement that does it?
+
+The threshold is chosen on other problems. Against the method stand the base model alone, the small one alone, a judge
+that draws its scores at random and keeps as many steps, and one that knows which steps are right.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ...decode.specreason import (
+    DigitScorer,
+    ReasoningResult,
+    SpecReason,
+    SpeculativeReasoner,
+    StepScore,
+    StepScorer,
+    step_speedup,
+)
+from ...decode.step_models import PRESETS, Messages
+from ...errors import InputError
+from ...models import LoadedModel, load
+from ...problems import Arithmetic, Problem, draw_problems
+from ..compare import Comparison
+from ..reasoning import ReasoningTask, outcome, right_step
+from ..statistics import Interval, bootstrap_statistic
+from ..sums import auroc
+from ..task import Experiment, Finding, Subject
+
+__all__ = ["build"]
+
+BASE, SMALL, RANDOM, ORACLE, METHOD = (
+    "base alone",
+    "small alone",
+    "random judge, same share kept",
+    "judge that knows",
+    "specreason",
+)
+LEVELS = (3, 4, 5, 6)
+BUDGET = 256
+ALL, NONE = 0.0, 9.5  # thresholds at which every step is kept, and none
+THRESHOLDS = (ALL, 1.0, 3.0, 5.0, 7.0, 8.0, 8.5, NONE)
+CHOSEN_ON, TIMED_ON = 160, 12  # problems of the dev split
+TOLERANCE, HALF, FASTER, TELLS = 0.02, 0.5, 1.3, 0.8
+LARGE, VERIFY = (32.0, 1.5), 2.0  # billions of weights; tokens of the base model that a judgement is taken to cost
+
+
+def build(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int | None = None,
+    seeds: Sequence[int] | None = None,
+    method: SpecReason | None = None,
+) -> Experiment:
+    """Choose the threshold on the dev split, take times, then compare on the test split.
+
+    Args:
+        samples: test problems; default 320. At most twice as many serve to choose.
+        method: the options that it sets replace those of this experiment; a threshold is then not chosen.
+    """
+    given = {name: getattr(method, name) for name in method.model_fields_set} if method else {}
+    pair = Pair(LoadedModel(model, tokenizer), given, SpecReason(**given))
+    count = samples or 320
+    dev = draw_problems(Arithmetic(), min(CHOSEN_ON, max(2 * count, 8)), split="dev", levels=LEVELS)
+    sweep = sweep_thresholds(pair, dev)
+    threshold = given.get("threshold", choose(sweep))
+    rate = sweep[threshold].acceptance if threshold in sweep else tried(pair, dev, threshold).acceptance
+    times = take_times(pair, threshold, dev[: min(TIMED_ON, len(dev))])
+    problems = draw_problems(Arithmetic(), count, levels=LEVELS)
+    return Experiment(
+        slug=SpecReason.slug,
+        claim=SpecReason.claim,
+        task=ReasoningTask(problems),
+        subjects=make_subjects(pair, threshold, rate),
+        baseline=BASE,
+        judge=partial(judge, times=times),
+        seeds=tuple(seeds or (0, 1)),
+        batch=64,
+        notes=f"Levels {LEVELS[0]} to {LEVELS[-1]}, at most {BUDGET} tokens, temperature 0.6, top-p 0.95. Threshold "
+        f"{threshold:g} was chosen on {len(dev)} problems of the dev split: the fewest base tokens at an accuracy no "
+        f"more than {TOLERANCE:.0%} below the base model alone, which is the threshold {NONE}. "
+        + describe(sweep)
+        + " The judge that knows is a ceiling and no method. Large models: times per token are taken to go with the "
+        f"weights ({LARGE[0]:g} and {LARGE[1]:g} billion), and a judgement to cost {VERIFY:g} tokens of the base model.",
+    )
+
+
+# --- running -------------------------------------------------------------------------------------------------------
+
+
+class Pair:
+    """The two models and the options that stay the same for all subjects."""
+
+    def __init__(self, base: LoadedModel, given: dict, method: SpecReason) -> None:
+        self.base, self.small = base, method.small
+        if isinstance(self.small, str):
+            self.small = load(self.small, base.model.dtype, base.model.device)
+        self.prompts = method.prompts or method.prompts_for(base.model)
+        if self.prompts != PRESETS["lines"]:
+            raise InputError("this comparison checks the lines of zoo/reasoner; use --model zoo/reasoner")
+        self.score_method = given.get("score_method", "digits")
+
+    def judge(self) -> DigitScorer:
+        return DigitScorer(*self.base, method=self.score_method, prompts=self.prompts)
+
+    def reasoner(
+        self, scorer: StepScorer | None = None, base: LoadedModel | None = None, **values
+    ) -> SpeculativeReasoner:
+        settings = {"token_budget": BUDGET, "prompts": self.prompts, **values}
+        return SpeculativeReasoner(base or self.base, self.small, scorer or self.judge(), **settings)
+
+
+class Tried(NamedTuple):
+    """What one threshold gives on the problems it is chosen on."""
+
+    accuracy: float
+    base_tokens: float
+    acceptance: float
+
+
+def tried(pair: Pair, problems: Sequence[Problem], threshold: float) -> Tried:
+    """Above all scores nothing can be kept: the base model alone then writes the same text."""
+    never = {"first_n_base_steps": BUDGET} if threshold > 9 else {"threshold": threshold}
+    results = pair.reasoner(**never).generate_many([problem.question for problem in problems], seed=0)
+    found = [outcome(problem, result).metrics for problem, result in zip(problems, results)]
+    stats = [result.stats for result in results]
+    judged = sum(one.judged for one in stats)
+    return Tried(
+        float(np.mean([one["accuracy"] for one in found])),
+        float(np.mean([one["base_tokens"] for one in found])),
+        sum(one.accepted for one in stats) / judged if judged else 0.0,
+    )
+
+
+def sweep_thresholds(pair: Pair, problems: Sequence[Problem]) -> dict[float, Tried]:
+    return {threshold: tried(pair, problems, threshold) for threshold in tqdm(THRESHOLDS, desc="thresholds")}
+
+
+def choose(sweep: dict[float, Tried]) -> float:
+    """The fewest base tokens among the thresholds about as accurate as the base model alone."""
+    enough = sweep[NONE].accuracy - TOLERANCE
+    good = [threshold for threshold, one in sweep.items() if one.accuracy >= enough]
+    return min(good, key=lambda threshold: sweep[threshold].base_tokens)
+
+
+def describe(sweep: dict[float, Tried]) -> str:
+    rows = [
+        f"{threshold:g}: {one.accuracy:.1%}, {one.base_tokens:.1f}, {one.acceptance:.0%}"
+        for threshold, one in sweep.items()
+    ]
+    return f"Sweep (threshold: accuracy, base tokens, steps kept): {'; '.join(rows)}."
+
+
+class Times(NamedTuple):
+    """Seconds on single problems: per token of each model, per judgement, and of whole runs."""
+
+    small: float
+    base: float
+    verify: float
+    step_tokens: float
+    plain: float
+    method: float
+
+
+def take_times(pair: Pair, threshold: float, problems: Sequence[Problem]) -> Times:
+    """One problem at a time, the two by turns; the first one warms up."""
+    alone, both = pair.reasoner(first_n_base_steps=BUDGET), pair.reasoner(threshold=threshold)
+    plain, method, stats, steps = 0.0, 0.0, [], 0
+    for i, problem in enumerate([problems[0], *problems]):
+        start = time.perf_counter()
+        base = alone.generate(problem.question, seed=i)
+        middle = time.perf_counter()
+        found = both.generate(problem.question, seed=i)
+        if i == 0:
+            continue
+        plain, method = plain + middle - start, method + time.perf_counter() - middle
+        stats.append((base.stats, found.stats))
+        steps += len(base.steps)
+    total = {name: sum(getattr(one, name) for _, one in stats) for name in ("small_seconds", "small_tokens", "judged")}
+    written = sum(one.base_tokens for one, _ in stats)
+    return Times(
+        total["small_seconds"] / total["small_tokens"],
+        sum(one.base_seconds for one, _ in stats) / written,
+        sum(one.judge_seconds for _, one in stats) / total["judged"],
+        written / steps,
+        plain,
+        method,
+    )
+
+
+# --- the subjects ----------------------------------------------------------------------------------------------------
+
+
+class RandomJudge:
+    """Keeps a share of the steps, whatever they say."""
+
+    def __init__(self, rate: float, seed: int) -> None:
+        self.rate, self.seed = rate, seed
+
+    def score(self, problem: Messages, steps: Sequence[str], candidate: str) -> StepScore:
+        drawn = random.Random(f"{self.seed} {problem} {len(steps)}").random()
+        return StepScore(9.0 if drawn < self.rate else 0.0)
+
+
+class KnowingJudge:
+    """Keeps exactly the right steps."""
+
+    def score(self, problem: Messages, steps: Sequence[str], candidate: str) -> StepScore:
+        return StepScore(9.0 if right_step(problem, steps, candidate) else 0.0)
+
+
+def make_subjects(pair: Pair, threshold: float, rate: float) -> list[Subject]:
+    """The two models alone, the controls, and the method."""
+    makers: dict[str, tuple[str, Callable[[int], SpeculativeReasoner]]] = {
+        BASE: ("plain", lambda seed: pair.reasoner(first_n_base_steps=BUDGET)),
+        SMALL: ("control", lambda seed: pair.reasoner(threshold=ALL)),
+        RANDOM: ("control", lambda seed: pair.reasoner(RandomJudge(rate, seed), threshold=5.0)),
+        ORACLE: ("control", lambda seed: pair.reasoner(KnowingJudge(), threshold=5.0)),
+        METHOD: ("method", lambda seed: pair.reasoner(threshold=threshold)),
+    }
+    setting = {"threshold": threshold, "score_method": pair.score_method, "rate": round(rate, 4)}
+    return [Subject(name, role, setting, partial(solve, make)) for name, (role, make) in makers.items()]
+
+
+def solve(make: Callable[[int], SpeculativeReasoner], problems: Sequence[Problem], seed: int) -> list[ReasoningResult]:
+    return make(seed).generate_many([problem.question for problem in problems], seed=seed)
+
+
+# --- afterwards ------------------------------------------------------------------------------------------------------
+
+
+def judge(comparison: Comparison, times: Times) -> list[Finding]:
+    """Accuracy and tokens against the base model, the controls, the judge, and the clock."""
+    gain, fewer = comparison.difference(METHOD, BASE, "accuracy"), saved(comparison)
+    over_random = comparison.difference(METHOD, RANDOM, "accuracy")
+    over_small = comparison.difference(METHOD, SMALL, "accuracy")
+    below = comparison.difference(METHOD, ORACLE, "accuracy")
+    tells = telling(comparison)
+    kept = acceptance(comparison)
+    measured = times.plain / times.method
+    large = step_speedup(kept, LARGE[1] / LARGE[0], 1.0, VERIFY, times.step_tokens)
+    here = step_speedup(kept, times.small, times.base, times.verify, times.step_tokens)
+    return [
+        Finding(
+            f"the base model writes less than half as many tokens, and accuracy falls by no more than {TOLERANCE:.0%}",
+            fewer.low > HALF and gain.low > -TOLERANCE,
+            f"base tokens saved {_percent(fewer)}; accuracy {_signed(gain)}; "
+            + ", ".join(f"{name} {comparison.mean(name, 'accuracy'):.1%}" for name in (BASE, SMALL, METHOD)),
+        ),
+        Finding(
+            "it is the judgement: a random judge that keeps as many steps is worse",
+            over_random.low > 0,
+            f"accuracy {_signed(over_random)} over the random judge, {_signed(over_small)} over the small model alone, "
+            f"{_signed(below)} over the judge that knows; steps kept: {METHOD} {kept:.1%}, "
+            f"{RANDOM} {acceptance(comparison, RANDOM):.1%}",
+        ),
+        Finding(
+            f"the judge tells right steps from wrong ones (AUC above {TELLS})",
+            tells.low > TELLS,
+            f"AUC {tells.mean:.3f} [{tells.low:.3f}, {tells.high:.3f}]; right steps among those judged "
+            f"{comparison.mean(METHOD, 'right_drafts'):.1%}",
+        ),
+        Finding(
+            f"the clock on single problems says at least {FASTER} times faster",
+            measured >= FASTER,
+            f"measured {measured:.2f} times; by the latency model {here:.2f} from {1e3 * times.small:.2f} ms per token "
+            f"of the small model, {1e3 * times.base:.2f} of the base model, {1e3 * times.verify:.2f} per judgement, "
+            f"{times.step_tokens:.1f} tokens per step; for models of {LARGE[0]:g} and {LARGE[1]:g} billion weights "
+            f"it says {large:.2f}",
+        ),
+    ]
+
+
+def saved(comparison: Comparison) -> Interval:
+    """Share of the base model's tokens that it does not write, over all samples."""
+    a, b = comparison.values(METHOD, "base_tokens"), comparison.values(BASE, "base_tokens")
+    return bootstrap_statistic(lambda pick: 1 - a[pick].sum() / b[pick].sum(), len(a))
+
+
+def acceptance(comparison: Comparison, subject: str = METHOD) -> float:
+    """Share of all judged steps that were kept."""
+    judged = np.nan_to_num(comparison.table(subject)["judged"])
+    kept = np.nan_to_num(comparison.table(subject)["acceptance"]) * judged
+    return float(kept.sum() / judged.sum())
+
+
+def telling(comparison: Comparison) -> Interval:
+    """AUC of the judge's scores over right and wrong steps, with its interval over problems."""
+    count = len(comparison.samples)
+    scored: list[list[list[float]]] = [[] for _ in range(count)]
+    for i, detail in enumerate(comparison.details(METHOD)):  # seed by seed
+        scored[i % count] += detail["scored"]
+
+    def compute(pick: np.ndarray) -> float:
+        values, right = zip(*(pair for i in pick for pair in scored[i]))
+        return auroc(values, right)
+
+    return bootstrap_statistic(compute, count)
+
+
+def _percent(interval: Interval) -> str:
+    return f"{interval.mean:.1%} [{interval.low:.1%}, {interval.high:.1%}]"
+
+
+def _signed(interval: Interval) -> str:
+    return f"{interval.mean:+.1%} [{interval.low:+.1%}, {interval.high:+.1%}]"
