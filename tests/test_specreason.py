@@ -637,3 +637,73 @@ def test_a_judge_without_digits_is_reported(monkeypatch):
     monkeypatch.setattr(DigitScorer, "read", lambda self, logits: StepScore(0.0, torch.full((10,), 0.001), "greedy"))
     with pytest.warns(UserWarning, match="only 1% of the probability to digits"):
         reasoner().generate("1+1=", seed=0)
+
+
+# --- the experiment --------------------------------------------------------------------------------------------------
+
+DONE = ["8*3=24", "12+35=47", "47-24=23"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "candidate", "right"),
+    [
+        ([], "8*3=24", True),
+        ([], "8*3=25", False),
+        ([], "12+35=47", False),
+        ([], "wait", False),
+        (DONE[:1], "12+35=47", True),
+        (DONE[:1], "wait", True),
+        ([*DONE[:1], "wait"], "8*3=24", True),
+        ([*DONE[:1], "wait"], "wait", False),
+        (["8*3=24", "12+35=57"], "57-24=33", True),
+        (["8*3=24", "12+35=57"], "47-24=23", False),
+        (["8*3=24", "12+35=57", "wait"], "12+35=47", True),
+        (DONE[:2], "</think>", False),
+        (DONE, "</think>", True),
+        (DONE, "check", True),
+        ([*DONE, "check"], "8*3=24", True),
+        ([*DONE, "check"], "</think>", False),
+        (DONE, "47-24=23", False),
+        (DONE, "nonsense", False),
+    ],
+)
+def test_right_steps(lines, candidate, right):
+    from tokenry.measure.reasoning import right_step
+
+    assert right_step("12+35-8*3=", lines, candidate) is right
+
+
+def test_right_steps_are_what_the_judge_is_taught():
+    import random
+
+    from tokenry.measure.reasoning import right_step
+    from tokenry.problems import Arithmetic
+    from tokenry.zoo.reasoner import judgement
+
+    rng, task, scores = random.Random(0), Arithmetic(), []
+    for i in range(400):
+        problem = task.draw(1 + i % 6, rng)
+        steps, score = judgement(problem, rng)
+        *lines, candidate = steps.split("\n")
+        assert right_step(problem.question, lines, candidate) == (score == 9)
+        scores.append(score)
+    assert scores.count(0) > 100 < scores.count(9)
+
+
+def test_the_experiment_compares_and_judges():
+    from tokenry.measure.compare import compare
+    from tokenry.measure.experiments.specreason import NONE, THRESHOLDS, Tried, build, choose
+
+    method = decode.SpecReason(small=SMALL, prompts="lines", threshold=4.5)
+    experiment = build(*BASE, samples=3, seeds=(0,), method=method)
+    comparison = compare(experiment)
+    assert [s.role for s in experiment.subjects] == ["plain", "control", "control", "control", "method"]
+    assert comparison.mean("base alone", "small_tokens") == 0 == comparison.mean("small alone", "base_tokens")
+    assert comparison.mean("small alone", "acceptance") == 1
+    findings = experiment.judge(comparison)
+    assert len(findings) == 4 and all(f.numbers for f in findings)
+    assert "Sweep" in experiment.notes and f"{NONE:g}:" in experiment.notes
+    sweep = {t: Tried(accuracy, 50 + t, 0.5) for t, accuracy in zip(THRESHOLDS, (0.2, 0.5, 0.79, 0.8, 0.9, 0.7))}
+    assert choose({**sweep, NONE: Tried(0.8, 70, 0)}) == 3.0
+    with pytest.raises(InputError, match="use --model zoo/reasoner"):
+        build(*BASE, samples=1, method=decode.SpecReason(small=SMALL))

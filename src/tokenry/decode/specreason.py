@@ -39,6 +39,7 @@ __all__ = [
     "StepRecord",
     "StepScore",
     "StepScorer",
+    "prompts_for",
     "step_speedup",
 ]
 

@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -23,6 +23,7 @@ from ...decode.specreason import (
     SpeculativeReasoner,
     StepScore,
     StepScorer,
+    prompts_for,
     step_speedup,
 )
 from ...decode.step_models import PRESETS, Messages
@@ -88,8 +89,8 @@ def build(
         f"{threshold:g} was chosen on {len(dev)} problems of the dev split: the fewest base tokens at an accuracy no "
         f"more than {TOLERANCE:.0%} below the base model alone, which is the threshold {NONE}. "
         + describe(sweep)
-        + " The judge that knows is a ceiling and no method. Large models: times per token are taken to go with the "
-        f"weights ({LARGE[0]:g} and {LARGE[1]:g} billion), and a judgement to cost {VERIFY:g} tokens of the base model.",
+        + " The judge that knows is a ceiling and no method. Large models: seconds per token are taken to go with the "
+        f"weights ({LARGE[0]:g} and {LARGE[1]:g} billion), a judgement to cost {VERIFY:g} tokens of the base model.",
     )
 
 
@@ -99,23 +100,18 @@ def build(
 class Pair:
     """The two models and the options that stay the same for all subjects."""
 
-    def __init__(self, base: LoadedModel, given: dict, method: SpecReason) -> None:
+    def __init__(self, base: LoadedModel, given: dict[str, Any], method: SpecReason) -> None:
         self.base, self.small = base, method.small
         if isinstance(self.small, str):
             self.small = load(self.small, base.model.dtype, base.model.device)
-        self.prompts = method.prompts or method.prompts_for(base.model)
+        self.prompts = method.prompts or prompts_for(base.model)
         if self.prompts != PRESETS["lines"]:
             raise InputError("this comparison checks the lines of zoo/reasoner; use --model zoo/reasoner")
         self.score_method = given.get("score_method", "digits")
 
-    def judge(self) -> DigitScorer:
-        return DigitScorer(*self.base, method=self.score_method, prompts=self.prompts)
-
-    def reasoner(
-        self, scorer: StepScorer | None = None, base: LoadedModel | None = None, **values
-    ) -> SpeculativeReasoner:
-        settings = {"token_budget": BUDGET, "prompts": self.prompts, **values}
-        return SpeculativeReasoner(base or self.base, self.small, scorer or self.judge(), **settings)
+    def reasoner(self, scorer: StepScorer | None = None, **values: Any) -> SpeculativeReasoner:
+        scorer = scorer or DigitScorer(*self.base, method=self.score_method, prompts=self.prompts)
+        return SpeculativeReasoner(self.base, self.small, scorer, token_budget=BUDGET, prompts=self.prompts, **values)
 
 
 class Tried(NamedTuple):
