@@ -1,7 +1,8 @@
 """Writes what the documentation says about numbers: `python -m tokenry.measure.docs` in the repository.
 
-The evidence table of README.md, docs/evidence.md and the option tables of docs/<slug>.md come from the evidence files
-and from the methods' declarations. With --check nothing is written, and the exit code says whether all is up to date.
+The evidence table of README.md, docs/evidence.md, the option tables of docs/<slug>.md and the models of docs/zoo.md
+come from the evidence files, the methods' declarations and the records of the zoo. With --check nothing is written, and
+the exit code says whether all is up to date.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import catalog
+from ..zoo.recipes import RECIPES, record_of
 from .evidence import load_evidence
 
 __all__ = ["documents"]
@@ -27,6 +29,8 @@ def documents(root: Path) -> dict[Path, str]:
         page = root / "docs" / f"{entry.slug}.md"
         if page.exists():
             made[page] = fill(page.read_text(encoding="utf-8"), "options", options_table(entry))
+    zoo = root / "docs" / "zoo.md"
+    made[zoo] = fill(zoo.read_text(encoding="utf-8"), "zoo", zoo_table())
     return made
 
 
@@ -44,6 +48,16 @@ def options_table(entry: catalog.Entry) -> str:
     for o in entry.load().options():
         default = o.default.replace("<", "&lt;")  # a mark such as </think> would vanish as a tag
         rows.append(f"| `{o.name}` | {default} | {o.range or o.type} | {o.description} |")
+    return "\n".join(rows)
+
+
+def zoo_table() -> str:
+    """The recipes with what building them has measured."""
+    rows = ["| model | parameters | what it does | learns from | reached |", "|---|---:|---|---|---|"]
+    for recipe in RECIPES:
+        record = record_of(recipe.name) or {"measures": {}}
+        reached = ", ".join(f"{name} {value:.3g}" for name, value in record["measures"].items())
+        rows.append(f"| zoo/{recipe.name} | {recipe.size:g} M | {recipe.task} | {recipe.data} | {reached} |")
     return "\n".join(rows)
 
 

@@ -57,7 +57,7 @@ SHAPE = {
     "num_key_value_heads": 2,
     "intermediate_size": 448,
 }
-STEPS, BATCH_TOKENS = 4500, 6000
+STEPS, BATCH_TOKENS = 5000, 2500
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
