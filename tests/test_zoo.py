@@ -194,7 +194,7 @@ def test_batches_hide_prompts_and_padding():
 
 
 def test_training_repeats_itself_from_the_seed(monkeypatch):
-    monkeypatch.setattr(reasoner, "STEPS", 3)
+    monkeypatch.setattr(reasoner, "PHASES", ((3, 1e-3),))
     monkeypatch.setattr(reasoner, "BATCH_TOKENS", 300)
     seen = []
     first, _ = reasoner.train(3, progress=lambda done, total, loss: seen.append((done, total)))
@@ -218,7 +218,7 @@ def test_fit_learns():
 
 
 def test_a_model_that_does_not_reach_its_numbers_is_not_kept(monkeypatch, tmp_path):
-    monkeypatch.setattr(reasoner, "STEPS", 1)
+    monkeypatch.setattr(reasoner, "PHASES", ((1, 1e-3),))
     monkeypatch.setattr(reasoner, "BATCH_TOKENS", 300)
     monkeypatch.setattr(reasoner, "measure", lambda model, tokenizer: {"accuracy": 0.01})
     with pytest.raises(InputError, match=r"zoo/reasoner reaches accuracy 0.010, and must reach"):
@@ -228,7 +228,7 @@ def test_a_model_that_does_not_reach_its_numbers_is_not_kept(monkeypatch, tmp_pa
 
 def test_a_built_model_loads_and_says_what_it_reached(monkeypatch, tmp_path):
     """Training for a step, measured for real; only the ranges are opened."""
-    monkeypatch.setattr(reasoner, "STEPS", 1)
+    monkeypatch.setattr(reasoner, "PHASES", ((1, 1e-3),))
     monkeypatch.setattr(reasoner, "BATCH_TOKENS", 300)
     monkeypatch.setattr(reasoner, "measure", lambda model, tokenizer: {"parameters": model.num_parameters()})
     wide = recipes.Recipe("reasoner", "", "", 1.75, 1, {"parameters": (1e6, 6e6)})
