@@ -378,9 +378,7 @@ def test_from_labelled_texts_to_rectified_ones(llama, tokenizer, tmp_path):
 
     settings = {"layers": 1, "width": 32, "learning_rate": 0.01, "warmup_steps": 5, "batch_size": 16, "epochs": 12}
     options = [word for name, value in settings.items() for word in ("-o", f"{name}={value}")]
-    summary = json.loads(
-        tokenry("train", "--method", "rectifier", "--data", data, "--output", out, "--json", *options)
-    )
+    summary = json.loads(tokenry("train", "--method", "rectifier", "--data", data, "--output", out, "--json", *options))
     assert summary["episodes"] == 58 and summary["held_out"] == 6
     assert summary["after"]["error_last"] < 0.05 < 0.3 < summary["before"]["error_last"]
     rectifier = DeadEndValueModel.load(out)
@@ -890,7 +888,9 @@ def test_openings_of_the_splits_differ():
 def test_the_task_scores_stories():
     torch.manual_seed(0)
     tokenizer = teller.build_tokenizer()
-    model = teller.tell(tokenizer, teller.TellerShape(16, 32, 1, 2)).eval()
+    model = teller.untrained(
+        tokenizer, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    ).eval()
     task = DiscourseTask(model, tokenizer, count=3)
     outcomes = task.run(Subject("plain", "plain"), task.samples(), seed=0)
     assert len(outcomes) == 3

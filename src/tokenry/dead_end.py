@@ -148,8 +148,8 @@ class DeadEndValueModel(nn.Module):
                 "written by DeadEndValueModel.save"
             ) from None
         raise InputError(
-            f"the rectifier in {str(folder)!r} has the format {header['format']}, this version reads {FORMAT}; train it "
-            "again"
+            f"the rectifier in {str(folder)!r} has the format {header['format']}, this version reads {FORMAT}; train "
+            "it again"
         )
 
     @classmethod
