@@ -105,7 +105,7 @@ def build(
         baseline=PLAIN,
         judge=judge,
         seeds=tuple(seeds or (0, 1)),
-        batch=50,
+        batch=100,
         notes=f"The rectifier learnt from {len(episodes)} stories of the model itself, all of them and not only the "
         f"extremes of each opening, so that its values are the model's risks. Words: the {WORDS} with the highest log "
         "odds ratio, in standard errors, of being in an undesired rather than another story of these. `word bias of "
