@@ -93,6 +93,14 @@ METHODS: tuple[Entry, ...] = (
         "reasoning s1 thinking budget length limit wait baseline",
     ),
     Entry(
+        "rectification",
+        "decode",
+        "tokenry.decode.rectification:Rectification",
+        "cap every next token by the risk, known to a small model, that the text it leads to ends undesired",
+        "safety detoxification toxic harmful leak dead end value risk controlled decoding guardrail api",
+        "tokenry.measure.experiments.rectification",
+    ),
+    Entry(
         "lm-head-neurons",
         "read",
         "tokenry.read.lm_head_neurons:LMHeadNeurons",
@@ -115,6 +123,13 @@ METHODS: tuple[Entry, ...] = (
         "train banned patterns out: at each rewind the chosen tokens must beat the rejected one by a margin",
         "preference optimization dpo lora slop unlearn repetition finetune",
         "tokenry.measure.experiments.ftpo",
+    ),
+    Entry(
+        "rectifier",
+        "train",
+        "tokenry.train.rectifier:Rectifier",
+        "train the small model that rectification reads, from texts labelled desired or undesired",
+        "safety dead end value function sarsa offline reinforcement risk toxic",
     ),
 )
 

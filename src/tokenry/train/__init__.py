@@ -3,6 +3,7 @@
 from ..lazy import exports
 
 _HOMES = {
+    "DeadEndValueModel": ".dead_end",
     "FTPO": "ftpo",
     "FTPOCollator": "ftpo",
     "FTPOConfig": "ftpo",
@@ -12,6 +13,14 @@ _HOMES = {
     "final_token_dpo_loss": "losses",
     "ftpo_loss": "losses",
     "score_pairs": "ftpo",
+    "Rectifier": "rectifier",
+    "RectifierCollator": "rectifier",
+    "RectifierConfig": "rectifier",
+    "RectifierTrainer": "rectifier",
+    "keep_extremes": "rectifier",
+    "read_episodes": "rectifier",
+    "sarsa_loss": "rectifier",
+    "TrainMethod": "method",
     "balance_pairs": "pairs",
     "pairs_from_rewinds": "pairs",
     "pairs_from_text": "pairs",
