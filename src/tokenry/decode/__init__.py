@@ -11,6 +11,8 @@ _HOMES = {
     "BudgetForcingMonitor": "budget_forcing",
     "CyclicReflectionLogitsProcessor": "cyclicreflex",
     "CyclicReflex": "cyclicreflex",
+    "DiffAdapt": "diffadapt",
+    "Strategy": "diffadapt",
     "ThoughtSwitchPenalty": "tip",
     "ThoughtSwitchPenaltyLogitsProcessor": "tip",
     "reflection_token_ids": "thinking",
