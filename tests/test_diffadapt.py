@@ -759,14 +759,22 @@ def test_oracle_takes_the_cheapest_right_answer():
     assert [a.strategy for a in found] == [wanted.get(p.difficulty, "normal") for p in PROBLEMS]
 
 
+def test_the_oracle_reuses_answers():
+    calls = []
+    run = experiment.remembered(lambda problems, seed: calls.append(seed) or [problems])
+    for first, last, seed in ((0, 3, 1), (0, 3, 1), (0, 3, 2), (3, 6, 1), (0, 2, 1)):
+        assert run(PROBLEMS[first:last], seed) == [PROBLEMS[first:last]]
+    assert calls == [1, 2, 1, 1]
+
+
 @pytest.mark.parametrize("helps", [True, False])
 def test_judge_on_answers_made_up(helps):
     """Right and cheap on easy problems, cheap on hopeless ones; otherwise no better than chance."""
     task = DifficultyTask(Arithmetic(), PROBLEMS)
     never, solved = (lambda p: False), (lambda p: p.difficulty <= 6)
     cheap = answering(solved if helps else never, lambda p: 20 if p.difficulty != 5 else 40, "easy")
-    runs = dict.fromkeys((experiment.EASY, experiment.HARD, experiment.SHUFFLED, experiment.RANDOM, experiment.LINEAR))
-    runs = {name: answering(lambda p: p.difficulty == 5, lambda p: 25, "easy") for name in runs}
+    controls = ("EASY", "HARD", "SHUFFLED", "RANDOM", "LINEAR", "LENGTH")
+    runs = {getattr(experiment, n): answering(lambda p: p.difficulty == 5, lambda p: 25, "easy") for n in controls}
     runs |= {
         experiment.PLAIN: answering(solved, lambda p: 40, "normal"),
         experiment.ORACLE: answering(solved, lambda p: 10, "easy"),
@@ -779,8 +787,9 @@ def test_judge_on_answers_made_up(helps):
     known = {experiment.METHOD: np.array([helps] * 24)}
     made = Experiment("diffadapt", "", task, subjects, experiment.PLAIN, None, batch=8)
     findings = experiment.judge(compare(made), trained, known, np.arange(24) % 3)
-    assert [f.holds for f in findings] == [helps] * 5 + [True, True]
-    assert "tokens saved 43.8%" in findings[0].numbers and "the U appears" in findings[6].numbers
+    assert [f.holds for f in findings] == [helps] * 5 + [True] * 3
+    assert "tokens saved 43.8%" in findings[0].numbers and "the U appears" in findings[7].numbers
+    assert "level 1: 100% easy, 0% normal, 0% hard, 20.0 of 40.0 tokens" in findings[6].numbers
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
