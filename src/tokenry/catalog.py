@@ -101,12 +101,27 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.measure.experiments.rectification",
     ),
     Entry(
+        "diffadapt",
+        "decode",
+        "tokenry.decode.diffadapt:DiffAdapt",
+        "a probe reads the question; easy, normal and hard ones get their own prompt, temperature and budget",
+        "reasoning difficulty probe adaptive budget overthinking save tokens cost",
+        "tokenry.measure.experiments.diffadapt",
+    ),
+    Entry(
         "lm-head-neurons",
         "read",
         "tokenry.read.lm_head_neurons:LMHeadNeurons",
         "name every MLP neuron after the tokens its weights point at, and clamp it",
         "interpretability neuron unembedding logit lens feature map clamp steer",
         "tokenry.measure.experiments.lm_head_neurons",
+    ),
+    Entry(
+        "difficulty-probe",
+        "read",
+        "tokenry.read.difficulty_probe:DifficultyLabels",
+        "learn from a model's own samples to tell from the state of a question how difficult it will be",
+        "difficulty probe classifier hidden state entropy correctness easy hard reasoning",
     ),
     Entry(
         "crew",

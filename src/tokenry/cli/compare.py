@@ -47,7 +47,7 @@ def compare(
     """Measure a method against the plain model and against the controls that could fool it."""
     entry = catalog.get(slug)
     if entry.experiment is None:
-        raise InputError(f"{slug} has no comparison of its own; it is a baseline of another method's")
+        raise InputError(f"{slug} has no comparison of its own; it is a part or baseline of another method's")
     (method,) = parse_methods([slug], options, entry.stage)
     if samples is not None and samples < 1:
         raise InputError(f"--samples {samples} measures nothing; give a number >= 1")

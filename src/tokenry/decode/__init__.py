@@ -14,6 +14,8 @@ _HOMES = {
     "Rectification": "rectification",
     "RectifierLogitsProcessor": "rectification",
     "cap_distribution": "rectification",
+    "DiffAdapt": "diffadapt",
+    "Strategy": "diffadapt",
     "ThoughtSwitchPenalty": "tip",
     "ThoughtSwitchPenaltyLogitsProcessor": "tip",
     "reflection_token_ids": "thinking",
