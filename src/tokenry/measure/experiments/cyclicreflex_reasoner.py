@@ -20,7 +20,7 @@ from ...decode.cyclicreflex import CyclicReflectionLogitsProcessor, CyclicReflex
 from ...decode.thinking import reflection_token_ids
 from ...decode.tip import ThoughtSwitchPenalty
 from ...errors import InputError
-from ...problems import Arithmetic, by_difficulty, draw_problems
+from ...problems import Arithmetic, Problem, by_difficulty, draw_problems
 from ...zoo.reasoner import LEVELS
 from ..compare import Comparison
 from ..reasoning import END_THINK, ReasoningTask
@@ -35,7 +35,7 @@ WORDS = {"words": ("wait", "check"), "leading_space": False}
 GRID = {"amplitude": (1.5, 3.0), "period": (20.0, 40.0, 80.0, 160.0), "shift": (0.0, 0.5)}
 CONSTANTS = (-3.0, -1.5, 0.0, 1.5, 3.0)
 MAX_NEW_TOKENS, BUDGETS = 256, (64, 128)
-DEV_PROBLEMS = 120
+DEV_PROBLEMS, BATCH = 120, 40
 LONGER = 1.15  # "about the same length": at most this many times the tokens
 
 
@@ -59,7 +59,7 @@ def build(
     )
     count, arithmetic = samples or 320, Arithmetic()
     dev, test = (
-        ReasoningTask(model, tokenizer, arithmetic, problems, token_ids, MAX_NEW_TOKENS, BUDGETS)
+        ReasoningTask(model, tokenizer, arithmetic, level_by_level(problems), token_ids, MAX_NEW_TOKENS, BUDGETS)
         for problems in (
             draw_problems(arithmetic, min(count, DEV_PROBLEMS), split="dev", levels=LEVELS),
             draw_problems(arithmetic, count, levels=LEVELS),
@@ -74,7 +74,7 @@ def build(
         baseline=PLAIN,
         judge=partial(judge, choice=choice),
         seeds=tuple(seeds or (0, 1, 2)),
-        batch=80,
+        batch=BATCH,
         notes=choice.notes(len(dev.problems)),
     )
 
@@ -84,6 +84,11 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     missing = sorted({*WORDS["words"], END_THINK} - tokenizer.get_vocab().keys())
     if missing:
         raise InputError(f"this model has no token {missing[0]!r}; {NAME} needs --model zoo/reasoner")
+
+
+def level_by_level(problems: Sequence[Problem]) -> list[Problem]:
+    """The easiest first: solutions of a batch then end at about the same time."""
+    return sorted(problems, key=lambda problem: problem.difficulty)
 
 
 # --- what is chosen on dev -----------------------------------------------------------------------------------------
@@ -151,7 +156,10 @@ def choose(dev: ReasoningTask, token_ids: Sequence[int], given: Mapping[str, Any
     with tqdm(desc="choosing on dev", total=len(CONSTANTS) + len(waves) + len(words)) as bar:
 
         def attempt(apply: dict[str, Any]) -> Trial:
-            solved = dev.solved(dev.problems, dev.generate(dev.problems, 0, apply))
+            solved = []
+            for start in range(0, len(dev.problems), BATCH):
+                problems = dev.problems[start : start + BATCH]
+                solved += dev.solved(problems, dev.generate(problems, start, apply))
             bar.update()
             return Trial(float(np.mean([s.right for s in solved])), float(np.mean([s.tokens for s in solved])))
 
@@ -184,12 +192,12 @@ def make_subjects(
     tip = ThoughtSwitchPenalty(**shared, beta=method.period)  # in the papers too beta is the period: both are 600
     rules = {TIP: tip, FORCING: forcing(choice.word), SHIFTED: shifted, METHOD: method}
     biases = dict.fromkeys((-method.amplitude, method.amplitude, choice.constant, choice.equal_constant))
+    constants = {bias: constant(bias, token_ids, task) for bias in biases if bias}
     return [
         Subject(PLAIN, "plain"),
         *(
-            Subject(constant_name(bias), "control", {"bias": bias}, {"processors": [constant(bias, token_ids, task)]})
-            for bias in biases
-            if bias
+            Subject(constant_name(b), "control", {"bias": b, "token_ids": list(token_ids)}, {"processors": [rule]})
+            for b, rule in constants.items()
         ),
         *(
             Subject(name, "method" if name == METHOD else "control", rule.model_dump(mode="json"), {"methods": [rule]})
