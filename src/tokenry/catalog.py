@@ -30,11 +30,18 @@ class Entry:
     summary: str
     keywords: str = ""
     experiment: str | None = None  # module with build(model, tokenizer, samples, seeds, method) -> Experiment
+    further: tuple[str, ...] = ()  # modules of more experiments; each has the name of its module
 
     def load(self) -> type:
         """Import the method's class."""
         module, name = self.target.split(":")
         return getattr(importlib.import_module(module), name)
+
+    @property
+    def experiments(self) -> dict[str, str]:
+        """The module of every experiment by its name; the first one is called like the method."""
+        first = {self.slug: self.experiment} if self.experiment else {}
+        return first | {module.rpartition(".")[2].replace("_", "-"): module for module in self.further}
 
 
 METHODS: tuple[Entry, ...] = (
@@ -77,6 +84,7 @@ METHODS: tuple[Entry, ...] = (
         "a triangular wave on the logits of reflection words, so that reasoning neither stops early nor loops",
         "reasoning wait reflection thinking overthinking budget logits schedule",
         "tokenry.measure.experiments.cyclicreflex",
+        ("tokenry.measure.experiments.cyclicreflex_reasoner",),
     ),
     Entry(
         "tip",
@@ -162,6 +170,14 @@ def get(slug: str) -> Entry:
 def load(slug: str) -> type:
     """Import and return the method class named `slug`."""
     return get(slug).load()
+
+
+def experiment(name: str) -> tuple[Entry, str]:
+    """The method that the experiment `name` is about, and the experiment's module; see `Entry.experiments`."""
+    for entry in METHODS:
+        if name in entry.experiments:
+            return entry, entry.experiments[name]
+    raise InputError(f"{get(name).slug} has no comparison of its own; it is a part or baseline of another method's")
 
 
 def by_stage(stage: str | None = None) -> list[Entry]:

@@ -64,15 +64,14 @@ def zoo_table() -> str:
 def evidence_table(entries: dict[str, dict[str, Any]]) -> str:
     rows = ["| method | stage | claim | verdict | main number |", "|---|---|---|---|---|"]
     for entry in catalog.METHODS:
-        if entry.experiment is None:
-            continue
-        found = entries.get(entry.slug)
-        link = f"[{entry.slug}](docs/{entry.slug}.md)"
-        if found:
-            main = found["findings"][0]["numbers"]
-            rows.append(f"| {link} | {entry.stage} | {found['claim']} | {found['verdict']} | {main} |")
-        else:
-            rows.append(f"| {link} | {entry.stage} | {entry.summary} | not measured yet | |")
+        for name in entry.experiments:
+            found = entries.get(name)
+            link = f"[{name}](docs/{entry.slug}.md)"
+            if found:
+                main = found["findings"][0]["numbers"]
+                rows.append(f"| {link} | {entry.stage} | {found['claim']} | {found['verdict']} | {main} |")
+            else:
+                rows.append(f"| {link} | {entry.stage} | {entry.summary} | not measured yet | |")
     return "\n".join(rows)
 
 
