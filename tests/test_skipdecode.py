@@ -1,11 +1,11 @@
 """SkipDecode: schedules, skipping in the loop and in plain generate, the parallel form, training for it."""
 
-from contextlib import nullcontext
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
-from conftest import SIZES, own_hooks
+from conftest import own_hooks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import GPTJConfig, GPTJForCausalLM
@@ -14,7 +14,7 @@ from tokenry import InputError
 from tokenry.cache import layer_lengths
 from tokenry.decode import SkipDecode, SkipSchedule, TransformersEngine, loop, skip_forward
 from tokenry.decode.skipdecode import SkipPolicy
-from tokenry.hooks import decoder_layers, mask_layers
+from tokenry.hooks import decoder_layers
 
 PROMPTS = ["the old lighthouse", "Elara walked along the shore and", "the"]
 OPTIONS = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 1}
@@ -98,7 +98,7 @@ def test_depth_never_grows_and_sets_are_nested(layers, data):
     columns = range(schedule.end + 4)
     depths, sets = [schedule.depth(t) for t in columns], [schedule.layers(t) for t in columns]
     assert depths == sorted(depths, reverse=True)
-    assert all(after <= before for before, after in zip(sets, sets[1:]))
+    assert all(after <= before for before, after in pairwise(sets))
     assert all(len(s) == d and set(range(schedule.warmup)) <= s for s, d in zip(sets, depths))
     assert all(d == schedule.e_max for d in depths[: schedule.prompt_len])
     assert schedule.warmup < schedule.e_min <= depths[-1] or schedule.planned_new_tokens == 1
@@ -315,7 +315,7 @@ def test_an_error_inside_leaves_nothing_behind(llama, tokenizer):
         ({"e_max": 6, "e_min": 7}, r"e_min=7 is not allowed; give 3 .* to e_max=6"),
         ({"e_max": 9}, r"e_max=9 is not allowed; give 3 .* to 8"),
         ({"e_max": 2}, "e_max=2 is not allowed"),
-        ({"kind": "steps"}, "kind='steps' is unknown; use one of linear"),
+        ({"kind": "steps"}, "schedule 'steps' is unknown; use one of linear"),
         ({"power": 0.0}, "power=0.0"),
         ({"planned_new_tokens": 0}, "planned_new_tokens=0"),
         ({"prompt_len": 0}, "prompt_len=0"),
@@ -332,7 +332,7 @@ def test_a_schedule_refuses(values, message):
 
 @pytest.mark.parametrize("target", [0.5, float("nan"), float("inf")])
 def test_a_target_below_one_is_refused(target):
-    with pytest.raises(InputError, match="target_speedup=.*>= 1"):
+    with pytest.raises(InputError, match=r"target_speedup=.* give a number >= 1"):
         SkipSchedule.for_speedup(target, 8)
 
 
@@ -430,3 +430,121 @@ def test_the_loop_refuses_what_it_cannot_skip(llama, tokenizer):
 def test_a_mask_that_no_cache_could_follow_is_refused(llama, mask, message):
     with pytest.raises(InputError, match=message):
         skip_forward(llama, torch.arange(2, 8)[None], mask)
+
+
+# --- training ----------------------------------------------------------------------------------------------------
+
+
+def trainer_for(model, tokenizer, folder, rows=None, **options):
+    from datasets import Dataset
+
+    from tokenry.train import SkipDecodeConfig, SkipDecodeTrainer
+
+    torch.manual_seed(0)
+    config = SkipDecodeConfig(
+        output_dir=str(folder), report_to="none", bf16=False, use_cpu=True, disable_tqdm=True, save_strategy="no",
+        **{"per_device_train_batch_size": 2, "max_steps": 2, "learning_rate": 1e-3, "logging_steps": 1, **options},
+    )  # fmt: skip
+    return SkipDecodeTrainer(model, config, train_dataset=Dataset.from_list(rows or ROWS), processing_class=tokenizer)
+
+
+ROWS = [
+    {"input_ids": [5, 6, 7, 8, 9, 10, 11, 12], "labels": [-100] * 3 + [8, 9, 10, 11, 12]},
+    {"input_ids": [15, 16, 17, 18], "labels": [-100, 16, 17, 18]},
+]
+
+
+def batch_of(trainer):
+    return trainer._prepare_inputs(trainer.data_collator(ROWS))
+
+
+def twin(model):
+    import copy
+
+    return copy.deepcopy(model)
+
+
+@torch.no_grad()
+def test_at_full_depth_the_loss_is_the_parents(llama, tokenizer, tmp_path):
+    from trl import SFTTrainer
+
+    trainer = trainer_for(twin(llama), tokenizer, tmp_path, e_min=4)
+    expected = SFTTrainer.compute_loss(trainer, trainer.model, batch_of(trainer))
+    assert torch.equal(trainer.compute_loss(trainer.model, batch_of(trainer)), expected)
+    trainer.schedule = SkipSchedule(4, 4, 3, planned_new_tokens=4)
+    assert not torch.equal(trainer.compute_loss(trainer.model, batch_of(trainer)), expected)
+
+
+def test_the_loss_is_that_of_the_tokens_as_they_will_be_decoded(llama, tokenizer, tmp_path):
+    """Against every row alone, unpadded, decoded token by token with a cache."""
+    trainer = trainer_for(twin(llama), tokenizer, tmp_path, e_min=2, e_max=3, warmup=1, planned_new_tokens=4)
+    nats = []
+    for row in ROWS:
+        ids, first = torch.tensor([row["input_ids"]]), row["labels"].count(-100)
+        schedule = replace(trainer.schedule, prompt_len=first)
+        with torch.no_grad():
+            logits, _ = decode_by_hand(trainer.model.eval(), schedule, ids[:, :first], None, ids[:, first:-1])
+        nats.append(-logits[0].log_softmax(-1).gather(1, ids[0, first:, None])[:, 0])
+    with torch.no_grad():
+        loss = trainer.compute_loss(trainer.model, batch_of(trainer))
+    assert float(loss) == pytest.approx(float(torch.cat(nats).mean()), rel=1e-4)
+
+
+def test_a_text_without_a_prompt_begins_at_once(llama, tokenizer, tmp_path):
+    trainer = trainer_for(twin(llama), tokenizer, tmp_path, e_min=2, warmup=1, planned_new_tokens=3)
+    labels = torch.tensor([[5, 6, 7, 8], [-100, -100, -100, -100], [-100, 6, 7, -100]])
+    assert trainer.executed(labels).sum(0).tolist() == [[4, 3, 2, 2], [4, 4, 4, 4], [4, 4, 3, 2]]
+
+
+def test_training_lowers_the_loss_at_the_depth_trained_for(llama, tokenizer, tmp_path):
+    trainer = trainer_for(twin(llama), tokenizer, tmp_path, e_min=2, warmup=1, planned_new_tokens=4, max_steps=12)
+    with torch.no_grad():
+        before = trainer.compute_loss(trainer.model.eval(), batch_of(trainer))
+    trainer.train()
+    with torch.no_grad():
+        after = trainer.compute_loss(trainer.model.eval(), batch_of(trainer))
+    assert after < before - 0.5 and own_hooks(trainer.model) == []
+
+
+def test_one_smallest_depth_is_drawn_for_every_step(llama, tokenizer, tmp_path):
+    options = dict(e_min=2, warmup=1, planned_new_tokens=4, sample_e_min=True)
+    trainer = trainer_for(twin(llama), tokenizer, tmp_path, **options)
+    trainer.model.train()
+    drawn = []
+    for trainer.state.global_step in range(60):
+        assert trainer.step_schedule().e_min == trainer.step_schedule().e_min  # whatever is accumulated
+        drawn.append(trainer.step_schedule().e_min)
+    assert set(drawn) == {2, 3, 4} and min(map(drawn.count, (2, 3, 4))) > 8
+    trainer.model.eval()
+    assert trainer.step_schedule() is trainer.schedule
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"packing": True}, "packing puts several texts into a row"),
+        ({"padding_free": True}, "packing puts several texts into a row"),
+        ({"e_min": 2}, "e_min=2 is not allowed; give 3"),
+        ({"warmup": 0}, "warmup=0"),
+        ({"schedule": "steps"}, "schedule 'steps' is unknown"),
+        ({"planned_new_tokens": 0}, "planned_new_tokens=0"),
+    ],
+)
+def test_the_trainer_refuses(llama, tokenizer, tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        trainer_for(twin(llama), tokenizer, tmp_path, **options)
+
+
+def test_layerdrop_and_router_losses_are_refused(make_model, tokenizer, tmp_path):
+    model = twin(make_model("opt"))
+    model.config.layerdrop = 0.1
+    with pytest.raises(InputError, match=r"layerdrop=0\.1"):
+        trainer_for(model, tokenizer, tmp_path)
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=320, hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=2, output_router_logits=True, pad_token_id=1,
+    )  # fmt: skip
+    with pytest.raises(InputError, match="auxiliary loss"):
+        trainer_for(MixtralForCausalLM(config), tokenizer, tmp_path)

@@ -72,7 +72,7 @@ class SkipSchedule:
         if not least <= self.e_min <= self.e_max:
             raise InputError(f"e_min={self.e_min} is not allowed; give {least} (warmup + 1) to e_max={self.e_max}")
         if self.kind not in Kind.__args__:
-            raise InputError(f"kind={self.kind!r} is unknown; use one of {', '.join(Kind.__args__)}")
+            raise InputError(f"schedule {self.kind!r} is unknown; use one of {', '.join(Kind.__args__)}")
         for name in ("prompt_len", "planned_new_tokens", "power"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name}={getattr(self, name)} is not allowed; give a number > 0")
@@ -170,7 +170,7 @@ class SkipSchedule:
         return depths[None] >= needs.view(-1, *[1] * new.dim())
 
     def speedup(self) -> float:
-        """Layers of the model / mean depth of the planned new tokens. Embeddings, unembedding and prompt come on top."""
+        """Layers of the model / mean depth of the planned new tokens; embeddings, head and prompt are not counted."""
         depths = [self.depth(t) for t in range(self.prompt_len, self.end)]
         return self.num_layers * len(depths) / sum(depths)
 
