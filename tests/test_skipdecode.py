@@ -548,3 +548,79 @@ def test_layerdrop_and_router_losses_are_refused(make_model, tokenizer, tmp_path
     )  # fmt: skip
     with pytest.raises(InputError, match="auxiliary loss"):
         trainer_for(MixtralForCausalLM(config), tokenizer, tmp_path)
+
+
+# --- the experiment ----------------------------------------------------------------------------------------------
+
+
+def test_layers_of_the_controls():
+    from tokenry.measure.depth import EarlyExit, RandomLayers, smallest_depth
+
+    early = EarlyExit(6, 6, 3, prompt_len=1, planned_new_tokens=9)
+    assert (
+        sorted(early.layers(9)) == [0, 1, 2] and early.mask(10).sum() == SkipSchedule(6, 6, 3, 2, 1, 9).mask(10).sum()
+    )
+    drawn = [RandomLayers(30, 30, 15, 4, 1, 9, draw=draw) for draw in (1, 2)]
+    assert drawn[0].needs != drawn[1].needs
+    for schedule in drawn:
+        sets = [schedule.layers(t) for t in range(12)]
+        assert all(after <= before for before, after in pairwise(sets))
+        assert [len(s) for s in sets] == [schedule.depth(t) for t in range(12)] and {0, 1, 2, 3} <= sets[-1]
+        skipped = sorted(set(range(30)) - sets[-1])
+        assert skipped != list(range(skipped[0], skipped[-1] + 1))
+    assert [smallest_depth(30, d) for d in (97, 90, 83, 75, 67)] == [28, 24, 20, 15, 10]
+    assert [smallest_depth(6, d) for d in (83, 75)] == [4, 3]
+
+
+@pytest.fixture
+def reasoner(monkeypatch, tmp_path):
+    """A random one in the place of the model of the zoo, and an empty cache folder."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tokenry.measure.experiments import skipdecode
+    from tokenry.models import LoadedModel
+    from tokenry.zoo.reasoner import build_tokenizer
+
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=6, num_attention_heads=2)
+    config = LlamaConfig(vocab_size=len(tokenizer), **sizes, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
+    loaded, load = LoadedModel(LlamaForCausalLM(config).eval(), tokenizer), skipdecode.load
+    monkeypatch.setenv("TOKENRY_CACHE", str(tmp_path))
+    monkeypatch.setattr(skipdecode, "load", lambda name, **k: loaded if name == "zoo/reasoner" else load(name, **k))
+    return loaded
+
+
+def test_the_experiment_from_training_to_findings(reasoner, tmp_path):
+    from tokenry.measure.compare import compare
+    from tokenry.measure.experiments.skipdecode import METHOD, PLAIN, build
+
+    experiment = build(*reasoner, samples=3)
+    comparison = compare(experiment)
+    assert [s.role for s in experiment.subjects] == ["plain", *["control"] * 3, *["method"] * 3]
+    assert len(list((tmp_path / "skipdecode").glob("*/*"))) == 5
+    means = {s: comparison.mean(s, "nll_75") for s in comparison.subjects}
+    assert len(set(means.values())) == 7 and all(2 < m < 5 for m in means.values())
+    assert comparison.mean(PLAIN, "nll_97") == comparison.mean(PLAIN, "nll_67")
+    assert comparison.mean(PLAIN, "depth_75") == 1 and 0.5 < comparison.mean(METHOD, "depth_75") < 0.75
+    assert comparison.mean(METHOD, "trained_75") == 0 and comparison.mean(METHOD, "tokens") > 0
+    findings = experiment.judge(comparison)
+    assert len(findings) == 5 and all(f.numbers for f in findings) and not findings[0].holds
+    with pytest.raises(InputError, match="sets e_min itself; give warmup alone"):
+        build(*reasoner, method=SkipDecode(e_min=3, warmup=2))
+
+
+# --- the command line --------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_decodes_and_warns(smollm2):
+    from click.testing import CliRunner
+
+    from tokenry.cli import main
+
+    run = ["decode", "--method", "skipdecode", "-o", "e_min=24", "--max-new-tokens", "8", "--json", "Hello"]
+    result = CliRunner().invoke(main, run)
+    assert result.exit_code == 0 and '"forward_calls": 8' in result.stdout
+    assert "writes worse text" in result.stderr
+    refused = CliRunner().invoke(main, [*run[:4], "e_min=31", *run[5:]])
+    assert refused.exit_code == 2 and "e_min=31 is not allowed; give 3 (warmup + 1) to e_max=30" in refused.stderr
