@@ -117,6 +117,14 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.measure.experiments.diffadapt",
     ),
     Entry(
+        "skipdecode",
+        "decode",
+        "tokenry.decode.skipdecode:SkipDecode",
+        "later tokens run fewer of the lower middle layers, so that decoding is faster; needs training to keep quality",
+        "speed faster layers skip early exit depth schedule batching cache latency inference",
+        "tokenry.measure.experiments.skipdecode",
+    ),
+    Entry(
         "lm-head-neurons",
         "read",
         "tokenry.read.lm_head_neurons:LMHeadNeurons",

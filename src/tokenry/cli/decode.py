@@ -71,6 +71,9 @@ def decode(
         check_writable(save_pairs)
         Path(save_pairs).write_text("", encoding="utf-8")
     settings = {"methods": methods, "chat": not raw, "max_new_tokens": max_new_tokens, **sampling}
+    for method in methods:
+        if method.caution:
+            click.echo(f"{method.slug}: {method.caution}", err=True)
     loaded = load_model(model_name, dtype, device)
     if prompts_path:
         generate_many(loaded, prompts, settings, seed, batch_size, save_pairs)

@@ -69,7 +69,8 @@ def loop(
     cache = model_kwargs.pop("past_key_values", None)
     for name in ("position_ids", "logits_to_keep", "use_cache", "synced_gpus", "streamer", "tokenizer"):
         model_kwargs.pop(name, None)
-    engine = TransformersEngine(model, cache, layer_policy, bool(monitors), rewind, model_kwargs)
+    max_new_tokens = generation_config.max_length - input_ids.shape[1]
+    engine = TransformersEngine(model, cache, layer_policy, bool(monitors), rewind, model_kwargs, max_new_tokens)
     runner = DecodeLoop(
         engine,
         processing_class,
@@ -86,7 +87,7 @@ def loop(
     output = runner.generate(
         input_ids,
         mask,
-        max_new_tokens=generation_config.max_length - input_ids.shape[1],
+        max_new_tokens=max_new_tokens,
         budgets=budgets,
         eos_ids=eos[0] if eos else (),
         pad_id=None if pad is None else int(pad),

@@ -10,6 +10,8 @@ _HOMES = {
     "FTPOOutput": "losses",
     "FTPOTrainer": "ftpo",
     "FinalTokenDPOTrainer": "ftpo",
+    "SkipDecodeConfig": "skipdecode",
+    "SkipDecodeTrainer": "skipdecode",
     "final_token_dpo_loss": "losses",
     "ftpo_loss": "losses",
     "score_pairs": "ftpo",
