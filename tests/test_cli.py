@@ -35,6 +35,7 @@ def test_list_show_and_find():
     assert [e["slug"] for e in listed] == ["compresskv"]
     shown = tokenry("show", "antislop")[0]
     assert "arXiv 2510.15061" in shown and "strength = 1.0" in shown
+    assert "tokenry compare cyclicreflex-reasoner" in tokenry("show", "cyclicreflex")[0]
     options = json.loads(tokenry("show", "compresskv", "--json")[0])["options"]
     assert any(o["name"] == "budget" for o in options)
     assert tokenry("find", "shorter kv cache")[0].startswith("compresskv")

@@ -160,7 +160,7 @@ def test_repeated_ids_get_the_bias_once():
 
 def test_windows_are_half_open():
     processor = decode.CyclicReflectionLogitsProcessor(
-        REFLECT, windows=[(2, 4), (6, 7)], prompt_length=1, schedule=constant_schedule(1.0)
+        REFLECT, windows=[(2, 4), (6, 7)], prompt_length=1, schedule=constant_schedule(1)
     )
     on = [t for t in range(10) if float(processor(torch.full((1, 1 + t), 9), torch.zeros(1, V))[0, 70])]
     assert on == [2, 3, 6]

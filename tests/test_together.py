@@ -6,8 +6,10 @@ import pytest
 import torch
 from transformers.generation.logits_process import LogitsProcessor
 
-from tokenry.decode import Antislop, CyclicReflex, PhraseBan, RegexBan, loop
-from tokenry.decode.core import row_seed
+from tokenry.dead_end import DeadEndValueModel
+from tokenry.decode import Antislop, CyclicReflex, PhraseBan, RegexBan, SkipDecode, loop, skip_forward, triangular_wave
+from tokenry.decode.core import Row, row_seed
+from tokenry.decode.rectification import RectifierLogitsProcessor
 from tokenry.judge import CRew
 from tokenry.select import CompressKV
 from tokenry.trace import Trace, capture
@@ -154,3 +156,146 @@ def test_methods_add_up_in_generate(smollm2):
         max_new_tokens=24,
     )
     assert " the " not in f" {out.texts[0].lower()} " and len(out.new_ids[0]) == 24
+
+
+# --- five methods in one loop, against a run that keeps nothing ---------------------------------------------------
+
+WAVE = {"token_ids": range(40, 90), "amplitude": 2.0, "period": 8}
+EPS, NEW, EOS = 0.1, 30, 0
+
+
+class Collect:
+    """A streamer that remembers every token; the prompt comes first."""
+
+    def __init__(self):
+        self.blocks = []
+
+    def put(self, value):
+        self.blocks.append(value.flatten().tolist())
+
+    def end(self):
+        self.tokens = [token for block in self.blocks[1:] for token in block]
+
+
+@pytest.fixture(scope="module")
+def rectifier(tokenizer):
+    """An untrained one whose caps bind: values are spread over [-1, 0]."""
+    from conftest import build
+
+    torch.manual_seed(3)
+    model = DeadEndValueModel(build("qwen2")).bind(tokenizer).eval()
+    with torch.no_grad():
+        model.q_head[-1].weight.mul_(0.4)
+        model.q_head[-1].bias.copy_(-torch.rand(320))
+    return model
+
+
+class Rerun:
+    """Every step from the ids alone: whole forwards, no cache, no loop. Only the monitor's `check` is shared.
+
+    A token that is taken back leaves its column behind, unless there is one row without padding.
+    """
+
+    def __init__(self, model, tokenizer, rectifier, inputs, method, monitor, seed):
+        mask = inputs["attention_mask"].bool()
+        self.model, self.rectifier, self.monitor, self.width = model, rectifier, monitor, mask.shape[1]
+        self.rows, self.columns = [], []
+        for b, (ids, known) in enumerate(zip(inputs["input_ids"], mask)):
+            self.rows.append(Row(b, ids[known].tolist(), tokenizer))
+            self.columns.append(known.nonzero()[:, 0].tolist())
+        self.reuse = len(mask) == 1 and bool(mask.all())
+        self.schedule = method.schedule_for(4, self.width, NEW)
+        self.generators = [torch.Generator().manual_seed(row_seed(seed, b)) for b in range(len(mask))]
+        self.rewinds = self.capped = 0
+
+    def run(self):
+        column = self.width
+        while unfinished := [row for row in self.rows if len(row.ids) < NEW and row.ids[-1:] != [EOS]]:
+            for row in unfinished:
+                self.extend(row)
+            for row, columns in zip(self.rows, self.columns):
+                fed = len(row.prompt) + len(row.ids) - 1
+                del columns[fed:]
+                if self.reuse:
+                    column = columns[-1] + 1 if len(columns) == fed else column
+                columns += [column] * (fed + 1 - len(columns))
+            column += 1
+        return [row.ids for row in self.rows]
+
+    def extend(self, row):
+        """One more token, and what the monitor makes of it."""
+        row.scores[len(row.ids)] = self.scores(row)
+        row.append(self.draw(row))
+        while (found := self.monitor.check(row)) is not None:
+            row.scores[found.index][list(found.factors)] = -torch.inf
+            row.truncate(found.index)
+            row.checked = len(row.text)
+            row.append(self.draw(row))
+            self.rewinds += 1
+        row.checked = len(row.text)
+
+    def scores(self, row):
+        """The logits with the wave, before caps."""
+        ids = torch.tensor([row.prompt + row.ids])
+        columns = torch.tensor([self.columns[row.number]])
+        logits = skip_forward(self.model, ids, self.schedule.executed(columns - self.width)).logits[0, -1]
+        wave = triangular_wave(len(row.ids), WAVE["amplitude"], WAVE["period"])
+        logits[list(WAVE["token_ids"])] += float(wave)
+        return logits
+
+    def draw(self, row):
+        """From the nearest distribution under the caps, found by bisection."""
+        ids, p = torch.tensor([row.prompt + row.ids]), row.scores[len(row.ids)].double().softmax(-1)
+        cap = (1 + self.rectifier(ids).q[0, -1].double() - EPS).clamp(1e-7, 1.0)
+        low, high = 1.0, 1e9
+        for _ in range(200):
+            middle = (low + high) / 2
+            low, high = (middle, high) if torch.minimum(cap, middle * p).sum() < 1 else (low, middle)
+        binds = bool((p > cap).any())
+        self.capped += binds
+        capped = torch.minimum(cap, high * p) if binds else p
+        return int(torch.multinomial(capped.float(), 1, generator=self.generators[row.number]))
+
+
+def stretches(output, tokenizer, start):
+    """The text of three tokens of every row, from `start` on."""
+    found = []
+    for ids, text in zip(output.new_ids, output.texts):
+        a, z = (len(tokenizer.decode(ids[:n])) for n in (start, start + 3))
+        found += [text[a:z]] if text[a:z].strip() else []
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prompts", [[PROMPT], [PROMPT, OTHER, "the wind"]], ids=["one row", "a padded batch"])
+def test_wave_ban_caps_skipping_and_streams_equal_a_run_without_cache(llama, tokenizer, rectifier, prompts):
+    inputs, method = encode(tokenizer, *prompts), SkipDecode(e_min=2, warmup=1)
+
+    def write(phrases, streamers=()):
+        return llama.generate(
+            **inputs,
+            custom_generate=loop,
+            logits_processor=[CyclicReflex(**WAVE, end_think=None)],
+            monitors=[PhraseBan(phrases)],
+            caps=[RectifierLogitsProcessor(rectifier, EPS)],
+            layer_policy=method.plugins(llama, tokenizer).layer_policy,
+            token_streamers=streamers,
+            processing_class=tokenizer,
+            pad_token_id=1,
+            return_dict_in_generate=True,
+            max_new_tokens=NEW,
+            do_sample=True,
+            top_k=0,
+            seed=2,
+        )
+
+    phrases = ["this never occurs"]
+    for start in (4, 10, 16, 22):  # what it writes is banned, as far as it has got
+        phrases += stretches(write(phrases), tokenizer, start)
+    streamers = [Collect() for _ in prompts]
+    out = write(phrases, streamers)
+    rerun = Rerun(llama, tokenizer, rectifier, inputs, method, PhraseBan(phrases), 2)
+    assert out.new_ids == rerun.run()
+    assert [s.tokens for s in streamers] == out.new_ids
+    assert len(out.events) == rerun.rewinds >= 3 and any(len(e.rejected) > 1 for e in out.events)
+    assert rerun.capped > NEW

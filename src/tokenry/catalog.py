@@ -30,11 +30,18 @@ class Entry:
     summary: str
     keywords: str = ""
     experiment: str | None = None  # module with build(model, tokenizer, samples, seeds, method) -> Experiment
+    further: tuple[str, ...] = ()  # modules of more experiments; each has the name of its module
 
     def load(self) -> type:
         """Import the method's class."""
         module, name = self.target.split(":")
         return getattr(importlib.import_module(module), name)
+
+    @property
+    def experiments(self) -> dict[str, str]:
+        """The module of every experiment by its name; the first one is called like the method."""
+        first = {self.slug: self.experiment} if self.experiment else {}
+        return first | {module.rpartition(".")[2].replace("_", "-"): module for module in self.further}
 
 
 METHODS: tuple[Entry, ...] = (
@@ -77,6 +84,7 @@ METHODS: tuple[Entry, ...] = (
         "a triangular wave on the logits of reflection words, so that reasoning neither stops early nor loops",
         "reasoning wait reflection thinking overthinking budget logits schedule",
         "tokenry.measure.experiments.cyclicreflex",
+        ("tokenry.measure.experiments.cyclicreflex_reasoner",),
     ),
     Entry(
         "tip",
@@ -91,6 +99,30 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.decode.budget_forcing:BudgetForcing",
         "ignore the end of thinking and append 'Wait', or close thinking at a token limit (s1)",
         "reasoning s1 thinking budget length limit wait baseline",
+    ),
+    Entry(
+        "rectification",
+        "decode",
+        "tokenry.decode.rectification:Rectification",
+        "cap every next token by the risk, known to a small model, that the text it leads to ends undesired",
+        "safety detoxification toxic harmful leak dead end value risk controlled decoding guardrail api",
+        "tokenry.measure.experiments.rectification",
+    ),
+    Entry(
+        "diffadapt",
+        "decode",
+        "tokenry.decode.diffadapt:DiffAdapt",
+        "a probe reads the question; easy, normal and hard ones get their own prompt, temperature and budget",
+        "reasoning difficulty probe adaptive budget overthinking save tokens cost",
+        "tokenry.measure.experiments.diffadapt",
+    ),
+    Entry(
+        "skipdecode",
+        "decode",
+        "tokenry.decode.skipdecode:SkipDecode",
+        "later tokens run fewer of the lower middle layers, so that decoding is faster; needs training to keep quality",
+        "speed faster layers skip early exit depth schedule batching cache latency inference",
+        "tokenry.measure.experiments.skipdecode",
     ),
     Entry(
         "specreason",
@@ -109,6 +141,13 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.measure.experiments.lm_head_neurons",
     ),
     Entry(
+        "difficulty-probe",
+        "read",
+        "tokenry.read.difficulty_probe:DifficultyLabels",
+        "learn from a model's own samples to tell from the state of a question how difficult it will be",
+        "difficulty probe classifier hidden state entropy correctness easy hard reasoning",
+    ),
+    Entry(
         "crew",
         "judge",
         "tokenry.judge.crew:CRew",
@@ -123,6 +162,13 @@ METHODS: tuple[Entry, ...] = (
         "train banned patterns out: at each rewind the chosen tokens must beat the rejected one by a margin",
         "preference optimization dpo lora slop unlearn repetition finetune",
         "tokenry.measure.experiments.ftpo",
+    ),
+    Entry(
+        "rectifier",
+        "train",
+        "tokenry.train.rectifier:Rectifier",
+        "train the small model that rectification reads, from texts labelled desired or undesired",
+        "safety dead end value function sarsa offline reinforcement risk toxic",
     ),
 )
 
@@ -140,6 +186,14 @@ def get(slug: str) -> Entry:
 def load(slug: str) -> type:
     """Import and return the method class named `slug`."""
     return get(slug).load()
+
+
+def experiment(name: str) -> tuple[Entry, str]:
+    """The method that the experiment `name` is about, and the experiment's module; see `Entry.experiments`."""
+    for entry in METHODS:
+        if name in entry.experiments:
+            return entry, entry.experiments[name]
+    raise InputError(f"{get(name).slug} has no comparison of its own; it is a part or baseline of another method's")
 
 
 def by_stage(stage: str | None = None) -> list[Entry]:

@@ -3,7 +3,7 @@
 Paper: Systematic Rectification of Language Models via Dead-end Analysis, arXiv 2302.14003. A text is an episode: the
 prefix is the state, the next token the action, and the only reward is -1 at the end of a text that is undesired.
 Without discount Q(prefix, token) is minus the probability of that end, a number in [-1, 0]. A prefix whose every Q is
--1 is a dead end. `tokenry.train.RectifierTrainer` makes this model, `tokenry.decode.Rectification` reads it.
+-1 is a dead end. `tokenry.train.Rectifier` trains this model, `tokenry.decode.Rectification` reads it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import inspect
 import json
 from copy import deepcopy
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -140,22 +140,24 @@ class DeadEndValueModel(nn.Module):
         folder = Path(folder)
         try:
             header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
-            weights = load_file(folder / WEIGHTS)
-        except (OSError, ValueError, SafetensorError) as error:
+            if header["format"] == FORMAT:
+                return cls._restored(header, load_file(folder / WEIGHTS)).to(device).eval()
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise InputError(
                 f"the folder {str(folder)!r} holds no rectifier that can be read ({type(error).__name__}); give one "
                 "written by DeadEndValueModel.save"
             ) from None
-        if header.get("format") != FORMAT:
-            raise InputError(
-                f"the rectifier in {str(folder)!r} has the format {header.get('format')}, this version reads {FORMAT}; "
-                "train it again"
-            )
-        trunk = AutoModel.from_config(AutoConfig.for_model(**header["trunk"]))
-        model = cls(trunk, header["hidden_mult"])
+        raise InputError(
+            f"the rectifier in {str(folder)!r} has the format {header['format']}, this version reads {FORMAT}; train "
+            "it again"
+        )
+
+    @classmethod
+    def _restored(cls, header: dict[str, Any], weights: dict[str, Tensor]) -> DeadEndValueModel:
+        model = cls(AutoModel.from_config(AutoConfig.for_model(**header["trunk"])), header["hidden_mult"])
         model.load_state_dict(weights)
         model.vocabulary, model.special_ids = header["vocabulary"], header["special_ids"]
-        return model.to(device).eval()
+        return model
 
 
 def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:

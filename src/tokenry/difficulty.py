@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,10 +42,15 @@ Prompt = str | Sequence[Mapping[str, str]]  # a question, or messages that end w
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, suffix: str = "", chat: bool = True) -> list[int]:
     """Token ids of a prompt whose last message has `suffix` behind it."""
+    messages = _messages(prompt, suffix)
     if chat and tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(_messages(prompt, suffix), add_generation_prompt=True, tokenize=False)
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return tokenizer.encode(text, add_special_tokens=False)
-    return tokenizer.encode(_messages(prompt, suffix)[-1]["content"])
+    if len(messages) > 1:
+        raise InputError(
+            f"{len(messages)} messages need a chat template; give one text, or a tokenizer with a template"
+        )
+    return tokenizer.encode(messages[0]["content"])
 
 
 def question_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool = True) -> list[int]:
@@ -172,7 +178,8 @@ class DifficultyProbe(nn.Module):
         the inverse of their frequency, AdamW, the best epoch on the questions held out.
 
         Raises:
-            InputError: fewer than two classes, a class that does not exist, states that are not finite.
+            InputError: fewer than two classes, a class that does not exist, states that are not finite. A class without
+                questions is a warning.
         """
         features, labels = features.detach().cpu().float(), torch.as_tensor(labels, dtype=torch.long)
         self._check_examples(features, labels)
@@ -189,7 +196,7 @@ class DifficultyProbe(nn.Module):
                 optimizer.zero_grad()
                 F.cross_entropy(self(features[batch]), labels[batch], weight).backward()
                 optimizer.step()
-            loss = self._loss(features[kept_back], labels[kept_back]) if len(kept_back) else -float("inf")
+            loss = self._loss(features[kept_back], labels[kept_back], weight) if len(kept_back) else -float("inf")
             if loss < best or not len(kept_back):
                 best, state = loss, {name: tensor.clone() for name, tensor in self.state_dict().items()}
         self.load_state_dict(state)
@@ -206,14 +213,15 @@ class DifficultyProbe(nn.Module):
             )
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.n_classes:
             raise InputError(f"labels must be classes 0 to {self.n_classes - 1}; found {sorted(set(labels.tolist()))}")
-        counts = labels.bincount(minlength=self.n_classes)
-        if int((counts > 0).sum()) < 2:
-            names = CLASSES if self.n_classes == len(CLASSES) else tuple(map(str, range(self.n_classes)))
-            empty = ", ".join(name for name, count in zip(names, counts.tolist()) if not count)
+        names = CLASSES if self.n_classes == len(CLASSES) else tuple(map(str, range(self.n_classes)))
+        empty = [name for name, count in zip(names, labels.bincount(minlength=self.n_classes).tolist()) if not count]
+        if len(empty) > self.n_classes - 2:
             raise InputError(
-                f"no question is {empty}, so there is nothing to tell apart; take questions that the model sometimes "
-                "solves and sometimes not, or move alpha, beta and gamma"
+                f"no question is {', '.join(empty)}, so there is nothing to tell apart; take questions that the model "
+                "sometimes solves and sometimes not, or move alpha, beta and gamma"
             )
+        if empty:
+            warnings.warn(f"no question is {', '.join(empty)}; the probe will not know such questions", stacklevel=3)
 
     def _restart(self, features: Tensor, seed: int) -> None:
         with torch.random.fork_rng(devices=[]):
@@ -225,8 +233,8 @@ class DifficultyProbe(nn.Module):
         self.deviation.copy_(features.std(0, correction=0).clamp(min=1e-6))
 
     @torch.no_grad()
-    def _loss(self, features: Tensor, labels: Tensor) -> float:
-        return float(F.cross_entropy(self(features), labels))
+    def _loss(self, features: Tensor, labels: Tensor, weight: Tensor) -> float:
+        return float(F.cross_entropy(self(features), labels, weight))
 
     # --- whom it belongs to ------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -22,6 +22,7 @@ from .errors import InputError
 
 __all__ = [
     "Feed",
+    "LayerSwitch",
     "Projection",
     "ablate_heads",
     "add_to_residual",
@@ -32,6 +33,7 @@ __all__ = [
     "edit_residual",
     "fingerprint",
     "gated_mlp",
+    "mask_layers",
     "on_feed",
     "patch_resid",
     "skip_layers",
@@ -109,7 +111,8 @@ def add_to_residual(model: PreTrainedModel, vectors: Mapping[int, Tensor]) -> It
 class Feed:
     """What one forward was given. `ids` (batch, new), `mask` (batch, columns) or None, `positions` or None.
 
-    `start` is how many columns the cache held before, so that column `start + i` belongs to `ids[:, i]`.
+    `start` is how many columns the cache held before, so that column `start + i` belongs to `ids[:, i]`. `cached` is
+    False where nothing is kept for a later forward.
     """
 
     ids: Tensor | None
@@ -117,6 +120,7 @@ class Feed:
     positions: Tensor | None
     start: int
     new: int
+    cached: bool = True
 
     @property
     def stop(self) -> int:
@@ -134,7 +138,8 @@ def on_feed(model: PreTrainedModel, begin: Callable[[Feed], None]) -> Iterator[N
         ids, embeds, cache = given.get("input_ids"), given.get("inputs_embeds"), given.get("past_key_values")
         new = (ids if ids is not None else embeds).shape[1]
         start = 0 if cache is None else int(cache.get_seq_length())
-        begin(Feed(ids, given.get("attention_mask"), given.get("position_ids"), start, new))
+        cached = cache is not None or given.get("use_cache") is not False
+        begin(Feed(ids, given.get("attention_mask"), given.get("position_ids"), start, new, cached))
 
     handle = body.register_forward_pre_hook(hook, with_kwargs=True)
     try:
@@ -362,33 +367,91 @@ def _during(model: PreTrainedModel, columns: _Columns, edits: AbstractContextMan
 class _Skipped(nn.Module):
     """Stands in for a decoder block that does not run."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, switch: LayerSwitch) -> None:
         super().__init__()
-        self.__dict__["block"] = block  # not registered as a submodule
+        self.__dict__.update(block=block, switch=switch)  # not registered as a submodule
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.__dict__["block"], name)  # models read attributes such as `attention_type`
 
-    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
-        return hidden_states
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor | tuple[Tensor]:
+        return (hidden_states,) if self.switch.tuples else hidden_states
+
+
+class LayerSwitch:
+    """Runs a model with only some of its decoder layers; the others pass their input on and do not touch the cache.
+
+    The list of blocks is exchanged as a whole and built once for every set, so that switching costs the same for any
+    number of layers. Hooks on skipped blocks do not fire.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.layers = decoder_layers(model)
+        self.tuples: bool | None = None  # whether blocks return (hidden, ...); known as soon as one has run
+        self.lists: dict[frozenset[int], dict[str, nn.Module]] = {}
+
+    @contextmanager
+    def only(self, executed: frozenset[int]) -> Iterator[None]:
+        """Only the layers in `executed` run inside. Restores the model also after an error."""
+        if executed not in self.lists:
+            self.lists[executed] = self._list(executed)
+        before = self.layers._modules
+        watched = {self.layers[min(executed)]: self._look} if self.tuples is None and executed else {}
+        self.layers._modules = self.lists[executed]
+        try:
+            with edit_outputs(watched) if watched else nullcontext():
+                yield
+        finally:
+            self.layers._modules = before
+
+    def _list(self, executed: frozenset[int]) -> dict[str, nn.Module]:
+        _check(self.layers, executed)
+        blocks = self.layers._modules.items()
+        return {name: block if int(name) in executed else _Skipped(block, self) for name, block in blocks}
+
+    def _look(self, output: Tensor | tuple) -> Tensor | tuple:
+        self.tuples = isinstance(output, tuple)
+        return output
+
+
+def skip_layers(model: PreTrainedModel, executed: Collection[int]) -> AbstractContextManager[None]:
+    """Context manager: only the decoder layers in `executed` run, see `LayerSwitch`."""
+    return LayerSwitch(model).only(frozenset(executed))
 
 
 @contextmanager
-def skip_layers(model: PreTrainedModel, executed: Collection[int]) -> Iterator[None]:
-    """Run only the decoder layers in `executed`; the others pass their input on and do not touch the cache.
+def mask_layers(model: PreTrainedModel, mask: Tensor) -> Iterator[None]:
+    """Where `mask` is False a column does not run a layer: it leaves the layer as it came.
 
-    Hooks on skipped blocks do not fire. Restores the model also after an error.
+    Every layer still computes all columns, so this is no faster; it is how a model is trained for skipping.
+
+    Args:
+        mask: boolean (layers, columns) or (layers, batch, columns).
     """
     layers = decoder_layers(model)
-    _check(layers, executed)
-    skipped = {i: layers[i] for i in range(len(layers)) if i not in executed}
-    try:
-        for index, block in skipped.items():
-            layers[index] = _Skipped(block)
+    if mask.dtype != torch.bool or mask.dim() not in (2, 3) or mask.shape[0] != len(layers):
+        raise InputError(
+            f"a mask {tuple(mask.shape)} of {mask.dtype} is not allowed; give a boolean one of ({len(layers)} layers, "
+            "columns) or (layers, batch, columns)"
+        )
+
+    def hook(keep: Tensor) -> Callable:
+        def mix(module: nn.Module, args: tuple, kwargs: dict, output: object) -> object:
+            before = args[0] if args else kwargs["hidden_states"]
+            after = output[0] if isinstance(output, tuple) else output
+            if keep.shape[-2] != after.shape[1]:
+                raise InputError(f"the mask has {keep.shape[-2]} columns, the text {after.shape[1]}; give one for each")
+            after = torch.where(keep.to(after.device), after, before)
+            return (after, *output[1:]) if isinstance(output, tuple) else after
+
+        return mix
+
+    everywhere = mask.flatten(1).all(1).tolist()
+    with ExitStack() as stack:
+        for layer, keep, whole in zip(layers, mask[..., None], everywhere):
+            if not whole:
+                stack.callback(layer.register_forward_hook(hook(keep), with_kwargs=True).remove)
         yield
-    finally:
-        for index, block in skipped.items():
-            layers[index] = block
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -56,7 +56,8 @@ class Method(BaseModel):
     """Base of every method: frozen, validated parameters plus what the paper says.
 
     Class attributes: `slug` (name on the command line), `stage`, `title`, `paper` (title and arXiv number),
-    `claim` (what the paper promises, in one sentence).
+    `claim` (what the paper promises, in one sentence), `caution` (what a user must know before the first result, if
+    anything).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -66,6 +67,7 @@ class Method(BaseModel):
     title: ClassVar[str]
     paper: ClassVar[str]
     claim: ClassVar[str]
+    caution: ClassVar[str] = ""
 
     def __init__(self, **values: Any) -> None:
         try:

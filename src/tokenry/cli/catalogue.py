@@ -55,6 +55,10 @@ def show(slug: str, json_output: bool) -> None:
         as_json({**entry_dict(entry), **about, "options": [o._asdict() for o in method.options()]})
         return
     click.echo(f"{method.title} ({entry.stage}): {entry.summary}\n\nPaper:  {method.paper}\nClaim:  {method.claim}\n")
+    if method.caution:
+        click.echo(f"Note:   {method.caution}\n")
+    for name in entry.experiments:
+        click.echo(f"Measure it: tokenry compare {name}")
     click.echo("Options (-o name=value):")
     for option in method.options():
         allowed = f", {option.range}" if option.range else ""

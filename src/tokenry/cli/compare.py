@@ -17,20 +17,20 @@ from .shared import as_json, check_writable, example, load_model, model_options,
 
 
 @click.command(epilog=example("tokenry compare antislop --samples 64 --report report.html --record"))
-@click.argument("slug")
+@click.argument("name")
 @click.option("-o", "options", multiple=True, metavar="NAME=VALUE", help="An option of the method.")
 @click.option("--samples", type=int, help="How many samples; default: enough for the claim.")
 @click.option("--seeds", help="Seeds, separated by commas.")
 @click.option("--report", "report_path", help="Write a self-contained HTML report.")
 @click.option("--picture", help="Write the table as an SVG picture.")
-@click.option("--record", is_flag=True, help="Write the evidence entry docs/evidence/SLUG.json.")
+@click.option("--record", is_flag=True, help="Write the evidence entry docs/evidence/NAME.json.")
 @click.option(
     "--store", "store_path", default="runs/tokenry.sqlite", show_default=True, help="Where outcomes are kept."
 )
 @click.option("--resume", is_flag=True, help="Go on with the latest run of the same comparison.")
 @model_options
 def compare(
-    slug: str,
+    name: str,
     options: tuple[str, ...],
     samples: int | None,
     seeds: str | None,
@@ -45,14 +45,12 @@ def compare(
     json_output: bool,
 ) -> None:
     """Measure a method against the plain model and against the controls that could fool it."""
-    entry = catalog.get(slug)
-    if entry.experiment is None:
-        raise InputError(f"{slug} has no comparison of its own; it is a baseline of another method's")
-    (method,) = parse_methods([slug], options, entry.stage)
+    entry, module = catalog.experiment(name)
+    (method,) = parse_methods([entry.slug], options, entry.stage)
     if samples is not None and samples < 1:
         raise InputError(f"--samples {samples} measures nothing; give a number >= 1")
     seed_list = parse_seeds(seeds)
-    evidence_path = Path("docs/evidence") / f"{slug}.json"
+    evidence_path = Path("docs/evidence") / f"{name}.json"
     if record:
         try:
             evidence_path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,13 +63,13 @@ def compare(
 
     with RunStore(store_path) as store:
         model, tokenizer = load_model(model_name, dtype, device)
-        build = importlib.import_module(entry.experiment).build
+        build = importlib.import_module(module).build
         experiment = build(model, tokenizer, samples=samples, seeds=seed_list, method=method if options else None)
         about = {"model": model_name, "dtype": str(model.dtype)}
         comparison = run_compare(experiment, store, about, resume)
     findings = experiment.judge(comparison)
     verdict = experiment.verdict(findings)
-    command = rerun_command(slug, options, samples, seeds, model_name, dtype)
+    command = rerun_command(name, options, samples, seeds, model_name, dtype)
     outputs = (report_path, picture, evidence_path if record else None)
     publish(comparison, findings, verdict, model_name, command, *outputs)
     if json_output:
@@ -90,14 +88,14 @@ def parse_seeds(seeds: str | None) -> list[int] | None:
 
 
 def rerun_command(
-    slug: str, options: Sequence[str], samples: int | None, seeds: str | None, model: str, dtype: str | None
+    name: str, options: Sequence[str], samples: int | None, seeds: str | None, model: str, dtype: str | None
 ) -> str:
     """The command that measures the same again, without where its outputs went."""
     import shlex
 
-    parts = ["tokenry", "compare", slug]
-    for name, value in (("samples", samples), ("seeds", seeds), ("dtype", dtype)):
-        parts += [f"--{name}", str(value)] if value is not None else []
+    parts = ["tokenry", "compare", name]
+    for option, value in (("samples", samples), ("seeds", seeds), ("dtype", dtype)):
+        parts += [f"--{option}", str(value)] if value is not None else []
     parts += ["--model", model] if model != "smollm2" else []
     return shlex.join([*parts, *(word for pair in options for word in ("-o", pair))])
 

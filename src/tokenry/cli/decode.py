@@ -71,6 +71,9 @@ def decode(
         check_writable(save_pairs)
         Path(save_pairs).write_text("", encoding="utf-8")
     settings = {"methods": methods, "chat": not raw, "max_new_tokens": max_new_tokens, **sampling}
+    for method in methods:
+        if method.caution:
+            click.echo(f"{method.slug}: {method.caution}", err=True)
     loaded = load_model(model_name, dtype, device)
     if prompts_path:
         generate_many(loaded, prompts, settings, seed, batch_size, save_pairs)
@@ -107,7 +110,7 @@ def generate_one(
     if json_output:
         events = [{k: v for k, v in vars(e).items() if k != "context_ids"} for e in output.events]
         calls = {"forward_calls": output.forward_calls, "token_forwards": output.token_forwards}
-        as_json({"text": output.texts[0], "ids": output.new_ids[0], "events": events, **calls})
+        as_json({"text": output.texts[0], "ids": output.new_ids[0], **strategy(output, 0), "events": events, **calls})
     elif output.events:
         click.echo(f"({len(output.events)} repairs; --json lists them)", err=True)
 
@@ -123,9 +126,14 @@ def generate_many(
             batch = prompts[start : start + size]
             output = generate(*loaded, batch, seed=seed + start, **settings)
             add_pairs(save_pairs, output)
-            for prompt, text in zip(batch, output.texts):
-                click.echo(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False))
+            for b, (prompt, text) in enumerate(zip(batch, output.texts)):
+                click.echo(json.dumps({"prompt": prompt, "text": text, **strategy(output, b)}, ensure_ascii=False))
             update(advance=len(batch))
+
+
+def strategy(output: Any, row: int) -> dict[str, str]:
+    """How a row was answered, where a method has chosen that."""
+    return {"strategy": output.strategy[row]} if "strategy" in output else {}
 
 
 def add_pairs(path: str | None, output: Any) -> None:

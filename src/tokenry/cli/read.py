@@ -1,4 +1,4 @@
-"""read: what the neurons of a model stand for, and which of them a text switches on."""
+"""read: what the neurons of a model stand for, and which of them a text switches on; how difficult a question is."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import InputError
+from .difficulty import learn_probe
 from .shared import as_json, check_writable, example, load_model, model_options, parse_methods, progress, read_text
 
 if TYPE_CHECKING:
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
 @click.option("--overlap", "other", metavar="MODEL", help="Share of equal names in another checkpoint.")
 @click.option("--map", "map_path", help="A saved map of the model, instead of making one.")
 @click.option("--save-map", help="Write the map (safetensors).")
+@click.option("--problems", help="Learn difficulty from this file: lines of {question: ..., answer: ...}.")
+@click.option("--arithmetic", type=int, metavar="N", help="Learn difficulty from N sums, for zoo/reasoner.")
+@click.option("--marker", default="boxed", show_default=True, help="Answers: boxed, answer, number, or a regex.")
+@click.option("--max-new-tokens", default=256, show_default=True, help="The budget of an answer.")
+@click.option("--save", "folder", help="Folder for the difficulty probe.")
 @model_options
 def read(
     text: str | None,
@@ -37,13 +43,30 @@ def read(
     other: str | None,
     map_path: str | None,
     save_map: str | None,
+    problems: str | None,
+    arithmetic: int | None,
+    marker: str,
+    max_new_tokens: int,
+    folder: str | None,
     model_name: str,
     dtype: str | None,
     device: str | None,
     json_output: bool,
 ) -> None:
-    """Name neurons, find them by word, and list those that a text switches on. TEXT '-' reads standard input."""
+    """Name neurons, find them by word, and list those that a text switches on; or learn how difficult a question is.
+
+    TEXT '-' reads standard input.
+    """
     (method,) = parse_methods([slug], options, "read")
+    of_maps = {"TEXT": text, "--trace": trace_path, "--find": words, "--layer": layer, "--overlap": other}
+    of_maps |= {"--map": map_path, "--save-map": save_map}
+    of_probes = {"--problems": problems, "--arithmetic": arithmetic, "--save": folder}
+    learns = slug == "difficulty-probe"
+    refuse_given(of_maps if learns else of_probes, slug)
+    if learns:
+        found = learn_probe(method, (model_name, dtype, device), problems, arithmetic, marker, max_new_tokens, folder)
+        show(found, json_output)
+        return
     if text is not None and trace_path:
         raise InputError("there is a text and --trace; give one of them")
     if text is None and layer is None and not (trace_path or words or other or save_map):
@@ -73,6 +96,13 @@ def read(
         trace = Trace.load(trace_path, model) if trace_path else traced(model, tokenizer, text, layers)
         answers.append(method.read(trace, names, least=least))
     show(answers, json_output)
+
+
+def refuse_given(values: dict[str, Any], slug: str) -> None:
+    """Options of other methods are refused, not ignored."""
+    given = [name for name, value in values.items() if value not in (None, ())]
+    if given:
+        raise InputError(f"{slug} has no use for {', '.join(given)}; leave it out, see `tokenry read --help`")
 
 
 def make_map(method: LMHeadNeurons, model: Any, tokenizer: Any, name: str) -> NeuronMap:

@@ -15,9 +15,9 @@ from .shared import as_json, example, load_model, model_options, parse_methods, 
 @click.command(epilog=example("tokenry train --method ftpo --data pairs.jsonl --output smollm2-without-slop"))
 @click.option("--method", "slug", required=True, help="A train method.")
 @click.option("-o", "options", multiple=True, metavar="NAME=VALUE", help="An option of the method.")
-@click.option("--data", required=True, help="Pairs, a JSON line each: `tokenry decode --save-pairs` writes them.")
-@click.option("--output", required=True, help="New folder for the trained model.")
-@click.option("--hold-out", default=0.1, show_default=True, help="Share of the pairs that is only measured.")
+@click.option("--data", required=True, help="What it learns from, a JSON line each: pairs or episodes.")
+@click.option("--output", required=True, help="New folder for what is trained.")
+@click.option("--hold-out", default=0.1, show_default=True, help="Share of the data that is only measured.")
 @model_options
 def train(
     slug: str,
@@ -30,26 +30,25 @@ def train(
     device: str | None,
     json_output: bool,
 ) -> None:
-    """Train a model on preference pairs, and show what it does at held-out ones before and after."""
+    """Train on pairs or episodes, and show what is measured at held-out ones before and after."""
     (method,) = parse_methods([slug], options, "train")
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"the output {output!r} exists and is not an empty folder; give a new one")
     if not 0 <= hold_out < 1:
         raise InputError(f"--hold-out {hold_out} is not allowed; give a share in [0, 1)")
-    from ..train import read_pairs
-
-    rows = read_pairs(data)
+    if not Path(data).is_file():
+        raise InputError(f"the {method.examples} {data!r} cannot be read (no such file); give a file of JSON lines")
     model, tokenizer = load_model(model_name, dtype, device)
-    kept, held = split(method.pairs(rows, tokenizer), hold_out)
+    kept, held = split(method.read(data, tokenizer), hold_out)
     with progress(slug, None) as update, TemporaryDirectory() as scratch:
         trainer = method.trainer(model, tokenizer, kept, scratch, progress=update)
-        before = measure(trainer, held or kept)
+        before = measure(method, trainer, held or kept)
         trained = trainer.train()
-    after = measure(trainer, held or kept)
-    save(trainer, tokenizer, folder)
+    after = measure(method, trainer, held or kept)
+    method.save(trainer, folder)
     summary = {
-        "pairs": len(kept),
+        method.examples: len(kept),
         "held_out": len(held),
         "steps": trainer.state.global_step,
         "seconds": round(trained.metrics["train_runtime"], 1),
@@ -57,41 +56,24 @@ def train(
         "after": after,
         "output": output,
     }
-    as_json(summary) if json_output else show(summary)
+    as_json(summary) if json_output else show(method, summary, model_name)
 
 
-def split(pairs: list[Any], share: float) -> tuple[list[Any], list[Any]]:
-    """Training and held-out pairs; the pairs are shuffled already."""
-    held = round(share * len(pairs))
-    return pairs[held:], pairs[:held]
+def split(examples: list[Any], share: float) -> tuple[list[Any], list[Any]]:
+    """Training and held-out examples; they come in random order."""
+    held = round(share * len(examples))
+    return examples[held:], examples[:held]
 
 
-def measure(trainer: Any, pairs: list[Any]) -> dict[str, float]:
-    from ..train import score_pairs
-
-    scores = score_pairs(trainer.model, pairs, trainer.data_collator)
-    return {name: round(float(column.mean()), 4) for name, column in scores.items()}
+def measure(method: Any, trainer: Any, examples: list[Any]) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in method.score(trainer, examples).items()}
 
 
-def save(trainer: Any, tokenizer: Any, folder: Path) -> None:
-    """The merged model, which loads anywhere, and the adapter beside it."""
-    from ..train import merged, save_adapter
-
-    save_adapter(trainer.model, folder / "adapter")
-    merged(trainer.model).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def show(summary: dict[str, Any]) -> None:
-    before, after = summary["before"], summary["after"]
+def show(method: Any, summary: dict[str, Any], model: str) -> None:
+    before, after, what = summary["before"], summary["after"], method.examples
     where = "held-out" if summary["held_out"] else "training"
-    click.echo(f"{summary['pairs']} pairs, {summary['steps']} steps, {summary['seconds']} s; at {where} pairs:")
-    meanings = {
-        "rejected": "probability of the rejected token",
-        "chosen": "probability of the chosen tokens",
-        "choice_win": "share of chosen tokens above the rejected one",
-        "drift": "mean change of the other logits",
-    }
-    for name, meaning in meanings.items():
+    click.echo(f"{summary[what]} {what}, {summary['steps']} steps, {summary['seconds']} s; at {where} {what}:")
+    for name, meaning in method.measures.items():
         click.echo(f"  {meaning:<46} {before[name]:.3f} -> {after[name]:.3f}")
-    click.echo(f"saved: {summary['output']}; try `tokenry decode --model {summary['output']} PROMPT`")
+    command = method.next_step.format(output=summary["output"], model=model)
+    click.echo(f"saved: {summary['output']}; try `{command}`")

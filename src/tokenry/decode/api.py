@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    BatchEncoding,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
@@ -63,7 +69,8 @@ def loop(
     cache = model_kwargs.pop("past_key_values", None)
     for name in ("position_ids", "logits_to_keep", "use_cache", "synced_gpus", "streamer", "tokenizer"):
         model_kwargs.pop(name, None)
-    engine = TransformersEngine(model, cache, layer_policy, bool(monitors), rewind, model_kwargs)
+    max_new_tokens = generation_config.max_length - input_ids.shape[1]
+    engine = TransformersEngine(model, cache, layer_policy, bool(monitors), rewind, model_kwargs, max_new_tokens)
     runner = DecodeLoop(
         engine,
         processing_class,
@@ -80,7 +87,7 @@ def loop(
     output = runner.generate(
         input_ids,
         mask,
-        max_new_tokens=generation_config.max_length - input_ids.shape[1],
+        max_new_tokens=max_new_tokens,
         budgets=budgets,
         eos_ids=eos[0] if eos else (),
         pad_id=None if pad is None else int(pad),
@@ -93,7 +100,7 @@ def loop(
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: str | Sequence[str],
+    prompts: str | Sequence[str] | BatchEncoding,
     *,
     methods: Sequence[DecodeMethod] = (),
     processors: Sequence[LogitsProcessor] = (),
@@ -111,7 +118,9 @@ def generate(
     """Continue one or several prompts with any combination of methods and plug-ins.
 
     Args:
-        methods: decode methods; their plug-ins come before the ones given here.
+        prompts: texts, or `input_ids` and `attention_mask` as `encode_prompts` makes them.
+        methods: decode methods; their plug-ins come before the ones given here. One that reads the prompts first has a
+            `generate` of its own, which gets all the rest.
         caps: logits processors that act last, after temperature and truncation.
         seed: makes sampling repeatable, row by row; None uses torch's global generator.
         chat: put each prompt through the chat template where the tokenizer has one.
@@ -123,9 +132,18 @@ def generate(
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens={max_new_tokens} leaves nothing to generate; give a number >= 1")
     plugins = Plugins(processors, monitors, layer_policy, steerers, caps)
-    for method in reversed(list(methods)):
+    readers = [method for method in methods if hasattr(method, "generate")]
+    if len(readers) > 1:
+        raise InputError(f"{readers[0].slug} and {readers[1].slug} both read the prompts first; use one of them")
+    for method in reversed([method for method in methods if not hasattr(method, "generate")]):
         plugins = method.plugins(model, tokenizer) + plugins
-    inputs = encode_prompts(tokenizer, [prompts] if isinstance(prompts, str) else prompts, chat)
+    if readers:
+        rest = {"streamers": streamers, "seed": seed, "stop": stop, "chat": chat, "max_new_tokens": max_new_tokens}
+        return readers[0].generate(model, tokenizer, prompts, **vars(plugins), **rest, **options)
+    if isinstance(prompts, BatchEncoding):
+        inputs = prompts
+    else:
+        inputs = encode_prompts(tokenizer, [prompts] if isinstance(prompts, str) else prompts, chat)
     _check_context(model, inputs["input_ids"].shape[1])
     return model.generate(
         **inputs.to(model.device),

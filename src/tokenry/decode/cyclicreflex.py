@@ -107,7 +107,7 @@ class CyclicReflectionLogitsProcessor(BiasLogitsProcessor):
     def bias(self, generated: Tensor) -> Tensor:
         batch, t = generated.shape
         inside = self.windows is None or any(start <= t < end for start, end in self.windows)
-        return torch.full((batch,), self.schedule(t) if inside else 0.0, device=generated.device)
+        return torch.full((batch,), float(self.schedule(t)) if inside else 0.0, device=generated.device)
 
 
 def _read_windows(value: Any) -> Any:

@@ -10,18 +10,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
 from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper
-from transformers.generation.streamers import BaseStreamer
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.logits_process import LogitsProcessor, TemperatureLogitsWarper
 
 from ..difficulty import (
     CLASSES,
@@ -34,9 +32,9 @@ from ..difficulty import (
     shared_length,
 )
 from ..errors import InputError
-from .api import loop
-from .core import DecodeOutput, Monitor
-from .method import DecodeMethod, Plugins
+from .api import generate
+from .core import DecodeOutput
+from .method import DecodeMethod
 
 __all__ = ["DEFAULT_STRATEGIES", "DiffAdapt", "DiffAdaptOutput", "Strategy", "generate_by_strategy", "oracle_strategy"]
 
@@ -82,16 +80,6 @@ DEFAULT_STRATEGIES = (
 )
 
 
-class Probe(Protocol):
-    """What classifies a question, such as `tokenry.difficulty.DifficultyProbe`."""
-
-    def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat: bool = True) -> None:
-        """Refuse a model or template it does not fit."""
-
-    def probabilities(self, states: Tensor) -> Tensor:
-        """Of easy, normal and hard (batch, 3), from the state of each question's last token (batch, width)."""
-
-
 @dataclass
 class DiffAdaptOutput(DecodeOutput):
     """A `DecodeOutput` with the name of each row's strategy and the probabilities of the classes (batch, 3)."""
@@ -132,12 +120,7 @@ def generate_by_strategy(
     *,
     max_new_tokens: int = 256,
     questions: Questions | None = None,
-    methods: Sequence[DecodeMethod] = (),
     processors: Sequence[LogitsProcessor] = (),
-    monitors: Sequence[Monitor] = (),
-    steerers: Sequence[AbstractContextManager] = (),
-    streamers: Sequence[BaseStreamer] = (),
-    seed: int | None = None,
     chat: bool = True,
     **options: Any,
 ) -> DecodeOutput:
@@ -147,39 +130,26 @@ def generate_by_strategy(
         strategies: one for each prompt.
         questions: what `read_questions` made of the prompts: then only what follows the questions is fed. The cache in
             it is used up.
-        options: the rest is as in `tokenry.generate`, sampling is on, and the temperature is the strategy's.
+        options: the rest is as in `tokenry.generate`, but sampling is on, and the temperature is the strategy's.
 
     Raises:
-        InputError: not one strategy for each prompt, max_new_tokens < 1, a temperature in `options`.
+        InputError: not one strategy for each prompt, a temperature in `options`, and what `tokenry.generate` refuses.
     """
     if len(prompts) != len(strategies):
         raise InputError(f"{len(strategies)} strategies for {len(prompts)} prompts; give one strategy for each prompt")
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens={max_new_tokens} leaves nothing to generate; give a number >= 1")
     if options.get("temperature", 1.0) != 1.0:
         raise InputError(f"temperature={options['temperature']} is the strategy's to say; set it there")
-    plugins = Plugins(processors, monitors, None, steerers)
-    for method in reversed(list(methods)):
-        plugins = method.plugins(model, tokenizer) + plugins
     rows = [prompt_ids(tokenizer, prompt, one.suffix, chat) for prompt, one in zip(prompts, strategies)]
     ids, mask, cache = _lay_out(rows, questions, tokenizer.pad_token_id or 0, model.device)
     own = TemperatureByRow(ids, [strategy.temperature for strategy in strategies])
-    output = model.generate(
-        ids,
-        attention_mask=mask,
+    output = generate(
+        model,
+        tokenizer,
+        BatchEncoding({"input_ids": ids, "attention_mask": mask}),
+        processors=[*processors, own],
         past_key_values=cache,
-        custom_generate=loop,
-        logits_processor=LogitsProcessorList([*plugins.processors, own]),
-        monitors=plugins.monitors,
-        layer_policy=plugins.layer_policy,
-        steerers=plugins.steerers,
-        caps=plugins.caps,
-        token_streamers=streamers,
-        processing_class=tokenizer,
-        seed=seed,
         max_new_tokens=max_new_tokens,
         budgets=[strategy.tokens(max_new_tokens) for strategy in strategies],
-        return_dict_in_generate=True,
         **{"do_sample": True, **options, "temperature": 1.0},
     )
     if questions is not None:
@@ -235,9 +205,8 @@ class DiffAdapt(DecodeMethod):
         "equal accuracy."
     )
 
-    probe: Annotated[Any, BeforeValidator(_read_probe), WithJsonSchema({"type": "string"})] = Field(
-        None,
-        description="folder of a probe trained on this model (DifficultyProbe.save), or in Python the probe itself",
+    probe: Annotated[DifficultyProbe | None, BeforeValidator(_read_probe), WithJsonSchema({"type": "string"})] = Field(
+        None, description="folder of a probe trained on this model, or in Python the probe itself"
     )
     strategies: Annotated[tuple[Strategy, ...], BeforeValidator(_read_strategies)] = Field(
         DEFAULT_STRATEGIES,
@@ -247,6 +216,13 @@ class DiffAdapt(DecodeMethod):
         0.0, ge=0, le=1, description="questions whose best class is less probable are treated as normal"
     )
 
+    @field_validator("probe")
+    @classmethod
+    def _knows_the_classes(cls, probe: DifficultyProbe | None) -> DifficultyProbe | None:
+        if probe is not None and probe.n_classes != len(CLASSES):
+            raise InputError(f"the probe has {probe.n_classes} classes; give one that tells {', '.join(CLASSES)}")
+        return probe
+
     @field_validator("strategies")
     @classmethod
     def _one_for_each_class(cls, strategies: tuple[Strategy, ...]) -> tuple[Strategy, ...]:
@@ -254,12 +230,6 @@ class DiffAdapt(DecodeMethod):
         if names != sorted(CLASSES):
             raise InputError(f"the strategies are {', '.join(names) or 'none'}; give one each for {', '.join(CLASSES)}")
         return tuple(sorted(strategies, key=lambda strategy: CLASSES.index(strategy.name)))
-
-    def plugins(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Plugins:
-        raise InputError(
-            "diffadapt reads the question before the prompt is complete, so no plug-in can stand for it; call "
-            "DiffAdapt(...).generate(model, tokenizer, prompts, methods=[...])"
-        )
 
     def choose(self, probs: Tensor) -> list[Strategy]:
         """The strategy for each row of probabilities (batch, 3)."""
@@ -283,15 +253,15 @@ class DiffAdapt(DecodeMethod):
         Args:
             prompts: a question or several, each a text or messages of which the last is the user's.
             max_new_tokens: the full budget.
-            options: as in `generate_by_strategy`: methods, monitors, streamers, seed and whatever `generate` takes.
+            options: as in `tokenry.generate`, but sampling is on, and the temperature is the strategy's.
 
         Raises:
-            InputError: no probe, one of another model or template, an empty prompt, max_new_tokens < 1.
+            InputError: no probe, one of another model or template, an empty prompt, a temperature, max_new_tokens < 1.
         """
         prompts = _as_list(prompts)
         if self.probe is None:
             raise InputError(
-                "diffadapt has no probe; train one for this model (tokenry.read.difficulty_probe) and give probe=FOLDER"
+                "diffadapt has no probe; train one with `tokenry read --method difficulty-probe` and give probe=FOLDER"
             )
         self.probe.check(model, tokenizer, chat)
         questions = read_questions(model, tokenizer, prompts, chat)
@@ -311,6 +281,8 @@ class DiffAdapt(DecodeMethod):
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, BatchEncoding):
+        raise InputError("diffadapt puts words behind questions before they are encoded; give the questions as text")
     if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], Mapping)):
         return [prompts]
     return list(prompts)

@@ -17,9 +17,9 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ..cache import gather_columns, is_sliding, layer_lengths, remove_last, rewind_obstacle
 from ..errors import InputError
-from ..hooks import decoder_layers, skip_layers
+from ..hooks import LayerSwitch, decoder_layers
 
-__all__ = ["Engine", "LayerPolicy", "TransformersEngine"]
+__all__ = ["Engine", "LayerPolicy", "TransformersEngine", "layers_needed"]
 
 COMPACT_ABOVE = 0.25  # share of dead columns at which a batch is compacted
 
@@ -41,13 +41,32 @@ class Engine(Protocol):
 
 
 class LayerPolicy(Protocol):
-    """Which decoder layers run, as a function of the column alone. Sets only shrink and contain layer 0."""
+    """Which decoder layers run, as a function of the column alone. Sets only shrink and contain layer 0.
 
-    def begin(self, prompt_columns: int) -> None:
-        """Called once, before the first generated column."""
+    Then every layer has seen all earlier columns of those that it runs for, and the cache needs no repair.
+    """
+
+    def begin(self, prompt_columns: int, new_columns: int | None) -> None:
+        """Called once, before the prompt is fed, with the most columns that may follow it (None: not known)."""
 
     def layers(self, column: int) -> Collection[int]:
-        """The layers executed for this column."""
+        """The layers executed for this column; the whole prompt runs those of its last column."""
+
+
+def layers_needed(model: PreTrainedModel) -> frozenset[int]:
+    """The layers that may never be skipped: masks and positions are sized from the first one of every attention kind.
+
+    Raises:
+        InputError: a later layer reads the keys and values of an earlier one, which skipping would leave without.
+    """
+    config = model.config.get_text_config()
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise InputError(
+            f"{config.num_kv_shared_layers} layers of {type(model).__name__} share keys and values, so none can be "
+            "skipped; use a model without shared layers"
+        )
+    kinds = getattr(config, "layer_types", None) or ["full_attention"]
+    return frozenset(kinds.index(kind) for kind in set(kinds))
 
 
 class TransformersEngine:
@@ -64,6 +83,7 @@ class TransformersEngine:
         rewind: "auto" takes tokens out of the cache where it can and feeds the row again where it cannot;
             "reprefill" always feeds again.
         extra: keyword arguments of the first forward only (pixel values and the like).
+        max_new_tokens: how many tokens follow the prompt at most, for a layer policy that plans ahead.
     """
 
     def __init__(
@@ -74,6 +94,7 @@ class TransformersEngine:
         rewinds: bool = False,
         rewind: str = "auto",
         extra: dict[str, Any] | None = None,
+        max_new_tokens: int | None = None,
     ) -> None:
         if model.config.is_encoder_decoder:
             raise InputError(f"{type(model).__name__} has an encoder; the decode loop takes decoder-only models")
@@ -88,8 +109,11 @@ class TransformersEngine:
         self.extra = extra or {}
         self.keep = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self.takes_positions = "position_ids" in accepted
-        self.depth = len(decoder_layers(model)) if layer_policy else 0
-        self.by_column: dict[int, set[int]] = {}  # layers executed, for columns that a policy thinned
+        self.max_new_tokens = max_new_tokens
+        self.by_column: dict[int, frozenset[int]] = {}  # layers executed, where there is a policy
+        if layer_policy is not None:
+            self.switch = LayerSwitch(model)
+            self.depth, self.needed = len(decoder_layers(model)), layers_needed(model)
         self.calls = self.token_forwards = 0
         self.columns = 0
         self.stale = False
@@ -98,14 +122,15 @@ class TransformersEngine:
         if self.columns == 0 and not self.stale:
             tokens, mask = self._start(tokens, mask)
             if not self.stale:
-                return self._forward(tokens, mask, None, **self.extra)
+                executed = None if self.policy is None else self._layers_of(self.columns + tokens.shape[1] - 1)
+                return self._forward(tokens, mask, executed, **self.extra)
         if self.stale:
             tokens, mask = self._everything(tokens, mask)
             return self._forward(tokens, mask, None, **self.extra)
         if self.policy is None:
             return self._forward(tokens, mask, None)
         for i in range(tokens.shape[1]):  # the depth may change from one column to the next
-            executed = self._check_depth(self.columns)
+            executed = self._layers_of(self.columns)
             logits = self._forward(tokens[:, i : i + 1], None if mask is None else mask[:, i : i + 1], executed)
         return logits
 
@@ -133,12 +158,19 @@ class TransformersEngine:
         self.padded = mask is not None and not bool(mask.all())
         self.dead = 0
         if self.policy is not None:
-            self.policy.begin(prompt)
+            if mask is not None and not bool(mask[:, -1].all()):
+                raise InputError("a prompt is padded on the right, where tokens will follow; pad on the left")
+            self.policy.begin(prompt, self.max_new_tokens)
         if self.rewinds and not self.reprefills:
             obstacle = rewind_obstacle(self.cache)
             if obstacle and "static" in type(self.cache).__name__.lower():
                 raise InputError(f"tokens cannot be taken back: {obstacle}; use the default dynamic cache")
             self.reprefills = obstacle is not None
+        if self.policy is not None and self.reprefills:
+            raise InputError(
+                "rows cannot be fed again when columns run different layers; use rewind='auto' and the default cache "
+                "with a layer policy"
+            )
         return self._adopt(tokens, mask) if self.cache.get_seq_length() else (tokens, mask)
 
     def _adopt(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -165,7 +197,7 @@ class TransformersEngine:
         self.stale = mask is not None and not bool(mask.all()) and is_sliding(self.cache)
         return tokens, mask
 
-    def _forward(self, tokens: Tensor, mask: Tensor | None, executed: set[int] | None, **extra: Any) -> Tensor:
+    def _forward(self, tokens: Tensor, mask: Tensor | None, executed: frozenset[int] | None, **extra: Any) -> Tensor:
         start, end = self.columns, self.columns + tokens.shape[1]
         self._reserve(end)
         self.tokens[:, start:end] = tokens
@@ -186,7 +218,7 @@ class TransformersEngine:
             inputs["attention_mask"] = self.mask[:, :end].long()
         if self.takes_positions:
             inputs["position_ids"] = positions
-        with skip_layers(self.model, executed) if executed is not None else nullcontext():
+        with self.switch.only(executed) if executed is not None else nullcontext():
             logits = self.model(**inputs, **self.keep, **extra, return_dict=True).logits
         if start == 0 and self.rewinds:
             self.cache.activate_past_recording()  # sliding layers must keep what a rewind may need
@@ -204,16 +236,21 @@ class TransformersEngine:
             self.mask = torch.nn.functional.pad(self.mask, (0, grow))
             self.tokens = torch.nn.functional.pad(self.tokens, (0, grow))
 
-    def _check_depth(self, column: int) -> set[int]:
-        executed = set(self.policy.layers(column))
-        if 0 not in executed or not executed <= set(range(self.depth)):
-            raise InputError(
-                f"the layer policy runs {sorted(executed)} of {self.depth} layers; layer 0 is always needed"
-            )
-        before = self.by_column.get(column - 1, executed)
-        if not executed <= before:
-            raise InputError(f"the layer policy adds layers {sorted(executed - before)} back; sets may only shrink")
+    def _layers_of(self, column: int) -> frozenset[int]:
+        executed, before = self.policy.layers(column), self.by_column.get(column - 1)
+        if executed is not before:  # mostly it is, and needs no check
+            executed = self._checked(frozenset(executed), before)
         self.by_column[column] = executed
+        return executed
+
+    def _checked(self, executed: frozenset[int], before: frozenset[int] | None) -> frozenset[int]:
+        if not self.needed <= executed <= set(range(self.depth)):
+            always = ", ".join(map(str, sorted(self.needed)))
+            raise InputError(
+                f"the layer policy runs {sorted(executed)} of {self.depth} layers; layer {always} is always needed"
+            )
+        if before is not None and not executed <= before:
+            raise InputError(f"the layer policy adds layers {sorted(executed - before)} back; sets may only shrink")
         return executed
 
     # --- taking tokens back --------------------------------------------------------------------------------

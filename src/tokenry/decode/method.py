@@ -41,7 +41,11 @@ class Plugins:
 
 
 class DecodeMethod(Method):
-    """A method of the decode stage: parameters, and the plug-ins they stand for on a given model."""
+    """A method of the decode stage: parameters, and the plug-ins they stand for on a given model.
+
+    A method that must read the prompts before it knows what to do has no plug-ins but a `generate` of its own with the
+    arguments of `tokenry.generate`, which hands over to it.
+    """
 
     stage: ClassVar[str] = "decode"
 

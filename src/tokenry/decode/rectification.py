@@ -51,13 +51,13 @@ def cap_distribution(logp: Tensor, cap: Tensor) -> tuple[Tensor, Tensor]:
     infeasible = cap.sum(-1) < 1
     if not bool(over.any()):
         return logp.float(), infeasible
-    factor = _factor(p, cap)
-    capped = torch.where(infeasible[:, None], cap / cap.sum(-1, keepdim=True), torch.minimum(cap, factor * p))
+    capped = torch.minimum(cap, torch.where(p > 0, _factor(p, cap) * p, 0.0))
+    capped = capped / capped.sum(-1, keepdim=True)  # which is 1 unless every token is at its cap
     return torch.where(over[:, None], capped.log().float(), logp.float()), infeasible
 
 
 def _factor(p: Tensor, cap: Tensor) -> Tensor:
-    """The smallest c >= 1 (batch, 1) with sum(min(cap, c p)) = 1, where there is one.
+    """The smallest c >= 1 (batch, 1) with sum(min(cap, c p)) = 1; infinite where every token is at its cap.
 
     Tokens are capped in the order of cap / p. With the first k of them at their caps the others must be scaled by
     c_k = (1 - their caps) / (probability of the others); the first c_k that leaves the next token below its cap is it.
@@ -67,8 +67,9 @@ def _factor(p: Tensor, cap: Tensor) -> Tensor:
     rest_p = sorted_p.flip(-1).cumsum(-1).flip(-1)  # summed from the end: no difference of nearly equal numbers
     rest_cap = 1 - (sorted_cap.cumsum(-1) - sorted_cap)
     scale = torch.where(rest_p > 0, rest_cap / rest_p, torch.inf)
-    first = (scale <= ratio).long().argmax(-1, keepdim=True)
-    return scale.gather(-1, first).clamp_min(1.0)
+    fits = (scale <= ratio) & (sorted_p > 0)
+    first = scale.gather(-1, fits.long().argmax(-1, keepdim=True))
+    return torch.where(fits.any(-1, keepdim=True), first.clamp_min(1.0), torch.inf)
 
 
 def iterate_caps(logits: Tensor, cap: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol
 import torch
 from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import InputError
@@ -98,13 +98,9 @@ class DigitScorer:
         self.lowest = scale[0]
         self.ids = [_digit_ids(tokenizer, number) for number in range(scale[0], scale[1] + 1)]
 
-    def text(self, problem: Messages, steps: Sequence[str], candidate: str) -> str:
-        """What the model reads before the score."""
-        return self.prompts.judging(self.tokenizer, problem, steps, candidate)
-
     @torch.no_grad()
     def score(self, problem: Messages, steps: Sequence[str], candidate: str) -> StepScore:
-        text = self.text(problem, steps, candidate)
+        text = self.prompts.judging(self.tokenizer, problem, steps, candidate)
         ids = self.tokenizer.encode(text, add_special_tokens=not self.prompts.chat, return_tensors="pt")
         return self.read(self.model(ids.to(self.model.device), use_cache=False).logits[0, -1])
 
@@ -305,7 +301,7 @@ class Progress:
     problem: Messages
     separator: str
     begin: dict[str, str]  # the text before the steps, for each model
-    judge_room: int  # tokens that judging adds
+    turn: str  # what asks for the score of a step, behind it
     limit: int = 0  # most tokens of the next step
     steps: list[StepRecord] = field(default_factory=list)
     stop_reason: str | None = None
@@ -350,7 +346,7 @@ class Speculation:
 
     def _start(self, number: int, problem: Messages, begin: dict[str, str]) -> Progress:
         turn = self.prompts.separator + self.prompts.turn(self.base.tokenizer, problem)
-        row = Progress(number, problem, self.prompts.separator, begin, len(self.base.encode(turn)))
+        row = Progress(number, problem, self.prompts.separator, begin, turn)
         row.limit = self._limit(row)
         if row.limit < 1:
             raise InputError(
@@ -383,8 +379,8 @@ class Speculation:
 
     def _limit(self, row: Progress) -> int:
         """The most tokens of the next step."""
-        text = row.text
-        room = min(model.room(row.begin[name] + text) for name, model in self.models.items()) - row.judge_room
+        text = row.text + row.turn
+        room = min(model.room(row.begin[name] + text) for name, model in self.models.items())
         return int(min(self.reasoner.max_step_tokens, self.reasoner.token_budget - row.kept, room))
 
     def _write(self, name: str, rows: Sequence[Progress]) -> dict[int, Draft]:
@@ -402,15 +398,16 @@ class Speculation:
         if not rows:
             return {}
         start, scorer = time.perf_counter(), self.reasoner.scorer
-        asked = {row.number: (row.problem, *row.candidate(drafts[row.number])) for row in rows}
-        if isinstance(scorer, DigitScorer) and scorer.model is self.base.model:
+        own = isinstance(scorer, DigitScorer) and scorer.model is self.base.model
+        if own and scorer.prompts == self.prompts:
             before = list(self.base.fed)
-            logits = self.base.read({number: scorer.text(*question) for number, question in asked.items()})
-            scores = {number: scorer.read(logits[number]) for number in asked}
+            texts = {row.number: row.begin["base"] + row.text + drafts[row.number].text + row.turn for row in rows}
+            logits = self.base.read(texts)
+            scores = {row.number: scorer.read(logits[row.number]) for row in rows}
             for row in rows:
                 row.judge_tokens += self.base.fed[row.number] - before[row.number]
         else:
-            scores = {number: scorer.score(*question) for number, question in asked.items()}
+            scores = {row.number: scorer.score(row.problem, *row.candidate(drafts[row.number])) for row in rows}
         self.masses += [float(score.probs.sum()) for score in scores.values() if score.probs is not None]
         self.seconds["judge"] += time.perf_counter() - start
         return scores
@@ -601,6 +598,8 @@ class SpecReason(DecodeMethod):
 
 
 def _as_list(prompts: Messages | Sequence[Messages]) -> list[Messages]:
+    if isinstance(prompts, BatchEncoding):
+        raise InputError("specreason reads prompts with two tokenizers; give it texts or messages, not ids")
     if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], Mapping)):
         return [prompts]
     return list(prompts)

@@ -1,7 +1,8 @@
 """Writes what the documentation says about numbers: `python -m tokenry.measure.docs` in the repository.
 
-The evidence table of README.md, docs/evidence.md and the option tables of docs/<slug>.md come from the evidence files
-and from the methods' declarations. With --check nothing is written, and the exit code says whether all is up to date.
+The evidence table of README.md, docs/evidence.md, the option tables of docs/<slug>.md and the models of docs/zoo.md
+come from the evidence files, the methods' declarations and the records of the zoo. With --check nothing is written, and
+the exit code says whether all is up to date.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import catalog
+from ..zoo.recipes import RECIPES, record_of
 from .evidence import load_evidence
 
 __all__ = ["documents"]
@@ -27,6 +29,8 @@ def documents(root: Path) -> dict[Path, str]:
         page = root / "docs" / f"{entry.slug}.md"
         if page.exists():
             made[page] = fill(page.read_text(encoding="utf-8"), "options", options_table(entry))
+    zoo = root / "docs" / "zoo.md"
+    made[zoo] = fill(zoo.read_text(encoding="utf-8"), "zoo", zoo_table())
     return made
 
 
@@ -47,18 +51,27 @@ def options_table(entry: catalog.Entry) -> str:
     return "\n".join(rows)
 
 
+def zoo_table() -> str:
+    """The recipes with what building them has measured."""
+    rows = ["| model | parameters | what it does | learns from | reached |", "|---|---:|---|---|---|"]
+    for recipe in RECIPES:
+        record = record_of(recipe.name) or {"measures": {}}
+        reached = ", ".join(f"{name} {value:.3g}" for name, value in record["measures"].items())
+        rows.append(f"| zoo/{recipe.name} | {recipe.size:g} M | {recipe.task} | {recipe.data} | {reached} |")
+    return "\n".join(rows)
+
+
 def evidence_table(entries: dict[str, dict[str, Any]]) -> str:
     rows = ["| method | stage | claim | verdict | main number |", "|---|---|---|---|---|"]
     for entry in catalog.METHODS:
-        if entry.experiment is None:
-            continue
-        found = entries.get(entry.slug)
-        link = f"[{entry.slug}](docs/{entry.slug}.md)"
-        if found:
-            main = found["findings"][0]["numbers"]
-            rows.append(f"| {link} | {entry.stage} | {found['claim']} | {found['verdict']} | {main} |")
-        else:
-            rows.append(f"| {link} | {entry.stage} | {entry.summary} | not measured yet | |")
+        for name in entry.experiments:
+            found = entries.get(name)
+            link = f"[{name}](docs/{entry.slug}.md)"
+            if found:
+                main = found["findings"][0]["numbers"]
+                rows.append(f"| {link} | {entry.stage} | {found['claim']} | {found['verdict']} | {main} |")
+            else:
+                rows.append(f"| {link} | {entry.stage} | {entry.summary} | not measured yet | |")
     return "\n".join(rows)
 
 

@@ -1,117 +1,126 @@
-"""The task `reasoning`: sums solved line by line, where every line can be checked."""
+"""The task `reasoning`: problems of graded difficulty, solved by thinking aloud within one or more budgets."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
-from ..decode.specreason import ReasoningResult, StepRecord
-from ..problems import Arithmetic, Problem, apply_sign
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..decode.api import generate
+from ..decode.core import DecodeOutput
+from ..decode.thinking import end_think_ids
+from ..errors import InputError
+from ..problems import Problem, VerifiableTask
+from .cost import Meter
 from .task import Metric, Outcome, Sample, Subject
+from .texts import continuation_logprobs, generation_cost
 
-__all__ = ["ReasoningTask", "candidates", "right_step"]
+__all__ = ["END_THINK", "ReasoningTask", "Solved"]
 
-Reasoning = Callable[[Sequence[Problem], int], list[ReasoningResult]]
+END_THINK = "</think>"
+SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 0}
+
+
+class Solved(NamedTuple):
+    """What became of one solution. `thinking` counts the tokens before the end of thinking, `reflections` those of
+    them that reconsider."""
+
+    right: bool
+    finished: bool
+    tokens: int
+    thinking: int
+    reflections: int
+
+    def right_within(self, budget: int) -> bool:
+        """Whether it would be right, had it been cut off at `budget` tokens."""
+        return self.right and self.tokens <= budget
 
 
 class ReasoningTask:
-    """Problems, and what two models spend on them. A subject's `apply` solves a batch: (problems, seed) -> results.
+    """Problems of every level, each solved once per seed at temperature 0.8.
 
-    A text that did not end by itself counts as wrong.
+    A subject's `apply` is a dict of keyword arguments for `tokenry.generate`. A solution that was cut off counts as
+    wrong. Smaller budgets need no run of their own: no rule here looks ahead to the budget, so the same solution would
+    have been cut off there.
+
+    Args:
+        reflection_ids: the tokens that begin a reconsideration.
+        budgets: limits below `max_new_tokens` for which accuracy is told as well, as `accuracy_64`.
+
+    Raises:
+        InputError: a budget that is not from 1 to `max_new_tokens`, or a model without `</think>`.
     """
 
     slug: ClassVar[str] = "reasoning"
     stage: ClassVar[str] = "decode"
-    metrics: ClassVar[Sequence[Metric]] = (
-        Metric("accuracy", "higher", "share of problems answered rightly"),
-        Metric("base_tokens", "lower", "tokens the base model has written, thrown away or not"),
-        Metric("small_tokens", None, "tokens the small model has written, thrown away or not"),
-        Metric("judged", None, "steps judged; each is one forward pass of the base model where that judges"),
-        Metric("acceptance", None, "share of judged steps that were kept"),
-        Metric("right_drafts", None, "share of judged steps that were right"),
-    )
 
-    def __init__(self, problems: Sequence[Problem]) -> None:
-        self.problems = problems
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        task: VerifiableTask,
+        problems: Sequence[Problem],
+        reflection_ids: Sequence[int],
+        max_new_tokens: int = 256,
+        budgets: Sequence[int] = (),
+    ) -> None:
+        if any(not 1 <= budget <= max_new_tokens for budget in budgets):
+            raise InputError(f"budgets={list(budgets)} is not allowed; give numbers from 1 to {max_new_tokens}")
+        self.model, self.tokenizer, self.task, self.problems = model, tokenizer, task, problems
+        self.reflection_ids, self.end_ids = set(reflection_ids), list(end_think_ids(tokenizer, END_THINK))
+        self.max_new_tokens, self.budgets = max_new_tokens, tuple(budgets)
+        self.metrics: Sequence[Metric] = (
+            Metric("accuracy", "higher", f"share of problems solved rightly within {max_new_tokens} tokens"),
+            *(Metric(f"accuracy_{n}", "higher", f"the same within {n} tokens") for n in self.budgets),
+            Metric("finished", "higher", f"share of solutions that ended within {max_new_tokens} tokens"),
+            Metric("reflections", None, "reflection tokens per 100 tokens of thinking"),
+            Metric("confidence", None, "probability of a token under the plain model, geometric mean over a solution"),
+        )
 
     def samples(self) -> list[Sample]:
-        return [Sample(problem.id, problem.question, {"index": i}) for i, problem in enumerate(self.problems)]
+        return [
+            Sample(problem.id, problem.question, {"index": i, "level": problem.difficulty})
+            for i, problem in enumerate(self.problems)
+        ]
 
     def run(self, subject: Subject, samples: Sequence[Sample], seed: int) -> list[Outcome]:
         problems = [self.problems[sample.data["index"]] for sample in samples]
-        found = subject.apply(problems, 100_000 * seed + samples[0].data["index"])
-        return [outcome(problem, result) for problem, result in zip(problems, found, strict=True)]
+        with Meter() as meter:
+            output = self.generate(problems, 100_000 * seed + samples[0].data["index"], subject.apply)
+        confidence = [math.exp(scores.mean()) for scores in continuation_logprobs(self.model, output)]
+        return [
+            self._outcome(problem, solved, output.texts[b], confidence[b], generation_cost(output, b, meter))
+            for b, (problem, solved) in enumerate(zip(problems, self.solved(problems, output)))
+        ]
 
+    def generate(self, problems: Sequence[Problem], seed: int, apply: Mapping[str, Any] | None = None) -> DecodeOutput:
+        """A solution of each problem, with what the subject applies."""
+        questions = [problem.question for problem in problems]
+        options = {"max_new_tokens": self.max_new_tokens, "seed": seed, **SAMPLING, **(apply or {})}
+        return generate(self.model, self.tokenizer, questions, **options)
 
-def outcome(problem: Problem, result: ReasoningResult) -> Outcome:
-    """One solved problem. The detail `scored` has the score of every judged step and whether the step was right."""
-    scored = [
-        [step.score.value, int(right_step(problem.question, before, text))]
-        for step, before, text in candidates(result)
-        if step.score is not None
-    ]
-    right = result.stop_reason == "finished" and Arithmetic().check(problem, result.text)
-    stats = result.stats
-    metrics = {
-        "accuracy": float(right),
-        "base_tokens": float(stats.base_tokens),
-        "small_tokens": float(stats.small_tokens),
-        "judged": float(stats.judged),
-        "acceptance": stats.acceptance,
-        "right_drafts": sum(one for _, one in scored) / len(scored) if scored else math.nan,
-    }
-    lines = "; ".join(f"{step.text} ({step.source})" for step in result.steps)
-    note = f"level {problem.difficulty}: {'right' if right else 'wrong'}, {result.stop_reason}; {lines}"
-    return Outcome(metrics, {"tokens": float(stats.kept_tokens)}, {"scored": scored, "note": note})
+    def solved(self, problems: Sequence[Problem], output: DecodeOutput) -> list[Solved]:
+        """What became of each row of a generation."""
+        return [self._solved(*row) for row in zip(problems, output.new_ids, output.texts, strict=True)]
 
+    def _solved(self, problem: Problem, ids: list[int], text: str) -> Solved:
+        finished = ids[-1] == self.tokenizer.eos_token_id
+        thinking = ids[: ids.index(self.end_ids[0])] if self.end_ids[0] in ids else ids
+        reflections = int(np.isin(thinking, list(self.reflection_ids)).sum())
+        return Solved(finished and self.task.check(problem, text), finished, len(ids), len(thinking), reflections)
 
-def candidates(result: ReasoningResult) -> list[tuple[StepRecord, list[str], str]]:
-    """Every step with the lines before it and what was proposed."""
-    lines = [step.text for step in result.steps]
-    return [
-        (step, lines[:i], step.text if step.rejected_text is None else step.rejected_text)
-        for i, step in enumerate(result.steps)
-    ]
-
-
-def right_step(question: str, lines: Sequence[str], candidate: str) -> bool:
-    """Whether a line may come next: the next operation on the values written so far, worked out rightly; `wait` behind
-    an operation; `check` or the end of thinking when all is done."""
-    left = _next_operation(question, lines)
-    if candidate == "wait":
-        return bool(lines) and "=" in lines[-1]
-    if candidate in ("check", "</think>"):
-        return left is None
-    return left is not None and candidate == "{}{}{}={}".format(*left, apply_sign(*left))
-
-
-class _Unsolved(Exception):
-    """The operation for which no line is there yet."""
-
-
-def _next_operation(question: str, lines: Sequence[str]) -> tuple[int, str, int] | None:
-    """The operation that is due after these lines, right or wrong; None if all are done."""
-    values: list[int] = []
-    for line in lines:
-        written = re.fullmatch(r"\d+[-+*]\d+=(\d+)", line)
-        if written:
-            values.append(int(written[1]))
-        elif line == "wait":
-            del values[-1:]
-        elif line == "check":
-            values = []
-    given = iter(values)
-
-    def solve(left: int, sign: str, right: int) -> int:
-        value = next(given, None)
-        if value is None:
-            raise _Unsolved(left, sign, right)
-        return value
-
-    try:
-        Arithmetic().evaluate(question, solve)
-    except _Unsolved as due:
-        return due.args
-    return None
+    def _outcome(
+        self, problem: Problem, solved: Solved, text: str, confidence: float, cost: dict[str, float]
+    ) -> Outcome:
+        metrics = {
+            "accuracy": float(solved.right),
+            **{f"accuracy_{n}": float(solved.right_within(n)) for n in self.budgets},
+            "finished": float(solved.finished),
+            "reflections": 100 * solved.reflections / solved.thinking if solved.thinking else math.nan,
+            "confidence": confidence,
+        }
+        note = f"level {problem.difficulty}, {'right' if solved.right else 'wrong'}: {text!r}"
+        return Outcome(metrics, cost, {"level": problem.difficulty, "note": note})

@@ -152,8 +152,7 @@ def entropy_profile(
     """Draw samples of each prompt and measure their entropy at temperature 1 and their correctness.
 
     Args:
-        is_correct: whether the text answers prompt number i rightly. A sample cut off at `max_new_tokens` is judged by
-            what it has.
+        is_correct: whether the text answers prompt number i rightly. A sample cut off at `max_new_tokens` is wrong.
         max_new_tokens: the full budget.
         batch_size: samples at a time.
         progress: called with (prompts done, all).
@@ -173,12 +172,22 @@ def entropy_profile(
     for start in range(0, len(prompts), at_a_time):
         batch = [prompt_ids(tokenizer, prompt, chat=chat) for prompt in prompts[start : start + at_a_time]]
         drawn = _draw(model, tokenizer, batch, n_samples, temperature, max_new_tokens, seed + start)
-        for i, (entropy, length, texts) in enumerate(drawn):
-            right = [is_correct(start + i, text) for text in texts]
-            rows.append((float(entropy.mean()), float(np.mean(right)), float(length.mean())))
+        for i in range(len(batch)):
+            own = drawn[i * n_samples : (i + 1) * n_samples]
+            right = [is_correct(start + i, one.text) and one.finished for one in own]
+            rows.append([np.mean(values) for values in ([s.entropy for s in own], right, [s.tokens for s in own])])
         if progress:
             progress(min(start + at_a_time, len(prompts)), len(prompts))
     return EntropyProfile(*np.array(rows).T)
+
+
+class _Drawn(NamedTuple):
+    """One sample: its mean entropy in nats, its length, its text, and whether it ended before the limit."""
+
+    entropy: float
+    tokens: int
+    text: str
+    finished: bool
 
 
 @torch.no_grad()
@@ -190,8 +199,8 @@ def _draw(
     temperature: float,
     max_new_tokens: int,
     seed: int,
-) -> list[tuple[Tensor, Tensor, list[str]]]:
-    """For each prompt the entropies (n_samples,), the lengths (n_samples,) and the texts of its samples."""
+) -> list[_Drawn]:
+    """The samples of the first prompt, of the second, and so on."""
     inputs = tokenizer.pad({"input_ids": list(prompts)}, padding_side="left", return_tensors="pt").to(model.device)
     watch = StepEntropies()
     with torch.random.fork_rng():
@@ -208,19 +217,17 @@ def _draw(
             pad_token_id=tokenizer.pad_token_id,
         )
     new = out[:, inputs["input_ids"].shape[1] :]
-    mask = _until_the_end(new, model.generation_config.eos_token_id)
-    entropy = _masked_mean(torch.stack(watch.steps, 1), mask).cpu().view(-1, n_samples)
-    lengths = mask.sum(-1).cpu().float().view(-1, n_samples)
+    ends = _ends(new, model.generation_config.eos_token_id)
+    mask = ends.cumsum(-1) - ends == 0  # up to the first end of text, and on it
+    entropy = _masked_mean(torch.stack(watch.steps, 1), mask)
     texts = [tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(new, mask)]
-    parts = [texts[i : i + n_samples] for i in range(0, len(texts), n_samples)]
-    return list(zip(entropy, lengths, parts))
+    return list(map(_Drawn, entropy.tolist(), mask.sum(-1).tolist(), texts, ends.bool().any(-1).tolist()))
 
 
-def _until_the_end(new: Tensor, eos: int | Sequence[int] | None) -> Tensor:
-    """True up to the first end-of-text token and on it: (rows, time)."""
+def _ends(new: Tensor, eos: int | Sequence[int] | None) -> Tensor:
+    """1 where a token of (rows, time) ends the text."""
     ends = torch.tensor([] if eos is None else [eos] if isinstance(eos, int) else list(eos), device=new.device)
-    ended = torch.isin(new, ends.to(new.dtype)).long()
-    return ended.cumsum(-1) - ended == 0
+    return torch.isin(new, ends.to(new.dtype)).long()
 
 
 # --- labels and states ---------------------------------------------------------------------------------------------

@@ -18,14 +18,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
 
 from ..errors import InputError
 from ..hooks import decoder_layers, edit_inputs, skip_layers
-from ..method import Method
-from .lora import lora_last_layers, with_adapter
+from .lora import lora_last_layers, merged, save_adapter, with_adapter
 from .losses import choice_win, final_token_dpo_loss, ftpo_loss, others, target_ids
-from .pairs import Pair, balance_pairs, check_pairs, to_pairs, without_function_words
+from .method import TrainMethod, report_progress
+from .pairs import Pair, balance_pairs, check_pairs, read_pairs, to_pairs, without_function_words
 
 __all__ = [
     "FTPO",
@@ -260,16 +259,6 @@ class FinalTokenDPOTrainer(FTPOTrainer):
         return loss, {"choice_win": choice_win(lead, targets["chosen_mask"])}
 
 
-class _Progress(TrainerCallback):
-    """Calls `report(completed=steps, total=steps)` instead of printing."""
-
-    def __init__(self, report: Callable[..., None]) -> None:
-        self.report = report
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.report(completed=state.global_step, total=state.max_steps)
-
-
 class _StopAtChoiceWin(TrainerCallback):
     """Ends training when the mean choice_win since the last log reaches a threshold."""
 
@@ -308,11 +297,10 @@ def auto_learning_rate(examples: int, batch_size: int, rank: int, scale: float =
 # --- the method ----------------------------------------------------------------------------------------------------
 
 
-class FTPO(Method):
+class FTPO(TrainMethod):
     """Train what a decode run took back out of the model."""
 
     slug: ClassVar[str] = "ftpo"
-    stage: ClassVar[str] = "train"
     title: ClassVar[str] = "FTPO"
     paper: ClassVar[str] = (
         "Antislop: A Comprehensive Framework for Identifying and Eliminating Repetitive Patterns "
@@ -322,6 +310,14 @@ class FTPO(Method):
         "After training on the rewinds of Antislop, plain sampling avoids about 90 % of the banned patterns at no loss "
         "of quality; DPO on the same pairs avoids fewer and costs more."
     )
+    examples: ClassVar[str] = "pairs"
+    measures: ClassVar[dict[str, str]] = {
+        "rejected": "probability of the rejected token",
+        "chosen": "probability of the chosen tokens",
+        "choice_win": "share of chosen tokens above the rejected one",
+        "drift": "mean change of the other logits",
+    }
+    next_step: ClassVar[str] = "tokenry decode --model {output} PROMPT"
 
     margin: float = Field(2.0, gt=0, description="logits by which a chosen token must beat the rejected one")
     lambda_nontarget: float = Field(0.4, ge=0, description="weight on the drift of all other logits")
@@ -344,6 +340,10 @@ class FTPO(Method):
     epochs: float = Field(1.0, gt=0, description="passes over the pairs")
     max_length: int = Field(2048, ge=1, description="context tokens kept, from the right")
     seed: int = Field(3407, ge=0, description="of the choice of pairs, of LoRA and of the order")
+
+    def read(self, path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[Pair]:
+        """The balanced training pairs in a file, see `read_pairs`."""
+        return self.pairs(read_pairs(path), tokenizer)
 
     def pairs(self, rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[Pair]:
         """The balanced training pairs from rewinds, pairs of ids or pairs of text."""
@@ -385,6 +385,15 @@ class FTPO(Method):
         lora = lora_last_layers(model, self.rank, self.last_layers, self.dropout, self.lm_head)
         trainer = trainer_class(model, config, list(pairs), processing_class=tokenizer, peft_config=lora)
         if progress:
-            trainer.remove_callback(PrinterCallback)
-            trainer.add_callback(_Progress(progress))
+            report_progress(trainer, progress)
         return trainer
+
+    def score(self, trainer: FTPOTrainer, pairs: Sequence[Pair]) -> dict[str, float]:
+        columns = score_pairs(trainer.model, pairs, trainer.data_collator)
+        return {name: float(column.mean()) for name, column in columns.items()}
+
+    def save(self, trainer: FTPOTrainer, folder: Path) -> None:
+        """The merged model, which loads anywhere, and the adapter beside it."""
+        save_adapter(trainer.model, folder / "adapter")
+        merged(trainer.model).save_pretrained(folder)
+        trainer.processing_class.save_pretrained(folder)

@@ -6,7 +6,6 @@ rewinds of a decode run (`DecodeOutput.pairs`, `tokenry decode --save-pairs`) or
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 from collections import Counter, defaultdict
@@ -18,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError
 from ..words import STOP_WORDS, content_words, is_word_character
+from .method import read_rows
 
 __all__ = ["balance_pairs", "check_pairs", "pairs_from_rewinds", "pairs_from_text", "read_pairs"]
 
@@ -29,25 +29,7 @@ TAIL = 40  # tokens of context in which a candidate might complete a banned patt
 
 def read_pairs(path: str | Path) -> list[dict[str, Any]]:
     """The JSON lines of a file: rewinds, pairs of ids, or pairs of text."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise InputError(
-            f"the pairs {str(path)!r} cannot be read ({reason}); make them with tokenry decode --save-pairs"
-        ) from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"line {number} of {str(path)!r} is not JSON ({error}); write one object a line") from None
-        if not isinstance(row, dict):
-            raise InputError(f"line {number} of {str(path)!r} is a {type(row).__name__}; write one object a line")
-        rows.append(row)
-    if not rows:
-        raise InputError(f"{str(path)!r} holds no pairs; a run without rewinds gives none, so ban what does occur")
-    return rows
+    return read_rows(path, "pairs", "make them with tokenry decode --save-pairs, banning what does occur")
 
 
 def to_pairs(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[Pair]:

@@ -8,20 +8,40 @@ reward. The texts come from the model that will be rectified, so that the values
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from ..dead_end import DeadEndValueModel
 from ..errors import InputError
+from .method import TrainMethod, read_rows, report_progress
 
-__all__ = ["RectifierCollator", "RectifierConfig", "RectifierTrainer", "check_episodes", "keep_extremes", "sarsa_loss"]
+__all__ = [
+    "Rectifier",
+    "RectifierCollator",
+    "RectifierConfig",
+    "RectifierTrainer",
+    "check_episodes",
+    "keep_extremes",
+    "read_episodes",
+    "sarsa_loss",
+]
 
-Episode = dict[str, Any]  # prompt_ids, continuation_ids, reward
+Episode = dict[str, Any]  # prompt_ids, continuation_ids, reward (of the whole, or one for each continuation token)
 
 
 # --- the loss ------------------------------------------------------------------------------------------------------
@@ -81,19 +101,50 @@ def _each_token(rewards: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
 # --- episodes ------------------------------------------------------------------------------------------------------
 
 
+def read_episodes(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[Episode]:
+    """The episodes in a file, a JSON object a line: prompt, continuation (both text, or ids under the names prompt_ids
+    and continuation_ids) and reward.
+
+    A text is encoded as it stands: a mark such as `<eos>` that ended it, and a chat template, must be written out.
+    """
+    remedy = "give a line for each text, with prompt, continuation and reward"
+    return [_episode(row, tokenizer, n) for n, row in enumerate(read_rows(path, "episodes", remedy))]
+
+
+def _episode(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, number: int) -> Episode:
+    for names in (("prompt", "continuation", "reward"), ("prompt_ids", "continuation_ids", "reward")):
+        if set(names) <= set(row):
+            prompt, continuation, reward = (row[name] for name in names)
+            if names[0] == "prompt":
+                prompt = tokenizer.encode(prompt)
+                continuation = tokenizer.encode(continuation, add_special_tokens=False)
+            return {"prompt_ids": prompt, "continuation_ids": continuation, "reward": reward}
+    raise InputError(
+        f"episode {number} with the keys {sorted(row)} is not understood; give prompt, continuation (texts) and "
+        "reward, or prompt_ids, continuation_ids and reward"
+    )
+
+
 def check_episodes(episodes: Sequence[Episode], vocabulary: int) -> None:
-    """Refuse episodes that cannot be trained on."""
+    """Refuse episodes that cannot be trained on, naming the first one."""
     for number, episode in enumerate(episodes):
-        ids = [*episode["prompt_ids"], *episode["continuation_ids"]]
-        if not len(episode["continuation_ids"]) or len(ids) < 2:
+        continuation, reward = episode["continuation_ids"], episode["reward"]
+        ids = [*episode["prompt_ids"], *continuation]
+        if not len(continuation) or len(ids) < 2:
             raise InputError(f"episode {number} has an empty continuation or no prompt; leave it out")
         if min(ids) < 0 or max(ids) >= vocabulary:
             raise InputError(
                 f"episode {number} has ids from {min(ids)} to {max(ids)}, the rectifier has {vocabulary} tokens; use "
                 "the tokenizer that it was built with"
             )
-        if not -1 <= episode["reward"] <= 0:
-            raise InputError(f"episode {number} has the reward {episode['reward']}; give a number in [-1, 0]")
+        each = reward if isinstance(reward, list | tuple) else [reward]
+        if each is reward and len(reward) != len(continuation):
+            raise InputError(
+                f"episode {number} has {len(reward)} rewards for {len(continuation)} continuation tokens; give one for "
+                "each, or one number for the whole"
+            )
+        if not all(-1 <= r <= 0 for r in each):
+            raise InputError(f"episode {number} has the reward {reward}; give numbers in [-1, 0]")
 
 
 def keep_extremes(
@@ -123,7 +174,7 @@ def keep_extremes(
 class RectifierCollator:
     """Right-pads episodes; longer ones lose the beginning of their prompt.
 
-    Returns `input_ids`, `attention_mask` (batch, time) and `rewards` (batch,).
+    Returns `input_ids`, `attention_mask` and `rewards` (batch, time).
     """
 
     pad_token_id: int
@@ -135,8 +186,15 @@ class RectifierCollator:
         return {
             "input_ids": torch.tensor([row + [self.pad_token_id] * (width - len(row)) for row in rows]),
             "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
-            "rewards": torch.tensor([float(e["reward"]) for e in episodes]),
+            "rewards": torch.tensor([self._rewards(e, len(row), width) for e, row in zip(episodes, rows)]),
         }
+
+    @staticmethod
+    def _rewards(episode: Episode, length: int, width: int) -> list[float]:
+        """A number for each token; one reward for the whole comes with its last token."""
+        given = episode["reward"] if isinstance(episode["reward"], list | tuple) else [episode["reward"]]
+        given = [float(r) for r in given][-length:]
+        return [0.0] * (length - len(given)) + given + [0.0] * (width - length)
 
 
 # --- the trainer ---------------------------------------------------------------------------------------------------
@@ -180,7 +238,7 @@ class RectifierTrainer(Trainer):
             undesired, 0 for another, or between).
 
     Raises:
-        InputError: no tokenizer, one without a pad token, or episodes that `check_episodes` refuses.
+        InputError: no tokenizer, no episodes, or some that `check_episodes` refuses.
     """
 
     def __init__(
@@ -202,9 +260,7 @@ class RectifierTrainer(Trainer):
         model.bind(processing_class)
         if data_collator is None:
             pad = processing_class.pad_token_id
-            data_collator = RectifierCollator(
-                0 if pad is None else pad, args.max_length
-            )  # masked, so any token will do
+            data_collator = RectifierCollator(pad or 0, args.max_length)  # masked, so any token will do
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class=processing_class, **kwargs
         )
@@ -228,3 +284,106 @@ class _AverageHead(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         model.update_target(args.target_update)
+
+
+# --- the method ----------------------------------------------------------------------------------------------------
+
+
+class Rectifier(TrainMethod):
+    """Learn from a model's own texts how likely each next token leads to an undesired end."""
+
+    slug: ClassVar[str] = "rectifier"
+    title: ClassVar[str] = "Rectifier"
+    paper: ClassVar[str] = (
+        "Systematic Rectification of Language Models via Dead-end Analysis, ICLR 2023, arXiv 2302.14003"
+    )
+    claim: ClassVar[str] = "A small model learns from labelled texts which next tokens lead to an undesired end."
+    examples: ClassVar[str] = "episodes"
+    measures: ClassVar[dict[str, str]] = {
+        "undesired": "mean of -reward, what the risk should be",
+        "risk": "mean risk at the first token",
+        "error_first": "squared error of the risk at the first token",
+        "error_middle": "at the middle token",
+        "error_last": "at the last token",
+    }
+    next_step: ClassVar[str] = (
+        "tokenry decode --method rectification -o rectifier={output} --model {model} --raw PROMPT"
+    )
+
+    layers: int = Field(4, ge=1, description="blocks of the trunk, a new Llama with 4 heads")
+    width: int = Field(192, ge=8, multiple_of=8, description="its width, a multiple of 8")
+    hidden_mult: int = Field(2, ge=1, description="width of the head's hidden layer, in widths of the trunk")
+    gamma: float = Field(1.0, gt=0, le=1, description="discount from one token to the next")
+    target_update: float = Field(0.1, gt=0, le=1, description="share of the head that the averaged head takes over")
+    learning_rate: float = Field(3e-4, gt=0, description="highest learning rate")
+    warmup_steps: int = Field(500, ge=0, description="steps until it is reached")
+    batch_size: int = Field(64, ge=1, description="episodes in a step")
+    epochs: float = Field(3.0, gt=0, description="passes over the episodes")
+    max_length: int = Field(1024, ge=2, description="tokens of an episode kept, from the right")
+    seed: int = Field(0, ge=0, description="of the first weights and of the order")
+
+    def read(self, path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[Episode]:
+        """The shuffled episodes in a file, see `read_episodes`."""
+        episodes = read_episodes(path, tokenizer)
+        random.Random(self.seed).shuffle(episodes)
+        return episodes
+
+    def untrained(self, model: PreTrainedModel) -> DeadEndValueModel:
+        """A new rectifier for the vocabulary of a language model, on its device."""
+        torch.manual_seed(self.seed)
+        config = LlamaConfig(
+            vocab_size=model.config.get_text_config().vocab_size,
+            hidden_size=self.width,
+            intermediate_size=8 * self.width // 3,
+            num_hidden_layers=self.layers,
+            num_attention_heads=4,
+            max_position_embeddings=max(self.max_length, 2048),
+        )
+        return DeadEndValueModel(LlamaModel(config), self.hidden_mult).to(model.device)
+
+    def trainer(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        episodes: Sequence[Episode],
+        output_dir: str | Path,
+        progress: Callable[..., None] | None = None,
+    ) -> RectifierTrainer:
+        config = RectifierConfig(
+            str(output_dir),
+            gamma=self.gamma,
+            target_update=self.target_update,
+            max_length=self.max_length,
+            learning_rate=self.learning_rate,
+            warmup_steps=self.warmup_steps,
+            per_device_train_batch_size=self.batch_size,
+            num_train_epochs=self.epochs,
+            seed=self.seed,
+            use_cpu=model.device.type == "cpu",
+            disable_tqdm=progress is not None,
+        )
+        trainer = RectifierTrainer(self.untrained(model), config, episodes, processing_class=tokenizer)
+        if progress:
+            report_progress(trainer, progress)
+        return trainer
+
+    @torch.no_grad()
+    def score(self, trainer: RectifierTrainer, episodes: Sequence[Episode]) -> dict[str, float]:
+        """How well the risk of the first, middle and last continuation token foretells what is still to come."""
+        model, found = trainer.model.eval(), []
+        for start in range(0, len(episodes), self.batch_size):
+            part = episodes[start : start + self.batch_size]
+            batch = {name: value.to(model.device) for name, value in trainer.data_collator(part).items()}
+            q = model(batch["input_ids"], batch["attention_mask"]).q[:, :-1]
+            risk = -q.gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1).clamp(-1, 0)
+            to_come = -batch["rewards"].flip(1).cumsum(1).flip(1)[:, 1:]
+            last = batch["attention_mask"].sum(1) - 2  # the transition to the last token
+            lengths = torch.tensor([len(e["continuation_ids"]) for e in part], device=last.device)
+            first = (last + 1 - lengths).clamp_min(0)
+            places = torch.stack([first, (first + last + 1) // 2, last], 1)
+            risk, to_come = risk.gather(1, places), to_come.gather(1, places)
+            found.append(torch.cat([to_come[:, :1], risk[:, :1], (risk - to_come) ** 2], 1))
+        return dict(zip(self.measures, torch.cat(found).mean(0).tolist()))
+
+    def save(self, trainer: RectifierTrainer, folder: Path) -> None:
+        trainer.model.eval().save(folder)

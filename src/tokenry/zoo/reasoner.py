@@ -57,7 +57,7 @@ SHAPE = {
     "num_key_value_heads": 2,
     "intermediate_size": 448,
 }
-STEPS, BATCH_TOKENS = 4500, 6000
+PHASES, BATCH_TOKENS = ((5000, 2e-3), (2500, 1.5e-3)), 2500  # (steps, highest learning rate) of each
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -174,13 +174,8 @@ def examples(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[li
 # --- the recipe ----------------------------------------------------------------------------------------------------
 
 
-def train(
-    seed: int = 0,
-    progress: Progress | None = None,
-    shape: Mapping[str, int] = SHAPE,
-    steps: int = STEPS,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Train it from the seed, or one of another shape on the same examples."""
+def untrained(seed: int = 0, shape: Mapping[str, int] = SHAPE) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """The model with random weights."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     config = LlamaConfig(
@@ -193,9 +188,15 @@ def train(
         pad_token_id=tokenizer.pad_token_id,
         **shape,
     )
-    model = LlamaForCausalLM(config)
+    return LlamaForCausalLM(config), tokenizer
+
+
+def train(seed: int = 0, progress: Progress | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Train it from the seed."""
+    model, tokenizer = untrained(seed)
     batches = batches_by_length(examples(tokenizer, seed), BATCH_TOKENS, tokenizer.pad_token_id)
-    fit(model, batches, steps, learning_rate=2e-3, progress=progress)
+    for steps, learning_rate in PHASES:
+        fit(model, batches, steps, learning_rate, progress=progress)
     return model, tokenizer
 
 
@@ -236,4 +237,6 @@ def _judged_rightly(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, 
     inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
     good, bad = tokenizer.convert_tokens_to_ids(["9", "0"])
     logits = model(**inputs, logits_to_keep=1).logits[:, -1]
-    return _share([found == (score == 9) for found, (_, _, score) in zip(logits[:, good] > logits[:, bad], cases)])
+    return _share(
+        [found == (score == 9) for found, (_, _, score) in zip((logits[:, good] > logits[:, bad]).tolist(), cases)]
+    )

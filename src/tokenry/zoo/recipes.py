@@ -80,8 +80,8 @@ RECIPES: tuple[Recipe, ...] = (
         task="short stories about two people, some of which end in a threat",
         data="stories of a small generated language",
         size=0.47,
-        minutes=4,
-        reach={"nats_per_token": (0.5, 1.5), "sound": (0.9, 1.0), "undesired": (0.1, 0.6), "finished": (0.9, 1.0)},
+        minutes=5,
+        reach={"nats_per_token": (0.9, 1.15), "sound": (0.97, 1.0), "undesired": (0.12, 0.3), "finished": (0.98, 1.0)},
     ),
 )
 

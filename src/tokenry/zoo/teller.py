@@ -16,7 +16,6 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -26,7 +25,17 @@ from ..decode.api import generate
 from ..problems import Split, split_of
 from .training import Progress, batches_by_length, fit
 
-__all__ = ["TellerShape", "build_tokenizer", "measure", "openings", "sound", "story", "tell", "train", "undesired"]
+__all__ = [
+    "build_tokenizer",
+    "harmless_dark",
+    "measure",
+    "openings",
+    "sound",
+    "story",
+    "train",
+    "undesired",
+    "untrained",
+]
 
 SLOTS = {
     "weather": "cold warm grey bright windy rainy quiet dark foggy golden",
@@ -116,16 +125,8 @@ BY_TENSION = (  # how often each kind of speech comes at tension 0 to 4
 )
 MOVES = {"warm": -1, "plain": 0, "blame": 1, "sorry": -2, "dark": 0}
 SPECIAL = ("<pad>", "<eos>", "<unk>")
+SHAPE = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
 STEPS, BATCH_TOKENS = 1600, 3000
-
-
-class TellerShape(NamedTuple):
-    """Size of a Llama over this vocabulary."""
-
-    hidden_size: int = 96
-    intermediate_size: int = 256
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 4
 
 
 # --- the language --------------------------------------------------------------------------------------------------
@@ -278,8 +279,8 @@ def examples(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[li
             yield [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id], 0
 
 
-def tell(tokenizer: PreTrainedTokenizerFast, shape: TellerShape = TellerShape()) -> LlamaForCausalLM:  # noqa: B008
-    """An untrained model of this vocabulary."""
+def untrained(tokenizer: PreTrainedTokenizerFast, **shape: int) -> LlamaForCausalLM:
+    """A new model of this vocabulary; `shape` replaces what it gives in SHAPE."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         max_position_embeddings=256,
@@ -288,7 +289,7 @@ def tell(tokenizer: PreTrainedTokenizerFast, shape: TellerShape = TellerShape())
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **shape._asdict(),
+        **{**SHAPE, **shape},
     )
     return LlamaForCausalLM(config)
 
@@ -297,7 +298,7 @@ def train(seed: int = 0, progress: Progress | None = None) -> tuple[PreTrainedMo
     """Train it from the seed."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
-    model = tell(tokenizer)
+    model = untrained(tokenizer)
     batches = batches_by_length(examples(tokenizer, seed), BATCH_TOKENS, tokenizer.pad_token_id)
     fit(model, batches, STEPS, learning_rate=3e-3, warmup=100, progress=progress)
     return model, tokenizer

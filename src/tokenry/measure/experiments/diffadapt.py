@@ -2,7 +2,8 @@
 
 The model's own samples on training problems give the labels; the probe that learns them chooses a strategy for each
 test problem. Against it stand one strategy for all, a random choice with the same shares, a probe of shuffled labels, a
-linear probe, and an oracle that sees which strategy is right.
+linear probe, a probe that is told nothing but the length of the question, and an oracle that sees which strategy is
+right.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -33,13 +36,14 @@ from ..task import Experiment, Finding, Subject
 
 __all__ = ["build"]
 
-PLAIN, EASY, HARD, RANDOM, SHUFFLED, LINEAR, ORACLE, METHOD = (
+PLAIN, EASY, HARD, RANDOM, SHUFFLED, LINEAR, LENGTH, ORACLE, METHOD = (
     "normal for all",
     "easy for all",
     "hard for all",
     "random, same shares",
     "probe of shuffled labels",
     "linear probe",
+    "probe of the length",
     "oracle",
     "diffadapt",
 )
@@ -74,15 +78,17 @@ def build(
     )
     labels = labelling.labels(trained.profile)
     probes = fit_probes(model, tokenizer, labelling, trained.questions, labels)
+    by_length = DifficultyProbe(1, labelling.hidden).fit(lengths(trained.questions), labels)
     given = {name: getattr(method, name) for name in method.model_fields_set} if method else {}
     probes[METHOD] = given.pop("probe", probes[METHOD])
     routed = {name: DiffAdapt(**{"strategies": STRATEGIES, **given, "probe": probe}) for name, probe in probes.items()}
     beta = solved_limit(trained.profile, labelling)
     truth = labelling.model_copy(update={"beta": beta}).labels(held.profile)
-    known = {name: right_classes(model, tokenizer, one, held.questions, truth) for name, one in routed.items()}
-    problems = draw_problems(task, count)
-    difficulty = DifficultyTask(task, problems)
-    subjects = make_subjects(model, tokenizer, routed, difficulty)
+    states = question_states(model, tokenizer, held.questions)
+    known = {name: right_classes(one.probe, states, truth) for name, one in routed.items()}
+    known[LENGTH] = right_classes(by_length, lengths(held.questions), truth)
+    difficulty = DifficultyTask(task, draw_problems(task, count))
+    subjects = make_subjects(model, tokenizer, routed, by_length, difficulty)
     return Experiment(
         slug=DiffAdapt.slug,
         claim=DiffAdapt.claim,
@@ -166,43 +172,61 @@ def solved_limit(profile: EntropyProfile, labelling: DifficultyLabels) -> float:
     return float(profile.entropy[normal].max()) if normal.any() else 0.0
 
 
-def right_classes(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    method: DiffAdapt,
-    questions: Sequence[str],
-    truth: np.ndarray,
-) -> np.ndarray:
+def right_classes(probe: DifficultyProbe, features: Tensor, truth: np.ndarray) -> np.ndarray:
     """Whether the probe gives each question its class."""
-    states = question_states(model, tokenizer, questions)
-    return method.probe.probabilities(states).argmax(-1).cpu().numpy() == truth
+    return probe.probabilities(features).argmax(-1).cpu().numpy() == truth
+
+
+def lengths(questions: Sequence[str]) -> Tensor:
+    """Characters of each question: (questions, 1)."""
+    return torch.tensor([[float(len(question))] for question in questions])
 
 
 # --- the subjects ----------------------------------------------------------------------------------------------------
 
 
 def make_subjects(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, routed: dict[str, DiffAdapt], task: DifficultyTask
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    routed: dict[str, DiffAdapt],
+    by_length: DifficultyProbe,
+    task: DifficultyTask,
 ) -> list[Subject]:
     """One strategy for all, choices that do not read the question, probes, and the oracle."""
     method = routed[METHOD]
-    normal = method.strategies[CLASSES.index("normal")]
+    easy, normal, hard = method.strategies
     fixed = {
-        one.name: partial(by_strategy, model, tokenizer, lambda p, seed, one=one: one) for one in method.strategies
+        "easy": remembered(partial(by_strategy, model, tokenizer, lambda problem, seed: easy)),
+        "normal": remembered(partial(plainly, model, tokenizer, normal)),
+        "hard": remembered(partial(by_strategy, model, tokenizer, lambda problem, seed: hard)),
     }
     shares = [s.name for s in choices(model, tokenizer, method, task.problems)]
     drawn = partial(by_strategy, model, tokenizer, random_choice(task.problems, shares, method.strategies))
     runs: dict[str, tuple[str, Answering]] = {
-        PLAIN: ("plain", partial(plainly, model, tokenizer, normal)),
+        PLAIN: ("plain", fixed["normal"]),
         EASY: ("control", fixed["easy"]),
         HARD: ("control", fixed["hard"]),
         RANDOM: ("control", drawn),
         **{name: ("control", partial(by_probe, model, tokenizer, routed[name])) for name in (SHUFFLED, LINEAR)},
+        LENGTH: ("control", partial(by_strategy, model, tokenizer, length_choice(method, by_length))),
         ORACLE: ("control", partial(by_oracle, fixed, task)),
         METHOD: ("method", partial(by_probe, model, tokenizer, method)),
     }
     setting = {"strategies": [vars(one) for one in method.strategies], "min_confidence": method.min_confidence}
     return [Subject(name, role, setting, run) for name, (role, run) in runs.items()]
+
+
+def remembered(run: Answering) -> Answering:
+    """The same answers for the same problems: the oracle looks at those that one strategy for all has given."""
+    known: dict[tuple[str, int, int], list[Answer]] = {}
+
+    def again(problems: Sequence[Problem], seed: int) -> list[Answer]:
+        key = (problems[0].id, len(problems), seed)
+        if key not in known:
+            known[key] = run(problems, seed)
+        return known[key]
+
+    return again
 
 
 def plainly(
@@ -286,6 +310,11 @@ def random_choice(
     return choose
 
 
+def length_choice(method: DiffAdapt, probe: DifficultyProbe) -> Callable[[Problem, int], Strategy]:
+    """The strategy of a problem by the length of its question."""
+    return lambda problem, seed: method.choose(probe.probabilities(lengths([problem.question])))[0]
+
+
 # --- afterwards ----------------------------------------------------------------------------------------------------
 
 
@@ -314,6 +343,7 @@ def judge(comparison: Comparison, trained: Profiled, known: dict[str, np.ndarray
         _beats(comparison, RANDOM, "a random choice with the same shares"),
         _beats(comparison, SHUFFLED, "a probe of shuffled labels"),
         _ceiling(comparison),
+        _by_level(comparison),
         _shape(trained),
     ]
 
@@ -351,6 +381,29 @@ def _ceiling(comparison: Comparison) -> Finding:
         fewer.low > 0,
         f"oracle against diffadapt: tokens saved {_percent(fewer)}, accuracy {_signed(gain)}; "
         f"oracle against normal: tokens saved {_percent(saved(comparison, ORACLE, PLAIN))}",
+    )
+
+
+def _by_level(comparison: Comparison) -> Finding:
+    details = comparison.details(METHOD)[: len(comparison.samples)]  # one seed: another chooses the same strategies
+    levels = np.array([detail["level"] for detail in details])
+    strategies = np.array([detail["strategy"] for detail in details])
+    values = {(s, n): comparison.values(s, n) for s in (METHOD, PLAIN) for n in ("tokens", "accuracy")}
+
+    def line(level: int) -> str:
+        here = levels == level
+        means = {key: found[here].mean() for key, found in values.items()}
+        shares = ", ".join(f"{np.mean(strategies[here] == name):.0%} {name}" for name in CLASSES)
+        tokens, accuracy = ([means[s, n] for s in (METHOD, PLAIN)] for n in ("tokens", "accuracy"))
+        return (
+            f"level {level}: {shares}, {tokens[0]:.1f} of {tokens[1]:.1f} tokens, accuracy {accuracy[0]:.2f} "
+            f"({accuracy[1]:.2f})"
+        )
+
+    return Finding(
+        "where it saves tokens is described and does not decide",
+        True,
+        "diffadapt of normal: " + "; ".join(line(level) for level in np.unique(levels)),
     )
 
 

@@ -10,6 +10,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,13 +21,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...dead_end import DeadEndValueModel
 from ...decode.api import generate
 from ...decode.rectification import Rectification, RectifierLogitsProcessor
 from ...errors import InputError
 from ...hooks import fingerprint
 from ...models import cache_folder
-from ...train.rectifier import RectifierConfig, RectifierTrainer
+from ...train.rectifier import Rectifier
 from ...zoo import teller
 from ..compare import Comparison
 from ..discourse import SAMPLING, DiscourseTask
@@ -48,8 +48,7 @@ PLAIN, BAN, BIAS, SHUFFLED, WHOLE, PURE, STRICT, PUBLISHED, METHOD = (
     "rectification",
 )
 EPISODES, BATCH, SEED = 6000, 250, 0
-TRUNK = teller.TellerShape(64, 128, 3, 4)
-TRAINING = {"learning_rate": 2e-3, "num_train_epochs": 8.0, "warmup_steps": 50, "per_device_train_batch_size": 64}
+RECTIFIER = Rectifier(layers=3, width=64, learning_rate=2e-3, warmup_steps=50, epochs=8, seed=SEED)
 WORDS = 8  # that are banned or biased
 DEV, STRENGTHS, HALVINGS = 150, 12.0, 6  # openings, largest bias in logits, steps of the search
 
@@ -78,7 +77,7 @@ def build(
     """
     folder = cache_folder() / "rectification" / fingerprint(model)
     episodes = sample_episodes(model, tokenizer, folder)
-    method = method or Rectification(rectifier=str(train_rectifier(tokenizer, episodes, folder)))
+    method = method or Rectification(rectifier=str(train_rectifier(model, tokenizer, episodes, folder)))
     words = characteristic_words(tokenizer, episodes)
     shuffled = method.processor(model, tokenizer)
     shuffled = ShuffledRectifier(shuffled.rectifier, method.eps, method.mode, method.p_min, method.p_max)
@@ -106,7 +105,7 @@ def build(
         baseline=PLAIN,
         judge=judge,
         seeds=tuple(seeds or (0, 1)),
-        batch=50,
+        batch=100,
         notes=f"The rectifier learnt from {len(episodes)} stories of the model itself, all of them and not only the "
         f"extremes of each opening, so that its values are the model's risks. Words: the {WORDS} with the highest log "
         "odds ratio, in standard errors, of being in an undesired rather than another story of these. `word bias of "
@@ -137,16 +136,16 @@ def sample_episodes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     return episodes
 
 
-def train_rectifier(tokenizer: PreTrainedTokenizerBase, episodes: Sequence[dict[str, Any]], folder: Path) -> Path:
+def train_rectifier(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, episodes: Sequence[dict[str, Any]], folder: Path
+) -> Path:
     """The folder of the rectifier; trained where it is not there yet."""
-    path = folder / f"rectifier-{digest([TRUNK, TRAINING, episodes])}"
+    path = folder / f"rectifier-{digest([RECTIFIER.model_dump(), episodes])}"
     if not path.exists():
-        torch.manual_seed(SEED)
-        rectifier = DeadEndValueModel(teller.tell(tokenizer, TRUNK))
         with TemporaryDirectory() as scratch:
-            config = RectifierConfig(scratch, seed=SEED, logging_strategy="no", use_cpu=True, **TRAINING)
-            RectifierTrainer(rectifier, config, episodes, processing_class=tokenizer).train()
-        write(path, rectifier.save)
+            trainer = RECTIFIER.trainer(model, tokenizer, episodes, scratch, progress=lambda **_: None)
+            trainer.train()
+        write(path, partial(RECTIFIER.save, trainer))
     return path
 
 

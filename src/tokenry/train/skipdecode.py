@@ -1,0 +1,97 @@
+"""Supervised fine-tuning for SkipDecode: the loss of `SFTTrainer`, with every token as deep as it will be decoded.
+
+Paper: SkipDecode, arXiv 2307.02628. All layers compute all columns and a mask chooses, so a step costs what it always
+does; see `tokenry.skipping.skip_forward`.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..hooks import decoder_layers, mask_layers
+from ..skipping import SkipSchedule
+
+try:
+    from trl import SFTConfig, SFTTrainer
+except ModuleNotFoundError:
+    raise InputError("SkipDecodeTrainer needs the package trl; run `pip install tokenry[train]`") from None
+
+__all__ = ["SkipDecodeConfig", "SkipDecodeTrainer"]
+
+
+@dataclass
+class SkipDecodeConfig(SFTConfig):
+    """`SFTConfig` with the schedule that the model will be decoded with; see `SkipSchedule`."""
+
+    e_max: int | None = field(default=None, metadata={"help": "layers of the prompt and the first token; none: all"})
+    e_min: int | None = field(default=None, metadata={"help": "layers of the last planned token; none: half"})
+    warmup: int = field(default=2, metadata={"help": "first layers that always run"})
+    schedule: str = field(default="linear", metadata={"help": "how depth falls: linear, constant or power"})
+    power: float = field(default=2.0, metadata={"help": "exponent of the schedule 'power'"})
+    planned_new_tokens: int = field(default=256, metadata={"help": "new tokens after which e_min is reached"})
+    sample_e_min: bool = field(
+        default=False, metadata={"help": "draw the smallest depth of every step from e_min to e_max"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.packing or self.padding_free:
+            raise InputError(
+                "packing puts several texts into a row, and depth follows the column; set packing=False and "
+                "padding_free=False"
+            )
+
+
+class SkipDecodeTrainer(SFTTrainer):
+    """A trl `SFTTrainer` whose forward skips layers (arXiv 2307.02628). At full depth the loss is its parent's.
+
+    A row's prompt is what comes before its first label; a text without a prompt begins at once.
+
+    Raises:
+        InputError: a schedule that the model has no layers for, LayerDrop, or a router's auxiliary loss.
+    """
+
+    def __init__(self, model: Any, args: SkipDecodeConfig, *further: Any, **kwargs: Any) -> None:
+        super().__init__(model, args, *further, **kwargs)
+        self.schedule = SkipSchedule(
+            len(decoder_layers(self.model)),
+            args.e_max,
+            args.e_min,
+            args.warmup,
+            planned_new_tokens=args.planned_new_tokens,
+            kind=args.schedule,
+            power=args.power,
+        )
+        if getattr(self.model.config, "layerdrop", 0):
+            raise InputError(
+                f"layerdrop={self.model.config.layerdrop} leaves out layers at random beside the schedule; load the "
+                "model with layerdrop=0"
+            )
+        if self.aux_loss_enabled:
+            raise InputError(
+                "the router's auxiliary loss counts layers that did not run; set output_router_logits=False"
+            )
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        with mask_layers(self.accelerator.unwrap_model(model), self.executed(inputs["labels"])):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def executed(self, labels: Tensor) -> Tensor:
+        """Boolean (layers, batch, columns): what runs, in this step, for rows with these labels."""
+        learnt = labels != -100
+        prompt = torch.where(learnt.any(1), learnt.int().argmax(1), labels.shape[1])
+        column = torch.arange(labels.shape[1], device=labels.device)
+        return self.step_schedule().executed(column - prompt[:, None])
+
+    def step_schedule(self) -> SkipSchedule:
+        """The schedule, in training with the smallest depth drawn for this optimiser step if that is wanted."""
+        if not (self.args.sample_e_min and self.model.training):
+            return self.schedule
+        rng = random.Random(f"{self.args.seed} {self.state.global_step}")
+        return replace(self.schedule, e_min=rng.randint(self.schedule.e_min, self.schedule.e_max))
