@@ -11,8 +11,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tokenry import InputError, catalog, decode, generate
-from tokenry.decode.specreason import SMALL_STREAM, DigitScorer, Speculation, StepScore
-from tokenry.decode.step_models import PRESETS, StepModel, StepPrompts
+from tokenry.decode.specreason import SMALL_STREAM, Speculation
+from tokenry.decode.step_models import PRESETS, StepModel, StepPrompts, prompts_for
+from tokenry.decode.step_scores import DigitScorer, StepScore
 from tokenry.models import LoadedModel
 from tokenry.zoo.reasoner import build_tokenizer, judging_prompt
 
@@ -511,7 +512,6 @@ def test_it_streams_whole_steps():
 def test_the_zoo_gets_its_own_words():
     from types import SimpleNamespace
 
-    from tokenry.decode.specreason import prompts_for
     from tokenry.models import zoo_folders
 
     assert prompts_for(SimpleNamespace(name_or_path=str(zoo_folders("reasoner")[1]))) is LINES
@@ -705,7 +705,7 @@ def test_the_experiment_compares_and_judges():
     assert comparison.mean("base alone", "small_tokens") == 0 == comparison.mean("small alone", "base_tokens")
     assert comparison.mean("small alone", "acceptance") == 1
     findings = experiment.judge(comparison)
-    assert len(findings) == 4 and all(f.numbers for f in findings)
+    assert len(findings) == 5 and all(f.numbers for f in findings)
     assert "Sweep" in experiment.notes and f"{NONE:g}:" in experiment.notes
     sweep = {t: Tried(accuracy, 50 + t, 0.5) for t, accuracy in zip(THRESHOLDS, (0.2, 0.5, 0.79, 0.8, 0.9, 0.7))}
     assert choose({**sweep, NONE: Tried(0.8, 70, 0)}) == 3.0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,12 +17,12 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from ..errors import InputError
-from ..models import LoadedModel
+from ..models import LoadedModel, zoo_folders
 from ..text import TokenText
 from .core import Chooser
 from .engine import TransformersEngine
 
-__all__ = ["PRESETS", "Draft", "Messages", "StepModel", "StepPrompts"]
+__all__ = ["PRESETS", "Draft", "Messages", "StepModel", "StepPrompts", "prompts_for"]
 
 Messages = str | Sequence[Mapping[str, str]]  # a problem, or a conversation whose last turn asks it
 MARK = "(the steps stand here)"
@@ -110,6 +111,12 @@ PRESETS = {  # "lines" is how zoo/reasoner has learnt it: a step a line, and sco
         instruction="{problem}", separator="\n", answers=(), judge="score", verdict="score=", think="<think>\n"
     ),
 }
+
+
+def prompts_for(model: PreTrainedModel) -> StepPrompts:
+    """The words this model knows: zoo/reasoner has its own, other models get those for chat models."""
+    ours = Path(model.name_or_path) in zoo_folders("reasoner")
+    return PRESETS["lines" if ours else "chat"]
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], **options: Any) -> str:

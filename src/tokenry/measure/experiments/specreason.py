@@ -16,17 +16,9 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...decode.specreason import (
-    DigitScorer,
-    ReasoningResult,
-    SpecReason,
-    SpeculativeReasoner,
-    StepScore,
-    StepScorer,
-    prompts_for,
-    step_speedup,
-)
-from ...decode.step_models import PRESETS, Messages
+from ...decode.specreason import ReasoningResult, SpecReason, SpeculativeReasoner, step_speedup
+from ...decode.step_models import PRESETS, Messages, prompts_for
+from ...decode.step_scores import DigitScorer, StepScore, StepScorer
 from ...errors import InputError
 from ...models import LoadedModel, load
 from ...problems import Arithmetic, Problem, draw_problems
@@ -242,9 +234,14 @@ def judge(comparison: Comparison, times: Times) -> list[Finding]:
     return [
         Finding(
             f"the base model writes less than half as many tokens, and accuracy falls by no more than {TOLERANCE:.0%}",
-            fewer.low > HALF and gain.low > -TOLERANCE,
+            fewer.low > HALF and gain.mean > -TOLERANCE,
             f"base tokens saved {_percent(fewer)}; accuracy {_signed(gain)}; "
             + ", ".join(f"{name} {comparison.mean(name, 'accuracy'):.1%}" for name in (BASE, SMALL, METHOD)),
+        ),
+        Finding(
+            f"the interval of accuracy excludes a loss of {TOLERANCE:.0%}",
+            gain.low > -TOLERANCE,
+            f"accuracy {_signed(gain)}",
         ),
         Finding(
             "it is the judgement: a random judge that keeps as many steps is worse",
