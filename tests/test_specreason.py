@@ -300,6 +300,20 @@ def test_digits_after_a_space_count_too(smollm2):
     assert tokenizer.encode(" 7", add_special_tokens=False)[-1] in scorer.ids[7]
 
 
+@torch.no_grad()
+def test_likelihood_is_that_of_the_least_probable_token():
+    steps, candidate = ["8*3=24", "12+35=47"], "47-24=23"
+    score = decode.LikelihoodScorer(*BASE, prompts=LINES).score(QUESTIONS[0], steps, candidate)
+    known = BASE.tokenizer.encode(LINES.begin(BASE.tokenizer, QUESTIONS[0]) + "8*3=24\n12+35=47\n")
+    worst = 1.0
+    for token in BASE.tokenizer.encode(candidate + "\n"):
+        worst = min(worst, float(BASE.model(torch.tensor([known])).logits[0, -1].softmax(-1)[token]))
+        known.append(token)
+    assert score.value == pytest.approx(9 * worst, rel=1e-4) and score.kind == "likelihood" and score.probs is None
+    method = decode.SpecReason(small=SMALL, prompts="lines", score_method="likelihood", threshold=9 * worst)
+    assert isinstance(method.scorer(BASE, LINES), decode.LikelihoodScorer)
+
+
 # --- the prompts -----------------------------------------------------------------------------------------------------
 
 
@@ -696,18 +710,19 @@ def test_right_steps_are_what_the_judge_is_taught():
 
 def test_the_experiment_compares_and_judges():
     from tokenry.measure.compare import compare
-    from tokenry.measure.experiments.specreason import NONE, THRESHOLDS, Tried, build, choose
+    from tokenry.measure.experiments.specreason import PLAIN, Tried, build, choose
 
     method = decode.SpecReason(small=SMALL, prompts="lines", threshold=4.5)
     experiment = build(*BASE, samples=3, seeds=(0,), method=method)
     comparison = compare(experiment)
-    assert [s.role for s in experiment.subjects] == ["plain", "control", "control", "control", "method"]
+    assert [s.role for s in experiment.subjects] == ["plain", *["control"] * 3, "method", "method"]
     assert comparison.mean("base alone", "small_tokens") == 0 == comparison.mean("small alone", "base_tokens")
     assert comparison.mean("small alone", "acceptance") == 1
     findings = experiment.judge(comparison)
     assert len(findings) == 5 and all(f.numbers for f in findings)
-    assert "Sweep" in experiment.notes and f"{NONE:g}:" in experiment.notes
-    sweep = {t: Tried(accuracy, 50 + t, 0.5) for t, accuracy in zip(THRESHOLDS, (0.2, 0.5, 0.79, 0.8, 0.9, 0.7))}
-    assert choose({**sweep, NONE: Tried(0.8, 70, 0)}) == 3.0
+    assert "no step kept" in experiment.notes and "likelihood 4.5:" in experiment.notes
+    tries = {("digits", t): Tried(accuracy, 50 + t, 0.5) for t, accuracy in enumerate((0.2, 0.5, 0.79, 0.8, 0.9, 0.7))}
+    assert choose({**tries, PLAIN: Tried(0.8, 70, 0)}, "digits") == ("digits", 2)
+    assert choose({**tries, PLAIN: Tried(0.95, 70, 0)}, "digits") == ("digits", 4)
     with pytest.raises(InputError, match="use --model zoo/reasoner"):
         build(*BASE, samples=1, method=decode.SpecReason(small=SMALL))

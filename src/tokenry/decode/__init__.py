@@ -20,6 +20,7 @@ _HOMES = {
     "SkipSchedule": "skipdecode",
     "skip_forward": "skipdecode",
     "DigitScorer": "step_scores",
+    "LikelihoodScorer": "step_scores",
     "SpecReason": "specreason",
     "SpeculativeReasoner": "specreason",
     "StepPrompts": "step_models",

@@ -27,7 +27,7 @@ from ..models import LoadedModel, load
 from .core import DecodeOutput
 from .method import DecodeMethod, Plugins
 from .step_models import PRESETS, Draft, Messages, StepModel, StepPrompts, prompts_for
-from .step_scores import HIGHEST, LOWEST, DigitScorer, StepScore, StepScorer
+from .step_scores import HIGHEST, LOWEST, DigitScorer, LikelihoodScorer, StepScore, StepScorer
 
 __all__ = [
     "ReasoningResult",
@@ -436,8 +436,10 @@ class SpecReason(DecodeMethod):
         description="the small model: a name or folder as for --model, or in Python what tokenry.load returns",
     )
     threshold: float = Field(7.0, description="lowest score of 0 to 9 at which a step of the small model is kept")
-    score_method: Literal["greedy", "average", "digits"] = Field(
-        "greedy", description="how the score is read: the likeliest token, the mean of likely digits, or of all digits"
+    score_method: Literal["greedy", "average", "digits", "likelihood"] = Field(
+        "greedy",
+        description="the score: the likeliest token where a digit is asked for, the mean of likely digits or of all "
+        "digits; or 9 times the probability of the step's least probable token",
     )
     first_n_base_steps: int = Field(0, ge=0, description="steps at the beginning that the base model writes")
     max_step_tokens: int = Field(512, ge=1, description="most tokens of a step")
@@ -450,6 +452,12 @@ class SpecReason(DecodeMethod):
     def _is_a_number(cls, threshold: float) -> float:
         _check_threshold(threshold)
         return threshold
+
+    def scorer(self, base: LoadedModel, prompts: StepPrompts) -> StepScorer:
+        """The judge: the base model."""
+        if self.score_method == "likelihood":
+            return LikelihoodScorer(*base, prompts=prompts)
+        return DigitScorer(*base, method=self.score_method, prompts=prompts)
 
     def plugins(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Plugins:
         raise InputError(
@@ -487,7 +495,7 @@ class SpecReason(DecodeMethod):
         reasoner = SpeculativeReasoner(
             base,
             _loaded(self.small, model),
-            DigitScorer(*base, method=self.score_method, prompts=words),
+            self.scorer(base, words),
             threshold=self.threshold,
             max_step_tokens=self.max_step_tokens,
             token_budget=max_new_tokens,

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...decode.specreason import ReasoningResult, SpecReason, SpeculativeReasoner, step_speedup
 from ...decode.step_models import PRESETS, Messages, prompts_for
-from ...decode.step_scores import DigitScorer, StepScore, StepScorer
+from ...decode.step_scores import StepScore, StepScorer
 from ...errors import InputError
 from ...models import LoadedModel, load
 from ...problems import Arithmetic, Problem, draw_problems
@@ -37,11 +37,12 @@ BASE, SMALL, RANDOM, ORACLE, METHOD = (
     "judge that knows",
     "specreason",
 )
+OTHERS = {"digits": "judge asked for a digit", "likelihood": "judge by likelihood"}
 LEVELS = (3, 4, 5, 6)
 BUDGET = 256
 ALL, NONE = 0.0, 9.5  # thresholds at which every step is kept, and none
-THRESHOLDS = (ALL, 1.0, 3.0, 5.0, 7.0, 8.0, 8.5, NONE)
-CHOSEN_ON, TIMED_ON = 160, 20  # problems of the dev split
+THRESHOLDS = {"digits": (ALL, 4.0, 5.0, 6.0, 7.0, 8.0), "likelihood": (1.0, 3.0, 5.0, 7.0)}
+CHOSEN_ON, TIMED_ON = 96, 20  # problems of the dev split
 TOLERANCE, HALF, FASTER, TELLS = 0.02, 0.5, 1.3, 0.8
 LARGE, VERIFY = (32.0, 1.5), 2.0  # billions of weights; tokens of the base model that a judgement is taken to cost
 
@@ -53,33 +54,34 @@ def build(
     seeds: Sequence[int] | None = None,
     method: SpecReason | None = None,
 ) -> Experiment:
-    """Choose the threshold on the dev split, take times, then compare on the test split.
+    """Choose judge and threshold on the dev split, take times, then compare on the test split.
 
     Args:
         samples: test problems; default 320. At most twice as many serve to choose.
-        method: the options that it sets replace those of this experiment; a threshold is then not chosen.
+        method: its small model, prompts, judge and threshold replace those of this experiment where it sets them.
     """
     given = {name: getattr(method, name) for name in method.model_fields_set} if method else {}
-    pair = Pair(LoadedModel(model, tokenizer), given, SpecReason(**given))
+    pair = Pair(LoadedModel(model, tokenizer), SpecReason(**given))
     count = samples or 320
     dev = draw_problems(Arithmetic(), min(CHOSEN_ON, max(2 * count, 8)), split="dev", levels=LEVELS)
-    sweep = sweep_thresholds(pair, dev)
-    threshold = given.get("threshold", choose(sweep))
-    rate = sweep[threshold].acceptance if threshold in sweep else tried(pair, dev, threshold).acceptance
-    times = take_times(pair, threshold, dev[: min(TIMED_ON, len(dev))])
+    sweep = sweep_thresholds(pair, dev, given)
+    best = {judge: choose(sweep, judge) for judge in {judge for judge, _ in sweep if judge}}
+    chosen = min(best.values(), key=lambda key: sweep[key].base_tokens)
+    times = take_times(pair, chosen, dev[:TIMED_ON])
     problems = draw_problems(Arithmetic(), count, levels=LEVELS)
     return Experiment(
         slug=SpecReason.slug,
         claim=SpecReason.claim,
         task=StepsTask(problems),
-        subjects=make_subjects(pair, threshold, rate),
+        subjects=make_subjects(pair, chosen, best, sweep[chosen].acceptance),
         baseline=BASE,
-        judge=partial(judge, times=times),
+        judge=partial(judge, times=times, digits=METHOD if chosen[0] == "digits" else OTHERS["digits"]),
         seeds=tuple(seeds or (0, 1)),
         batch=64,
-        notes=f"Levels {LEVELS[0]} to {LEVELS[-1]}, at most {BUDGET} tokens, temperature 0.6, top-p 0.95. Threshold "
-        f"{threshold:g} was chosen on {len(dev)} problems of the dev split: the fewest base tokens at an accuracy no "
-        f"more than {TOLERANCE:.0%} below the base model alone, which is the threshold {NONE}. "
+        notes=f"Levels {LEVELS[0]} to {LEVELS[-1]}, at most {BUDGET} tokens, temperature 0.6, top-p 0.95. Judge and "
+        f"threshold, {chosen[0]} {chosen[1]:g}, were chosen on {len(dev)} problems of the dev split: the fewest base "
+        f"tokens at an accuracy no more than {TOLERANCE:.0%} below the base model alone. The paper asks the judge for "
+        "a digit; likelihood is ours, the base model's own probability of the step. "
         + describe(sweep)
         + " The judge that knows is a ceiling and no method. Large models: seconds per token are taken to go with the "
         f"weights ({LARGE[0]:g} and {LARGE[1]:g} billion), a judgement to cost {VERIFY:g} tokens of the base model.",
@@ -89,35 +91,44 @@ def build(
 # --- running -------------------------------------------------------------------------------------------------------
 
 
-class Pair:
-    """The two models and the options that stay the same for all subjects."""
+Judged = tuple[str, float]  # a way to score, and a threshold; no way: the base model alone
+PLAIN: Judged = ("", NONE)
 
-    def __init__(self, base: LoadedModel, given: dict[str, Any], method: SpecReason) -> None:
+
+class Pair:
+    """The two models and the words they share."""
+
+    def __init__(self, base: LoadedModel, method: SpecReason) -> None:
         self.base, self.small = base, method.small
         if isinstance(self.small, str):
             self.small = load(self.small, base.model.dtype, base.model.device)
         self.prompts = method.prompts or prompts_for(base.model)
         if self.prompts != PRESETS["lines"]:
             raise InputError("this comparison checks the lines of zoo/reasoner; use --model zoo/reasoner")
-        self.score_method = given.get("score_method", "digits")
 
-    def reasoner(self, scorer: StepScorer | None = None, **values: Any) -> SpeculativeReasoner:
-        scorer = scorer or DigitScorer(*self.base, method=self.score_method, prompts=self.prompts)
+    def reasoner(self, scorer: StepScorer, **values: Any) -> SpeculativeReasoner:
         return SpeculativeReasoner(self.base, self.small, scorer, token_budget=BUDGET, prompts=self.prompts, **values)
+
+    def alone(self) -> SpeculativeReasoner:
+        """The base model alone, step by step."""
+        return self.reasoner(RandomJudge(0.0, 0), first_n_base_steps=BUDGET)
+
+    def judged(self, judged: Judged) -> SpeculativeReasoner:
+        score_method, threshold = judged
+        scorer = SpecReason(score_method=score_method).scorer(self.base, self.prompts)
+        return self.reasoner(scorer, threshold=threshold)
 
 
 class Tried(NamedTuple):
-    """What one threshold gives on the problems it is chosen on."""
+    """What a threshold gives on the problems it is chosen on."""
 
     accuracy: float
     base_tokens: float
     acceptance: float
 
 
-def tried(pair: Pair, problems: Sequence[Problem], threshold: float) -> Tried:
-    """Above all scores nothing can be kept: the base model alone then writes the same text."""
-    never = {"first_n_base_steps": BUDGET} if threshold > 9 else {"threshold": threshold}
-    results = pair.reasoner(**never).generate_many([problem.question for problem in problems], seed=0)
+def tried(reasoner: SpeculativeReasoner, problems: Sequence[Problem]) -> Tried:
+    results = reasoner.generate_many([problem.question for problem in problems], seed=0)
     found = [outcome(problem, result).metrics for problem, result in zip(problems, results)]
     stats = [result.stats for result in results]
     judged = sum(one.judged for one in stats)
@@ -128,23 +139,33 @@ def tried(pair: Pair, problems: Sequence[Problem], threshold: float) -> Tried:
     )
 
 
-def sweep_thresholds(pair: Pair, problems: Sequence[Problem]) -> dict[float, Tried]:
-    return {threshold: tried(pair, problems, threshold) for threshold in tqdm(THRESHOLDS, desc="thresholds")}
-
-
-def choose(sweep: dict[float, Tried]) -> float:
-    """The fewest base tokens among the thresholds about as accurate as the base model alone."""
-    enough = sweep[NONE].accuracy - TOLERANCE
-    good = [threshold for threshold, one in sweep.items() if one.accuracy >= enough]
-    return min(good, key=lambda threshold: sweep[threshold].base_tokens)
-
-
-def describe(sweep: dict[float, Tried]) -> str:
-    rows = [
-        f"{threshold:g}: {one.accuracy:.1%}, {one.base_tokens:.1f}, {one.acceptance:.0%}"
-        for threshold, one in sweep.items()
+def sweep_thresholds(pair: Pair, problems: Sequence[Problem], given: dict[str, Any]) -> dict[Judged, Tried]:
+    """Every judge at every threshold. Above all scores it is the base model alone, which needs no judge."""
+    ways = [given["score_method"]] if "score_method" in given else list(THRESHOLDS)
+    grid = [
+        (way, threshold)
+        for way in ways
+        for threshold in ([given["threshold"]] if "threshold" in given else THRESHOLDS.get(way, THRESHOLDS["digits"]))
     ]
-    return f"Sweep (threshold: accuracy, base tokens, steps kept): {'; '.join(rows)}."
+    found = {PLAIN: tried(pair.alone(), problems)}
+    return found | {judged: tried(pair.judged(judged), problems) for judged in tqdm(grid, desc="thresholds")}
+
+
+def choose(sweep: dict[Judged, Tried], way: str) -> Judged:
+    """The fewest base tokens among the thresholds about as accurate as the base model alone, else the most accurate."""
+    mine = {judged: one for judged, one in sweep.items() if judged[0] == way}
+    good = [judged for judged, one in mine.items() if one.accuracy >= sweep[PLAIN].accuracy - TOLERANCE]
+    if not good:
+        return max(mine, key=lambda judged: mine[judged].accuracy)
+    return min(good, key=lambda judged: mine[judged].base_tokens)
+
+
+def describe(sweep: dict[Judged, Tried]) -> str:
+    rows = [
+        f"{way or 'no step kept'} {threshold:g}: {one.accuracy:.1%}, {one.base_tokens:.1f}, {one.acceptance:.0%}"
+        for (way, threshold), one in sweep.items()
+    ]
+    return f"Sweep on dev (threshold: accuracy, base tokens, steps kept): {'; '.join(rows)}."
 
 
 class Times(NamedTuple):
@@ -158,9 +179,9 @@ class Times(NamedTuple):
     faster: float
 
 
-def take_times(pair: Pair, threshold: float, problems: Sequence[Problem]) -> Times:
+def take_times(pair: Pair, chosen: Judged, problems: Sequence[Problem]) -> Times:
     """One problem at a time, the base model alone and the method by turns; the first one warms up."""
-    alone, both = pair.reasoner(first_n_base_steps=BUDGET), pair.reasoner(threshold=threshold)
+    alone, both = pair.alone(), pair.judged(chosen)
     rows = []
     for seed, problem in enumerate([problems[0], *problems]):
         start = time.perf_counter()
@@ -201,17 +222,19 @@ class KnowingJudge:
         return StepScore(9.0 if right_step(problem, steps, candidate) else 0.0)
 
 
-def make_subjects(pair: Pair, threshold: float, rate: float) -> list[Subject]:
-    """The two models alone, the controls, and the method."""
-    makers: dict[str, tuple[str, Callable[[int], SpeculativeReasoner]]] = {
-        BASE: ("plain", lambda seed: pair.reasoner(first_n_base_steps=BUDGET)),
-        SMALL: ("control", lambda seed: pair.reasoner(threshold=ALL)),
-        RANDOM: ("control", lambda seed: pair.reasoner(RandomJudge(rate, seed), threshold=5.0)),
-        ORACLE: ("control", lambda seed: pair.reasoner(KnowingJudge(), threshold=5.0)),
-        METHOD: ("method", lambda seed: pair.reasoner(threshold=threshold)),
+def make_subjects(pair: Pair, chosen: Judged, best: dict[str, Judged], rate: float) -> list[Subject]:
+    """The two models alone, the controls, the judges that were not chosen, and the method."""
+    makers: dict[str, tuple[str, dict[str, Any], Callable[[int], SpeculativeReasoner]]] = {
+        BASE: ("plain", {}, lambda seed: pair.alone()),
+        SMALL: ("control", {}, lambda seed: pair.reasoner(RandomJudge(1.0, 0))),
+        RANDOM: ("control", {"rate": round(rate, 4)}, lambda seed: pair.reasoner(RandomJudge(rate, seed))),
+        ORACLE: ("control", {}, lambda seed: pair.reasoner(KnowingJudge())),
     }
-    setting = {"threshold": threshold, "score_method": pair.score_method, "rate": round(rate, 4)}
-    return [Subject(name, role, setting, partial(solve, make)) for name, (role, make) in makers.items()]
+    for way, judged in sorted(best.items(), key=lambda item: item[1] == chosen):
+        name = METHOD if judged == chosen else OTHERS.get(way, way)
+        setting = {"score_method": way, "threshold": judged[1]}
+        makers[name] = ("method", setting, lambda seed, judged=judged: pair.judged(judged))
+    return [Subject(name, role, setting, partial(solve, make)) for name, (role, setting, make) in makers.items()]
 
 
 def solve(make: Callable[[int], SpeculativeReasoner], problems: Sequence[Problem], seed: int) -> list[ReasoningResult]:
@@ -221,13 +244,12 @@ def solve(make: Callable[[int], SpeculativeReasoner], problems: Sequence[Problem
 # --- afterwards ------------------------------------------------------------------------------------------------------
 
 
-def judge(comparison: Comparison, times: Times) -> list[Finding]:
-    """Accuracy and tokens against the base model, the controls, the judge, and the clock."""
+def judge(comparison: Comparison, times: Times, digits: str) -> list[Finding]:
+    """Accuracy and tokens against the base model, the controls, the judges, and the clock."""
     gain, fewer = comparison.difference(METHOD, BASE, "accuracy"), saved(comparison)
     over_random = comparison.difference(METHOD, RANDOM, "accuracy")
     over_small = comparison.difference(METHOD, SMALL, "accuracy")
     below = comparison.difference(METHOD, ORACLE, "accuracy")
-    tells = telling(comparison)
     kept = acceptance(comparison)
     large = step_speedup(kept, LARGE[1] / LARGE[0], 1.0, VERIFY, times.step_tokens)
     here = step_speedup(kept, times.small, times.base, times.verify, times.step_tokens)
@@ -250,12 +272,7 @@ def judge(comparison: Comparison, times: Times) -> list[Finding]:
             f"{_signed(below)} over the judge that knows; steps kept: {METHOD} {kept:.1%}, "
             f"{RANDOM} {acceptance(comparison, RANDOM):.1%}",
         ),
-        Finding(
-            f"the judge tells right steps from wrong ones (AUC above {TELLS})",
-            tells.low > TELLS,
-            f"AUC {tells.mean:.3f} [{tells.low:.3f}, {tells.high:.3f}]; right steps among those judged "
-            f"{comparison.mean(METHOD, 'right_drafts'):.1%}",
-        ),
+        *([_digit_judge(comparison, digits)] if digits in comparison.subjects else []),
         Finding(
             f"the clock on single problems says at least {FASTER} times faster",
             times.faster >= FASTER,
@@ -267,9 +284,21 @@ def judge(comparison: Comparison, times: Times) -> list[Finding]:
     ]
 
 
-def saved(comparison: Comparison) -> Interval:
+def _digit_judge(comparison: Comparison, digits: str) -> Finding:
+    tells = {name: telling(comparison, name) for name in dict.fromkeys((digits, METHOD))}
+    gain = comparison.difference(digits, BASE, "accuracy")
+    return Finding(
+        f"a judge that is asked for a digit, as in the paper, tells right steps from wrong ones (AUC above {TELLS})",
+        tells[digits].low > TELLS,
+        "; ".join(f"{name}: AUC {one.mean:.3f} [{one.low:.3f}, {one.high:.3f}]" for name, one in tells.items())
+        + f"; {digits}: base tokens saved {_percent(saved(comparison, digits))}, accuracy {_signed(gain)}, steps kept "
+        f"{acceptance(comparison, digits):.1%}",
+    )
+
+
+def saved(comparison: Comparison, subject: str = METHOD) -> Interval:
     """Share of the base model's tokens that it does not write, over all samples."""
-    a, b = comparison.values(METHOD, "base_tokens"), comparison.values(BASE, "base_tokens")
+    a, b = comparison.values(subject, "base_tokens"), comparison.values(BASE, "base_tokens")
     return bootstrap_statistic(lambda pick: 1 - a[pick].sum() / b[pick].sum(), len(a))
 
 
@@ -280,16 +309,16 @@ def acceptance(comparison: Comparison, subject: str = METHOD) -> float:
     return float(kept.sum() / judged.sum())
 
 
-def telling(comparison: Comparison) -> Interval:
+def telling(comparison: Comparison, subject: str) -> Interval:
     """AUC of the judge's scores over right and wrong steps, with its interval over problems."""
     count = len(comparison.samples)
     scored: list[list[list[float]]] = [[] for _ in range(count)]
-    for i, detail in enumerate(comparison.details(METHOD)):  # seed by seed
+    for i, detail in enumerate(comparison.details(subject)):  # seed by seed
         scored[i % count] += detail["scored"]
 
     def compute(pick: np.ndarray) -> float:
-        values, right = zip(*(pair for i in pick for pair in scored[i]))
-        return auroc(values, right)
+        pairs = np.array([pair for i in pick for pair in scored[i]]).reshape(-1, 2)
+        return auroc(pairs[:, 0], pairs[:, 1])
 
     return bootstrap_statistic(compute, count)
 
