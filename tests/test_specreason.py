@@ -722,7 +722,9 @@ def test_the_experiment_compares_and_judges():
     assert len(findings) == 5 and all(f.numbers for f in findings)
     assert "no step kept" in experiment.notes and "likelihood 4.5:" in experiment.notes
     tries = {("digits", t): Tried(accuracy, 50 + t, 0.5) for t, accuracy in enumerate((0.2, 0.5, 0.79, 0.8, 0.9, 0.7))}
-    assert choose({**tries, PLAIN: Tried(0.8, 70, 0)}, "digits") == ("digits", 2)
-    assert choose({**tries, PLAIN: Tried(0.95, 70, 0)}, "digits") == ("digits", 4)
+    assert choose({**tries, PLAIN: Tried(0.8, 70, 0)}, ["digits"]) == ("digits", 2)
+    assert choose({**tries, PLAIN: Tried(0.95, 70, 0)}, ["digits"]) == ("digits", 4)
+    tries["likelihood", 1.0] = Tried(0.79, 40, 0.9)
+    assert choose({**tries, PLAIN: Tried(0.8, 70, 0)}, ["digits", "likelihood"]) == ("likelihood", 1.0)
     with pytest.raises(InputError, match="use --model zoo/reasoner"):
         build(*BASE, samples=1, method=decode.SpecReason(small=SMALL))

@@ -65,8 +65,8 @@ def build(
     count = samples or 320
     dev = draw_problems(Arithmetic(), min(CHOSEN_ON, max(2 * count, 8)), split="dev", levels=LEVELS)
     sweep = sweep_thresholds(pair, dev, given)
-    best = {judge: choose(sweep, judge) for judge in {judge for judge, _ in sweep if judge}}
-    chosen = min(best.values(), key=lambda key: sweep[key].base_tokens)
+    ways = list(dict.fromkeys(way for way, _ in sweep if way))
+    chosen, best = choose(sweep, ways), {way: choose(sweep, [way]) for way in ways}
     times = take_times(pair, chosen, dev[:TIMED_ON])
     problems = draw_problems(Arithmetic(), count, levels=LEVELS)
     return Experiment(
@@ -151,9 +151,9 @@ def sweep_thresholds(pair: Pair, problems: Sequence[Problem], given: dict[str, A
     return found | {judged: tried(pair.judged(judged), problems) for judged in tqdm(grid, desc="thresholds")}
 
 
-def choose(sweep: dict[Judged, Tried], way: str) -> Judged:
-    """The fewest base tokens among the thresholds about as accurate as the base model alone, else the most accurate."""
-    mine = {judged: one for judged, one in sweep.items() if judged[0] == way}
+def choose(sweep: dict[Judged, Tried], ways: Sequence[str]) -> Judged:
+    """The fewest base tokens among the settings about as accurate as the base model alone, else the most accurate."""
+    mine = {judged: one for judged, one in sweep.items() if judged[0] in ways}
     good = [judged for judged, one in mine.items() if one.accuracy >= sweep[PLAIN].accuracy - TOLERANCE]
     if not good:
         return max(mine, key=lambda judged: mine[judged].accuracy)
