@@ -156,7 +156,6 @@ def _record(recipe: Recipe, seed: int, seconds: float, model: Any, measures: Map
         "seed": seed,
         "parameters": model.num_parameters(),
         "measures": {name: round(float(value), 4) for name, value in measures.items()},
-        "reach": {name: list(bounds) for name, bounds in recipe.reach.items()},
         "seconds": round(seconds),
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "transformers": transformers},
