@@ -26,6 +26,17 @@ _HOMES = {
     "Violation": "core",
     "DecodeMethod": "method",
     "Plugins": "method",
+    "GreedyDraftVerifier": "verifiers",
+    "KSeqVerifier": "verifiers",
+    "NaiveVerifier": "verifiers",
+    "RecursiveRejectionVerifier": "verifiers",
+    "Selection": "verifiers",
+    "SingleDraftVerifier": "verifiers",
+    "VERIFIERS": "verifiers",
+    "kseq_acceptance_probability": "verifiers",
+    "kseq_division_factor": "verifiers",
+    "kseq_residual": "verifiers",
+    "sample_drafts": "verifiers",
 }
 __all__ = sorted(_HOMES)
 __getattr__ = exports(__name__, _HOMES)
