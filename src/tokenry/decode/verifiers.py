@@ -228,37 +228,37 @@ VERIFIERS: dict[str, Verifier] = {
 # --- K-SEQ -----------------------------------------------------------------------------------------------------
 
 
-def kseq_division_factor(target: Tensor, draft: Tensor, k: int) -> Tensor:
+def kseq_division_factor(p: Tensor, q: Tensor, k: int) -> Tensor:
     """gamma*, the division factor with the most acceptance (arXiv 2310.15141): the root in [1, k] of
     1 - (1 - beta)^k = gamma beta, where beta(gamma) = sum min(q, p / gamma).
 
     Args:
-        target, draft: probabilities (..., vocabulary).
+        p, q: target and draft probabilities (..., vocabulary).
         k: number of drafts, >= 1.
 
     Returns:
         gamma* (...), float64.
     """
-    target, draft = check_rows(target, draft)
+    p, q = check_rows(p, q)
     check_count(k)
-    return _division_factor(target, draft, k, None)
+    return _division_factor(p, q, k, None)
 
 
-def kseq_acceptance_probability(target: Tensor, draft: Tensor, k: int, gamma: float | None = None) -> Tensor:
+def kseq_acceptance_probability(p: Tensor, q: Tensor, k: int, gamma: float | None = None) -> Tensor:
     """Probability (...) that one of `k` drafts passes its test: 1 - (1 - beta)^k. gamma None is gamma*."""
-    target, draft = check_rows(target, draft)
+    p, q = check_rows(p, q)
     check_count(k)
-    return _any_passes(_beta(target, draft, _division_factor(target, draft, k, gamma)), k)
+    return _any_passes(_beta(p, q, _division_factor(p, q, k, gamma)), k)
 
 
-def kseq_residual(target: Tensor, draft: Tensor, k: int, gamma: float | None = None) -> Tensor:
+def kseq_residual(p: Tensor, q: Tensor, k: int, gamma: float | None = None) -> Tensor:
     """The distribution (..., vocabulary) after `k` failed tests; the target itself where they cannot all fail.
 
     (p - min(q, p / gamma) P / beta) / (1 - P), where P is the acceptance probability. gamma None is gamma*.
     """
-    target, draft = check_rows(target, draft)
+    p, q = check_rows(p, q)
     check_count(k)
-    return _kseq_residual(target, draft, k, _division_factor(target, draft, k, gamma), gamma is None)
+    return _kseq_residual(p, q, k, _division_factor(p, q, k, gamma), gamma is None)
 
 
 def _division_factor(target: Tensor, draft: Tensor, k: int, gamma: float | None) -> Tensor:
