@@ -93,6 +93,14 @@ METHODS: tuple[Entry, ...] = (
         "reasoning s1 thinking budget length limit wait baseline",
     ),
     Entry(
+        "spectr",
+        "decode",
+        "tokenry.decode.spectr:Spectr",
+        "draft several tokens ahead, check them in one forward pass, and keep the model's own distribution exactly",
+        "speculative decoding speedup faster latency draft model prompt lookup assisted generation lossless multi-draft",
+        "tokenry.measure.experiments.spectr",
+    ),
+    Entry(
         "lm-head-neurons",
         "read",
         "tokenry.read.lm_head_neurons:LMHeadNeurons",

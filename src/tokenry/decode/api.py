@@ -38,6 +38,7 @@ def loop(
     stop: Sequence[str] = (),
     rewind: str = "auto",
     budgets: Sequence[int] | None = None,
+    speculation: Any = None,
     **model_kwargs: Any,
 ) -> DecodeOutput | Tensor:
     """The decode loop as a `custom_generate` callable.
@@ -48,8 +49,8 @@ def loop(
     tokenizer; without it the one saved beside the model is used. `caps` are logits processors that act last, after
     temperature and truncation. `token_streamers` has one streamer per row
     (`generate` does not pass its own `streamer` on). `budgets` are the most new tokens of each row, where that is less
-    than `max_new_tokens`. `past_key_values` may hold the first columns of the prompt. Returns ids, or a `DecodeOutput`
-    with `return_dict_in_generate=True`.
+    than `max_new_tokens`. `speculation` drafts several tokens per step (see `speculative`). `past_key_values` may hold
+    the first columns of the prompt. Returns ids, or a `DecodeOutput` with `return_dict_in_generate=True`.
     """
     if generation_config.num_beams > 1:
         raise InputError("the decode loop has no beams; leave num_beams at 1")
@@ -63,8 +64,9 @@ def loop(
     cache = model_kwargs.pop("past_key_values", None)
     for name in ("position_ids", "logits_to_keep", "use_cache", "synced_gpus", "streamer", "tokenizer"):
         model_kwargs.pop(name, None)
-    engine = TransformersEngine(model, cache, layer_policy, bool(monitors), rewind, model_kwargs)
-    runner = DecodeLoop(
+    rewinds = bool(monitors) or speculation is not None
+    engine = TransformersEngine(model, cache, layer_policy, rewinds, rewind, model_kwargs)
+    runner = (DecodeLoop if speculation is None else speculation.loop)(
         engine,
         processing_class,
         processors=processors,
@@ -135,6 +137,7 @@ def generate(
         layer_policy=plugins.layer_policy,
         steerers=plugins.steerers,
         caps=plugins.caps,
+        speculation=plugins.speculation,
         token_streamers=streamers,
         processing_class=tokenizer,
         seed=seed,
