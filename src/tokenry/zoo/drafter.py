@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerF
 
 from ..decode.api import generate
 from ..models import load
-from ..problems import Arithmetic, Problem, draw_problems, split_of
+from ..problems import Arithmetic, Problem, draw_problems
 from .reasoner import DIRECT, LEVELS, examples
 from .training import Progress, batches_by_length, fit
 
@@ -30,9 +31,8 @@ SHAPE = {
     "head_dim": 16,
     "intermediate_size": 176,
 }
-SAMPLED, DIRECT_SHARE = 3000, 0.15  # texts of the teacher
-STEPS, BATCH_TOKENS = 2600, 5000
-OWN_SHARE = 0.6  # of batches that are the teacher's own texts
+SAMPLED, TAUGHT, DIRECT_SHARE = 600, 12_000, 0.15  # texts of the teacher, and of those that it learnt from
+STEPS, BATCH_TOKENS = 1500, 5000
 SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "max_new_tokens": 400}
 
 
@@ -52,57 +52,38 @@ def teacher_texts(
     return found
 
 
-def repeated(texts: Sequence[tuple[list[int], int]], seed: int) -> Iterator[tuple[list[int], int]]:
-    """The texts again and again, each time in another order."""
-    rng, order = random.Random(seed), list(texts)
-    while True:
-        rng.shuffle(order)
-        yield from order
+@torch.no_grad()
+def with_targets(teacher: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The batch with `wanted`, the teacher's log-probabilities (learnt tokens, vocabulary)."""
+    logits = teacher(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    return {**batch, "wanted": logits[:, :-1][batch["labels"][:, 1:] >= 0].log_softmax(-1)}
 
 
-def mixed(
-    own: Iterator[dict[str, Tensor]], taught: Iterator[dict[str, Tensor]], seed: int
-) -> Iterator[dict[str, Tensor]]:
-    """Batches of both kinds."""
+def distillation_loss(student: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """KL divergence of the student's next-token distribution from the teacher's, in nats per token."""
+    logits = student(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    found = logits[:, :-1][batch["labels"][:, 1:] >= 0].log_softmax(-1)
+    return (batch["wanted"].exp() * (batch["wanted"] - found)).sum(-1).mean()
+
+
+def shuffled(batches: list[dict[str, Tensor]], seed: int) -> Iterator[dict[str, Tensor]]:
+    """The batches again and again, each time in another order."""
     rng = random.Random(seed)
     while True:
-        yield next(own if rng.random() < OWN_SHARE else taught)
-
-
-def distillation_loss(teacher: PreTrainedModel):
-    """KL divergence of the student's next-token distribution from the teacher's, in nats per token."""
-
-    def loss(student: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-        inputs = {name: batch[name][:, :-1] for name in ("input_ids", "attention_mask")}
-        learnt = batch["labels"][:, 1:] >= 0
-        with torch.no_grad():
-            wanted = teacher(**inputs, use_cache=False).logits[learnt].log_softmax(-1)
-        found = student(**inputs, use_cache=False).logits[learnt].log_softmax(-1)
-        return (wanted.exp() * (wanted - found)).sum(-1).mean()
-
-    return loss
+        yield from rng.sample(batches, len(batches))
 
 
 def train(seed: int = 0, progress: Progress | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Sample from the teacher, then distil it, from the seed."""
+    """Collect texts and what the teacher says about them, then distil it, from the seed."""
     teacher, tokenizer = load(TEACHER, device="cpu")
-    task, rng = Arithmetic(), random.Random(f"drafter {seed}")
-    problems: list[Problem] = []
-    while len(problems) < SAMPLED:
-        problem = task.draw(rng.choice(LEVELS), rng)
-        if split_of(problem.question) == "train":
-            problems.append(problem)
-    texts = teacher_texts(teacher, tokenizer, problems, seed)
+    problems = draw_problems(Arithmetic(), SAMPLED, seed, "train", LEVELS)
+    own = teacher_texts(teacher, tokenizer, problems, seed)
+    texts = chain(own, islice(examples(tokenizer, seed + 1), TAUGHT))
+    batches = batches_by_length(texts, BATCH_TOKENS, tokenizer.pad_token_id, seed)
+    known = [with_targets(teacher, batch) for batch in batches]
     torch.manual_seed(seed)
-    config = type(teacher.config).from_dict({**teacher.config.to_dict(), **SHAPE})
-    student = LlamaForCausalLM(config)
-    pad = tokenizer.pad_token_id
-    batches = mixed(
-        batches_by_length(repeated(texts, seed), BATCH_TOKENS, pad, seed),
-        batches_by_length(examples(tokenizer, seed + 1), BATCH_TOKENS, pad, seed),
-        seed,
-    )
-    fit(student, batches, STEPS, learning_rate=3e-3, loss=distillation_loss(teacher), progress=progress)
+    student = LlamaForCausalLM(type(teacher.config).from_dict({**teacher.config.to_dict(), **SHAPE}))
+    fit(student, shuffled(known, seed), STEPS, learning_rate=3e-3, loss=distillation_loss, progress=progress)
     return student, tokenizer
 
 
