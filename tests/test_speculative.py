@@ -632,3 +632,104 @@ def test_counts_agree(llama, tokenizer):
     assert stats.accepted == stats.accepted_explicitly <= stats.drafted
     assert stats.accepted <= stats.emitted <= stats.accepted + stats.target_calls
     assert stats.block_efficiency == stats.emitted / stats.target_calls
+
+
+# --- the experiment --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """Untrained models of the zoo's tokenizer: a target, and a drafter."""
+    from tokenry.zoo.reasoner import build_tokenizer
+
+    tokenizer, models = build_tokenizer(), []
+    for seed, size in ((0, 32), (1, 16)):
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=size,
+            intermediate_size=2 * size,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        models.append(LlamaForCausalLM(config).eval())
+    return *models, tokenizer
+
+
+def test_the_experiment_compares_and_judges(pair, tmp_path, monkeypatch):
+    from tokenry.measure import speculation
+    from tokenry.measure.compare import compare
+    from tokenry.measure.experiments import spectr as experiment
+
+    target, draft, tokenizer = pair
+    draft.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr(speculation, "MAX_NEW_TOKENS", 12)
+    monkeypatch.setattr(speculation, "ROWS", 40)
+    monkeypatch.setattr(experiment, "DRAWS", 40)
+    monkeypatch.setattr(experiment, "forward_costs", lambda model, counts: dict.fromkeys([1, *counts], 1.5))
+    monkeypatch.setattr(experiment, "load", lambda: (target, tokenizer))
+    method = decode.Spectr(drafter=str(tmp_path), draft_length=2)
+    built = experiment.build(target, tokenizer, samples=2, method=method)
+    comparison = compare(built)
+    assert [s.role for s in built.subjects] == ["plain", "control", "control", *["method"] * 4]
+    assert comparison.mean("plain", "block_efficiency") == 1 < comparison.mean("kseq", "block_efficiency")
+    for name in ("single", "rrs", "rrs-without", "kseq", "greedy"):
+        assert 0 < comparison.mean(name, "ceiling") <= 1
+    findings = built.judge(comparison)
+    assert len(findings) == 7 and all(finding.numbers for finding in findings)
+
+
+def test_chi_square_is_scipys():
+    from tokenry.measure.speculation import chi_square
+
+    law = {(0,): 0.5, (1,): 0.3, (2,): 0.199, (3,): 0.001}
+    drawn = [(0,)] * 60 + [(1,)] * 25 + [(2,)] * 14 + [(3,)]
+    found = chi_square(drawn, law)
+    known = chisquare([60, 25, 15], [50, 30, 20])
+    assert found["freedom"] == 2
+    assert chi_square([*drawn[:-1], (2,)], {(0,): 0.5, (1,): 0.3, (2,): 0.2})["p"] == pytest.approx(known.pvalue)
+
+
+def test_the_exact_law_of_continuations(pair):
+    from tokenry.measure.speculation import continuation_law
+
+    target, _, tokenizer = pair
+    law = continuation_law(target, [2, 9, 3])
+    assert sum(law.values()) == pytest.approx(1, abs=0.05) and max(map(len, law)) == 3
+    assert all(len(new) == 3 or new[-1] == tokenizer.eos_token_id for new in law)
+
+
+def test_the_cost_model():
+    from tokenry.measure.experiments.spectr import speedup
+
+    assert speedup(3.0, 4, 0.1, 1.0) == pytest.approx(3 / 1.4)
+
+
+# --- the drafter of the zoo ------------------------------------------------------------------------------------
+
+
+def test_distillation_is_the_divergence_from_the_teacher(pair):
+    from tokenry.zoo import drafter
+
+    target, draft, _ = pair
+    (batch,) = drafter.batches_by_length(iter([([2, 9, 3, 5, 6, 1], 3), ([2, 8, 3, 7], 2)]), 100, 0)
+    known = drafter.with_targets(target, batch)
+    rows = batch["attention_mask"].bool()
+    total = []
+    for ids, keep, labels in zip(batch["input_ids"], rows, batch["labels"]):
+        p, q = (m(ids[keep][None]).logits[0].log_softmax(-1) for m in (target, draft))
+        learnt = (labels[keep][1:] >= 0).nonzero().squeeze(1)
+        total.append((p.exp() * (p - q)).sum(-1)[learnt])
+    assert drafter.distillation_loss(draft, known).item() == pytest.approx(torch.cat(total).mean().item(), rel=1e-4)
+    assert drafter.distillation_loss(target, known).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_drafters_recipe_needs_the_reasoner():
+    from tokenry.zoo import find_recipe
+
+    recipe = find_recipe("drafter")
+    assert recipe.needs == ("reasoner",) and callable(recipe.load().train) and callable(recipe.load().measure)

@@ -201,20 +201,18 @@ class ModelDrafter:
         return [logits[row, width - len(new) :] for row, new in enumerate(nodes)]
 
     def _follow(self, contexts: Sequence[Context]) -> None:
-        """Bring the cache to the rows as they are now: keep the accepted nodes, take back what was rewound. The last
-        token of a row is always left to be fed."""
-        common = [shared_length(fed, ids[:-1]) if ids else len(fed) for fed, ids in zip(self.fed, contexts)]
+        """Bring the cache to the rows as they are now: keep the nodes they have gone along, take back what was rewound.
+        The last token of a row is always left to be fed."""
+        gone = [len(fed) - shared_length(fed, ids[:-1]) if ids else 0 for fed, ids in zip(self.fed, contexts)]
         if self.columns:
-            kept = [
-                self._accepted(row, ids) if ids and common[row] == len(self.fed[row]) else []
-                for row, ids in enumerate(contexts)
-            ]
-            self.engine.keep(kept)
+            self.engine.keep(
+                [self._accepted(row, ids) if ids and not gone[row] else [] for row, ids in enumerate(contexts)]
+            )
             self.columns = []
-        for row, (ids, length) in enumerate(zip(contexts, common)):
-            if length < len(self.fed[row]) and ids and self.fed[row] != ids[: len(self.fed[row])]:
-                self.engine.forget(row, len(self.fed[row]) - length)
-                self.fed[row] = self.fed[row][:length]
+        for row, count in enumerate(gone):
+            if count:
+                self.engine.forget(row, count)
+                del self.fed[row][-count:]
 
     def _accepted(self, row: int, ids: list[int]) -> list[int]:
         """Columns of the nodes that the row has gone along; their tokens count as fed."""

@@ -131,11 +131,11 @@ class SpeculativeLoop(DecodeLoop):
         super().__init__(*args, **options)
         self.speculation, self.stats = speculation, SpeculativeStats()
         self.drafter, self.verifier = speculation.drafter, speculation.verifier
+        self.independent = self.do_sample and self.verifier.sampling == "with"
 
     def _run(self, block: Tensor, mask: Tensor | None) -> None:
-        plan = self.speculation
-        self.independent = self.do_sample and self.verifier.sampling == "with"
-        self.drafter.begin(self.engine.model, self.batch, plan.num_drafts > 1 and not self.independent)
+        distinct = self.speculation.num_drafts > 1 and not self.independent
+        self.drafter.begin(self.engine.model, self.batch, distinct)
         self._step(block, mask)
         while self.active:
             self._speculate()

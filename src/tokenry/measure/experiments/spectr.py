@@ -7,7 +7,7 @@ draft for comparison. What any verifier could reach on the same drafts stands be
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -19,7 +19,7 @@ from ...decode.spectr import Spectr, Speculation
 from ...models import load
 from ..compare import Comparison
 from ..speculation import EFFICIENCY, SpeculationTask, chi_square, continuation_law, uncertain_prefix
-from ..statistics import Interval
+from ..statistics import Interval, paired_bootstrap
 from ..task import Experiment, Finding, Subject
 
 __all__ = ["build"]
@@ -30,6 +30,7 @@ DEFAULT = {"drafter": "zoo/drafter", "num_drafts": 4, "draft_length": 4}
 DRAWS = 2000  # continuations for the chi-square test
 WANTED = 2.5  # tokens per forward of the target with one draft
 REJECTED = 1e-4  # p value below which the law would be another one
+TOLERANCE = 0.015  # of an acceptance rate
 CONTEXT, REPEATS = 200, 5
 
 
@@ -43,13 +44,13 @@ def build(
     """Plain sampling, one draft, and every verifier with several, all at temperature 1.
 
     Args:
-        samples: test problems; default 96.
+        samples: test problems; default 60.
         method: what it sets of drafter, num_drafts and draft_length replaces the defaults zoo/drafter, 4 and 4.
     """
     given = {**DEFAULT, **(method.model_dump(exclude_unset=True, include=set(DEFAULT)) if method else {})}
     plans = {name: plan(model, tokenizer, name, given) for name in VERIFIERS}
     prefix = uncertain_prefix(model, tokenizer)
-    task = SpeculationTask(model, tokenizer, samples or 96, DRAWS, prefix)
+    task = SpeculationTask(model, tokenizer, samples or 60, DRAWS, prefix)
     subjects = [Subject(PLAIN, "plain")]
     for name, (settings, speculation) in plans.items():
         role = "control" if name in (SINGLE, NAIVE) else "method"
@@ -62,7 +63,7 @@ def build(
         task=task,
         subjects=subjects,
         baseline=PLAIN,
-        judge=partial(judge, law=continuation_law(model, prefix), share=share, length=given["draft_length"]),
+        judge=partial(judge, law=continuation_law(model, prefix), share=share, given=given),
         seeds=tuple(seeds or (0,)),
         batch=1,
         notes=f"Temperature 1. The draft model has {share:.1%} of the target's parameters. The trees of all verifiers "
@@ -113,35 +114,34 @@ def speedup(efficiency: float, length: int, draft: float, verify: float) -> floa
 def by_depth(comparison: Comparison, subject: str) -> str:
     """Acceptance and ceiling at each depth."""
     rows = np.array([p for d in comparison.details(subject) for p in d.get("positions", ())], float)
-    depths = range(int(rows[:, 0].max()) + 1)
-    met = [rows[rows[:, 0] == depth] for depth in depths]
+    met = [rows[rows[:, 0] == depth] for depth in range(int(rows[:, 0].max()) + 1)]
     return f"{subject} " + ", ".join(f"{m[:, 1].mean():.3f} of {m[:, 2].mean():.3f}" for m in met)
 
 
-def p_values(comparison: Comparison, law: dict) -> dict[str, dict]:
+def law_tests(comparison: Comparison, law: dict) -> dict[str, dict]:
     """The chi-square test of every subject."""
-    drawn = {
-        name: [new for d in comparison.details(name) for new in d.get("continuations", ())]
-        for name in comparison.subjects
-    }
-    return {name: chi_square(new, law) for name, new in drawn.items() if new}
+    found = {}
+    for name in comparison.subjects:
+        drawn = [new for detail in comparison.details(name) for new in detail.get("continuations", ())]
+        found[name] = chi_square(drawn, law)
+    return found
 
 
 def shown(interval: Interval, digits: int = 3) -> str:
     return f"{interval.mean:.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
 
 
-def judge(comparison: Comparison, law: dict, share: float, length: int) -> list[Finding]:
+def judge(comparison: Comparison, law: dict, share: float, given: dict) -> list[Finding]:
     """Fewer forwards, the order of the verifiers, the law, the answers, and what the speed would be elsewhere."""
     efficiency = {name: comparison.interval(name, EFFICIENCY.name) for name in VERIFIERS}
     over = partial(comparison.difference, name=EFFICIENCY.name)
-    tests = p_values(comparison, law)
-    accuracy = {name: comparison.difference(name, PLAIN, "accuracy") for name in VERIFIERS}
-    gaps = {name: comparison.difference(name, PLAIN, "seconds") for name in VERIFIERS}
-    acceptance = {name: comparison.mean(name, "acceptance") - comparison.mean(name, "ceiling") for name in VERIFIERS}
+    tests = law_tests(comparison, law)
+    below = {name: comparison.mean(name, "ceiling") - comparison.mean(name, "acceptance") for name in VERIFIERS}
+    drafted = np.mean([comparison.values(name, "accuracy") for name in VERIFIERS], axis=0)
+    accuracy = paired_bootstrap(drafted, comparison.values(PLAIN, "accuracy"))
     return [
         Finding(
-            f"one draft of {length} tokens gives at least {WANTED} tokens per forward of the target",
+            f"one draft of {given['draft_length']} tokens gives at least {WANTED} tokens per forward of the target",
             efficiency[SINGLE].mean >= WANTED,
             "tokens per forward: " + "; ".join(f"{name} {shown(e, 2)}" for name, e in efficiency.items()),
         ),
@@ -156,8 +156,8 @@ def judge(comparison: Comparison, law: dict, share: float, length: int) -> list[
             f"greedy - kseq: {shown(over(GREEDY, KSEQ))}; rrs-without - kseq: {shown(over(WITHOUT, KSEQ))}",
         ),
         Finding(
-            "no verifier accepts more than the ceiling of its drafts, beyond chance",
-            all(value < 0.01 for value in acceptance.values()),
+            f"no verifier is more than {TOLERANCE} above the ceiling of its drafts, and the greedy one reaches it",
+            all(gap > -TOLERANCE for gap in below.values()) and below[GREEDY] < TOLERANCE,
             "acceptance of ceiling, by depth: " + "; ".join(by_depth(comparison, name) for name in VERIFIERS),
         ),
         Finding(
@@ -167,38 +167,35 @@ def judge(comparison: Comparison, law: dict, share: float, length: int) -> list[
             + "; ".join(f"{n} {t['p']:.3f} ({t['statistic']:.1f} / {t['freedom']})" for n, t in tests.items()),
         ),
         Finding(
-            "the answers are as often right as without drafts: no interval of the difference excludes 0",
-            not any(difference.excludes_zero for difference in accuracy.values()),
-            f"plain {comparison.mean(PLAIN, 'accuracy'):.3f}; difference: "
-            + "; ".join(f"{name} {shown(difference)}" for name, difference in accuracy.items()),
+            "the answers are as often right as without drafts: the interval of the difference contains 0",
+            not accuracy.excludes_zero,
+            f"all with drafts - plain: {shown(accuracy)}; "
+            + "; ".join(f"{name} {comparison.mean(name, 'accuracy'):.3f}" for name in comparison.subjects),
         ),
-        Finding(
-            "where a forward of the tree costs little more than one of a token, that is a gain in time",
-            *gain(efficiency, share, length, {name: gaps[name].mean for name in VERIFIERS}),
-        ),
+        elsewhere(comparison, efficiency, share, given),
     ]
 
 
-def gain(efficiency: dict[str, Interval], share: float, length: int, seconds: dict[str, float]) -> tuple[bool, str]:
-    """The cost model: whether the best multi-draft verifier gains, and the numbers."""
-    drafts = DEFAULT["num_drafts"]
-    sizes = {SINGLE: length + 1, KSEQ: drafts * length + 1, GREEDY: drafts * length + 1}
-    measured = forward_costs(load()[0], sorted(set(sizes.values())))
-    settings: dict[str, Callable[[str], float]] = {
-        "memory-bound, a forward of the tree as one of a token": lambda name: 1.0,
-        "SmolLM2-135M on this CPU, forwards of "
-        + ", ".join(f"{n} tokens {c:.2f}" for n, c in measured.items() if n > 1): lambda name: measured[sizes[name]],
-    }
-    found = {
-        place: {name: speedup(efficiency[name].mean, length, share, verify(name)) for name in sizes}
-        for place, verify in settings.items()
-    }
-    text = "; ".join(
-        f"{place}: " + ", ".join(f"{name} {value:.2f} x" for name, value in row.items()) for place, row in found.items()
+def elsewhere(comparison: Comparison, efficiency: dict[str, Interval], share: float, given: dict) -> Finding:
+    """The cost model, with forwards that cost as on memory-bound hardware and as on this CPU; and what was measured."""
+    length, tree = given["draft_length"], given["num_drafts"] * given["draft_length"] + 1
+    sizes = {SINGLE: length + 1, KSEQ: tree, GREEDY: tree}
+    costs = forward_costs(load()[0], [length + 1, tree])
+    free, here = (
+        {name: speedup(efficiency[name].mean, length, share, verify(size)) for name, size in sizes.items()}
+        for verify in (lambda size: 1.0, lambda size: costs[size])
     )
-    here = ", ".join(f"{name} {value:+.3f} s" for name, value in seconds.items())
-    first = next(iter(found.values()))
-    return (
-        first[GREEDY] > first[SINGLE] > 1,
-        f"a draft forward costs {share:.3f} of the target's. {text}. Measured here, per problem against plain: {here}",
+    pace = {name: comparison.values(name, "seconds") / comparison.values(name, "tokens") for name in [PLAIN, *sizes]}
+    measured = {name: float(np.nanmedian(pace[PLAIN] / pace[name])) for name in sizes}
+
+    def row(values: dict[str, float]) -> str:
+        return ", ".join(f"{name} {value:.2f} x" for name, value in values.items())
+
+    return Finding(
+        "where a forward of the tree costs as much as one of a token, more drafts mean more speed",
+        free[GREEDY] > free[KSEQ] > free[SINGLE] > 1,
+        f"a forward of the draft model is taken to cost {share:.3f} of the target's, its share of the parameters. "
+        f"Memory-bound, as large models on a GPU: {row(free)}. Costs of SmolLM2-135M on this CPU "
+        f"({length + 1} tokens {costs[length + 1]:.2f}, {tree} tokens {costs[tree]:.2f} of one): {row(here)}. "
+        f"Measured with this pair, median over problems: {row(measured)}",
     )
