@@ -216,11 +216,27 @@ def test_how_the_prefixes_are_cut_does_not_matter(monkeypatch):
     wanted = ceiling(p, q, 3, "without")
     monkeypatch.setattr(acceptance, "PIECES", 2)
     monkeypatch.setattr(acceptance, "BLOCK", 64)
+    monkeypatch.setattr(acceptance, "HEAVY", 512)  # all tokens one by one
     assert ceiling(p, q, 3, "without") == pytest.approx(wanted, abs=1e-12)
     monkeypatch.setattr(
         acceptance, "_bounds", lambda mass, *rest: torch.full_like(rest[-1], -1.0)
     )  # nothing is dropped
     assert ceiling(p, q, 3, "without") == pytest.approx(wanted, abs=1e-12)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 8])
+@pytest.mark.parametrize("noise", [0.1, 1.0, 3.0])
+def test_rare_tokens_may_be_taken_together(monkeypatch, n, noise):
+    p, q = zipf_pair(2000, noise, 2)
+    monkeypatch.setattr(acceptance, "PIECES", 4)
+    monkeypatch.setattr(acceptance, "HEAVY", 512)
+    wanted = ceiling(p, q, n, "without")
+    monkeypatch.setattr(acceptance, "HEAVY", 4)
+    assert ceiling(p, q, n, "without") == pytest.approx(wanted, abs=1e-11)
+    flat = torch.full_like(q, 1 / 2000)  # no token comes before the others
+    found = ceiling(p, flat, n, "without")
+    monkeypatch.setattr(acceptance, "HEAVY", 512)
+    assert found == pytest.approx(ceiling(p, flat, n, "without"), abs=1e-11)
 
 
 @pytest.mark.parametrize("least", [1e-4, 1e-9, 1e-14])

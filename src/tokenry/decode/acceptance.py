@@ -16,6 +16,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +36,8 @@ STEP = 0.3  # of the quadrature, in ln(time); its error is below 1e-9 for up to 
 TAIL = 1e-11  # what the quadrature leaves out on either side
 CLOSE = 1e-12  # a lower bound this close to the best value is no better
 PIECES = 64  # into which the prefixes are cut at first
+HEAVY = 64  # tokens of a piece that are taken one by one; with the others RARE and TERMS give 1e-12
+RARE, TERMS = 0.25, 20
 BLOCK = 2**16  # numbers handled at a time, so that they stay in the processor's cache
 MOST_STATES = 2**24  # numbers that the exact recursion over rejections may hold
 
@@ -224,6 +227,7 @@ def _mean(values: Tensor) -> tuple[float, float]:
 # where N(t) is a sum of independent Bernoulli(1 - e^(-q t)) over H. In z = ln t the integrand falls exponentially to
 # the left and doubly exponentially to the right, so that the trapezoid rule converges geometrically. The law of N is
 # kept as a polynomial cut off at degree k - 1; a product of polynomials has positive terms only and loses no digits.
+# The many tokens that have hardly arrived by the time t are taken together.
 #
 # Along the prefixes Q is a convex function of q(H), and so lies below its chords. Between two prefixes where Q is
 # known, P minus the chord bounds P - Q from below; only pieces whose bound beats the best value are cut further.
@@ -291,13 +295,51 @@ def _chance(laws: Tensor, outside: Tensor, times: Tensor) -> Tensor:
 def _pieces(q: Tensor, size: int, times: Tensor, k: int) -> Tensor:
     """Law of the arrivals in each piece of `size` tokens: (k, pieces, nodes)."""
     count = -(-len(q) // size)
-    padded = torch.nn.functional.pad(q, (0, count * size - len(q))).reshape(count, size)
-    blocks = padded.split(max(1, BLOCK // (size * len(times))))
-    return torch.cat([_all_arrivals(block, times, k) for block in blocks], 1)
+    rates = torch.nn.functional.pad(q, (0, count * size - len(q))).reshape(count, size)
+    if size <= 2 * HEAVY:
+        return _all_arrivals(rates, times, k)
+    rates = rates.sort(1, descending=True).values
+    heavy, rest = rates[:, :HEAVY], rates[:, HEAVY:]
+    early = int((times * rest.max() <= RARE).sum())
+    law = [_rare_arrivals(rest, times[:early], k)] if early else []
+    if early < len(times):
+        law.append(_all_arrivals(rest, times[early:], k))
+    return _product(_all_arrivals(heavy, times, k), torch.cat(law, -1), k)
+
+
+def _rare_arrivals(rates: Tensor, times: Tensor, k: int) -> Tensor:
+    """As `_all_arrivals`, for rates * times <= RARE: the coefficients are elementary symmetric polynomials of
+    e^(rate t) - 1, by Newton's identities from power sums, and these by series from the moments of the rates."""
+    scaled, power, moments = rates * times[-1], 1.0, []
+    for _ in range(TERMS):
+        power = scaled * power
+        moments.append(power.sum(1))
+    powers = (times / times[-1]) ** torch.arange(1, TERMS + 1, device=times.device)[:, None]
+    sums = torch.einsum("mr,rp,rn->mpn", _series(k - 1).to(rates), torch.stack(moments), powers)
+    law = [torch.ones_like(sums[0])]
+    for j in range(1, k):
+        law.append(sum((-1) ** (i + 1) * law[j - i] * sums[i - 1] for i in range(1, j + 1)) / j)
+    return torch.stack(law) * torch.exp(-rates.sum(1)[:, None] * times)
+
+
+def _series(most: int) -> Tensor:
+    """Coefficients (most, TERMS) of y, y^2, ... in (e^y - 1)^m, for m = 1 to `most`."""
+    one = np.array([0.0, *(1 / math.factorial(r) for r in range(1, TERMS + 1))])
+    rows = [one]
+    for _ in range(most - 1):
+        rows.append(np.convolve(rows[-1], one)[: TERMS + 1])
+    return torch.from_numpy(np.array(rows)[:, 1:])
 
 
 def _all_arrivals(rates: Tensor, times: Tensor, k: int) -> Tensor:
     """Law of the arrivals among all tokens of each row of rates (pieces, tokens): (k, pieces, nodes)."""
+    size = 1 << (rates.shape[1] - 1).bit_length()
+    rates = torch.nn.functional.pad(rates, (0, size - rates.shape[1]))
+    blocks = rates.split(max(1, BLOCK // (size * len(times))))
+    return torch.cat([_block_arrivals(block, times, k) for block in blocks], 1)
+
+
+def _block_arrivals(rates: Tensor, times: Tensor, k: int) -> Tensor:
     size = rates.shape[1]
     absent = torch.exp(rates.T[:, :, None] * -times)
     if size == 1:

@@ -212,12 +212,11 @@ class SpeculativeLoop(DecodeLoop):
 
     def _laws(self, row: Row, paths: list[list[int]], scores: Tensor) -> Tensor:
         """The distributions (paths, vocabulary) that drafts are drawn from; zeros where there is nothing to draw."""
-        alive = torch.isfinite(scores).any(-1, keepdim=True)
-        ids = self._row_ids(row).expand(len(paths), -1)
-        ids = torch.cat([ids, torch.tensor(paths, dtype=torch.long, device=self.device)], 1)
-        for processor in self.processors:
-            scores = processor(ids, scores)
-        return torch.where(alive, self.chooser.warp(ids, scores).softmax(-1), 0.0)
+        alive, warped = torch.isfinite(scores).any(-1, keepdim=True), []
+        for path, logits in zip(paths, scores):  # one by one: some processors tell the rows of a batch by their number
+            ids = torch.cat([self._row_ids(row), torch.tensor([path], dtype=torch.long, device=self.device)], 1)
+            warped.append(self.chooser.warp(ids, self._processed(ids, logits[None])))
+        return torch.where(alive, torch.cat(warped).softmax(-1), 0.0)
 
     def _draw(self, row: Row, law: Tensor, count: int) -> list[int]:
         if not self.do_sample:
@@ -234,9 +233,7 @@ class SpeculativeLoop(DecodeLoop):
         node, end, room = ROOT, self.prompt_length + len(row.ids), self._room(row)
         while True:
             ids = self.ids[row.number : row.number + 1, : end + len(steps)]
-            scores = logits[node + 1][None]
-            for processor in self.processors:
-                scores = processor(ids, scores)
+            scores = self._processed(ids, logits[node + 1][None])
             token = self._select(row, self.chooser.warp(ids, scores)[0], tree, node, len(steps))
             steps.append(Step(token, scores[0]))
             node = tree.child(node, token)
@@ -277,6 +274,11 @@ class SpeculativeLoop(DecodeLoop):
         self._emit(row)
 
     # --- small pieces --------------------------------------------------------------------------------------
+
+    def _processed(self, ids: Tensor, scores: Tensor) -> Tensor:
+        for processor in self.processors:
+            scores = processor(ids, scores)
+        return scores
 
     def _room(self, row: Row) -> int:
         return self.limits[row.number] - len(row.ids)

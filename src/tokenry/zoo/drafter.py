@@ -31,8 +31,8 @@ SHAPE = {
     "head_dim": 16,
     "intermediate_size": 176,
 }
-SAMPLED, TAUGHT, DIRECT_SHARE = 600, 12_000, 0.15  # texts of the teacher, and of those that it learnt from
-STEPS, BATCH_TOKENS = 1500, 5000
+SAMPLED, TAUGHT, DIRECT_SHARE = 400, 6_000, 0.15  # texts of the teacher, and of those that it learnt from
+STEPS, BATCH_TOKENS = 1000, 5000
 SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "max_new_tokens": 400}
 
 

@@ -72,7 +72,7 @@ RECIPES: tuple[Recipe, ...] = (
         task="drafts for zoo/reasoner, whose next-token distribution it has learnt",
         data="the reasoner's probabilities on its training texts and on its own solutions",
         size=0.15,
-        minutes=10,
+        minutes=4,
         reach={"agreement": (0.7, 1.0), "same": (0.7, 1.0)},
         needs=("reasoner",),
     ),
