@@ -386,3 +386,44 @@ def test_an_exact_recursion_that_is_too_large_is_refused():
     for name, paths in (("kseq", 10), ("rrs-without", 0)):
         with pytest.raises(InputError, match="a number of paths >= 1 for 'rrs-without'"):
             verifier_acceptance(*THREE, 2, name, monte_carlo=paths)
+
+
+# --- the experiment --------------------------------------------------------------------------------------------------
+
+
+def test_the_experiment_measures_what_the_formulas_say(llama, tokenizer, monkeypatch):
+    from tokenry.decode import OptimalMDSD
+    from tokenry.measure.compare import compare
+    from tokenry.measure.experiments import optimal_mdsd
+
+    monkeypatch.setattr(optimal_mdsd, "NEW_TOKENS", 6)
+    monkeypatch.setattr(optimal_mdsd, "PATHS", 20)
+    method = OptimalMDSD(drafter="early-exit", exit_layers=2)
+    experiment = optimal_mdsd.build(llama, tokenizer, samples=2, method=method)
+    comparison = compare(experiment)
+    assert [s.role for s in experiment.subjects] == ["plain", "control", *["method"] * 4, *["control"] * 4]
+    for name in optimal_mdsd.SEVERAL_DRAFTS:
+        mean = {subject: comparison.mean(subject, name) for subject in comparison.subjects}
+        assert mean["greedy"] == pytest.approx(mean["ceiling, greedy"]) and mean["any draft"] == 1
+        assert mean["single"] < mean["kseq"] < mean["ceiling, with"] < mean["ceiling, without"]
+        assert math.isnan(comparison.mean("ceiling, with", f"measured {name}"))
+    hits = optimal_mdsd.pooled(comparison, "greedy", "accepted", "T=1 n=4")
+    assert len(hits) == 12 and set(hits) <= {0, 1}
+    findings = experiment.judge(comparison)
+    assert len(findings) == 6 and findings[0].holds and findings[2].holds
+    assert "20 random paths" in experiment.notes
+
+
+def test_distances_in_standard_errors():
+    from tokenry.measure.experiments.optimal_mdsd import errors_off
+
+    assert errors_off(np.ones(4), np.full(4, 0.5)) == 2
+    assert errors_off(np.ones(4), np.ones(4)) == 0 and errors_off(np.zeros(4), np.ones(4)) == math.inf
+
+
+def test_the_method_is_in_the_catalogue():
+    from tokenry import catalog
+
+    method = catalog.load("optimal-mdsd")
+    assert method().verifier == "greedy" and method().num_drafts == 4 and method.stage == "decode"
+    assert catalog.find("highest acceptance rate of drafts")[0].slug == "optimal-mdsd"

@@ -101,6 +101,14 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.measure.experiments.spectr",
     ),
     Entry(
+        "optimal-mdsd",
+        "decode",
+        "tokenry.decode.optimal_mdsd:OptimalMDSD",
+        "greedy drafts whose verifier accepts as often as can be, and the highest acceptance rate of any drafts",
+        "speculative decoding multi-draft optimal transport ceiling acceptance rate verifier draft lossless",
+        "tokenry.measure.experiments.optimal_mdsd",
+    ),
+    Entry(
         "lm-head-neurons",
         "read",
         "tokenry.read.lm_head_neurons:LMHeadNeurons",

@@ -36,6 +36,7 @@ _HOMES = {
     "SpeculativeOutput": "spectr",
     "SpeculativeStats": "spectr",
     "speculative": "spectr",
+    "OptimalMDSD": "optimal_mdsd",
     "acceptance_report": "acceptance",
     "optimal_acceptance": "acceptance",
     "verifier_acceptance": "acceptance",
