@@ -32,13 +32,20 @@ TEXT = (
     "lamp was changed to an electric one, and the last keeper moved to the town. Today the lighthouse is a museum, and "
     "about twenty thousand people visit it every year."
 )
-PROMPTS = (
-    f"Rename the variable `config` to `settings` and print the whole function again:\n\n{CODE}",
-    f"Add a docstring to this function and print the whole function again:\n\n{CODE}",
-    f"Print this function again without any change:\n\n{CODE}",
-    f"Summarise this text, using its own sentences:\n\n{TEXT}",
-    f"Correct the spelling of this text and write all of it again:\n\n{TEXT}",
-)
+ORIGINAL = f"Original code:\n```python\n{CODE}```\n\n"
+PROMPTS = {  # continued as they are: the model is small, so that the first lines of an edit are given
+    "code, a docstring": ORIGINAL
+    + 'The same code with a docstring:\n```python\ndef read_config(path):\n    """Read a configuration file."""\n'
+    "    with open(path) as file:\n        lines = file.readlines()\n",
+    "code, a new name": ORIGINAL
+    + "The same code with another name for the result:\n```python\ndef read_config(path):\n"
+    "    with open(path) as file:\n        lines = file.readlines()\n    settings = {}\n",
+    "code, type hints": ORIGINAL
+    + "The same code with type hints:\n```python\ndef read_config(path: str) -> dict[str, str]:\n"
+    "    with open(path) as file:\n        lines = file.readlines()\n",
+    "text, spelling": f"Text:\n{TEXT}\n\nThe same text with corrected spelling:\n",
+    "text, summary": f"Text:\n{TEXT}\n\nSummary with the most important sentences of the text:\n",
+}
 
 
 def main() -> None:
@@ -47,8 +54,8 @@ def main() -> None:
     heading(f"speculative decoding, SmolLM2-135M, greedy, {NEW_TOKENS} new tokens, drafts of {DRAFT_LENGTH}")
     ours = {"custom_generate": speculative, "verifier": "single", "num_drafts": 1, "draft_length": DRAFT_LENGTH}
     against_plain, against_theirs = [], []
-    for prompt in PROMPTS:
-        inputs = encode_prompts(tokenizer, [prompt])
+    for name, prompt in PROMPTS.items():
+        inputs = encode_prompts(tokenizer, [prompt], chat=False)
         plain = model.generate(**inputs, **options)
         assert plain.equal(model.generate(**inputs, **ours, **options)), "greedy decoding must not change the text"
         seconds = interleaved(
@@ -63,7 +70,7 @@ def main() -> None:
         )
         against_plain.append(ratio(seconds, "tokenry", "plain"))
         against_theirs.append(ratio(seconds, "tokenry", "transformers"))
-        print(f"    {prompt.splitlines()[0]:<70} {against_plain[-1]:.2f} x plain, {against_theirs[-1]:.2f} x theirs")
+        print(f"    {name:<30} {against_plain[-1]:.2f} x plain, {against_theirs[-1]:.2f} x theirs")
     speed = statistics.geometric_mean(against_plain)
     report("prompt lookup / plain, tokens per second, mean of the prompts", speed, ">= 2.0", speed >= 2.0)
     speed = statistics.geometric_mean(against_theirs)

@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -391,7 +391,9 @@ class Spectr(DecodeMethod):
     )
     num_drafts: int = Field(8, ge=1, description="drafts per position")
     draft_length: int = Field(4, ge=1, description="tokens that are drafted ahead")
-    gamma: float | Literal["optimal"] = Field("optimal", description="division factor of kseq, from 1 to num_drafts")
+    gamma: Annotated[float, Field(ge=1)] | Literal["optimal"] = Field(
+        "optimal", description="division factor of kseq, at most num_drafts, or optimal"
+    )
     exit_layers: int | None = Field(None, ge=1, description="layers of early-exit; none: two thirds")
 
     def plugins(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Plugins:
