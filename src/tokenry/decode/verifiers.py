@@ -109,7 +109,7 @@ class _Verifier(ABC):
         raise AssertionError("a verifier ended without a residual")
 
 
-def emission_law(verifier: Verifier, target: Tensor, draft: Tensor, tokens: Sequence[int]) -> tuple[Tensor, float]:
+def emission_law(verifier: _Verifier, target: Tensor, draft: Tensor, tokens: Sequence[int]) -> tuple[Tensor, float]:
     """The exact law of `verifier.select(target, draft, tokens)`: probabilities (vocabulary,) of the token, and the
     probability of `accepted`."""
     target, draft = check_rows(target, draft)
