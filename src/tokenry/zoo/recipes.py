@@ -68,6 +68,15 @@ RECIPES: tuple[Recipe, ...] = (
         reach={"accuracy": (0.7, 0.95), "easiest": (0.8, 1.0), "hardest": (0.3, 0.95), "direct": (0.2, 0.9)},
     ),
     Recipe(
+        "drafter",
+        task="drafts for zoo/reasoner, whose next-token distribution it has learnt",
+        data="the reasoner's probabilities on its training texts and on its own solutions",
+        size=0.15,
+        minutes=4,
+        reach={"agreement": (0.7, 1.0), "same": (0.7, 1.0)},
+        needs=("reasoner",),
+    ),
+    Recipe(
         "teller",
         task="short stories about two people, some of which end in a threat",
         data="stories of a small generated language",
