@@ -42,7 +42,7 @@ PLAIN, EXIT, RANDOM, OTHER, SHORT, LONG, METHOD = (
 )
 CONTROLS = (EXIT, RANDOM, OTHER)
 TRAINED = (PLAIN, *CONTROLS, METHOD)
-STEPS, BATCH, RATE = 200, 32, 1e-3  # chosen on the dev split of problems
+STEPS, BATCH, RATE = 200, 32, 1e-3
 CLOSED = 0.5  # share of the gap that training must close
 
 
