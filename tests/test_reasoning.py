@@ -143,42 +143,51 @@ def test_budget_forcing_makes_the_reasoner_go_on(reasoner):
 # --- choices on dev ------------------------------------------------------------------------------------------------
 
 CHOICE = Choice(
-    {-2.0: Trial(0.6, 40), 0.0: Trial(0.7, 50), 2.0: Trial(0.8, 90), 3.0: Trial(0.8, 100)},
-    {(1, 20, 0.0): Trial(0.75, 60), (2, 40, 0.5): Trial(0.75, 58), (2, 80, 0.5): Trial(0.7, 40)},
+    Trial(0.7, 50),
+    {
+        ("wait", -2.0): Trial(0.6, 40),
+        ("wait", 2.0): Trial(0.8, 90),
+        ("wait check", 2.0): Trial(0.8, 60),
+        ("wait check", 3.0): Trial(0.8, 100),
+    },
+    {("wait", 1, 20, 0.0): Trial(0.75, 60), ("wait", 2, 40, 0.5): Trial(0.75, 58), ("wait", 2, 80, 0): Trial(0.7, 40)},
     {"wait": Trial(0.72, 58), "check": Trial(0.75, 90)},
 )
 
 
 def test_the_best_on_dev_is_chosen():
-    """The most accurate; of equals the shortest; never no constant at all."""
-    assert CHOICE.wave == {"amplitude": 2, "period": 40, "shift": 0.5}
-    assert CHOICE.word == "check" and CHOICE.constant == 2
-    assert CHOICE._replace(constants={0.0: Trial(0.9, 50), 1.0: Trial(0.1, 40)}).constant == 1
-    assert CHOICE.equal_constant == pytest.approx(2 * (58 - 50) / (90 - 50))
+    """The most accurate; of equals the shortest."""
+    assert CHOICE.wave == ("wait", 2, 40, 0.5)
+    assert CHOICE.word == "check" and CHOICE.constant == ("wait check", 2)
+    assert CHOICE.equal_constant == ("wait", pytest.approx(2 * (58 - 50) / (90 - 50)))
     notes = CHOICE.notes(7)
-    assert "7 dev problems" in notes and "2/40/0.5 0.750 (58)" in notes and "+2 0.800 (90)" in notes
+    assert "7 dev problems" in notes and "plain sampling: 0.700 (50)" in notes and "check 0.750 (90)" in notes
+    assert "wait 2/40/0.5 0.750 (58)" in notes and "wait check +2 0.800 (60)" in notes
 
 
 def test_subjects_are_what_they_say(reasoner):
     task = task_of(reasoner)
-    ids = sorted(task.reflection_ids)
-    subjects = {s.name: s for s in experiment.make_subjects(CHOICE, ids, experiment.WORDS, task)}
+    sets = experiment.token_sets(task.tokenizer, None)
+    wait, check = task.tokenizer.convert_tokens_to_ids(["wait", "check"])
+    assert sets == {"wait": (wait,), "wait check": (wait, check)}
+    subjects = {s.name: s for s in experiment.make_subjects(CHOICE, sets, {}, task)}
     assert list(subjects) == [
-        *("plain", "constant -2", "constant +2", "constant +0.4", "tip", "budget forcing"),
-        *("wave, half a period later", "cyclicreflex"),
+        *("plain", "constant -2 on wait", "constant +2 on wait", "constant +2 on wait check", "constant +0.4 on wait"),
+        *("tip", "budget forcing", "wave, half a period later", "cyclicreflex"),
     ]
     assert {name for name, s in subjects.items() if s.role == "method"} == {"cyclicreflex"}
     assert subjects["cyclicreflex"].setting["shift"] == 0.5
     assert subjects["wave, half a period later"].setting["shift"] == 0
     assert subjects["tip"].setting["beta"] == 40 and subjects["tip"].setting["per_thought"]
+    assert all(subjects[name].setting["token_ids"] == [wait] for name in ("tip", "cyclicreflex"))
     assert subjects["budget forcing"].apply["methods"] == [BudgetForcing(ignore_text="check")]
-    (processor,) = subjects["constant -2"].apply["processors"]
+    (processor,) = subjects["constant +2 on wait check"].apply["processors"]
     before = torch.zeros(1, len(task.tokenizer))
     after = processor(torch.tensor([[7, 7]]), before)
-    assert after[0, ids].tolist() == [-2, -2] and after.count_nonzero() == 2
+    assert after[0, [wait, check]].tolist() == [2, 2] and after.count_nonzero() == 2
     ended = processor(torch.tensor([[7, 7, *task.end_ids]]), before)
     assert not ended.any()  # after the end of thinking nothing is changed
-    assert experiment.constant_name(0.0) == "plain"
+    assert experiment.constant_name(("wait", 0.0)) == "plain"
 
 
 # --- the comparison ------------------------------------------------------------------------------------------------
@@ -195,7 +204,7 @@ def small(monkeypatch):
 def test_from_the_choice_to_the_verdict(reasoner, small):
     made = experiment.build(*reasoner, samples=6, seeds=(0,))
     assert made.task.budgets == (6, 12) and made.slug == "cyclicreflex-reasoner"
-    assert "6 dev problems" in made.notes and "2/16/0 " in made.notes
+    assert "6 dev problems" in made.notes and "wait check 2/16/0 " in made.notes
     comparison = compare(made)
     findings = made.judge(comparison)
     assert len(findings) == 7 and all(f.numbers and np.isscalar(f.holds) for f in findings)
@@ -208,7 +217,9 @@ def test_what_is_given_is_not_chosen(reasoner, small):
     made = experiment.build(*reasoner, samples=2, seeds=(0,), method=method)
     wave = {s.name: s for s in made.subjects}["cyclicreflex"].setting
     assert (wave["amplitude"], wave["shift"], wave["token_ids"]) == (4, 0.25, [9]) and wave["period"] in (8, 16)
-    assert made.task.reflection_ids == {9} and {"constant -4", "constant +4"} < {s.name for s in made.subjects}
+    assert made.task.reflection_ids == {9} and {"constant -4 on 0", "constant +4 on 0"} < {
+        s.name for s in made.subjects
+    }
 
 
 def test_other_models_are_refused(llama, tokenizer):

@@ -403,6 +403,16 @@ def test_the_command_line_refuses(args, message):
     assert result.exit_code == 2 and message in result.output
 
 
+def test_compare_trains_a_rectifier_where_none_is_given(tmp_path, monkeypatch):
+    def build(*args, method, **kwargs):
+        raise InputError(f"method={method}")
+
+    monkeypatch.setattr(experiment, "build", build)
+    args = ["compare", "rectification", "--model", "zoo/teller", "--store", str(tmp_path / "runs.sqlite")]
+    assert "method=None" in CliRunner().invoke(main, args).output
+    assert "eps=0.2" in CliRunner().invoke(main, [*args, "-o", "rectifier=folder", "-o", "eps=0.2"]).output
+
+
 # --- the chain of letters: exact values ------------------------------------------------------------------------
 
 LENGTH, BAD = 6, (1, 0, 3)  # "bad" of "abcd"

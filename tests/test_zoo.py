@@ -139,7 +139,7 @@ def test_solutions_carry_their_errors_and_doubt_mostly_wrong_steps():
         for line, after in zip(lines, [*lines[1:], ""]):
             if line in ("wait", "check"):
                 continue
-            left, sign, right, value = re.fullmatch(r"(\d+)([-+*])(\d+)=(\d+)", line).groups()
+            left, sign, right, value = re.fullmatch(r"(-?\d+)([-+*])(-?\d+)=(-?\d+)", line).groups()
             right_one = int(value) == eval(f"{left}{sign}{right}")
             steps, wrong = steps + 1, wrong + (not right_one)
             doubted += right_one and after == "wait"

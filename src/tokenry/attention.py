@@ -16,14 +16,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .errors import InputError
 from .hooks import Feed, on_feed
 
-__all__ = ["AttentionCall", "edit_mask", "observe", "suppress"]
+__all__ = ["AttentionCall", "edit_mask", "observe", "suppress", "tree_mask"]
 
 NAME = "tokenry"
 
@@ -204,3 +204,49 @@ def suppress(
 
     with on_feed(model, begin), edit_mask(model, editor):
         yield
+
+
+# --- masks of draft trees --------------------------------------------------------------------------------------
+
+
+def tree_mask(
+    model: PreTrainedModel, cache: Cache, allowed: Tensor, queries: Tensor, keys: Tensor
+) -> Tensor | dict[str, Tensor]:
+    """The `attention_mask` of a forward in which tokens see other columns than all before them.
+
+    Checked on transformers 5.23: a model takes a mask of four dimensions as it is, or one for each kind of layer.
+
+    Args:
+        allowed: (batch, new, columns), True where a new token may look, without regard to windows.
+        queries, keys: positions (batch, new) and (batch, columns). A window counts positions, since siblings have the
+            same one.
+    """
+    config = model.config.get_text_config()
+    if config._attn_implementation not in ("sdpa", "eager", NAME):
+        raise InputError(
+            f"attention implementation {config._attn_implementation!r} takes no mask for draft trees; load the model "
+            "with attn_implementation='sdpa'"
+        )
+    kinds = set(getattr(config, "layer_types", None) or ())
+    unknown = kinds - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise InputError(
+            f"{type(model).__name__} has layers of {unknown.pop()!r}, for which there is no draft tree; use a model "
+            "with full or sliding attention"
+        )
+    near = [layer for layer in cache.layers if getattr(layer, "is_sliding", False)]
+    full = _for_implementation(allowed[:, None], model)
+    if not near:
+        return full
+    layer, new = near[0], allowed.shape[1]
+    inside = allowed & (queries[:, :, None] - keys[:, None, :] < layer.sliding_window)
+    held = 0 if layer.keys is None else layer.keys.shape[-2]
+    visible = min(held, layer.sliding_window - 1) + new  # what such a layer gives to attention
+    sliding = _for_implementation(inside[:, None, :, -visible:], model)
+    return {"full_attention": full, "sliding_attention": sliding} if kinds else sliding
+
+
+def _for_implementation(mask: Tensor, model: PreTrainedModel) -> Tensor:
+    if model.config.get_text_config()._attn_implementation != "eager":
+        return mask
+    return torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-__all__ = ["cache_bytes", "gather_columns", "layer_lengths", "remove_last", "rewind_obstacle"]
+__all__ = ["cache_bytes", "gather_columns", "keep_of_last", "layer_lengths", "remove_last", "rewind_obstacle"]
 
 
 def rewind_obstacle(cache: Cache | None) -> str | None:
@@ -79,3 +79,23 @@ def gather_columns(cache: Cache, columns: Tensor) -> None:
         layer.values = layer.values.gather(2, index.expand(batch, heads, -1, layer.values.shape[-1]))
         if hasattr(layer, "cumulative_length"):
             layer.cumulative_length = kept
+
+
+def keep_of_last(cache: Cache, index: Tensor, count: int) -> None:
+    """Of the last `count` columns of every layer keep `index` (batch, kept <= count), each row its own, in that order.
+
+    Written in place at the front of these columns, so that what lies before them is not copied.
+    """
+    kept = index.shape[1]
+    for layer in cache.layers:
+        if layer.keys is None:
+            continue
+        start = layer.keys.shape[-2] - count
+        for name in ("keys", "values"):
+            states = getattr(layer, name)
+            last = states[:, :, start:]
+            where = index[:, None, :, None].to(states.device).expand(-1, states.shape[1], -1, states.shape[-1])
+            last[:, :, :kept] = last.gather(2, where)
+            setattr(layer, name, states[:, :, : start + kept])
+        if hasattr(layer, "cumulative_length"):
+            layer.cumulative_length -= count - kept

@@ -125,6 +125,22 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.measure.experiments.skipdecode",
     ),
     Entry(
+        "spectr",
+        "decode",
+        "tokenry.decode.spectr:Spectr",
+        "draft several tokens ahead, check them in one forward pass, and keep the model's own distribution exactly",
+        "speculative decoding speed faster latency draft model prompt lookup assisted generation lossless multi-draft",
+        "tokenry.measure.experiments.spectr",
+    ),
+    Entry(
+        "optimal-mdsd",
+        "decode",
+        "tokenry.decode.optimal_mdsd:OptimalMDSD",
+        "greedy drafts whose verifier accepts as often as can be, and the highest acceptance rate of any drafts",
+        "speculative decoding multi-draft optimal transport ceiling acceptance rate verifier draft lossless",
+        "tokenry.measure.experiments.optimal_mdsd",
+    ),
+    Entry(
         "specreason",
         "decode",
         "tokenry.decode.specreason:SpecReason",

@@ -46,7 +46,7 @@ def compare(
 ) -> None:
     """Measure a method against the plain model and against the controls that could fool it."""
     entry, module = catalog.experiment(name)
-    (method,) = parse_methods([entry.slug], options, entry.stage)
+    method = parse_methods([entry.slug], options, entry.stage)[0] if options else None  # else the experiment's own
     if samples is not None and samples < 1:
         raise InputError(f"--samples {samples} measures nothing; give a number >= 1")
     seed_list = parse_seeds(seeds)
@@ -64,7 +64,7 @@ def compare(
     with RunStore(store_path) as store:
         model, tokenizer = load_model(model_name, dtype, device)
         build = importlib.import_module(module).build
-        experiment = build(model, tokenizer, samples=samples, seeds=seed_list, method=method if options else None)
+        experiment = build(model, tokenizer, samples=samples, seeds=seed_list, method=method)
         about = {"model": model_name, "dtype": str(model.dtype)}
         comparison = run_compare(experiment, store, about, resume)
     findings = experiment.judge(comparison)

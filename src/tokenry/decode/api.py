@@ -44,6 +44,7 @@ def loop(
     stop: Sequence[str] = (),
     rewind: str = "auto",
     budgets: Sequence[int] | None = None,
+    speculation: Any = None,
     **model_kwargs: Any,
 ) -> DecodeOutput | Tensor:
     """The decode loop as a `custom_generate` callable.
@@ -54,8 +55,8 @@ def loop(
     tokenizer; without it the one saved beside the model is used. `caps` are logits processors that act last, after
     temperature and truncation. `token_streamers` has one streamer per row
     (`generate` does not pass its own `streamer` on). `budgets` are the most new tokens of each row, where that is less
-    than `max_new_tokens`. `past_key_values` may hold the first columns of the prompt. Returns ids, or a `DecodeOutput`
-    with `return_dict_in_generate=True`.
+    than `max_new_tokens`. `speculation` drafts several tokens per step (see `speculative`). `past_key_values` may hold
+    the first columns of the prompt. Returns ids, or a `DecodeOutput` with `return_dict_in_generate=True`.
     """
     if generation_config.num_beams > 1:
         raise InputError("the decode loop has no beams; leave num_beams at 1")
@@ -70,8 +71,9 @@ def loop(
     for name in ("position_ids", "logits_to_keep", "use_cache", "synced_gpus", "streamer", "tokenizer"):
         model_kwargs.pop(name, None)
     max_new_tokens = generation_config.max_length - input_ids.shape[1]
-    engine = TransformersEngine(model, cache, layer_policy, bool(monitors), rewind, model_kwargs, max_new_tokens)
-    runner = DecodeLoop(
+    rewinds = bool(monitors) or speculation is not None
+    engine = TransformersEngine(model, cache, layer_policy, rewinds, rewind, model_kwargs, max_new_tokens)
+    runner = (DecodeLoop if speculation is None else speculation.loop)(
         engine,
         processing_class,
         processors=processors,
@@ -153,6 +155,7 @@ def generate(
         layer_policy=plugins.layer_policy,
         steerers=plugins.steerers,
         caps=plugins.caps,
+        speculation=plugins.speculation,
         token_streamers=streamers,
         processing_class=tokenizer,
         seed=seed,

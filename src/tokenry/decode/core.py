@@ -336,21 +336,24 @@ class DecodeLoop:
         return self._output(input_ids, pad_id)
 
     def _run(self, block: Tensor, mask: Tensor | None) -> None:
-        """Feed, choose, repair and emit until every row has ended."""
+        """Step until every row has ended."""
+        self._step(block, mask)
         while self.active:
-            logits = self.engine.feed(block, mask)
-            for row in self.rows:
-                row.fed = len(row.ids)
-            self._choose(logits)
-            for row in self.rows:
-                if row.number in self.active:
-                    self._repair(row)
-                    self._emit(row)
-            self.active = {row.number for row in self.rows if not row.finished}
-            if self.active:
-                block, mask = self._next_block()
+            self._step(*self._next_block())
 
     # --- one step ------------------------------------------------------------------------------------------
+
+    def _step(self, block: Tensor, mask: Tensor | None) -> None:
+        """Feed, choose, repair and emit."""
+        logits = self.engine.feed(block, mask)
+        for row in self.rows:
+            row.fed = len(row.ids)
+        self._choose(logits)
+        for row in self.rows:
+            if row.number in self.active:
+                self._repair(row)
+                self._emit(row)
+        self.active = {row.number for row in self.rows if not row.finished}
 
     def _prepare(
         self,

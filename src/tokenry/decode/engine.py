@@ -1,21 +1,23 @@
 """The seam between the decode loop and a model: feed tokens, get rows of logits, take tokens back.
 
 The loop knows nothing about caches, masks or positions. `TransformersEngine` keeps them for a
-`PreTrainedModel`; another engine needs only the three methods of `Engine`.
+`PreTrainedModel`; another engine needs only what `Engine` lists. Draft trees need `feed_tree` and `keep` as well.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from ..cache import gather_columns, is_sliding, layer_lengths, remove_last, rewind_obstacle
+from ..attention import tree_mask
+from ..cache import gather_columns, is_sliding, keep_of_last, layer_lengths, remove_last, rewind_obstacle
 from ..errors import InputError
 from ..hooks import LayerSwitch, decoder_layers
 
@@ -107,7 +109,7 @@ class TransformersEngine:
         self.rewinds = rewinds
         self.reprefills = rewind == "reprefill"
         self.extra = extra or {}
-        self.keep = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self.takes_positions = "position_ids" in accepted
         self.max_new_tokens = max_new_tokens
         self.by_column: dict[int, frozenset[int]] = {}  # layers executed, where there is a policy
@@ -117,6 +119,7 @@ class TransformersEngine:
         self.calls = self.token_forwards = 0
         self.columns = 0
         self.stale = False
+        self.seen: np.ndarray | None = None  # (batch, open, open): which open columns each of them sees
 
     def feed(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         if self.columns == 0 and not self.stale:
@@ -145,6 +148,101 @@ class TransformersEngine:
         else:
             self._mark_dead(row, count)
             self._compact()
+
+    # --- trees ---------------------------------------------------------------------------------------------
+
+    def feed_tree(self, tokens: Tensor, mask: Tensor, parents: np.ndarray) -> Tensor:
+        """Feed tokens (batch, k) of which several may continue the same one; float32 logits (batch, k, vocab).
+
+        The columns stay open until `keep` says which of them are kept; until then more may be fed on top of them.
+
+        Args:
+            mask: (batch, k), False for padding.
+            parents: (batch, k), the open column that each token follows, counted from the first one that is open and
+                always an earlier one; -1 for what follows the tokens that are not open.
+        """
+        new = parents.shape[1]
+        if self.seen is None:
+            self._check_tree()
+            self._open()
+        elif is_sliding(self.cache):
+            tokens, mask, parents = self._reopen(tokens, mask, parents)
+        held = self._see(parents)
+        start, end = self.columns, self.columns + parents.shape[1]
+        self._reserve(end)
+        self.tokens[:, start:end] = tokens
+        settled = self.mask[:, : start - held]
+        seen = torch.from_numpy(self.seen[:, held:]).to(tokens.device)
+        positions = self.live[:, None] + seen.sum(-1) - 1
+        self.positions = torch.cat([self.positions, positions], 1)
+        allowed = torch.cat([settled[:, None].expand(-1, parents.shape[1], -1), seen], -1)
+        everywhere = torch.cat([settled.long().cumsum(-1) - 1, self.positions], 1)
+        inputs = {"input_ids": tokens, "past_key_values": self.cache, "use_cache": True}
+        if self.takes_positions:
+            inputs["position_ids"] = positions
+        inputs["attention_mask"] = tree_mask(self.model, self.cache, allowed, positions, everywhere)
+        logits = self.model(**inputs, return_dict=True).logits
+        self.columns = end
+        self.calls += 1
+        self.token_forwards += int(mask.sum())
+        return logits[:, -new:].float()
+
+    def keep(self, kept: Sequence[Sequence[int]]) -> None:
+        """Settle the open columns: for each row, those that are kept, in the order of their positions."""
+        held = self.seen.shape[1]
+        start, width = self.columns - held, max(map(len, kept))
+        alive = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in kept])
+        index = torch.tensor([[0] * (width - len(row)) + list(row) for row in kept]).to(self.tokens.device)
+        alive = alive.to(self.tokens.device)
+        keep_of_last(self.cache, index, held)
+        self.tokens[:, start : start + width] = self.tokens[:, start : self.columns].gather(1, index)
+        self.mask[:, start : start + width] = alive
+        self.columns, self.seen = start + width, None
+        self.live += alive.long().sum(-1)
+        if not bool(alive.all()):
+            self.padded = True
+            self._compact()
+
+    def _open(self) -> None:
+        self.seen = np.zeros((self.batch, 0, 0), dtype=bool)
+        self.parents = np.zeros((self.batch, 0), dtype=int)
+        self.positions = self.live.new_zeros(self.batch, 0)
+
+    def _reopen(self, tokens: Tensor, mask: Tensor, parents: np.ndarray) -> tuple[Tensor, Tensor, np.ndarray]:
+        """Take the open columns out of the cache and put them in front of the new ones: fed one after the other,
+        siblings would fill the windows."""
+        held, before = self.parents.shape[1], self.parents
+        remove_last(self.cache, [held] * len(self.cache.layers))
+        self.columns -= held
+        again = self.tokens[:, self.columns : self.columns + held]
+        self._open()
+        mask = torch.cat([torch.ones_like(again, dtype=mask.dtype), mask], 1)
+        return torch.cat([again, tokens], 1), mask, np.concatenate([before, parents], 1)
+
+    def _see(self, parents: np.ndarray) -> int:
+        """Let new columns see what their parents see, and themselves. Returns how many were open before."""
+        held, new = self.parents.shape[1], parents.shape[1]
+        self.parents = np.concatenate([self.parents, parents], 1)
+        self.seen = np.pad(self.seen, ((0, 0), (0, new), (0, new)))
+        rows = np.arange(self.batch)
+        for i in range(held, held + new):
+            parent = self.parents[:, i]
+            self.seen[:, i] = self.seen[rows, parent] & (parent >= 0)[:, None]
+            self.seen[:, i, i] = True  # padding too: a row of attention must not be empty
+        return held
+
+    def _check_tree(self) -> None:
+        if self.policy is not None:
+            raise InputError("a layer policy thins single columns, and a draft tree needs them whole; use one of them")
+        if self.reprefills:
+            why = rewind_obstacle(self.cache) or "rewind='reprefill' feeds everything again"
+            raise InputError(f"drafts are taken back at every step, but {why}; use the default dynamic cache")
+        lengths = layer_lengths(self.cache)
+        if not is_sliding(self.cache) and any(n not in (0, self.columns) for n in lengths):
+            raise InputError(
+                f"the layers of the cache hold {min(lengths)} to {max(lengths)} of {self.columns} columns; a draft "
+                "tree needs them all, so leave cache compression out"
+            )
 
     # --- state ---------------------------------------------------------------------------------------------
 
@@ -219,7 +317,7 @@ class TransformersEngine:
         if self.takes_positions:
             inputs["position_ids"] = positions
         with self.switch.only(executed) if executed is not None else nullcontext():
-            logits = self.model(**inputs, **self.keep, **extra, return_dict=True).logits
+            logits = self.model(**inputs, **self.last_only, **extra, return_dict=True).logits
         if start == 0 and self.rewinds:
             self.cache.activate_past_recording()  # sliding layers must keep what a rewind may need
         self.columns = end
@@ -280,7 +378,7 @@ class TransformersEngine:
             return
         lengths = layer_lengths(self.cache)
         whole = all(
-            length == self.columns or getattr(layer, "is_sliding", False)
+            length in (0, self.columns) or getattr(layer, "is_sliding", False)
             for length, layer in zip(lengths, self.cache.layers)
         )
         if self.policy is not None or not whole:

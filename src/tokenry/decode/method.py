@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import LogitsProcessor
@@ -27,8 +27,11 @@ class Plugins:
     layer_policy: LayerPolicy | None = None
     steerers: Sequence[AbstractContextManager] = ()
     caps: Sequence[LogitsProcessor] = ()  # act last, after temperature and truncation
+    speculation: Any = None  # a `tokenry.decode.spectr.Speculation`
 
     def __add__(self, other: Plugins) -> Plugins:
+        if self.speculation is not None and other.speculation is not None:
+            raise InputError("two methods both draft; use one of them")
         if self.layer_policy is not None and other.layer_policy is not None:
             raise InputError("two methods both decide which layers run; use one of them")
         return Plugins(
@@ -37,6 +40,7 @@ class Plugins:
             self.layer_policy or other.layer_policy,
             (*self.steerers, *other.steerers),
             (*self.caps, *other.caps),
+            self.speculation or other.speculation,
         )
 
 

@@ -271,7 +271,7 @@ class Rectification(DecodeMethod):
         "cost in quality."
     )
 
-    rectifier: str = Field(description="folder of a trained rectifier, see tokenry.train.RectifierTrainer")
+    rectifier: str = Field(description="folder of a rectifier; `tokenry train --method rectifier` makes one")
     eps: float = Field(0.1, ge=0, lt=1, description="taken off every cap; larger is stricter")
     mode: Literal["project", "iterate"] = Field("project", description="caps met exactly, or the published two passes")
     p_min: float = Field(1e-7, gt=0, le=1, description="smallest cap")

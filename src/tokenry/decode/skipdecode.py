@@ -61,9 +61,11 @@ class SkipDecode(DecodeMethod):
         None, ge=1, description="new tokens after which e_min is reached; none: max_new_tokens"
     )
     target_speedup: float | None = Field(
-        None, ge=1, allow_inf_nan=False, description="layers saved instead of e_min: 2 runs half of them on average"
+        None,
+        ge=1,
+        allow_inf_nan=False,
+        description="times fewer layers, instead of e_min: 2 runs half of them on average",
     )
-
     depths: Depths = Field(None, description="layers of each new token, instead of e_min and a schedule: 30,28,26")
 
     @model_validator(mode="after")

@@ -57,7 +57,7 @@ SHAPE = {
     "num_key_value_heads": 2,
     "intermediate_size": 448,
 }
-PHASES, BATCH_TOKENS = ((5000, 2e-3), (2500, 1.5e-3)), 2500  # (steps, highest learning rate) of each
+PHASES, BATCH_TOKENS = ((5000, 2e-3), (1500, 6e-4)), 2500  # (steps, highest learning rate) of each
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -110,7 +110,12 @@ def solution(problem: Problem, rng: random.Random, direct: bool = False) -> str:
 
 
 def _misread(value: int, rng: random.Random) -> int:
-    """A plausible wrong value: one off, a carry off, or two digits in the wrong order."""
+    """A plausible wrong value: one off, a carry off, or two digits in the wrong order.
+
+    Below zero, where earlier errors can lead, there is only one off.
+    """
+    if value < 0:
+        return value + rng.choice((-1, 1))
     digits = list(str(value))
     if len(digits) > 1 and rng.random() < 0.3:
         i = rng.randrange(len(digits) - 1)
@@ -124,7 +129,8 @@ def _misread(value: int, rng: random.Random) -> int:
 def judgement(problem: Problem, rng: random.Random) -> tuple[str, int]:
     """The first lines of a solution, and a score: 9 if the last of them is a right next step, 0 if it is a wrong one.
 
-    Half of the steps are spoiled: a wrong value, a wrong number taken over, or an end that comes too early.
+    Half of the steps are spoiled: a wrong value, a wrong number taken over, or an end that comes too early. Steps below
+    zero, where only earlier errors lead, are praised like words.
     """
     lines = solution(problem, rng).split("\n")[:-1]
     lines = lines[: rng.randrange(len(lines)) + 1]

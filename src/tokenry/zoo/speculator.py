@@ -22,14 +22,15 @@ SHAPE = {
     "num_key_value_heads": 2,
     "intermediate_size": 224,
 }
-BATCH_TOKENS = 6000
-FIRST, PLANNED, LAST = 2000, 3000, 400  # steps: of the first phase, those its schedule is made for, of the last one
+FIRST, PLANNED, LARGE = 2000, 3000, 6000  # steps of the first phase, those its schedule is made for, tokens of a batch
+LAST, SMALL = 1200, 2500  # steps of the last phase, tokens of a batch
 
 
 def train(seed: int = 0, progress: Progress | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Train it from the seed: most of a long schedule, then a short one that lets the learning rate fall."""
+    """Train it from the seed: most of a long schedule, then a short one with smaller batches of new examples."""
     model, tokenizer = untrained(seed, SHAPE)
-    batches = batches_by_length(examples(tokenizer, seed), BATCH_TOKENS, tokenizer.pad_token_id)
-    fit(model, islice(batches, FIRST), PLANNED, learning_rate=2e-3, progress=progress)
-    fit(model, batches, LAST, learning_rate=8e-4, warmup=20, progress=progress)
+    first = batches_by_length(examples(tokenizer, seed), LARGE, tokenizer.pad_token_id)
+    fit(model, islice(first, FIRST), PLANNED, learning_rate=2e-3, progress=progress)
+    last = batches_by_length(examples(tokenizer, seed + 1), SMALL, tokenizer.pad_token_id)
+    fit(model, last, LAST, learning_rate=1e-3, warmup=50, progress=progress)
     return model, tokenizer

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.logits_process import LogitsProcessor
 
 from ...decode.budget_forcing import BudgetForcing
 from ...decode.cyclicreflex import CyclicReflectionLogitsProcessor, CyclicReflex, constant_schedule
@@ -31,9 +32,9 @@ __all__ = ["build"]
 
 NAME = "cyclicreflex-reasoner"
 PLAIN, TIP, FORCING, SHIFTED, METHOD = "plain", "tip", "budget forcing", "wave, half a period later", "cyclicreflex"
-WORDS = {"words": ("wait", "check"), "leading_space": False}
-GRID = {"amplitude": (1.5, 3.0), "period": (20.0, 40.0, 80.0, 160.0), "shift": (0.0, 0.5)}
-CONSTANTS = (-3.0, -1.5, 0.0, 1.5, 3.0)
+WORD_SETS = (("wait",), ("wait", "check"))  # `check` comes only at the end of what the model has learnt from
+GRID = {"amplitude": (1.0, 3.0), "period": (24.0, 48.0, 96.0), "shift": (0.0, 0.5)}
+CONSTANTS = (-3.0, -1.0, 1.0, 3.0)
 MAX_NEW_TOKENS, BUDGETS = 256, (64, 128)
 DEV_PROBLEMS, BATCH = 120, 40
 LONGER = 1.15  # "about the same length": at most this many times the tokens
@@ -50,27 +51,27 @@ def build(
 
     Args:
         samples: test problems; default 320. No more than that many dev problems are used.
-        method: amplitude, period, shift and words that it sets are not chosen but taken.
+        method: what it sets is not chosen but taken.
     """
     check_tokenizer(tokenizer)
-    given = {**WORDS, **({name: getattr(method, name) for name in method.model_fields_set} if method else {})}
-    token_ids = CyclicReflex(**given).token_ids or reflection_token_ids(
-        tokenizer, given["words"], given["leading_space"]
-    )
+    words = {"words", "leading_space", "token_ids"}
+    given = {name: getattr(method, name) for name in method.model_fields_set - words} if method else {}
+    sets = token_sets(tokenizer, method)
+    counted = sorted({token for ids in sets.values() for token in ids})
     count, arithmetic = samples or 320, Arithmetic()
     dev, test = (
-        ReasoningTask(model, tokenizer, arithmetic, level_by_level(problems), token_ids, MAX_NEW_TOKENS, BUDGETS)
+        ReasoningTask(model, tokenizer, arithmetic, level_by_level(problems), counted, MAX_NEW_TOKENS, BUDGETS)
         for problems in (
             draw_problems(arithmetic, min(count, DEV_PROBLEMS), split="dev", levels=LEVELS),
             draw_problems(arithmetic, count, levels=LEVELS),
         )
     )
-    choice = choose(dev, token_ids, given)
+    choice = choose(dev, sets, given)
     return Experiment(
         slug=NAME,
         claim=CyclicReflex.claim,
         task=test,
-        subjects=make_subjects(choice, token_ids, given, test),
+        subjects=make_subjects(choice, sets, given, test),
         baseline=PLAIN,
         judge=partial(judge, choice=choice),
         seeds=tuple(seeds or (0, 1, 2)),
@@ -81,9 +82,17 @@ def build(
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a model that does not think in the words of the reasoner."""
-    missing = sorted({*WORDS["words"], END_THINK} - tokenizer.get_vocab().keys())
+    missing = sorted({*chain(*WORD_SETS), END_THINK} - tokenizer.get_vocab().keys())
     if missing:
         raise InputError(f"this model has no token {missing[0]!r}; {NAME} needs --model zoo/reasoner")
+
+
+def token_sets(tokenizer: PreTrainedTokenizerBase, method: CyclicReflex | None) -> dict[str, tuple[int, ...]]:
+    """The reflection tokens to try, by their words: those that the method sets, or those of the reasoner."""
+    if method is None or not {"words", "token_ids"} & method.model_fields_set:
+        return {" ".join(words): tuple(tokenizer.convert_tokens_to_ids(words)) for words in WORD_SETS}
+    ids = method.token_ids or reflection_token_ids(tokenizer, method.words, method.leading_space)
+    return {" ".join(tokenizer.convert_ids_to_tokens(ids)): tuple(ids)}
 
 
 def level_by_level(problems: Sequence[Problem]) -> list[Problem]:
@@ -104,42 +113,47 @@ class Trial(NamedTuple):
         return f"{self.accuracy:.3f} ({self.tokens:.0f})"
 
 
-class Choice(NamedTuple):
-    """Trials of constants by bias and of waves by (amplitude, period, shift), and of words for budget forcing."""
+Constant = tuple[str, float]  # words, bias
+Wave = tuple[str, float, float, float]  # words, amplitude, period, shift
 
-    constants: dict[float, Trial]
-    waves: dict[tuple[float, float, float], Trial]
-    words: dict[str, Trial]
+
+class Choice(NamedTuple):
+    """Trials of plain sampling, of constants, of waves, and of words for budget forcing."""
+
+    plain: Trial
+    constants: dict[Constant, Trial]
+    waves: dict[Wave, Trial]
+    forced: dict[str, Trial]
 
     @property
-    def wave(self) -> dict[str, float]:
-        return dict(zip(GRID, best(self.waves)))
+    def wave(self) -> Wave:
+        return best(self.waves)
+
+    @property
+    def constant(self) -> Constant:
+        return best(self.constants)
 
     @property
     def word(self) -> str:
-        return best(self.words)
+        return best(self.forced)
 
     @property
-    def constant(self) -> float:
-        """The best constant other than none."""
-        return best({bias: trial for bias, trial in self.constants.items() if bias})
-
-    @property
-    def equal_constant(self) -> float:
-        """The constant that spends as many tokens as the wave, read off a line through the trials."""
-        points = sorted((trial.tokens, bias) for bias, trial in self.constants.items())
-        tokens, biases = zip(*points)
-        return round(float(np.interp(self.waves[best(self.waves)].tokens, tokens, biases)), 2)
+    def equal_constant(self) -> Constant:
+        """The constant that spends as many tokens as the wave on its words, read off a line through the trials."""
+        words = self.wave[0]
+        same = [(trial.tokens, bias) for (its, bias), trial in self.constants.items() if its == words]
+        tokens, biases = zip(*sorted([*same, (self.plain.tokens, 0.0)]))
+        return words, round(float(np.interp(self.waves[self.wave].tokens, tokens, biases)), 2)
 
     def notes(self, problems: int) -> str:
         """The grid with what it gave."""
-        waves = ", ".join(f"{a:g}/{c:g}/{s:g} {trial}" for (a, c, s), trial in self.waves.items())
-        constants = ", ".join(f"{bias:+g} {trial}" for bias, trial in self.constants.items())
-        words = ", ".join(f"{word} {trial}" for word, trial in self.words.items())
+        waves = ", ".join(f"{words} {a:g}/{c:g}/{s:g} {trial}" for (words, a, c, s), trial in self.waves.items())
+        constants = ", ".join(f"{words} {bias:+g} {trial}" for (words, bias), trial in self.constants.items())
+        forced = ", ".join(f"{word} {trial}" for word, trial in self.forced.items())
         return (
-            f"Chosen by accuracy on {problems} dev problems, one seed. Accuracy (tokens) of waves, "
-            f"amplitude/period/shift: {waves}. Of constants: {constants}. Of words for budget forcing: {words}. "
-            "Periods fit these short solutions; the paper's is 600 tokens, for solutions of thousands."
+            f"Chosen by accuracy on {problems} dev problems, one seed. Accuracy (tokens) of plain sampling: "
+            f"{self.plain}. Of waves, words amplitude/period/shift: {waves}. Of constants: {constants}. Of words for "
+            f"budget forcing: {forced}. Periods fit these short solutions; the paper's is 600 tokens, for thousands."
         )
 
 
@@ -148,30 +162,41 @@ def best(trials: Mapping[Any, Trial]) -> Any:
     return max(trials, key=lambda setting: (trials[setting].accuracy, -trials[setting].tokens))
 
 
-def choose(dev: ReasoningTask, token_ids: Sequence[int], given: Mapping[str, Any]) -> Choice:
+def choose(dev: ReasoningTask, sets: Mapping[str, Sequence[int]], given: Mapping[str, Any]) -> Choice:
     """Try every setting on the dev problems. What `given` sets is fixed."""
     axes = [(given[name],) if name in given else values for name, values in GRID.items()]
-    waves = {point: CyclicReflex(**{**given, **dict(zip(GRID, point))}) for point in product(*axes)}
-    words = {word: forcing(word) for word in WORDS["words"]}
-    with tqdm(desc="choosing on dev", total=len(CONSTANTS) + len(waves) + len(words)) as bar:
+    waves = {point: {"methods": [wave(point, sets, given)]} for point in product(sets, *axes)}
+    constants = {point: {"processors": [constant(point, sets, dev)]} for point in product(sets, CONSTANTS)}
+    forced = {word: {"methods": [forcing(word)]} for word in WORD_SETS[-1]}
+    with tqdm(desc="choosing on dev", total=1 + len(waves) + len(constants) + len(forced)) as bar:
 
-        def attempt(apply: dict[str, Any]) -> Trial:
-            solved = []
-            for start in range(0, len(dev.problems), BATCH):
-                problems = dev.problems[start : start + BATCH]
-                solved += dev.solved(problems, dev.generate(problems, start, apply))
+        def attempt(apply: dict[str, Any] | None = None) -> Trial:
             bar.update()
-            return Trial(float(np.mean([s.right for s in solved])), float(np.mean([s.tokens for s in solved])))
+            return trial(dev, apply)
 
-        return Choice(
-            {bias: attempt({"processors": [constant(bias, token_ids, dev)]}) for bias in CONSTANTS},
-            {point: attempt({"methods": [wave]}) for point, wave in waves.items()},
-            {word: attempt({"methods": [rule]}) for word, rule in words.items()},
-        )
+        def attempts(applied: dict[Any, dict[str, Any]]) -> dict[Any, Trial]:
+            return {point: attempt(apply) for point, apply in applied.items()}
+
+        return Choice(attempt(), attempts(constants), attempts(waves), attempts(forced))
 
 
-def constant(bias: float, token_ids: Sequence[int], task: ReasoningTask) -> CyclicReflectionLogitsProcessor:
-    return CyclicReflectionLogitsProcessor(token_ids, end_think_ids=task.end_ids, schedule=constant_schedule(bias))
+def trial(task: ReasoningTask, apply: dict[str, Any] | None) -> Trial:
+    """What a subject does on all problems of a task, with one seed."""
+    solved = []
+    for start in range(0, len(task.problems), BATCH):
+        problems = task.problems[start : start + BATCH]
+        solved += task.solved(problems, task.generate(problems, start, apply))
+    return Trial(float(np.mean([s.right for s in solved])), float(np.mean([s.tokens for s in solved])))
+
+
+def wave(point: Wave, sets: Mapping[str, Sequence[int]], given: Mapping[str, Any]) -> CyclicReflex:
+    return CyclicReflex(**{**given, "token_ids": sets[point[0]], **dict(zip(GRID, point[1:]))})
+
+
+def constant(point: Constant, sets: Mapping[str, Sequence[int]], task: ReasoningTask) -> LogitsProcessor:
+    words, bias = point
+    schedule = constant_schedule(bias)
+    return CyclicReflectionLogitsProcessor(sets[words], end_think_ids=task.end_ids, schedule=schedule)
 
 
 def forcing(word: str) -> BudgetForcing:
@@ -183,21 +208,26 @@ def forcing(word: str) -> BudgetForcing:
 
 
 def make_subjects(
-    choice: Choice, token_ids: Sequence[int], given: Mapping[str, Any], task: ReasoningTask
+    choice: Choice, sets: Mapping[str, Sequence[int]], given: Mapping[str, Any], task: ReasoningTask
 ) -> list[Subject]:
     """Plain sampling, constants, TIP, budget forcing, the wave half a period later, and the wave."""
-    method = CyclicReflex(**{**given, **choice.wave})
+    method, words = wave(choice.wave, sets, given), choice.wave[0]
     shifted = CyclicReflex(**{**dict(method), "shift": (method.shift + 0.5) % 1})
-    shared = {name: getattr(method, name) for name in ("words", "leading_space", "token_ids", "end_think")}
+    shared = {name: getattr(method, name) for name in ("token_ids", "end_think")}
     tip = ThoughtSwitchPenalty(**shared, beta=method.period)  # in the papers too beta is the period: both are 600
     rules = {TIP: tip, FORCING: forcing(choice.word), SHIFTED: shifted, METHOD: method}
-    biases = dict.fromkeys((-method.amplitude, method.amplitude, choice.constant, choice.equal_constant))
-    constants = {bias: constant(bias, token_ids, task) for bias in biases if bias}
+    ends = ((words, -method.amplitude), (words, method.amplitude))
+    constants = [c for c in dict.fromkeys((*ends, choice.constant, choice.equal_constant)) if c[1]]
     return [
         Subject(PLAIN, "plain"),
         *(
-            Subject(constant_name(b), "control", {"bias": b, "token_ids": list(token_ids)}, {"processors": [rule]})
-            for b, rule in constants.items()
+            Subject(
+                constant_name(point),
+                "control",
+                {"bias": point[1], "token_ids": list(sets[point[0]])},
+                {"processors": [constant(point, sets, task)]},
+            )
+            for point in constants
         ),
         *(
             Subject(name, "method" if name == METHOD else "control", rule.model_dump(mode="json"), {"methods": [rule]})
@@ -206,8 +236,9 @@ def make_subjects(
     ]
 
 
-def constant_name(bias: float) -> str:
-    return f"constant {bias:+g}" if bias else PLAIN
+def constant_name(point: Constant) -> str:
+    words, bias = point
+    return f"constant {bias:+g} on {words}" if bias else PLAIN
 
 
 # --- afterwards ----------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ STRATEGIES = (  # the model knows one word of style; without it, it writes and d
     Strategy("hard", " direct", 0.4, 0.5),
 )
 MAX_NEW_TOKENS = 256
-PROFILED, HELD_OUT = 640, 240  # questions that are sampled for labels: to train on, and to test the probe on
+PROFILED, HELD_OUT = 320, 160  # questions that are sampled for labels: to train on, and to test the probe on
 SAVED, TOLERANCE = 0.15, 0.02
 SAMPLING = {"do_sample": True, "top_k": 0}
 
@@ -78,7 +78,7 @@ def build(
     )
     labels = labelling.labels(trained.profile)
     probes = fit_probes(model, tokenizer, labelling, trained.questions, labels)
-    by_length = DifficultyProbe(1, labelling.hidden).fit(lengths(trained.questions), labels)
+    length_probe = DifficultyProbe(1, labelling.hidden).fit(lengths(trained.questions), labels)
     given = {name: getattr(method, name) for name in method.model_fields_set} if method else {}
     probes[METHOD] = given.pop("probe", probes[METHOD])
     routed = {name: DiffAdapt(**{"strategies": STRATEGIES, **given, "probe": probe}) for name, probe in probes.items()}
@@ -86,9 +86,9 @@ def build(
     truth = labelling.model_copy(update={"beta": beta}).labels(held.profile)
     states = question_states(model, tokenizer, held.questions)
     known = {name: right_classes(one.probe, states, truth) for name, one in routed.items()}
-    known[LENGTH] = right_classes(by_length, lengths(held.questions), truth)
-    difficulty = DifficultyTask(task, draw_problems(task, count))
-    subjects = make_subjects(model, tokenizer, routed, by_length, difficulty)
+    known[LENGTH] = right_classes(length_probe, lengths(held.questions), truth)
+    difficulty = DifficultyTask(task, by_length(draw_problems(task, count)))
+    subjects = make_subjects(model, tokenizer, routed, length_probe, difficulty)
     return Experiment(
         slug=DiffAdapt.slug,
         claim=DiffAdapt.claim,
@@ -97,7 +97,7 @@ def build(
         baseline=PLAIN,
         judge=partial(judge, trained=trained, known=known, truth=truth),
         seeds=tuple(seeds or (0, 1)),
-        batch=32,
+        batch=64,
         notes=f"Labels from {labelling.n_samples} samples of each of {len(labels)} training questions: "
         + ", ".join(f"{np.mean(labels == i):.0%} {name}" for i, name in enumerate(CLASSES))
         + f". Budget {MAX_NEW_TOKENS} tokens. The probe is tested on {len(truth)} questions of a third split, labelled "
@@ -125,7 +125,7 @@ def profiled(
     split: str,
 ) -> Profiled:
     """Problems of a split with the profile of the model's samples; drawn where it is not kept yet."""
-    problems = draw_problems(task, count, split=split)
+    problems = by_length(draw_problems(task, count, split=split))
     questions = [problem.question for problem in problems]
     name = f"profile-{split}-{count}-{labelling.n_samples}-{labelling.temperature}-{MAX_NEW_TOKENS}.json"
     path = cache_folder() / "diffadapt" / fingerprint(model) / name
@@ -142,6 +142,11 @@ def profiled(
         write(path, {name: values.tolist() for name, values in vars(found).items()})
     kept = {name: np.array(values) for name, values in json.loads(path.read_text(encoding="utf-8")).items()}
     return Profiled(questions, [problem.difficulty for problem in problems], EntropyProfile(**kept))
+
+
+def by_length(problems: Sequence[Problem]) -> list[Problem]:
+    """Sorted, so that the answers of a batch have similar lengths and few rows wait for the last one."""
+    return sorted(problems, key=lambda problem: len(problem.question))
 
 
 def write(path: Path, values: dict[str, list[float]]) -> None:
@@ -189,7 +194,7 @@ def make_subjects(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     routed: dict[str, DiffAdapt],
-    by_length: DifficultyProbe,
+    length_probe: DifficultyProbe,
     task: DifficultyTask,
 ) -> list[Subject]:
     """One strategy for all, choices that do not read the question, probes, and the oracle."""
@@ -208,7 +213,7 @@ def make_subjects(
         HARD: ("control", fixed["hard"]),
         RANDOM: ("control", drawn),
         **{name: ("control", partial(by_probe, model, tokenizer, routed[name])) for name in (SHUFFLED, LINEAR)},
-        LENGTH: ("control", partial(by_strategy, model, tokenizer, length_choice(method, by_length))),
+        LENGTH: ("control", partial(by_strategy, model, tokenizer, length_choice(method, length_probe))),
         ORACLE: ("control", partial(by_oracle, fixed, task)),
         METHOD: ("method", partial(by_probe, model, tokenizer, method)),
     }

@@ -34,15 +34,15 @@ __all__ = ["build"]
 PLAIN, EXIT, RANDOM, OTHER, SHORT, LONG, METHOD = (
     "all layers",
     "early exit",
-    "random layers, draw 1",
-    "random layers, draw 2",
+    "random layers",
+    "other random layers",
     "skipdecode, warm-up 1",
     "skipdecode, warm-up 4",
     "skipdecode",
 )
 CONTROLS = (EXIT, RANDOM, OTHER)
 TRAINED = (PLAIN, *CONTROLS, METHOD)
-STEPS, BATCH, RATE = 200, 32, 1e-3  # chosen on the dev split of problems
+STEPS, BATCH, RATE = 200, 32, 1e-3
 CLOSED = 0.5  # share of the gap that training must close
 
 
@@ -68,8 +68,8 @@ def build(
     schedules: dict[str, Callable[..., SkipSchedule]] = {
         PLAIN: partial(schedule, SkipSchedule, warmup, plain=True),
         EXIT: partial(schedule, EarlyExit, warmup),
-        RANDOM: partial(schedule, RandomLayers, warmup, draw=1),
-        OTHER: partial(schedule, RandomLayers, warmup, draw=2),
+        RANDOM: partial(schedule, RandomLayers, warmup, draw=2),
+        OTHER: partial(schedule, RandomLayers, warmup, draw=3),
         SHORT: partial(schedule, SkipSchedule, 1),
         LONG: partial(schedule, SkipSchedule, 4),
         METHOD: partial(schedule, SkipSchedule, warmup),
