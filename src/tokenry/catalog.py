@@ -141,6 +141,14 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.measure.experiments.optimal_mdsd",
     ),
     Entry(
+        "specreason",
+        "decode",
+        "tokenry.decode.specreason:SpecReason",
+        "a small model writes the reasoning steps, the base model scores each and rewrites those below a threshold",
+        "reasoning speculative step draft judge two models faster latency cheap",
+        "tokenry.measure.experiments.specreason",
+    ),
+    Entry(
         "lm-head-neurons",
         "read",
         "tokenry.read.lm_head_neurons:LMHeadNeurons",

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -180,8 +180,8 @@ def examples(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[li
 # --- the recipe ----------------------------------------------------------------------------------------------------
 
 
-def train(seed: int = 0, progress: Progress | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Train it from the seed."""
+def untrained(seed: int = 0, shape: Mapping[str, int] = SHAPE) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """The model with random weights."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     config = LlamaConfig(
@@ -192,9 +192,14 @@ def train(seed: int = 0, progress: Progress | None = None) -> tuple[PreTrainedMo
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **SHAPE,
+        **shape,
     )
-    model = LlamaForCausalLM(config)
+    return LlamaForCausalLM(config), tokenizer
+
+
+def train(seed: int = 0, progress: Progress | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Train it from the seed."""
+    model, tokenizer = untrained(seed)
     batches = batches_by_length(examples(tokenizer, seed), BATCH_TOKENS, tokenizer.pad_token_id)
     for steps, learning_rate in PHASES:
         fit(model, batches, steps, learning_rate, progress=progress)

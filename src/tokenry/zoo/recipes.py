@@ -77,6 +77,14 @@ RECIPES: tuple[Recipe, ...] = (
         needs=("reasoner",),
     ),
     Recipe(
+        "speculator",
+        task="what zoo/reasoner does, faster and less reliably; drafts for it",
+        data="the lessons of zoo/reasoner",
+        size=0.22,
+        minutes=12,
+        reach={"accuracy": (0.25, 0.65), "easiest": (0.5, 1.0), "finished": (0.9, 1.0)},
+    ),
+    Recipe(
         "teller",
         task="short stories about two people, some of which end in a threat",
         data="stories of a small generated language",
