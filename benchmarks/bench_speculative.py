@@ -36,13 +36,13 @@ ORIGINAL = f"Original code:\n```python\n{CODE}```\n\n"
 PROMPTS = {  # continued as they are: the model is small, so that the first lines of an edit are given
     "code, a docstring": ORIGINAL
     + 'The same code with a docstring:\n```python\ndef read_config(path):\n    """Read a configuration file."""\n'
-    "    with open(path) as file:\n        lines = file.readlines()\n",
+    "    with open(path) as file:\n        lines = file.readlines()",
     "code, a new name": ORIGINAL
     + "The same code with another name for the result:\n```python\ndef read_config(path):\n"
-    "    with open(path) as file:\n        lines = file.readlines()\n    settings = {}\n",
+    "    with open(path) as file:\n        lines = file.readlines()\n    settings = {}",
     "code, type hints": ORIGINAL
     + "The same code with type hints:\n```python\ndef read_config(path: str) -> dict[str, str]:\n"
-    "    with open(path) as file:\n        lines = file.readlines()\n",
+    "    with open(path) as file:\n        lines = file.readlines()",
     "text, spelling": f"Text:\n{TEXT}\n\nThe same text with corrected spelling:\n",
     "text, summary": f"Text:\n{TEXT}\n\nSummary with the most important sentences of the text:\n",
 }

@@ -191,9 +191,9 @@ class TransformersEngine:
         """Settle the open columns: for each row, those that are kept, in the order of their positions."""
         held = self.seen.shape[1]
         start, width = self.columns - held, max(map(len, kept))
-        alive = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in kept])
-        index = torch.tensor([[0] * (width - len(row)) + list(row) for row in kept]).to(self.tokens.device)
-        alive = alive.to(self.tokens.device)
+        device, blank = self.tokens.device, [width - len(row) for row in kept]
+        alive = torch.tensor([[0] * n + [1] * len(row) for n, row in zip(blank, kept)], device=device).bool()
+        index = torch.tensor([[0] * n + [*row] for n, row in zip(blank, kept)], dtype=torch.long, device=device)
         keep_of_last(self.cache, index, held)
         self.tokens[:, start : start + width] = self.tokens[:, start : self.columns].gather(1, index)
         self.mask[:, start : start + width] = alive

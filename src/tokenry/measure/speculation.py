@@ -55,11 +55,14 @@ class RecordingVerifier:
         return found
 
 
+def tokens_per_forward(table: Mapping[str, np.ndarray]) -> float:
+    """Over all samples together; NaN without a forward."""
+    calls = np.nansum(table["target_calls"])
+    return float(np.nansum(table["emitted"]) / calls) if calls else float("nan")
+
+
 EFFICIENCY = Statistic(
-    "block_efficiency",
-    "higher",
-    "tokens for each forward pass of the target after the prompt's",
-    lambda table: float(np.nansum(table["emitted"]) / np.nansum(table["target_calls"])),
+    "block_efficiency", "higher", "tokens for each forward pass of the target after the prompt's", tokens_per_forward
 )
 
 

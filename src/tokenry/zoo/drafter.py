@@ -32,7 +32,7 @@ SHAPE = {
     "intermediate_size": 176,
 }
 SAMPLED, TAUGHT, DIRECT_SHARE = 400, 6_000, 0.15  # texts of the teacher, and of those that it learnt from
-STEPS, BATCH_TOKENS = 1000, 5000
+STEPS, BATCH_TOKENS = 3500, 2500
 SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "max_new_tokens": 400}
 
 
