@@ -117,7 +117,7 @@ def generate_one(
         as_json({"text": output.texts[0], "ids": output.new_ids[0], **strategy(output, 0), "events": events, **calls})
     elif output.events:
         click.echo(f"({len(output.events)} repairs; --json lists them)", err=True)
-    if stats and not json_output:
+    if stats and stats.target_calls and not json_output:
         click.echo(f"({stats.block_efficiency:.2f} tokens per forward pass of the model)", err=True)
 
 
