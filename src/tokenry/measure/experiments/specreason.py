@@ -1,7 +1,7 @@
 """Does the base model write less than half, at equal accuracy, and is it its judgement that does it?
 
-The threshold is chosen on other problems. Against the method stand the base model alone, the small one alone, a judge
-that draws its scores at random and keeps as many steps, and one that knows which steps are right.
+Judge and threshold are chosen on other problems. Against the method stand the base model alone, the small one alone, a
+judge that draws its scores at random and keeps as many steps, and one that knows which steps are right.
 """
 
 from __future__ import annotations
