@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...decode.skipdecode import SkipDecode
@@ -196,7 +197,7 @@ def closed(comparison: Comparison, subject: str, average: int) -> Interval:
     """The share of what skipping loses of the sums solved that training brings back."""
     plain = comparison.values(PLAIN, f"untrained_{average}")
     before, after = (comparison.values(subject, f"{state}_{average}") for state in ("untrained", "trained"))
-    known = (~(plain != plain)).nonzero()[0]  # texts have no sums
+    known = np.flatnonzero(~np.isnan(plain))  # texts have no sums
 
     def share(pick) -> float:
         lost = (plain[known][pick] - before[known][pick]).sum()
