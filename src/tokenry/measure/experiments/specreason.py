@@ -75,7 +75,7 @@ def build(
         task=StepsTask(problems),
         subjects=make_subjects(pair, chosen, best, sweep[chosen].acceptance),
         baseline=BASE,
-        judge=partial(judge, times=times, digits=METHOD if chosen[0] == "digits" else OTHERS["digits"]),
+        judge=partial(judge, times=times, way=chosen[0]),
         seeds=tuple(seeds or (0, 1)),
         batch=64,
         notes=f"Levels {LEVELS[0]} to {LEVELS[-1]}, at most {BUDGET} tokens, temperature 0.6, top-p 0.95. Judge and "
@@ -244,20 +244,21 @@ def solve(make: Callable[[int], SpeculativeReasoner], problems: Sequence[Problem
 # --- afterwards ------------------------------------------------------------------------------------------------------
 
 
-def judge(comparison: Comparison, times: Times, digits: str) -> list[Finding]:
+def judge(comparison: Comparison, times: Times, way: str) -> list[Finding]:
     """Accuracy and tokens against the base model, the controls, the judges, and the clock."""
     gain, fewer = comparison.difference(METHOD, BASE, "accuracy"), saved(comparison)
     over_random = comparison.difference(METHOD, RANDOM, "accuracy")
     over_small = comparison.difference(METHOD, SMALL, "accuracy")
     below = comparison.difference(METHOD, ORACLE, "accuracy")
     kept = acceptance(comparison)
+    digits = METHOD if way == "digits" else OTHERS["digits"]
     large = step_speedup(kept, LARGE[1] / LARGE[0], 1.0, VERIFY, times.step_tokens)
     here = step_speedup(kept, times.small, times.base, times.verify, times.step_tokens)
     return [
         Finding(
             f"the base model writes less than half as many tokens, and accuracy falls by no more than {TOLERANCE:.0%}",
             fewer.low > HALF and gain.mean > -TOLERANCE,
-            f"base tokens saved {_percent(fewer)}; accuracy {_signed(gain)}; "
+            f"judged by {way}: base tokens saved {_percent(fewer)}; accuracy {_signed(gain)}; "
             + ", ".join(f"{name} {comparison.mean(name, 'accuracy'):.1%}" for name in (BASE, SMALL, METHOD)),
         ),
         Finding(
