@@ -73,7 +73,7 @@ RECIPES: tuple[Recipe, ...] = (
         data="the reasoner's probabilities on its training texts and on its own solutions",
         size=0.15,
         minutes=6,
-        reach={"agreement": (0.6, 1.0), "same": (0.6, 1.0)},
+        reach={"agreement": (0.8, 1.0), "same": (0.8, 1.0)},
         needs=("reasoner",),
     ),
     Recipe(
