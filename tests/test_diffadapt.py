@@ -754,9 +754,10 @@ def test_oracle_takes_the_cheapest_right_answer():
         "normal": answering(lambda p: p.difficulty <= 5, lambda p: 40, "normal"),
         "hard": answering(lambda p: p.difficulty == 2, lambda p: 5, "hard"),
     }
-    found = experiment.by_oracle(fixed, task, PROBLEMS, 0)
-    wanted = {1: "easy", 2: "hard", 3: "easy"}
-    assert [a.strategy for a in found] == [wanted.get(p.difficulty, "normal") for p in PROBLEMS]
+    wanted = {1: "easy", 2: "hard", 3: "easy", 4: "normal", 5: "normal"}
+    for hopeless in ("normal", "hard"):
+        found = experiment.by_oracle(fixed, task, hopeless, PROBLEMS, 0)
+        assert [a.strategy for a in found] == [wanted.get(p.difficulty, hopeless) for p in PROBLEMS]
 
 
 def test_the_oracle_reuses_answers():
@@ -773,11 +774,11 @@ def test_judge_on_answers_made_up(helps):
     task = DifficultyTask(Arithmetic(), PROBLEMS)
     never, solved = (lambda p: False), (lambda p: p.difficulty <= 6)
     cheap = answering(solved if helps else never, lambda p: 20 if p.difficulty != 5 else 40, "easy")
-    controls = ("EASY", "HARD", "SHUFFLED", "RANDOM", "LINEAR", "LENGTH")
+    controls = ("EASY", "HARD", "SHUFFLED", "RANDOM", "LINEAR", "LENGTH", "DIRECTLY", "ORACLE")
     runs = {getattr(experiment, n): answering(lambda p: p.difficulty == 5, lambda p: 25, "easy") for n in controls}
     runs |= {
         experiment.PLAIN: answering(solved, lambda p: 40, "normal"),
-        experiment.ORACLE: answering(solved, lambda p: 10, "easy"),
+        experiment.FAST_ORACLE: answering(solved, lambda p: 10, "easy"),
         experiment.METHOD: cheap,
     }
     subjects = [Subject(name, "control", {}, run) for name, run in runs.items()]

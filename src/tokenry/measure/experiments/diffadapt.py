@@ -2,8 +2,7 @@
 
 The model's own samples on training problems give the labels; the probe that learns them chooses a strategy for each
 test problem. Against it stand one strategy for all, a random choice with the same shares, a probe of shuffled labels, a
-linear probe, a probe that is told nothing but the length of the question, and an oracle that sees which strategy is
-right.
+linear probe, a probe that is told nothing but the length of the question, and oracles that see which strategy is right.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from ...decode.diffadapt import DiffAdapt, Strategy, generate_by_strategy, oracl
 from ...difficulty import CLASSES, DifficultyProbe
 from ...hooks import fingerprint
 from ...models import cache_folder
-from ...problems import Arithmetic, Problem, draw_problems
+from ...problems import Arithmetic, Problem, Split, draw_problems
 from ...read.difficulty_probe import DifficultyLabels, EntropyProfile, question_states
 from ..compare import Comparison
 from ..cost import Meter
@@ -36,7 +35,7 @@ from ..task import Experiment, Finding, Subject
 
 __all__ = ["build"]
 
-PLAIN, EASY, HARD, RANDOM, SHUFFLED, LINEAR, LENGTH, ORACLE, METHOD = (
+PLAIN, EASY, HARD, RANDOM, SHUFFLED, LINEAR, LENGTH, DIRECTLY, ORACLE, FAST_ORACLE, METHOD = (
     "normal for all",
     "easy for all",
     "hard for all",
@@ -44,16 +43,29 @@ PLAIN, EASY, HARD, RANDOM, SHUFFLED, LINEAR, LENGTH, ORACLE, METHOD = (
     "probe of shuffled labels",
     "linear probe",
     "probe of the length",
+    "easy ones without steps",
     "oracle",
+    "oracle that gives up",
     "diffadapt",
 )
-STRATEGIES = (  # the model knows one word of style; without it, it writes and doubts every step
-    Strategy("easy", " direct", 0.5, 0.4),
+# The model knows one word of style, " direct": it then leaves out the steps and is mostly wrong. On problems of the
+# split dev that was too much for the easy class, whatever the thresholds; it is kept as a control. Level 6 is solved in
+# two of five samples and levels 7 and 8 never, hence gamma.
+STRATEGIES = (
+    Strategy("easy", "", 0.5, 0.4),
     Strategy("normal", "", 0.8, 1.0),
     Strategy("hard", " direct", 0.4, 0.5),
 )
+WITHOUT_STEPS = Strategy("easy", " direct", 0.5, 0.4)
+GAMMA = 0.1
+TRIED = (
+    "Tried before: easy questions without steps and gamma 0.3 saved 48.8 % of the tokens of the test problems, and "
+    "accuracy fell by 0.148. Remedies were chosen on 120 dev problems. Other thresholds and min_confidence (24 "
+    "settings) did not do: accuracy fell by 0.04 to 0.20. With steps for easy questions and gamma 0.1 it did not fall."
+)
 MAX_NEW_TOKENS = 256
-PROFILED, HELD_OUT = 320, 160  # questions that are sampled for labels: to train on, and to test the probe on
+PROFILED, HELD_OUT = 240, 120  # questions that are sampled for labels: to train on, and to test the probe on
+HELD_OUT_SEED = 1  # seed 0 of dev has served the choices above
 SAVED, TOLERANCE = 0.15, 0.02
 SAMPLING = {"do_sample": True, "top_k": 0}
 
@@ -71,10 +83,10 @@ def build(
         samples: test problems; default 320. The profile has at most twice as many questions.
         method: the strategies, the threshold and the probe that it sets replace those of this experiment.
     """
-    count, labelling, task = samples or 320, DifficultyLabels(), Arithmetic()
+    count, labelling, task = samples or 320, DifficultyLabels(gamma=GAMMA), Arithmetic()
     trained, held = (
-        profiled(model, tokenizer, task, labelling, min(most, max(2 * count, 16)), split)
-        for most, split in ((PROFILED, "train"), (HELD_OUT, "dev"))
+        profiled(model, tokenizer, labelling, min(most, max(2 * count, 16)), split, seed)
+        for most, split, seed in ((PROFILED, "train", 0), (HELD_OUT, "dev", HELD_OUT_SEED))
     )
     labels = labelling.labels(trained.profile)
     probes = fit_probes(model, tokenizer, labelling, trained.questions, labels)
@@ -101,7 +113,8 @@ def build(
         notes=f"Labels from {labelling.n_samples} samples of each of {len(labels)} training questions: "
         + ", ".join(f"{np.mean(labels == i):.0%} {name}" for i, name in enumerate(CLASSES))
         + f". Budget {MAX_NEW_TOKENS} tokens. The probe is tested on {len(truth)} questions of a third split, labelled "
-        "with the same threshold of entropy. The oracle sees which strategy is right; it is a ceiling and no method.",
+        "with the same threshold of entropy. Levels 7 and 8 are beyond the model's training. The oracles see which "
+        "strategy is right; they are ceilings and no methods. " + TRIED,
     )
 
 
@@ -119,15 +132,16 @@ class Profiled(NamedTuple):
 def profiled(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    task: Arithmetic,
     labelling: DifficultyLabels,
     count: int,
-    split: str,
+    split: Split,
+    seed: int,
 ) -> Profiled:
     """Problems of a split with the profile of the model's samples; drawn where it is not kept yet."""
-    problems = by_length(draw_problems(task, count, split=split))
+    task = Arithmetic()
+    problems = by_length(draw_problems(task, count, seed, split))
     questions = [problem.question for problem in problems]
-    name = f"profile-{split}-{count}-{labelling.n_samples}-{labelling.temperature}-{MAX_NEW_TOKENS}.json"
+    name = f"profile-{split}-{seed}-{count}-{labelling.n_samples}-{labelling.temperature}-{MAX_NEW_TOKENS}.json"
     path = cache_folder() / "diffadapt" / fingerprint(model) / name
     if not path.exists():
         with tqdm(desc=f"sampling the {split} questions", total=count) as bar:
@@ -213,8 +227,10 @@ def make_subjects(
         HARD: ("control", fixed["hard"]),
         RANDOM: ("control", drawn),
         **{name: ("control", partial(by_probe, model, tokenizer, routed[name])) for name in (SHUFFLED, LINEAR)},
+        DIRECTLY: ("control", partial(by_probe, model, tokenizer, without_steps(method))),
         LENGTH: ("control", partial(by_strategy, model, tokenizer, length_choice(method, length_probe))),
-        ORACLE: ("control", partial(by_oracle, fixed, task)),
+        ORACLE: ("control", partial(by_oracle, fixed, task, "normal")),
+        FAST_ORACLE: ("control", partial(by_oracle, fixed, task, "hard")),
         METHOD: ("method", partial(by_probe, model, tokenizer, method)),
     }
     setting = {"strategies": [vars(one) for one in method.strategies], "min_confidence": method.min_confidence}
@@ -281,16 +297,22 @@ def by_probe(
 
 
 def by_oracle(
-    fixed: dict[str, Answering], task: DifficultyTask, problems: Sequence[Problem], seed: int
+    fixed: dict[str, Answering], task: DifficultyTask, hopeless: str, problems: Sequence[Problem], seed: int
 ) -> list[Answer]:
-    """The answer of the cheapest strategy that is right; only its tokens are known beforehand, so only they count."""
+    """The answer of the cheapest strategy that is right, and of `hopeless` where none is. Only its tokens count."""
     found = {name: run(problems, seed) for name, run in fixed.items()}
     table = {
         name: ([task.right(p, a) for p, a in zip(problems, given)], [a.cost["tokens"] for a in given])
         for name, given in found.items()
     }
-    best = [found[name][i] for i, name in enumerate(oracle_strategy(table))]
+    solved = np.any([right for right, _ in table.values()], axis=0)
+    best = [found[name if solved[i] else hopeless][i] for i, name in enumerate(oracle_strategy(table))]
     return [answer._replace(cost={"tokens": answer.cost["tokens"]}) for answer in best]
+
+
+def without_steps(method: DiffAdapt) -> DiffAdapt:
+    """The method with easy questions answered directly."""
+    return DiffAdapt(**{**dict(method), "strategies": (WITHOUT_STEPS, *method.strategies[1:])})
 
 
 def choices(
@@ -380,12 +402,12 @@ def _beats(comparison: Comparison, control: str, what: str) -> Finding:
 
 
 def _ceiling(comparison: Comparison) -> Finding:
-    fewer, gain = saved(comparison, ORACLE, METHOD), comparison.difference(ORACLE, METHOD, "accuracy")
+    fewer, gain = saved(comparison, FAST_ORACLE, METHOD), comparison.difference(FAST_ORACLE, METHOD, "accuracy")
     return Finding(
-        "an oracle saves more still",
-        fewer.low > 0,
-        f"oracle against diffadapt: tokens saved {_percent(fewer)}, accuracy {_signed(gain)}; "
-        f"oracle against normal: tokens saved {_percent(saved(comparison, ORACLE, PLAIN))}",
+        "an oracle that gives up on what no strategy solves saves more still, and is no less accurate",
+        fewer.low > 0 and gain.low > -TOLERANCE,
+        f"it against diffadapt: tokens saved {_percent(fewer)}, accuracy {_signed(gain)}; one that takes normal there, "
+        f"against normal for all: tokens saved {_percent(saved(comparison, ORACLE, PLAIN))}",
     )
 
 
