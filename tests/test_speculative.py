@@ -546,7 +546,7 @@ def test_refuses_a_gamma_that_is_not_valid():
 
 def test_refuses_a_layer_policy_and_caches_that_cannot_shrink(llama, tokenizer):
     class Half:
-        def begin(self, columns):
+        def begin(self, prompt_columns, new_columns):
             pass
 
         def layers(self, column):

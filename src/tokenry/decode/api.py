@@ -110,6 +110,7 @@ def generate(
     layer_policy: LayerPolicy | None = None,
     steerers: Sequence[AbstractContextManager] = (),
     caps: Sequence[LogitsProcessor] = (),
+    speculation: Any = None,
     streamers: Sequence[BaseStreamer] = (),
     seed: int | None = None,
     stop: Sequence[str] = (),
@@ -124,6 +125,7 @@ def generate(
         methods: decode methods; their plug-ins come before the ones given here. One that reads the prompts first has a
             `generate` of its own, which gets all the rest.
         caps: logits processors that act last, after temperature and truncation.
+        speculation: drafts several tokens per step, see `loop`.
         seed: makes sampling repeatable, row by row; None uses torch's global generator.
         chat: put each prompt through the chat template where the tokenizer has one.
         options: anything `model.generate` takes, such as do_sample, temperature, min_p.
@@ -133,7 +135,7 @@ def generate(
     """
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens={max_new_tokens} leaves nothing to generate; give a number >= 1")
-    plugins = Plugins(processors, monitors, layer_policy, steerers, caps)
+    plugins = Plugins(processors, monitors, layer_policy, steerers, caps, speculation)
     readers = [method for method in methods if hasattr(method, "generate")]
     if len(readers) > 1:
         raise InputError(f"{readers[0].slug} and {readers[1].slug} both read the prompts first; use one of them")

@@ -486,7 +486,7 @@ class SpecReason(DecodeMethod):
             streamers: one per row; they get whole steps.
             options: what `generate` takes. Plug-ins and other methods are refused.
         """
-        for name in ("methods", "processors", "monitors", "layer_policy", "steerers", "caps", "stop"):
+        for name in ("methods", "processors", "monitors", "layer_policy", "steerers", "caps", "speculation", "stop"):
             if options.pop(name, None):
                 raise InputError(f"specreason writes with two models and takes no {name}; leave them out")
         words = self.prompts or prompts_for(model)

@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
@@ -29,6 +29,7 @@ from .api import loop
 from .core import DecodeLoop, DecodeOutput, Monitor, Row
 from .drafters import Drafter, aligned, check_same_tokens, make_drafter
 from .method import DecodeMethod, Plugins
+from .thinking import read_none
 from .tree import ROOT, DraftTree, slots
 from .verifiers import VERIFIERS, KSeqVerifier, SingleDraftVerifier, Verifier, sample_drafts
 
@@ -394,7 +395,9 @@ class Spectr(DecodeMethod):
     gamma: Annotated[float, Field(ge=1)] | Literal["optimal"] = Field(
         "optimal", description="division factor of kseq, at most num_drafts, or optimal"
     )
-    exit_layers: int | None = Field(None, ge=1, description="layers of early-exit; none: two thirds")
+    exit_layers: Annotated[int | None, BeforeValidator(read_none)] = Field(
+        None, ge=1, description="layers of early-exit; none: two thirds"
+    )
 
     def plugins(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Plugins:
         drafter = make_drafter(self.drafter, model, self.exit_layers)
