@@ -18,6 +18,8 @@ from tokenry.decode.core import row_seed
 from tokenry.decode.tree import ROOT, DraftTree, slots
 from tokenry.decode.verifiers import VERIFIERS
 from tokenry.hooks import skip_layers
+from tokenry.measure.reflection import REFLECTION_PROMPTS
+from tokenry.measure.stories import story_prompts
 
 PROMPTS = ["the old lighthouse stood on the old", "Elara walked along the shore and Elara", "the"]
 MANY = [("naive", 3), ("rrs", 3), ("rrs-without", 3), ("kseq", 3), ("greedy", 3)]
@@ -216,6 +218,30 @@ def test_greedy_with_the_embedded_model(smollm2):
         plain = decode.generate(*smollm2, prompt, max_new_tokens=16)
         method = decode.Spectr(drafter="prompt-lookup", verifier="single", num_drafts=1)
         assert decode.generate(*smollm2, prompt, methods=[method], max_new_tokens=16).new_ids == plain.new_ids
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_greedy_text_of_a_hundred_prompts(smollm2):
+    """A row may differ from plain greedy text only where the two best tokens are as good as equal."""
+    model, tokenizer = smollm2
+    prompts = [*story_prompts(), *REFLECTION_PROMPTS, *ASKED, *(f"Name {n} things that are blue." for n in range(2, 8))]
+    method, ties = decode.Spectr(drafter="prompt-lookup", verifier="greedy", num_drafts=2), 0
+    for start in range(0, 100, 25):
+        batch = prompts[start : start + 25]
+        plain = decode.generate(model, tokenizer, batch, max_new_tokens=24)
+        found = decode.generate(model, tokenizer, batch, methods=[method], max_new_tokens=24)
+        for prompt, wanted, new in zip(plain.prompt_ids, plain.new_ids, found.new_ids):
+            if new == wanted:
+                continue
+            same = next(i for i, pair in enumerate(zip(new, wanted)) if pair[0] != pair[1])
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + wanted[:same]])).logits[0, -1]
+            best = logits.topk(2)
+            assert {new[same], wanted[same]} == set(best.indices.tolist())
+            assert float(best.values[0] - best.values[1]) < 1e-3
+            ties += 1
+    assert len(prompts) == 100 and ties <= 2
 
 
 # --- cache -----------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .diffusion_checkpoints import load_diffusion_checkpoint
 from .errors import InputError
 
 __all__ = ["LoadedModel", "cache_folder", "load", "zoo_folders"]
@@ -54,7 +55,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
 ) -> LoadedModel:
-    """Load a causal language model for inference.
+    """Load a language model for inference: a causal one, or one that denoises (LLaDA, Dream).
 
     Args:
         name: "smollm2" (embedded), a model of the zoo such as "zoo/reasoner", a folder in Hugging Face format, or a
@@ -71,8 +72,10 @@ def load(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     folder = _resolve(str(name))
     try:
-        config = AutoConfig.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=_dtype(dtype, device))
+        model = load_diffusion_checkpoint(folder, _dtype(dtype, device))
+        if model is None:
+            config = AutoConfig.from_pretrained(folder)
+            model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=_dtype(dtype, device))
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     except (OSError, ValueError) as error:
         raise InputError(_why(str(name), error)) from error

@@ -15,6 +15,8 @@ _HOMES = {
     "final_token_dpo_loss": "losses",
     "ftpo_loss": "losses",
     "score_pairs": "ftpo",
+    "MaskedDiffusionTrainer": "diffusion",
+    "masked_diffusion_loss": "diffusion",
     "Rectifier": "rectifier",
     "RectifierCollator": "rectifier",
     "RectifierConfig": "rectifier",

@@ -1,0 +1,146 @@
+"""Which predictions of a step are committed: a fixed number, all above a threshold, or what their rank allows.
+
+Papers: LLaDA, arXiv 2502.09992 (fixed number); Fast-dLLM, arXiv 2505.22618 (threshold, factor); Dream 7B, arXiv
+2508.15487 (margin and entropy as confidence).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .diffusion_state import DiffusionState, Edit, Prediction
+
+__all__ = ["Confidence", "Factor", "FixedCount", "Threshold", "UnmaskPolicy", "best_first", "transfer_schedule"]
+
+Confidence = Literal["probability", "margin", "entropy", "random"]
+CONFIDENCES: tuple[Confidence, ...] = ("probability", "margin", "entropy", "random")
+
+
+class UnmaskPolicy:
+    """Chooses which of a row's candidates are committed. A row with candidates commits at least one."""
+
+    def reset(self, state: DiffusionState) -> None:
+        """A new generation starts."""
+
+    def select(self, prediction: Prediction, state: DiffusionState) -> Tensor:
+        """(batch, time) bool, True only at `state.candidates`."""
+        raise NotImplementedError
+
+    def reindex(self, edit: Edit) -> None:
+        """Columns have moved: bring what is kept for each column to its new place."""
+
+
+def best_first(scores: Tensor, candidates: Tensor) -> Tensor:
+    """The rank of each candidate (batch, time), 0 for the best; ties go to the lower column. Others come last."""
+    order = scores.masked_fill(~candidates, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(order)
+    return rank.scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+
+
+def transfer_schedule(masks: int, steps: int) -> list[int]:
+    """How many of `masks` each of `steps` commits: as even as can be, the larger numbers first (7, 4 -> 2, 2, 2, 1)."""
+    base, more = divmod(masks, steps)
+    return [base + (i < more) for i in range(steps)]
+
+
+class FixedCount(UnmaskPolicy):
+    """The same number of tokens every step, the best ones (LLaDA, Dream).
+
+    Args:
+        steps: forwards for a window of `gen_length`, a multiple of the number of blocks; None: one token per step.
+        confidence: what "best" means: the probability of the token, its lead over the second ("margin"), the negative
+            entropy of the distribution ("entropy"), or nothing ("random").
+        seed: of "random".
+
+    Raises:
+        InputError: steps that cannot be shared out among the blocks, an unknown confidence.
+    """
+
+    def __init__(self, steps: int | None = None, confidence: Confidence = "probability", seed: int = 0) -> None:
+        if confidence not in CONFIDENCES:
+            raise InputError(f"confidence={confidence!r} is unknown; use one of {', '.join(CONFIDENCES)}")
+        if steps is not None and steps < 1:
+            raise InputError(f"steps={steps} is not allowed; give a number >= 1, or None for one token per step")
+        self.steps, self.confidence, self.seed = steps, confidence, seed
+        self.steps_per_block: int | None = None
+        self.generators: list[torch.Generator] = []
+
+    def reset(self, state: DiffusionState) -> None:
+        blocks = -(-int(state.gen_length.max()) // state.block_length)
+        if self.steps is not None and self.steps % blocks:
+            raise InputError(f"steps={self.steps} is not a multiple of the {blocks} blocks; give one that is")
+        self.steps_per_block = None if self.steps is None else self.steps // blocks
+        self.generators = [torch.Generator(state.x.device).manual_seed(self.seed) for _ in range(len(state.x))]
+
+    def select(self, prediction: Prediction, state: DiffusionState) -> Tensor:
+        candidates = state.candidates
+        count = torch.ones_like(state.block_step)
+        if self.steps_per_block is not None:
+            # ceil(masks / steps left) is transfer_schedule step by step, and right after an edit as well.
+            left = (self.steps_per_block - state.block_step).clamp(min=1)
+            count = -(-candidates.sum(1) // left)
+        return candidates & (best_first(self._score(prediction, state), candidates) < count[:, None])
+
+    def _score(self, prediction: Prediction, state: DiffusionState) -> Tensor:
+        if self.confidence == "probability":
+            return prediction.confidence
+        if self.confidence == "random":
+            scores = torch.zeros_like(prediction.confidence)
+            for row, generator in enumerate(self.generators):
+                n = int(state.gen_length[row])
+                scores[row, state.start : state.start + n] = torch.rand(n, generator=generator, device=scores.device)
+            return scores
+        p = prediction.logits.softmax(-1)
+        if self.confidence == "margin":
+            first, second = p.topk(2, -1).values.unbind(-1)
+            return first - second
+        return (p * (p + 1e-10).log()).sum(-1)
+
+
+class Threshold(UnmaskPolicy):
+    """Everything at least as confident as `tau`, and always the best one (Fast-dLLM).
+
+    Args:
+        tau: >= 0; at 0 everything is committed at once, above 1 only the best one, which is one token per step.
+
+    Raises:
+        InputError: tau out of range.
+    """
+
+    def __init__(self, tau: float = 0.9) -> None:
+        if not tau >= 0:
+            raise InputError(f"tau={tau} is not allowed; give a probability in [0, 1], or more for one token per step")
+        self.tau = tau
+
+    def select(self, prediction: Prediction, state: DiffusionState) -> Tensor:
+        candidates = state.candidates
+        confidence = prediction.confidence.masked_fill(~candidates, -torch.inf)
+        return candidates & ((confidence >= self.tau) | (best_first(confidence, candidates) == 0))
+
+
+class Factor(UnmaskPolicy):
+    """The most confident n with c_(n) >= 1 - factor / (n + 1), counted as long as none fails; always one (Fast-dLLM).
+
+    The published code commits all when only the last one fails; this one does not.
+
+    Raises:
+        InputError: factor <= 0.
+    """
+
+    def __init__(self, factor: float = 1.0) -> None:
+        if not factor > 0:
+            raise InputError(f"factor={factor} is not allowed; give a number > 0")
+        self.factor = factor
+
+    def select(self, prediction: Prediction, state: DiffusionState) -> Tensor:
+        candidates = state.candidates
+        confidence = prediction.confidence.masked_fill(~candidates, -torch.inf)
+        rank = best_first(confidence, candidates)
+        ordered = confidence.sort(dim=1, descending=True, stable=True).values
+        n = torch.arange(1, ordered.shape[1] + 1, device=ordered.device)
+        fits = (ordered >= 1 - self.factor / (n + 1)).long().cumprod(1).sum(1)
+        return candidates & (rank < fits.clamp(min=1)[:, None])
