@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenry import InputError, generate
 from tokenry.cli import difficulty as cli
 from tokenry.cli import main
-from tokenry.decode import CyclicReflex, PhraseBan, TransformersEngine, Violation, encode_prompts, loop
+from tokenry.decode import CyclicReflex, PhraseBan, Spectr, TransformersEngine, Violation, encode_prompts, loop
 from tokenry.decode.core import Row, row_seed
 from tokenry.decode.diffadapt import (
     DEFAULT_STRATEGIES,
@@ -633,6 +633,16 @@ def test_among_the_methods_of_generate(llama, chat, probe):
         assert out.new_ids == direct.new_ids and out.strategy == ["easy", "normal", "hard", "easy"]
     stopped = generate(llama, chat, QUESTIONS[0], methods=[method], stop=["L"], **options)
     assert stopped.texts[0].endswith("L") and len(stopped.new_ids[0]) < 12
+
+
+def test_with_drafts(llama, chat, probe):
+    """Greedy: drafting changes no token, and the budgets hold."""
+    options = {"max_new_tokens": 30, "do_sample": False}
+    methods = [DiffAdapt(probe=probe, strategies=STRATEGIES)]
+    plain = generate(llama, chat, QUESTIONS, methods=methods, **options)
+    drafted = generate(llama, chat, QUESTIONS, methods=[*methods, Spectr(drafter="early-exit")], **options)
+    assert drafted.new_ids == plain.new_ids and drafted.strategy == plain.strategy
+    assert [len(row) for row in drafted.new_ids] == [12, 30, 15, 12]
 
 
 def test_encoded_prompts_are_continued_as_they_are(llama, chat):

@@ -277,7 +277,8 @@ class DiffAdapt(DecodeMethod):
             chat=chat,
             **options,
         )
-        return DiffAdaptOutput(**output, strategy=[strategy.name for strategy in chosen], probs=probs)
+        common = {name: output.get(name) for name in DecodeOutput.__dataclass_fields__}  # drafting adds its own
+        return DiffAdaptOutput(**common, strategy=[strategy.name for strategy in chosen], probs=probs)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
