@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
-
-if TYPE_CHECKING:
-    from .diffusion import MaskedDiffusionModel
 
 __all__ = ["FRESH", "DiffusionState", "Edit", "Prediction"]
 
@@ -120,9 +117,9 @@ class DiffusionState:
 
     @classmethod
     def begin(
-        cls, model: MaskedDiffusionModel, prompts: Tensor, present: Tensor, gen_length: int, block_length: int | None
+        cls, model: Any, prompts: Tensor, present: Tensor, gen_length: int, block_length: int | None
     ) -> DiffusionState:
-        """Prompts (batch, time), each followed by a window of masks.
+        """Prompts (batch, time), each followed by a window of masks for a `MaskedDiffusionModel`.
 
         Raises:
             InputError: a length below 1, a window that is no multiple of the block or beyond the model's context.
