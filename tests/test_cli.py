@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 from click.testing import CliRunner
@@ -148,7 +149,8 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
     store = tmp_path / "runs.sqlite"
     command = [sys.executable, "-m", "tokenry", "compare", "antislop", "--samples", "2", "--store", str(store)]
     environment = {**os.environ, "TERM": "dumb"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # shells start background jobs deaf to Ctrl-C
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heed)
     deadline = time.time() + 300
     while time.time() < deadline and process.poll() is None:
         if store.exists():
