@@ -11,7 +11,6 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +29,7 @@ from ...read.difficulty_probe import DifficultyLabels, EntropyProfile, question_
 from ..compare import Comparison
 from ..cost import Meter
 from ..difficulty import Answer, Answering, DifficultyTask, answers
+from ..kept import write
 from ..statistics import Interval, bootstrap_statistic
 from ..task import Experiment, Finding, Subject
 
@@ -153,7 +153,8 @@ def profiled(
                 MAX_NEW_TOKENS,
                 progress=lambda done, total: bar.update(done - bar.n),
             )
-        write(path, {name: values.tolist() for name, values in vars(found).items()})
+        text = json.dumps({name: values.tolist() for name, values in vars(found).items()})
+        write(path, lambda part: part.write_text(text, encoding="utf-8"))
     kept = {name: np.array(values) for name, values in json.loads(path.read_text(encoding="utf-8")).items()}
     return Profiled(questions, [problem.difficulty for problem in problems], EntropyProfile(**kept))
 
@@ -161,14 +162,6 @@ def profiled(
 def by_length(problems: Sequence[Problem]) -> list[Problem]:
     """Sorted, so that the answers of a batch have similar lengths and few rows wait for the last one."""
     return sorted(problems, key=lambda problem: len(problem.question))
-
-
-def write(path: Path, values: dict[str, list[float]]) -> None:
-    """Complete or absent: written beside its place, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(values), encoding="utf-8")
-    part.rename(path)
 
 
 def fit_probes(

@@ -6,10 +6,9 @@ plain sampling on other prompts. Rewinds and adapters are kept in the cache fold
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -29,6 +28,7 @@ from ...train.ftpo import FTPO, FinalTokenDPOTrainer, FTPOTrainer
 from ...train.lora import save_adapter, without_adapter
 from ...train.pairs import read_pairs
 from ..compare import Comparison
+from ..kept import digest, write
 from ..statistics import Interval, bootstrap_statistic
 from ..stories import SAMPLING
 from ..task import Experiment, Finding, Subject
@@ -177,18 +177,6 @@ def train_adapter(
         write(path, partial(save_adapter, trainer.model))
         without_adapter(trainer.model)
     return path
-
-
-def write(path: Path, save: Callable[[Path], Any]) -> None:
-    """Complete or absent: saved beside its place, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    save(part)
-    part.rename(path)
-
-
-def digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 # --- afterwards ----------------------------------------------------------------------------------------------------

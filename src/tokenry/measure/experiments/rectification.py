@@ -30,9 +30,9 @@ from ...train.rectifier import Rectifier
 from ...zoo import teller
 from ..compare import Comparison
 from ..discourse import SAMPLING, DiscourseTask
+from ..kept import digest, write
 from ..statistics import Interval, bootstrap_statistic
 from ..task import Experiment, Finding, Subject
-from .ftpo import digest, write
 
 __all__ = ["build"]
 

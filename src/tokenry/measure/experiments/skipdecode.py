@@ -6,8 +6,6 @@ sums are right or wrong. Trained models are kept in the cache folder.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,6 +25,7 @@ from ...skipping import SkipSchedule
 from ...zoo.reasoner import solution
 from ..compare import Comparison
 from ..depth import LEVELS, PLANNED, PROBLEM_DEPTHS, TEXT_DEPTHS, DepthTask, EarlyExit, RandomLayers, smallest_depth
+from ..kept import digest, write
 from ..statistics import Interval, bootstrap_statistic
 from ..task import Experiment, Finding, Subject
 
@@ -141,15 +140,12 @@ def solutions(reasoner: LoadedModel, count: int) -> list[dict[str, list[int]]]:
 def train(reasoner: LoadedModel, made: Callable[..., SkipSchedule], steps: int) -> PreTrainedModel:
     """The reasoner trained with this schedule; from the cache folder where it has been before."""
     settings = [describe(made), steps, BATCH, RATE, LEVELS, PLANNED, PROBLEM_DEPTHS]
-    name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+    name = digest(settings)
     folder = cache_folder() / "skipdecode" / fingerprint(reasoner.model) / name
     if not folder.exists():
         trainer = make_trainer(reasoner, made, steps)
         trainer.train()
-        part = folder.with_name(folder.name + ".part")
-        trainer.model.save_pretrained(part)
-        reasoner.tokenizer.save_pretrained(part)
-        part.rename(folder)
+        write(folder, lambda part: (trainer.model.save_pretrained(part), reasoner.tokenizer.save_pretrained(part)))
     return load(folder, device=reasoner.model.device).model
 
 
