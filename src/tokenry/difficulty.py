@@ -26,6 +26,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 
 from .errors import InputError
 from .hooks import capture_residual, decoder_layers, fingerprint
+from .rows import left_padded, shared_length
 
 __all__ = ["CLASSES", "DifficultyProbe", "Prompt", "Questions", "prompt_ids", "question_ids", "read_questions"]
 
@@ -59,11 +60,6 @@ def question_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool 
     return bare[: shared_length(bare, marked)]
 
 
-def shared_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many ids both begin with."""
-    return next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
-
-
 def _messages(prompt: Prompt, suffix: str) -> list[dict[str, str]]:
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
     if not messages or messages[-1].get("role") != "user" or not messages[-1].get("content", "").strip():
@@ -72,13 +68,6 @@ def _messages(prompt: Prompt, suffix: str) -> list[dict[str, str]]:
         )
     messages[-1]["content"] += suffix
     return messages
-
-
-def left_padded(rows: Sequence[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows of ids as `input_ids` and `attention_mask` (batch, columns)."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
-    return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase, chat: bool) -> str:
@@ -109,7 +98,7 @@ def read_questions(
     rows = [question_ids(tokenizer, prompt, chat) for prompt in prompts]
     if not rows or not all(rows):
         raise InputError("there is no question to read; give at least one prompt, each with some text")
-    ids, mask = left_padded(rows, tokenizer.pad_token_id or 0, model.device)
+    ids, mask = left_padded(rows, model.device, tokenizer.pad_token_id or 0)
     body, cache = model.get_decoder(), DynamicCache(config=model.config)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
     if "position_ids" in inspect.signature(body.forward).parameters:

@@ -33,6 +33,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from ..errors import InputError
+from ..rows import left_padded
 from ..text import TokenText
 from .engine import Engine
 
@@ -577,12 +578,9 @@ class DecodeLoop:
     def _next_block(self) -> tuple[Tensor, Tensor | None]:
         """The tokens that were not fed yet, right-aligned; finished rows are padding."""
         pending = [row.ids[row.fed :] if row.number in self.active else [] for row in self.rows]
-        width = max(map(len, pending))
-        if width == 1 and all(pending):
+        if {len(new) for new in pending} == {1}:
             return torch.tensor(pending, device=self.device), None
-        tokens = [[0] * (width - len(p)) + p for p in pending]
-        mask = [[0] * (width - len(p)) + [1] * len(p) for p in pending]
-        return torch.tensor(tokens, device=self.device), torch.tensor(mask, device=self.device)
+        return left_padded(pending, self.device)
 
     def _output(self, input_ids: Tensor, pad_id: int | None) -> DecodeOutput:
         width = max(len(row.ids) for row in self.rows)

@@ -26,12 +26,11 @@ from ..difficulty import (
     DifficultyProbe,
     Prompt,
     Questions,
-    left_padded,
     prompt_ids,
     read_questions,
-    shared_length,
 )
 from ..errors import InputError
+from ..rows import left_padded, shared_length
 from .api import generate
 from .core import DecodeOutput
 from .method import DecodeMethod
@@ -164,16 +163,16 @@ def _lay_out(
     """Prompts as columns (ids, mask) with the cache of the first ones. Each row is its question, left-padded, and then
     the rest, left-padded too; tokens at the end of a question that the rest has merged with are masked out."""
     if questions is None:
-        return *left_padded(rows, pad, device), None
+        return *left_padded(rows, device, pad), None
     read = [row[keep.bool()].tolist() for row, keep in zip(questions.ids, questions.mask)]
     shared = [shared_length(question, row) for question, row in zip(read, rows)]
     rests = [row[count:] for row, count in zip(rows, shared)]
     if not all(rests):  # a bare prompt without any suffix: its last token must be fed for its logits
-        return *left_padded(rows, pad, device), None
+        return *left_padded(rows, device, pad), None
     mask = questions.mask.clone()
     for row, question, count in zip(mask, read, shared):
         row[mask.shape[1] - len(question) + count :] = 0
-    ids, after = left_padded(rests, pad, device)
+    ids, after = left_padded(rests, device, pad)
     return torch.cat([questions.ids, ids], 1), torch.cat([mask, after], 1), questions.cache
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import InputError
 from ..hooks import decoder_layers, skip_layers
 from ..models import load
+from ..rows import left_padded, shared_length
 from .engine import TransformersEngine
 from .tree import ROOT, DraftTree
 
@@ -183,13 +184,15 @@ class ModelDrafter:
         self._follow(contexts)
         pending = [ids[len(fed) :] if ids else [] for ids, fed in zip(contexts, self.fed)]
         self.fed = [fed + new for fed, new in zip(self.fed, pending)]
-        tokens, mask = aligned(pending, self.model.device)
+        tokens, mask = left_padded(pending, self.model.device)
         return self.engine.feed(tokens, None if bool(mask.all()) else mask)
 
     def extend(self, trees: Sequence[DraftTree], nodes: Sequence[Sequence[int]]) -> list[Tensor]:
         if not self.columns:
             self.trees, self.columns, self.open = trees, [{} for _ in trees], 0
-        tokens, mask = aligned([[tree.tokens[n] for n in new] for tree, new in zip(trees, nodes)], self.model.device)
+        tokens, mask = left_padded(
+            [[tree.tokens[n] for n in new] for tree, new in zip(trees, nodes)], self.model.device
+        )
         width = tokens.shape[1]
         parents = np.full((len(trees), width), ROOT)
         for row, (tree, new) in enumerate(zip(trees, nodes)):
@@ -254,21 +257,6 @@ class EarlyExitDrafter(ModelDrafter):
     def extend(self, trees: Sequence[DraftTree], nodes: Sequence[Sequence[int]]) -> list[Tensor]:
         with skip_layers(self.model, self.executed):
             return super().extend(trees, nodes)
-
-
-def aligned(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Lists of tokens as one block (rows, width) with padding on the left, and where it is none."""
-    width = max(map(len, rows))
-    tokens = [[0] * (width - len(row)) + list(row) for row in rows]
-    mask = [[False] * (width - len(row)) + [True] * len(row) for row in rows]
-    return torch.tensor(tokens, device=device), torch.tensor(mask, device=device)
-
-
-def shared_length(first: list[int], second: list[int]) -> int:
-    """How many tokens both begin with."""
-    if first == second[: len(first)]:
-        return len(first)
-    return next(i for i, (a, b) in enumerate(zip([*first, None], [*second, None])) if a != b)
 
 
 # --- by name -------------------------------------------------------------------------------------------------------

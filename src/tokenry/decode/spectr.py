@@ -25,9 +25,10 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import InputError
+from ..rows import left_padded
 from .api import loop
 from .core import DecodeLoop, DecodeOutput, Monitor, Row
-from .drafters import Drafter, aligned, check_same_tokens, make_drafter
+from .drafters import Drafter, check_same_tokens, make_drafter
 from .method import DecodeMethod, Plugins
 from .thinking import read_none
 from .tree import ROOT, DraftTree, slots
@@ -155,7 +156,7 @@ class SpeculativeLoop(DecodeLoop):
             self.stats.emitted += len(active)
             return
         pending = [row.ids[row.fed :] if row.number in self.active else [] for row in self.rows]
-        tokens, mask = aligned([new + tree.tokens for new, tree in zip(pending, trees)], self.device)
+        tokens, mask = left_padded([new + tree.tokens for new, tree in zip(pending, trees)], self.device)
         width = tokens.shape[1]
         logits = self.engine.feed_tree(tokens, mask, block_parents(pending, trees, width))
         kept: list[list[int]] = [[] for _ in self.rows]

@@ -18,6 +18,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from ..errors import InputError
 from ..models import LoadedModel, zoo_folders
+from ..rows import left_padded, shared_length
 from ..text import TokenText
 from .core import Chooser
 from .engine import TransformersEngine
@@ -184,7 +185,7 @@ class StepModel:
         blocks = {}
         for row, ids in wanted.items():
             held = self.held[row]
-            shared = _shared(held, ids[:-1])  # the last token is fed in any case, for its logits
+            shared = shared_length(held, ids[:-1])  # the last token is fed in any case, for its logits
             self.engine.forget(row, len(held) - shared)
             del held[shared:]
             blocks[row] = ids[shared:]
@@ -226,14 +227,10 @@ class StepModel:
 
     def _feed(self, blocks: Mapping[int, list[int]]) -> Tensor:
         """Feed each row its own tokens, right-aligned; rows without any are padding."""
-        width = max(map(len, blocks.values()))
-        rows = [blocks.get(row, []) for row in range(len(self.held))]
+        tokens, mask = left_padded([blocks.get(row, []) for row in range(len(self.held))], self.model.device)
         for row, block in blocks.items():
             self.held[row] += block
             self.fed[row] += len(block)
-        device = self.model.device
-        tokens = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
         return self.engine.feed(tokens, None if bool(mask.all()) else mask)
 
 
@@ -256,13 +253,3 @@ def prepared(
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     ones = torch.ones_like(ids)
     return model.generate(ids, attention_mask=ones, custom_generate=take, **{**options, "max_new_tokens": 1})
-
-
-def _shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two lists have in common at the beginning."""
-    count = 0
-    for a, b in zip(first, second):
-        if a != b:
-            break
-        count += 1
-    return count
