@@ -149,6 +149,14 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.measure.experiments.specreason",
     ),
     Entry(
+        "creditdecoding",
+        "decode",
+        "tokenry.decode.creditdecoding:CreditDecoding",
+        "commit tokens of a masked-diffusion model earlier when they have been the best for some steps",
+        "diffusion masked llada dream parallel decoding threshold unmask faster credit history",
+        "tokenry.measure.experiments.creditdecoding",
+    ),
+    Entry(
         "lm-head-neurons",
         "read",
         "tokenry.read.lm_head_neurons:LMHeadNeurons",

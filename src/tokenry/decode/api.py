@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from functools import lru_cache
+from functools import lru_cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -137,13 +137,12 @@ def generate(
         raise InputError(f"max_new_tokens={max_new_tokens} leaves nothing to generate; give a number >= 1")
     plugins = Plugins(processors, monitors, layer_policy, steerers, caps, speculation)
     readers = [method for method in methods if hasattr(method, "generate")]
-    if len(readers) > 1:
-        raise InputError(f"{readers[0].slug} and {readers[1].slug} both read the prompts first; use one of them")
     for method in reversed([method for method in methods if not hasattr(method, "generate")]):
         plugins = method.plugins(model, tokenizer) + plugins
     if readers:
         rest = {"streamers": streamers, "seed": seed, "stop": stop, "chat": chat, "max_new_tokens": max_new_tokens}
-        return readers[0].generate(model, tokenizer, prompts, **vars(plugins), **rest, **options)
+        reader = reduce(lambda one, other: one.beside(other), readers)
+        return reader.generate(model, tokenizer, prompts, **vars(plugins), **rest, **options)
     if isinstance(prompts, BatchEncoding):
         inputs = prompts
     else:

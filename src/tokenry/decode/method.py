@@ -56,3 +56,7 @@ class DecodeMethod(Method):
     def plugins(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Plugins:
         """The plug-ins for one call of `generate`; new ones for every call."""
         raise NotImplementedError
+
+    def beside(self, other: DecodeMethod) -> Any:
+        """What stands for this method and another one that has a `generate` of its own, too."""
+        raise InputError(f"{self.slug} and {other.slug} both read the prompts first; use one of them")

@@ -85,6 +85,14 @@ RECIPES: tuple[Recipe, ...] = (
         reach={"accuracy": (0.25, 0.65), "easiest": (0.5, 1.0), "finished": (0.9, 1.0)},
     ),
     Recipe(
+        "denoiser",
+        task="a masked-diffusion model: sums, sorting and 4 x 4 sudoku, in windows of any width",
+        data="generated problems, their answers filled with end-of-text tokens",
+        size=0.8,
+        minutes=15,
+        reach={"addition": (0.9, 1.0), "sorting": (0.9, 1.0), "sudoku": (0.9, 1.0), "ends": (0.9, 1.0)},
+    ),
+    Recipe(
         "teller",
         task="short stories about two people, some of which end in a threat",
         data="stories of a small generated language",

@@ -1,0 +1,185 @@
+"""The puzzles, the recipe of zoo/denoiser, the model that comes with the package, and the comparison on it."""
+
+import random
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from tokenry import load
+from tokenry.decode import CreditDecoding, encode_prompts
+from tokenry.measure.compare import Comparison, compare
+from tokenry.measure.denoising import PuzzleTask, cost_at, cost_ratio
+from tokenry.measure.experiments.creditdecoding import build, subjects
+from tokenry.measure.report import render
+from tokenry.measure.task import Experiment, Metric, Outcome, Sample, Subject
+from tokenry.problems import draw_problems, split_of
+from tokenry.puzzles import PUZZLES, Addition, Sorting, Sudoku, grids, kind_of
+from tokenry.zoo import denoiser
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return denoiser.build_tokenizer()
+
+
+# --- puzzles -------------------------------------------------------------------------------------------------------
+
+
+def test_there_are_288_grids():
+    assert len(set(grids())) == 288
+    for grid in grids():
+        rows = [grid[i : i + 4] for i in range(0, 16, 4)]
+        columns = [grid[i::4] for i in range(4)]
+        boxes = [grid[i] + grid[i + 1] + grid[i + 4] + grid[i + 5] for i in (0, 2, 8, 10)]
+        assert all(set(group) == set("1234") for group in rows + columns + boxes)
+
+
+@pytest.mark.parametrize("level", Sudoku.levels)
+def test_every_solution_of_a_sudoku_is_right_and_nothing_else(level):
+    task = Sudoku()
+    problem = task.draw(level, random.Random(level))
+    shown = problem.question.removeprefix("sudoku ").removesuffix("=")
+    assert shown.count(".") == level
+    solutions = {g for g in grids() if all(a in (".", b) for a, b in zip(shown, g))}
+    assert problem.answer in solutions
+    assert {g for g in grids() if task.check(problem, g)} == solutions
+    assert not task.check(problem, problem.answer + "1") and not task.check(problem, shown)
+
+
+def test_sums_are_written_from_the_right_in_six_columns():
+    for level in Addition.levels:
+        problem = Addition().draw(level, random.Random(3))
+        left, right = problem.question.removeprefix("add ").removesuffix("=").split("+")
+        assert len(left) == len(right) == 6 and set(left[level:] + right[level:]) <= {"0"}
+        assert int(problem.answer[::-1]) == int(left[::-1]) + int(right[::-1])
+
+
+def test_digits_are_sorted():
+    problem = Sorting().draw(7, random.Random(1))
+    assert sorted(problem.question.removeprefix("sort ").removesuffix("=")) == list(problem.answer)
+
+
+def test_answers_are_checked():
+    for task in PUZZLES:
+        for problem in draw_problems(task, 8, split="dev"):
+            assert kind_of(problem) is task and split_of(problem.question) == "dev"
+            assert task.check(problem, problem.answer) and not task.check(problem, problem.answer[:-1])
+
+
+# --- the recipe ----------------------------------------------------------------------------------------------------
+
+
+def test_every_text_has_tokens(tokenizer):
+    for task in PUZZLES:
+        for problem in draw_problems(task, 4):
+            text = problem.question + problem.answer + "<eos>"
+            ids = tokenizer.encode(text)
+            assert tokenizer.decode(ids) == text and tokenizer.unk_token_id not in ids
+            inputs = encode_prompts(tokenizer, [problem.question])
+            assert inputs["input_ids"][0].tolist() == tokenizer.encode(problem.question)
+
+
+def test_windows_vary_and_no_test_problem_is_learnt(tokenizer):
+    eos, widths, narrow = tokenizer.eos_token_id, set(), 0
+    for ids, prompt in islice(denoiser.examples(tokenizer, 0), 400):
+        question, window = tokenizer.decode(ids[:prompt]), ids[prompt:]
+        assert split_of(question) == "train" and len(window) <= denoiser.WIDEST
+        answer = tokenizer.decode(window, skip_special_tokens=True)
+        assert eos not in window or set(window[window.index(eos) :]) == {eos}
+        widths.add(len(window))
+        narrow += len(answer) < len(draw_answer(question))
+    assert len(widths) > 20 and 10 < narrow < 60
+
+
+def draw_answer(question):
+    """The right answer of a question."""
+    kind, rest = question.removesuffix("=").split(" ")
+    return str(sum(int(n[::-1]) for n in rest.split("+"))) if kind == "add" else rest
+
+
+def test_training_goes_down(tokenizer, monkeypatch):
+    monkeypatch.setattr(denoiser, "STEPS", 30)
+    monkeypatch.setattr(denoiser, "BATCH_TOKENS", 600)
+    losses = []
+    model, _ = denoiser.train(0, lambda done, steps, loss: losses.append(loss))
+    assert len(losses) == 30 and losses[-1] < losses[0] and not model.training
+    assert model.config.is_causal is False and model.config.mask_token_id == tokenizer.mask_token_id
+
+
+def test_the_model_of_the_package_solves_its_puzzles():
+    model, tokenizer = load("zoo/denoiser")
+    for task in PUZZLES:
+        problems = draw_problems(task, 40, seed=5)
+        method = CreditDecoding(threshold=1.0, alpha=0)
+        out = method.generate(model, tokenizer, [p.question for p in problems], max_new_tokens=20)
+        assert sum(task.check(p, text) for p, text in zip(problems, out.texts)) >= 34
+
+
+# --- the comparison ------------------------------------------------------------------------------------------------
+
+
+def test_the_frontier_by_hand():
+    points = [(2.0, 0.5), (4.0, 0.9), (3.0, 0.4), (6.0, 0.9), (8.0, 1.0)]  # the third and fourth are beaten
+    found = cost_at(points, np.array([0.5, 0.7, 0.9, 0.95, 1.0]))
+    assert found.tolist() == pytest.approx([2, 3, 4, 6, 8])
+    assert np.isnan(cost_at(points, np.array([0.4, 1.01]))).all()
+
+
+def made_up(points):
+    """A comparison whose subjects have these (cost, quality) on every sample."""
+
+    class Task:
+        slug, stage, metrics = "made-up", "decode", (Metric("exact", "higher", "quality"),)
+
+    samples = [Sample(f"s{i}", "") for i in range(6)]
+    experiment = Experiment("x", "", Task(), [Subject(n, "control") for n in points], "a1", lambda c: [])
+    outcomes = {
+        (n, s.id, 0): Outcome({"exact": quality}, {"forward_passes": cost})
+        for n, (cost, quality) in points.items()
+        for s in samples
+    }
+    return Comparison(experiment, samples, outcomes)
+
+
+def test_the_ratio_at_equal_quality():
+    found = made_up({"a1": (2, 0.6), "a2": (4, 0.8), "b1": (1, 0.6), "b2": (2, 0.8)})
+    ratio = cost_ratio(found, ["b1", "b2"], ["a1", "a2"], "forward_passes", "exact")
+    assert ratio[:3] == pytest.approx((0.5, 0.5, 0.5))
+    along = made_up({"a1": (2, 0.6), "a2": (4, 0.8), "b1": (3, 0.7), "b2": (5, 0.9)})  # on one line
+    ratio = cost_ratio(along, ["b1", "b2"], ["a1", "a2"], "forward_passes", "exact")
+    assert ratio.mean == pytest.approx(1)
+    apart = made_up({"a1": (2, 0.1), "a2": (4, 0.2), "b1": (3, 0.7), "b2": (5, 0.9)})
+    assert np.isnan(cost_ratio(apart, ["b1", "b2"], ["a1", "a2"], "forward_passes", "exact").mean)
+
+
+def test_the_experiment_runs_and_is_drawn():
+    model, tokenizer = load("zoo/denoiser")
+    experiment = build(model, tokenizer, samples=6, seeds=(0, 1))
+    comparison = compare(experiment)
+    assert {s.role for s in experiment.subjects} == {"plain", "control", "method"}
+    assert (comparison.values("one token per step", "forward_passes") == 24).all()
+    assert (comparison.values("credit 0.9", "token_forwards") > 0).all()
+    findings = experiment.judge(comparison)
+    assert len(findings) == 5 and all(f.numbers for f in findings)
+    (detail, *_) = comparison.details("credit 0.9")
+    assert len(detail["denoising"]) == 24 and detail["note"].startswith("add ")
+    html = render(comparison, findings, "x", model="m", command="c", versions="v")
+    assert '"denoising"' in html and "function denoising" in html
+
+
+def test_neutral_subjects_are_the_same_decoder():
+    model, tokenizer = load("zoo/denoiser")
+    task = PuzzleTask(model, tokenizer, (0,), 6)
+    made = {s.name: s for s in subjects(CreditDecoding(alpha=0))}
+    runs = [task.run(made[f"{kind} 0.9"], task.samples(), 0) for kind in ("threshold", "credit")]
+    for a, b in zip(*runs):
+        assert a.metrics == b.metrics and a.detail == b.detail
+
+
+def test_each_seed_has_its_own_problems():
+    model, tokenizer = load("zoo/denoiser")
+    task = PuzzleTask(model, tokenizer, (0, 1), 9)
+    first, second = ({p.question for p in task.problems[seed]} for seed in (0, 1))
+    assert len(first) == 9 and not first & second
+    assert [s.prompt for s in task.samples()] == [p.question for p in task.problems[0]]
