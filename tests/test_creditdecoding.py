@@ -346,9 +346,7 @@ def test_methods_that_disagree_are_refused():
         Narrow(own=True).beside(Narrow(own=True)).options(8)
     with pytest.raises(InputError, match="both decide how wide the window is"):
         Narrow().beside(Narrow()).options(8)
-    with pytest.raises(
-        InputError, match=r"creditdecoding and narrow are given different values of block_length"
-    ):
+    with pytest.raises(InputError, match=r"creditdecoding and narrow are given different values of block_length"):
         CreditDecoding(block_length=2).beside(Narrow(block_length=4)).options(8)
     with pytest.raises(InputError, match="creditdecoding and specreason both read the prompts first"):
         generate(small(), Characters(), "abc", methods=[credit, SpecReason(small="zoo/speculator")])
