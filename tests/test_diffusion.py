@@ -16,7 +16,8 @@ from tokenry.decode.diffusion import (
 )
 from tokenry.decode.diffusion_cache import DiffusionCache
 from tokenry.decode.diffusion_state import FRESH, DiffusionState, Edit, Prediction
-from tokenry.decode.unmask import Factor, FixedCount, Threshold, best_first, transfer_schedule
+from tokenry.decode.diffusion_transforms import Forbid, Guidance
+from tokenry.decode.unmask import Chance, Factor, FixedCount, Runs, Threshold, best_first, transfer_schedule
 from tokenry.diffusion_checkpoints import load_diffusion_checkpoint
 from tokenry.errors import InputError
 from tokenry.masks import make_bidirectional
@@ -147,6 +148,70 @@ C = [0.6, 0.95, 0.3, 0.91]  # sorted: .95, .91, .6, .3
 )
 def test_commit_rules_by_hand(policy, expected):
     assert chosen(policy, state_of([None] * 4), C) == expected
+
+
+def test_the_best_of_each_run_is_committed():
+    """Runs of masks: columns 0 to 1, 3 to 5 and 7; a tie goes to the lower column."""
+    confidence = [0.5, 0.45, 1, 0.6, 0.95, 0.9, 1, 0.3]
+    window = [None, None, 5, None, None, None, 5, None]
+    assert chosen(Runs(0.9, 0.4), state_of(window), confidence) == [0, 4, 5]
+    assert chosen(Runs(0.9, 0.0), state_of(window), confidence) == [0, 4, 5, 7]
+    assert chosen(Runs(0.9, 0.9), state_of(window), confidence) == [4, 5]
+    assert chosen(Runs(0.9, 0.4), state_of([None] * 3), [0.5, 0.5, 0.5]) == [0]
+    assert chosen(Runs(0.9, 0.4), state_of([None] * 3), [0.1, 0.3, 0.2]) == [1]
+
+
+def test_a_run_ends_with_the_block():
+    assert chosen(Runs(0.9, 0.4), state_of([None] * 4, block_length=2), [0.5, 0.6, 0.99, 0.99]) == [1]
+
+
+def test_by_chance_every_step_keeps_its_share():
+    """Each of the n steps commits its nth part of the window, on average."""
+    counts = [0] * 4
+    for seed in range(40):
+        options = {"gen_length": 90, "block_length": None, "unmask": Chance(4, seed=seed)}
+        out = diffusion_generate(Scripted([(3, 0.9)] * 90), torch.tensor([[1, 2]]), **options)
+        assert out.stats.nfe == [4]
+        counts = [a + b for a, b in zip(counts, out.stats.commits_per_step[0])]
+    assert counts == pytest.approx([900] * 4, abs=5 * (3600 * 3 / 16) ** 0.5)
+
+
+def test_drawn_positions_follow_their_confidence():
+    """With temperature .5 the position with confidence .9 is drawn first e^(.8 / .5) times as often as that with .1."""
+    first = 0
+    for seed in range(400):
+        policy, state = FixedCount(temperature=0.5, seed=seed), state_of([None, None])
+        first += chosen(policy, state, [0.9, 0.1]) == [0]
+    p = 1 / (1 + torch.tensor(-1.6).exp().item())
+    assert first / 400 == pytest.approx(p, abs=5 * (p * (1 - p) / 400) ** 0.5)
+    cold = [chosen(FixedCount(temperature=1e-4, seed=seed), state_of([None, None]), [0.1, 0.9]) for seed in range(20)]
+    assert cold == [[1]] * 20
+
+
+def test_guidance_by_hand(denoiser):
+    ids, mask = prompts(3, 6)
+    state = DiffusionState.begin(denoiser, ids, mask.bool(), 4, None)
+    logits = denoiser.predict(state)
+    hidden = state.x.clone()
+    hidden[:, :6] = torch.where(mask.bool(), MASK, PAD)
+    without = denoiser.logits(hidden, state.present)
+    guided = Guidance(denoiser, 1.5)(logits, state)
+    assert torch.allclose(guided[..., :MASK], (without + 2.5 * (logits - without))[..., :MASK], atol=1e-5)
+    assert guided[..., MASK].isneginf().all() and state.nfe.tolist() == [2, 2] and state.forward_calls == 2
+    assert state.token_forwards.tolist() == [14, 20]
+    assert Guidance(denoiser, 0)(logits, state) is logits and state.forward_calls == 2
+    options = {"gen_length": 6, "block_length": 3}
+    both = diffusion_generate(denoiser, ids, mask, transforms=[Guidance(denoiser, 1.0)], **options)
+    one = diffusion_generate(denoiser, ids[:1, 3:], transforms=[Guidance(denoiser, 1.0)], **options)
+    assert both.windows[0] == one.windows[0] and both.stats.nfe == [12, 12]
+
+
+def test_forbidden_tokens_are_not_written(denoiser):
+    ids, mask = prompts(3, 6)
+    plain = diffusion_generate(denoiser, ids, mask, gen_length=8)
+    gone = set(plain.windows[0][:2])
+    out = diffusion_generate(denoiser, ids, mask, gen_length=8, transforms=[Forbid(sorted(gone))])
+    assert not gone & {token for window in out.windows for token in window}
 
 
 def test_only_masks_of_the_block_are_candidates():
@@ -482,6 +547,14 @@ def test_prompts_are_refused(denoiser, ids, mask, message):
         (lambda: sampling_warpers(do_sample=True, temperature=float("nan")), "temperature=nan"),
         (lambda: FixedCount(0), "steps=0"),
         (lambda: FixedCount(confidence="certainty"), "'certainty' is unknown"),
+        (lambda: FixedCount(temperature=-1), "temperature=-1"),
+        (lambda: Chance(0), "steps=0"),
+        (lambda: Chance(3).reset(state_of([None] * 4, block_length=2)), "steps=3 is not a multiple of the 2 blocks"),
+        (lambda: Chance(4, last=1), "last=1"),
+        (lambda: Runs(0.4, 0.5), "low=0.5 and tau=0.4"),
+        (lambda: Guidance(None, -1), "scale=-1"),
+        (lambda: Forbid([]), "token_ids is empty"),
+        (lambda: Forbid([V])(torch.zeros(1, 2, V), None), "not all inside the vocabulary of 20"),
     ],
 )
 def test_policies_refuse(make, message):

@@ -1,7 +1,7 @@
 """Which predictions of a step are committed: a fixed number, all above a threshold, or what their rank allows.
 
 Papers: LLaDA, arXiv 2502.09992 (fixed number); Fast-dLLM, arXiv 2505.22618 (threshold, factor); Dream 7B, arXiv
-2508.15487 (margin and entropy as confidence).
+2508.15487 (margin and entropy as confidence, drawn positions, each mask by chance); dInfer's rule for runs of masks.
 """
 
 from __future__ import annotations
@@ -14,14 +14,24 @@ from torch import Tensor
 from ..errors import InputError
 from .diffusion_state import DiffusionState, Edit, Prediction
 
-__all__ = ["Confidence", "Factor", "FixedCount", "Threshold", "UnmaskPolicy", "best_first", "transfer_schedule"]
+__all__ = [
+    "Chance",
+    "Confidence",
+    "Factor",
+    "FixedCount",
+    "Runs",
+    "Threshold",
+    "UnmaskPolicy",
+    "best_first",
+    "transfer_schedule",
+]
 
 Confidence = Literal["probability", "margin", "entropy", "random"]
 CONFIDENCES: tuple[Confidence, ...] = ("probability", "margin", "entropy", "random")
 
 
 class UnmaskPolicy:
-    """Chooses which of a row's candidates are committed. A row with candidates commits at least one."""
+    """Chooses which of a row's candidates are committed: at least one, sooner or later."""
 
     def reset(self, state: DiffusionState) -> None:
         """A new generation starts."""
@@ -54,27 +64,33 @@ class FixedCount(UnmaskPolicy):
         steps: forwards for a window of `gen_length`, a multiple of the number of blocks; None: one token per step.
         confidence: what "best" means: the probability of the token, its lead over the second ("margin"), the negative
             entropy of the distribution ("entropy"), or nothing ("random").
-        seed: of "random".
+        temperature: above 0 the positions are drawn, in proportion to exp(confidence / temperature) (Dream's alg_temp).
+        seed: of "random" and of drawn positions.
 
     Raises:
-        InputError: steps that cannot be shared out among the blocks, an unknown confidence.
+        InputError: steps that cannot be shared out among the blocks, an unknown confidence, temperature < 0.
     """
 
-    def __init__(self, steps: int | None = None, confidence: Confidence = "probability", seed: int = 0) -> None:
+    def __init__(
+        self,
+        steps: int | None = None,
+        confidence: Confidence = "probability",
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> None:
         if confidence not in CONFIDENCES:
             raise InputError(f"confidence={confidence!r} is unknown; use one of {', '.join(CONFIDENCES)}")
         if steps is not None and steps < 1:
             raise InputError(f"steps={steps} is not allowed; give a number >= 1, or None for one token per step")
-        self.steps, self.confidence, self.seed = steps, confidence, seed
+        if not 0 <= temperature < float("inf"):
+            raise InputError(f"temperature={temperature} is not allowed; give a number >= 0")
+        self.steps, self.confidence, self.temperature, self.seed = steps, confidence, temperature, seed
         self.steps_per_block: int | None = None
-        self.generators: list[torch.Generator] = []
+        self.draw: RowDraws | None = None
 
     def reset(self, state: DiffusionState) -> None:
-        blocks = -(-int(state.gen_length.max()) // state.block_length)
-        if self.steps is not None and self.steps % blocks:
-            raise InputError(f"steps={self.steps} is not a multiple of the {blocks} blocks; give one that is")
-        self.steps_per_block = None if self.steps is None else self.steps // blocks
-        self.generators = [torch.Generator(state.x.device).manual_seed(self.seed) for _ in range(len(state.x))]
+        self.steps_per_block = None if self.steps is None else steps_per_block(self.steps, state)
+        self.draw = RowDraws(self.seed, state)
 
     def select(self, prediction: Prediction, state: DiffusionState) -> Tensor:
         candidates = state.candidates
@@ -83,22 +99,74 @@ class FixedCount(UnmaskPolicy):
             # ceil(masks / steps left) is transfer_schedule step by step, and right after an edit as well.
             left = (self.steps_per_block - state.block_step).clamp(min=1)
             count = -(-candidates.sum(1) // left)
-        return candidates & (best_first(self._score(prediction, state), candidates) < count[:, None])
+        scores = self._score(prediction, state)
+        if self.temperature:
+            # The best n of scores with Gumbel noise are n draws without replacement.
+            scores = scores / self.temperature - self.draw(state).log().neg().log()
+        return candidates & (best_first(scores, candidates) < count[:, None])
 
     def _score(self, prediction: Prediction, state: DiffusionState) -> Tensor:
         if self.confidence == "probability":
             return prediction.confidence
         if self.confidence == "random":
-            scores = torch.zeros_like(prediction.confidence)
-            for row, generator in enumerate(self.generators):
-                n = int(state.gen_length[row])
-                scores[row, state.start : state.start + n] = torch.rand(n, generator=generator, device=scores.device)
-            return scores
+            return self.draw(state)
         p = prediction.logits.softmax(-1)
         if self.confidence == "margin":
             first, second = p.topk(2, -1).values.unbind(-1)
             return first - second
         return (p * (p + 1e-10).log()).sum(-1)
+
+
+class RowDraws:
+    """Uniform numbers for each column, from a generator for each row, so that a batch does not change a row."""
+
+    def __init__(self, seed: int, state: DiffusionState) -> None:
+        self.generators = [torch.Generator(state.x.device).manual_seed(seed) for _ in range(len(state.x))]
+
+    def __call__(self, state: DiffusionState) -> Tensor:
+        """(batch, time), 0 outside the windows."""
+        values = torch.zeros(state.x.shape, device=state.x.device)
+        for row, (n, generator) in enumerate(zip(state.gen_length.tolist(), self.generators)):
+            values[row, state.start : state.start + n] = torch.rand(n, generator=generator, device=values.device)
+        return values
+
+
+def steps_per_block(steps: int, state: DiffusionState) -> int:
+    """Steps for each block, of `steps` for the window."""
+    blocks = -(-int(state.gen_length.max()) // state.block_length)
+    if steps % blocks:
+        raise InputError(f"steps={steps} is not a multiple of the {blocks} blocks; give one that is")
+    return steps // blocks
+
+
+class Chance(UnmaskPolicy):
+    """Each mask by chance, whatever its confidence, so that all are committed after `steps` (Dream's "origin").
+
+    Step i of n goes from time t to s on an even grid from 1 down to `last`, and commits a mask with probability
+    1 - s / t; the last step commits all that are left.
+
+    Raises:
+        InputError: steps < 1, or that cannot be shared out among the blocks.
+    """
+
+    def __init__(self, steps: int, last: float = 1e-3, seed: int = 0) -> None:
+        if steps < 1:
+            raise InputError(f"steps={steps} is not allowed; give a number >= 1")
+        if not 0 < last < 1:
+            raise InputError(f"last={last} is not allowed; give a time in (0, 1)")
+        self.steps, self.last, self.seed = steps, last, seed
+        self.times: Tensor | None = None
+        self.draw: RowDraws | None = None
+
+    def reset(self, state: DiffusionState) -> None:
+        self.times = torch.linspace(1, self.last, steps_per_block(self.steps, state) + 1, device=state.x.device)
+        self.times[-1] = 0  # everything
+        self.draw = RowDraws(self.seed, state)
+
+    def select(self, prediction: Prediction, state: DiffusionState) -> Tensor:
+        step = state.block_step.clamp(max=len(self.times) - 2)
+        kept = self.times[step + 1] / self.times[step]
+        return state.candidates & (self.draw(state) >= kept[:, None])
 
 
 class Threshold(UnmaskPolicy):
@@ -144,3 +212,30 @@ class Factor(UnmaskPolicy):
         n = torch.arange(1, ordered.shape[1] + 1, device=ordered.device)
         fits = (ordered >= 1 - self.factor / (n + 1)).long().cumprod(1).sum(1)
         return candidates & (rank < fits.clamp(min=1)[:, None])
+
+
+class Runs(UnmaskPolicy):
+    """Everything at least as confident as `tau`, and the best of each run of masks if it reaches `low` (dInfer).
+
+    Masks that stand together depend on each other most; one of each run can be committed at less confidence. The best
+    one of all is committed in any case.
+
+    Raises:
+        InputError: not 0 <= low <= tau.
+    """
+
+    def __init__(self, tau: float = 0.9, low: float = 0.4) -> None:
+        if not 0 <= low <= tau:
+            raise InputError(f"low={low} and tau={tau} are not allowed; give 0 <= low <= tau")
+        self.tau, self.low = tau, low
+
+    def select(self, prediction: Prediction, state: DiffusionState) -> Tensor:
+        candidates = state.candidates
+        confidence = prediction.confidence.masked_fill(~candidates, -torch.inf)
+        rank = best_first(confidence, candidates)
+        # Runs are numbered from 1; the number goes up where a candidate follows what is none.
+        before = torch.nn.functional.pad(candidates, (1, 0))[:, :-1]
+        run = (candidates & ~before).cumsum(1) * candidates
+        best = torch.full_like(rank, rank.shape[1]).scatter_reduce(1, run, rank, "amin")
+        leads = rank == best.gather(1, run)
+        return candidates & ((confidence >= self.tau) | (leads & (confidence >= self.low)) | (rank == 0))
