@@ -41,7 +41,7 @@ class Sorting:
     """`level` digits in order: "sort 4092=" has the answer "0249"."""
 
     name = "sorting"
-    levels = (4, 8, 12, 16)
+    levels = (3, 4, 6, 8, 10)
 
     def draw(self, level: int, rng: random.Random) -> Problem:
         digits = "".join(rng.choice("0123456789") for _ in range(level))

@@ -33,7 +33,7 @@ SPECIAL = ("<pad>", "<eos>", "<mask>", "<unk>")
 TEMPLATE = (
     "{% for message in messages %}{{ message.content }}{% if message.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
 )
-SHARES = (0.45, 0.25, 0.3)  # of the examples, by puzzle
+SHARES = (0.35, 0.35, 0.3)  # of the examples, by puzzle
 WIDEST = 32  # the widest window in training
 SPARE = 4.0  # end-of-text tokens after an answer, on average
 NARROW, WIDE = 0.08, 0.15  # share of windows that are narrower than the answer, and of any width up to the widest
@@ -45,7 +45,7 @@ SHAPE = {
     "num_key_value_heads": 4,
     "intermediate_size": 344,
 }
-STEPS, BATCH_TOKENS = 6000, 2000
+STEPS, BATCH_TOKENS = 9000, 2000
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
