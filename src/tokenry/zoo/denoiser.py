@@ -17,14 +17,14 @@ from collections.abc import Iterator
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..decode.api import encode_prompts
 from ..decode.diffusion import MaskedDiffusionModel, diffusion_generate
 from ..problems import draw_problems, split_of
 from ..puzzles import EMPTY, PUZZLES
 from ..train.diffusion import masked_diffusion_loss
-from .training import Progress, batches_by_length, fit
+from .training import Progress, batches_by_length, fit, untrained_llama
 
 __all__ = ["WIDEST", "build_tokenizer", "measure", "train"]
 
@@ -102,19 +102,8 @@ def train(seed: int = 0, progress: Progress | None = None) -> tuple[PreTrainedMo
     """Train it from the seed."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        max_position_embeddings=128,
-        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
-        tie_word_embeddings=False,
-        is_causal=False,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        mask_token_id=tokenizer.mask_token_id,
-        **SHAPE,
-    )
-    model = LlamaForCausalLM(config)
+    own = {"tie_word_embeddings": False, "is_causal": False, "mask_token_id": tokenizer.mask_token_id}
+    model = untrained_llama(tokenizer, 128, **own, **SHAPE)
     batches = batches_by_length(examples(tokenizer, seed), BATCH_TOKENS, tokenizer.pad_token_id)
     fit(model, batches, STEPS, learning_rate=3e-3, loss=_loss, progress=progress)
     return model, tokenizer

@@ -25,11 +25,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..decode.api import generate
 from ..problems import Arithmetic, Problem, apply_sign, by_difficulty, draw_problems, split_of
-from .training import Progress, batches_by_length, fit
+from .training import Progress, batches_by_length, fit, untrained_llama
 
 __all__ = ["DIRECT", "JUDGE", "build_tokenizer", "judgement", "judging_prompt", "measure", "solution", "train"]
 
@@ -184,17 +184,7 @@ def untrained(seed: int = 0, shape: Mapping[str, int] = SHAPE) -> tuple[PreTrain
     """The model with random weights."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        max_position_embeddings=1024,
-        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **shape,
-    )
-    return LlamaForCausalLM(config), tokenizer
+    return untrained_llama(tokenizer, 1024, **shape), tokenizer
 
 
 def train(seed: int = 0, progress: Progress | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:

@@ -19,11 +19,11 @@ from functools import lru_cache
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from ..decode.api import generate
 from ..problems import Split, split_of
-from .training import Progress, batches_by_length, fit
+from .training import Progress, batches_by_length, fit, untrained_llama
 
 __all__ = [
     "build_tokenizer",
@@ -281,17 +281,7 @@ def examples(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[li
 
 def untrained(tokenizer: PreTrainedTokenizerFast, **shape: int) -> LlamaForCausalLM:
     """A new model of this vocabulary; `shape` replaces what it gives in SHAPE."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        max_position_embeddings=256,
-        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **{**SHAPE, **shape},
-    )
-    return LlamaForCausalLM(config)
+    return untrained_llama(tokenizer, 256, **{**SHAPE, **shape})
 
 
 def train(seed: int = 0, progress: Progress | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:

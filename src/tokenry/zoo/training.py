@@ -1,4 +1,4 @@
-"""What recipes share: batches of examples of like length, and a short training loop."""
+"""What recipes share: an untrained model, batches of examples of like length, and a short training loop."""
 
 from __future__ import annotations
 
@@ -6,15 +6,24 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Progress", "batches_by_length", "fit"]
+__all__ = ["Progress", "batches_by_length", "fit", "untrained_llama"]
 
 Progress = Callable[[int, int, float], None]  # steps done, of how many, loss
 POOL = 2048  # examples that are sorted by length at a time
+
+
+def untrained_llama(tokenizer: PreTrainedTokenizerBase, window: int, **config: Any) -> LlamaForCausalLM:
+    """A Llama with random weights for this tokenizer and contexts of at most `window` tokens."""
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    rope = {"rope_type": "default", "rope_theta": 1000.0}
+    shape = {"vocab_size": len(tokenizer), "max_position_embeddings": window, "tie_word_embeddings": True}
+    return LlamaForCausalLM(LlamaConfig(rope_parameters=rope, **{**ids, **shape, **config}))
 
 
 def batches_by_length(
