@@ -1,12 +1,16 @@
 """The puzzles, the recipe of zoo/denoiser, the model that comes with the package, and the comparison on it."""
 
+import json
 import random
+import re
 from itertools import islice
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from tokenry import load
+from tokenry.cli import main
 from tokenry.decode import CreditDecoding, encode_prompts
 from tokenry.measure.compare import Comparison, compare
 from tokenry.measure.denoising import PuzzleTask, cost_at, cost_ratio
@@ -114,6 +118,18 @@ def test_the_model_of_the_package_solves_its_puzzles():
         method = CreditDecoding(threshold=1.0, alpha=0)
         out = method.generate(model, tokenizer, [p.question for p in problems], max_new_tokens=20)
         assert sum(task.check(p, text) for p, text in zip(problems, out.texts)) >= 34
+
+
+def test_the_command_line_says_how_it_was_denoised():
+    command = ["decode", "--model", "zoo/denoiser", "--method", "creditdecoding", "--greedy", "--max-new-tokens", "24"]
+    result = CliRunner().invoke(main, [*command, "sort 940271="])
+    assert result.exit_code == 0 and result.stdout.strip() == "012479"
+    assert re.search(r"\(6 tokens, in a window of 24, with \d+ forward passes\)", result.stderr)
+    result = CliRunner().invoke(main, [*command, "--json", "sort 940271="])
+    found = json.loads(result.stdout)
+    assert found["text"] == "012479" and found["denoising"]["nfe"] == found["forward_calls"]
+    assert len(found["denoising"]["step"]) == len(found["denoising"]["confidence"]) == 24
+    assert max(found["denoising"]["step"]) == found["denoising"]["nfe"]
 
 
 # --- the comparison ------------------------------------------------------------------------------------------------

@@ -111,14 +111,12 @@ def generate_one(
     if json_output:
         events = [{k: v for k, v in vars(e).items() if k != "context_ids"} for e in output.events]
         calls = {"forward_calls": output.forward_calls, "token_forwards": output.token_forwards}
-        if stats:
-            names = ("target_calls", "drafted", "accepted", "emitted")
-            calls["drafting"] = {name: getattr(stats, name) for name in names}
+        calls |= stats.summary() if stats else {}
         as_json({"text": output.texts[0], "ids": output.new_ids[0], **strategy(output, 0), "events": events, **calls})
     elif output.events:
         click.echo(f"({len(output.events)} repairs; --json lists them)", err=True)
-    if stats and stats.target_calls and not json_output:
-        click.echo(f"({stats.block_efficiency:.2f} tokens per forward pass of the model)", err=True)
+    if stats and stats.in_words() and not json_output:
+        click.echo(f"({stats.in_words()})", err=True)
 
 
 def generate_many(

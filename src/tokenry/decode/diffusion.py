@@ -226,6 +226,16 @@ class DiffusionStats:
         """How many tokens each forward of a row committed."""
         return [[steps.count(i + 1) for i in range(n)] for steps, n in zip(self.commit_step, self.nfe)]
 
+    def summary(self) -> dict[str, Any]:
+        """The first row, for JSON."""
+        confidence = [round(p, 4) for p in self.commit_confidence[0]]
+        return {"denoising": {"nfe": self.nfe[0], "step": self.commit_step[0], "confidence": confidence}}
+
+    def in_words(self) -> str:
+        """What the command line says of the first row."""
+        width = len(self.commit_step[0])
+        return f"{self.effective_tokens[0]} tokens, in a window of {width}, with {self.nfe[0]} forward passes"
+
 
 @dataclass
 class DiffusionOutput(DecodeOutput):

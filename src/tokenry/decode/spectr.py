@@ -83,6 +83,14 @@ class SpeculativeStats:
         met = [[position.taken for position in self.positions if position.depth == depth] for depth in depths]
         return [sum(taken) / len(taken) for taken in met]
 
+    def summary(self) -> dict[str, Any]:
+        """The counts, for JSON."""
+        return {"drafting": {n: getattr(self, n) for n in ("target_calls", "drafted", "accepted", "emitted")}}
+
+    def in_words(self) -> str | None:
+        """What the command line says; None before the first forward."""
+        return f"{self.block_efficiency:.2f} tokens per forward pass of the model" if self.target_calls else None
+
 
 @dataclass
 class SpeculativeOutput(DecodeOutput):
