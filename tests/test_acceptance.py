@@ -10,7 +10,7 @@ from scipy.optimize import linprog
 from test_verifiers import draft_law, drafts_exist, enumerated, random_pair, row
 
 from tokenry.decode import acceptance
-from tokenry.decode.acceptance import acceptance_report, optimal_acceptance, verifier_acceptance
+from tokenry.decode.acceptance import acceptance_report, optimal_acceptance, subset_gap, verifier_acceptance
 from tokenry.decode.verifiers import SAMPLINGS, VERIFIERS, kseq_acceptance_probability
 from tokenry.errors import InputError
 
@@ -74,6 +74,28 @@ def test_without_replacement_is_the_best_subset_of_more_tokens(n):
         p, q = random_pair(seed, 6)
         if drafts_exist(q, n, "without"):
             assert ceiling(p, q, n, "without") == pytest.approx(by_subsets(p, q, n, "without"), abs=1e-9)
+
+
+@pytest.mark.parametrize("scheme", SAMPLINGS)
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_the_gap_along_the_prefixes(scheme, n):
+    for seed in range(4):
+        p, q = random_pair(seed, 5)
+        order, gap = subset_gap(p, q, n, scheme)
+        chance = inside(q, n, scheme)
+        for size in range(6):
+            prefix = order[:size].tolist()
+            assert gap[size].item() == pytest.approx(float(p[prefix].sum()) - chance[tuple(sorted(prefix))], abs=1e-9)
+        assert 1 + gap.min().item() == pytest.approx(ceiling(p, q, n, scheme), abs=1e-9)
+
+
+def test_the_gap_of_a_large_vocabulary():
+    p, q = zipf_pair(3000, 1.0, 0)
+    for scheme in SAMPLINGS:
+        _, gap = subset_gap(p, q, 4, scheme)
+        assert 1 + gap.min().item() == pytest.approx(ceiling(p, q, 4, scheme), abs=1e-9)
+    with pytest.raises(InputError, match="of one position"):
+        subset_gap(p[None], q[None], 4)
 
 
 def test_worked_values():

@@ -75,6 +75,7 @@ _HOMES = {
     "OptimalMDSD": "optimal_mdsd",
     "acceptance_report": "acceptance",
     "optimal_acceptance": "acceptance",
+    "subset_gap": "acceptance",
     "verifier_acceptance": "acceptance",
     "GreedyDraftVerifier": "verifiers",
     "KSeqVerifier": "verifiers",
