@@ -15,7 +15,6 @@ import random
 from collections.abc import Iterator
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -24,7 +23,7 @@ from ..decode.diffusion import MaskedDiffusionModel, diffusion_generate
 from ..problems import draw_problems, split_of
 from ..puzzles import EMPTY, PUZZLES
 from ..train.diffusion import masked_diffusion_loss
-from .training import Progress, batches_by_length, fit, untrained_llama
+from .training import Progress, batches_by_length, character_tokenizer, fit, untrained_llama
 
 __all__ = ["WIDEST", "build_tokenizer", "measure", "train"]
 
@@ -51,22 +50,7 @@ STEPS, BATCH_TOKENS = 9000, 2000
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A token per character and per kind of puzzle; every text of the model decodes to itself."""
     tokens = [*SPECIAL, *KINDS, *"0123456789+=", EMPTY]
-    raw = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(KINDS) + r"|[\s\S]"), "isolated")
-    raw.decoder = decoders.Fuse()
-    raw.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        mask_token="<mask>",
-        unk_token="<unk>",
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-        model_max_length=128,
-    )
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
+    return character_tokenizer(tokens, KINDS, SPECIAL, 128, TEMPLATE, mask_token="<mask>")
 
 
 def examples(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[list[int], int]]:

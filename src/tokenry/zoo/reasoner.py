@@ -24,12 +24,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..decode.api import generate
 from ..problems import Arithmetic, Problem, apply_sign, by_difficulty, draw_problems, split_of
-from .training import Progress, batches_by_length, fit, untrained_llama
+from .training import Progress, batches_by_length, character_tokenizer, fit, untrained_llama
 
 __all__ = ["DIRECT", "JUDGE", "build_tokenizer", "judgement", "judging_prompt", "measure", "solution", "train"]
 
@@ -63,22 +62,7 @@ PHASES, BATCH_TOKENS = ((5000, 2e-3), (1500, 6e-4)), 2500  # (steps, highest lea
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A token per character, word and mark; every text of the model decodes to itself."""
     tokens = [*SPECIAL, *MARKS, "\n", " ", *"0123456789+-*=", *WORDS]
-    raw = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(WORDS) + r"|[\s\S]"), "isolated")
-    raw.decoder = decoders.Fuse()
-    raw.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL])
-    raw.add_tokens([AddedToken(token, normalized=False) for token in MARKS])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-        model_max_length=1024,
-    )
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
+    return character_tokenizer(tokens, WORDS, SPECIAL, 1024, TEMPLATE, MARKS)
 
 
 # --- the texts it learns from --------------------------------------------------------------------------------------

@@ -1,21 +1,65 @@
-"""What recipes share: an untrained model, batches of examples of like length, and a short training loop."""
+"""What recipes share: a tokenizer, an untrained model, batches of examples of like length, a short training loop."""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
-__all__ = ["Progress", "batches_by_length", "fit", "untrained_llama"]
+__all__ = ["Progress", "batches_by_length", "character_tokenizer", "fit", "untrained_llama"]
 
 Progress = Callable[[int, int, float], None]  # steps done, of how many, loss
 POOL = 2048  # examples that are sorted by length at a time
+
+
+def character_tokenizer(
+    tokens: Sequence[str],
+    words: Sequence[str],
+    special: Sequence[str],
+    window: int,
+    template: str,
+    marks: Sequence[str] = (),
+    **names: str,
+) -> PreTrainedTokenizerFast:
+    """A token per character, but for some words and marks; every text made of them decodes to itself.
+
+    Args:
+        tokens: all of them, in the order of their ids.
+        words: those that are longer than a character; marks: the same, and never part of anything else.
+        special: left out of texts; "<pad>", "<eos>" and "<unk>" are what they say.
+        window: most tokens of a text.
+        names: what else the tokenizer is given, such as mask_token.
+    """
+    raw = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(words) + r"|[\s\S]"), "isolated")
+    raw.decoder = decoders.Fuse()
+    raw.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    raw.add_tokens([AddedToken(token, normalized=False) for token in marks])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=window,
+        **names,
+    )
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 def untrained_llama(tokenizer: PreTrainedTokenizerBase, window: int, **config: Any) -> LlamaForCausalLM:
