@@ -174,12 +174,12 @@ def test_the_experiment_runs_and_is_drawn():
     experiment = build(model, tokenizer, samples=6, seeds=(0, 1))
     comparison = compare(experiment)
     assert {s.role for s in experiment.subjects} == {"plain", "control", "method"}
-    assert (comparison.values("one token per step", "forward_passes") == 24).all()
+    assert (comparison.values("one token per step", "forward_passes") == 16).all()
     assert (comparison.values("credit 0.9", "token_forwards") > 0).all()
     findings = experiment.judge(comparison)
     assert len(findings) == 5 and all(f.numbers for f in findings)
     (detail, *_) = comparison.details("credit 0.9")
-    assert len(detail["denoising"]) == 24 and detail["note"].startswith("add ")
+    assert len(detail["denoising"]) == 16 and detail["note"].startswith("sudoku ")
     html = render(comparison, findings, "x", model="m", command="c", versions="v")
     assert '"denoising"' in html and "function denoising" in html
 

@@ -206,8 +206,8 @@ def test_training_repeats_itself_from_the_seed(monkeypatch):
 
 def test_fit_learns():
     torch.manual_seed(0)
-    model = reasoner.LlamaForCausalLM(
-        reasoner.LlamaConfig(
+    model = LlamaForCausalLM(
+        LlamaConfig(
             vocab_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
         )
     )

@@ -55,7 +55,7 @@ class Sudoku:
     """A 4 x 4 sudoku with `level` empty cells, row by row; the answer is the whole grid, and any solution is right."""
 
     name = "sudoku"
-    levels = (4, 6, 8, 10, 12)
+    levels = (4, 6, 8, 10, 12, 14)
 
     def draw(self, level: int, rng: random.Random) -> Problem:
         grid, empty = rng.choice(grids()), set(rng.sample(range(16), level))

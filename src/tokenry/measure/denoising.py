@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..decode.api import encode_prompts
 from ..decode.diffusion import DiffusionOutput, MaskedDiffusionModel, diffusion_generate
-from ..problems import Split, draw_problems
+from ..problems import Split, VerifiableTask, draw_problems
 from ..puzzles import PUZZLES, kind_of
 from .compare import Comparison
 from .statistics import Interval, bootstrap_statistic
@@ -22,7 +22,7 @@ LEVELS = 11  # qualities at which two frontiers are compared
 
 
 class PuzzleTask:
-    """Sums, sorting and sudoku by turns, each seed with problems of its own; answers in a window of `width` tokens.
+    """Puzzles of some kinds by turns, each seed with problems of its own; answers in a window of `width` tokens.
 
     A subject's `apply` is a function of the width that gives arguments of `diffusion_generate`, new ones for each
     batch, such as `DiffusionMethods([...]).options`. The window is one block, unless they say otherwise. Decoding takes
@@ -43,14 +43,14 @@ class PuzzleTask:
         seeds: Sequence[int],
         count: int = 120,
         width: int = 24,
+        kinds: Sequence[VerifiableTask] = PUZZLES,
         split: Split = "test",
     ) -> None:
         self.model, self.tokenizer, self.width = MaskedDiffusionModel(model, tokenizer), tokenizer, width
-        each = -(-count // len(PUZZLES))
-        drawn = {seed: [draw_problems(task, each, seed, split) for task in PUZZLES] for seed in seeds}
+        each = -(-count // len(kinds))
+        drawn = {seed: [draw_problems(task, each, seed, split) for task in kinds] for seed in seeds}
         self.problems = {
-            seed: [problems[i % len(PUZZLES)][i // len(PUZZLES)] for i in range(count)]
-            for seed, problems in drawn.items()
+            seed: [problems[i % len(kinds)][i // len(kinds)] for i in range(count)] for seed, problems in drawn.items()
         }
         self.first = seeds[0]
 

@@ -89,7 +89,7 @@ RECIPES: tuple[Recipe, ...] = (
         task="a masked-diffusion model: sums, sorting and 4 x 4 sudoku, in windows of any width",
         data="generated problems, their answers filled with end-of-text tokens",
         size=0.8,
-        minutes=15,
+        minutes=20,
         reach={"addition": (0.9, 1.0), "sorting": (0.9, 1.0), "sudoku": (0.9, 1.0), "ends": (0.9, 1.0)},
     ),
     Recipe(
