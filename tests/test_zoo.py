@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import tokenry
 from tokenry.errors import InputError
@@ -207,9 +208,7 @@ def test_training_repeats_itself_from_the_seed(monkeypatch):
 def test_fit_learns():
     torch.manual_seed(0)
     model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
-        )
+        LlamaConfig(vocab_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     )
     losses = []
     batches = iter([{"input_ids": torch.tensor([[1, 2, 3, 4]] * 4), "labels": torch.tensor([[1, 2, 3, 4]] * 4)}] * 60)

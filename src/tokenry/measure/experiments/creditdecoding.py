@@ -49,7 +49,10 @@ def build(
         seeds=seeds,
         batch=40,
         notes="Each seed has problems of its own. Seconds are those of a batch of 40, shared by its rows, which wait "
-        "for the slowest one.",
+        "for the slowest one. Seven other settings, tried on 360 dev problems (alpha 0.3 to 2, gamma 0.2 to 1, "
+        "beta 0 to 0.95), took 0.992 to 1.044 times the forwards of thresholds at equal exact match. Where a "
+        "sudoku has several solutions, a token that stays the best one for some steps is not the right one for "
+        "that reason.",
     )
 
 
