@@ -7,6 +7,7 @@ import zlib
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from test_creditdecoding import Characters
 from test_diffusion import EOS, MASK, PAD, Remember, V, prompts, small, state_of
 
+import tokenry
 from tokenry import InputError, catalog
 from tokenry.cli import main
 from tokenry.decode import generate
@@ -23,6 +25,10 @@ from tokenry.decode.daedal import Daedal, DaedalLength, eos_confidence
 from tokenry.decode.diffusion import MaskedDiffusionModel, diffusion_generate
 from tokenry.decode.diffusion_state import FRESH
 from tokenry.decode.unmask import Threshold
+from tokenry.measure.compare import compare
+from tokenry.measure.denoising import WindowTask
+from tokenry.measure.experiments import daedal as experiment
+from tokenry.measure.report import render
 
 
 def sharp(layers=3):
@@ -725,3 +731,70 @@ def test_a_model_that_never_ends_is_warned_of():
         run(Told(ends_at(99)), **{**options, "eos_threshold": 0.0, "tail": "none"})  # has not grown
         run(Told(ends_at(99)), gen_length=16, **options)
         run(Told(ends_at(99, token=EOS, p=0.4)), **options)
+
+
+# --- the comparison ------------------------------------------------------------------------------------------------
+
+
+def test_widths_of_other_rows():
+    """The same widths, in other rows, still all masks before the tail."""
+
+    def say(text, prompt):
+        return ends_at(12 + 4 * text[0])(text, prompt)
+
+    ids = torch.arange(5)[:, None]
+    widths, first = [], []
+    for kind in (DaedalLength, experiment.OtherWidths):
+        model = Told(say)
+        length = kind(maximum=64, expansion_factor=4, eos_threshold=0.7, eos_check_tokens=8)
+        diffusion_generate(model, ids, gen_length=8, unmask=Threshold(0.9), length=length)
+        widths.append(length.trace.gen_length[-1].tolist())
+        first.append(model.seen[len(length.trace.gen_length) - 1])
+    assert widths[0] == [16, 20, 24, 28, 32] != widths[1] and sorted(widths[1]) == widths[0]
+    assert all(set(text[1:-4]) == {MASK} and text[-4:] == [EOS] * 4 for text in first[1])
+
+
+def test_the_experiment_runs():
+    model, tokenizer = tokenry.load("zoo/denoiser")
+    made = experiment.build(model, tokenizer, samples=9, seeds=(0,))
+    comparison = compare(made)
+    assert {s.role for s in made.subjects} == {"plain", "control", "method"}
+    assert (comparison.values(experiment.PLAIN, "forward_passes") == 32).all()
+    for width in experiment.FIXED:
+        assert (comparison.values(experiment.fixed(width), "window") == width).all()
+    grown, answer = (comparison.values(experiment.METHOD, name) for name in ("window", "answer"))
+    assert (grown >= answer).all() and grown[answer == 16].min() > grown[answer < 6].max()
+    findings = made.judge(comparison)
+    assert len(findings) == 8 and all(f.numbers for f in findings)
+    long = comparison.values(experiment.METHOD, "exact_long")
+    assert (np.isnan(long) == (answer <= 8)).all()
+    html = render(comparison, findings, "x", model="m", command="c", versions="v")
+    assert '"denoising"' in html and '"spearman"' in html
+
+
+def test_options_replace_those_of_the_experiment():
+    made = experiment.build(*tokenry.load("zoo/denoiser"), samples=3, method=Daedal(expansion_factor=6))
+    setting = next(s.setting for s in made.subjects if s.name == experiment.METHOD)
+    assert setting["expansion_factor"] == 6 and setting["initial_gen_length"] == 8
+
+
+def test_neutral_windows_are_fixed_ones():
+    """On the trained model, in the whole comparison."""
+    model, tokenizer = tokenry.load("zoo/denoiser")
+    task = WindowTask(model, tokenizer, (0,), 6, 32)
+    method = Daedal(initial_gen_length=24, max_gen_length=24)
+    made = {s.name: s for s in experiment.subjects(method)}
+    runs = [task.run(made[name], task.samples(), 0) for name in (experiment.fixed(24), experiment.METHOD)]
+    for a, b in zip(*runs):
+        assert a.metrics == b.metrics and a.detail == b.detail and a.cost["forward_passes"] == b.cost["forward_passes"]
+
+
+def test_a_batch_of_puzzles_equals_single_ones():
+    model, tokenizer = tokenry.load("zoo/denoiser")
+    questions = ["add 843000+257000=", "sort 4092=", "sudoku 1.3..4.22.4..3.1="]
+    method = Daedal(**{**experiment.DEFAULT, "expand_eos_confidence_threshold": 1, "low_conf_threshold": 0.7})
+    both = method.generate(model, tokenizer, questions, max_new_tokens=32)
+    assert len(set(map(len, both.windows))) > 1
+    for question, window, nfe in zip(questions, both.windows, both.stats.nfe):
+        one = method.generate(model, tokenizer, question, max_new_tokens=32)
+        assert one.windows[0] == window and one.stats.nfe[0] == nfe

@@ -162,6 +162,7 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.decode.daedal:Daedal",
         "let a masked-diffusion model find the length of its answer: the window starts short and grows",
         "diffusion masked llada dream variable length window expand insert end-of-text tokens",
+        "tokenry.measure.experiments.daedal",
     ),
     Entry(
         "lm-head-neurons",

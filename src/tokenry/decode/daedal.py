@@ -207,6 +207,8 @@ class Daedal(DiffusionMethod):
         "fixed length of each task, and wastes fewer tokens."
     )
 
+    policy: ClassVar[type[DaedalLength]] = DaedalLength
+
     initial_gen_length: int = Field(64, ge=1, description="width of the window at first")
     max_gen_length: int = Field(2048, ge=1, description="widest window; max_new_tokens limits it, too")
     expansion_factor: int = Field(8, ge=2, description="masks that come at a time")
@@ -246,7 +248,7 @@ class Daedal(DiffusionMethod):
                 f"max_new_tokens={max_new_tokens} is less than initial_gen_length={self.initial_gen_length}; raise the "
                 "first or lower the second"
             )
-        length = DaedalLength(
+        length = self.policy(
             maximum,
             self.expansion_factor,
             self.low_conf_threshold,
