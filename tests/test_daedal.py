@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_creditdecoding import Characters
-from test_diffusion import EOS, MASK, PAD, Remember, V, prompts, small, state_of
+from test_diffusion import EOS, MASK, PAD, Remember, V, predicted, prompts, small, state_of
 
 import tokenry
 from tokenry import InputError, catalog
@@ -259,6 +259,17 @@ def test_when_a_mask_gives_way(change, inserted):
     model = scripted([(3, 0.95), (4, 0.3), (EOS, 0.9)], [(3, 0.95)] * 4)
     _, trace = run(model, gen_length=3, **options)
     assert trace.inserted[0].item() == inserted and trace.eos_confidence[0].item() == pytest.approx(0.45)
+
+
+def test_insertions_need_less_than_the_bounds():
+    """Exact numbers: a confidence or a c at its bound is not below it."""
+    state = state_of([None, None])
+    length = DaedalLength(maximum=9, low_conf=0.25, expand_eos_threshold=0.5)
+    found = []
+    for confidence, c in ((0.25, 0.0), (0.24, 0.5), (0.24, 0.49)):
+        prediction = predicted(state, [0.3, confidence])
+        found.append(length.insertions(prediction, torch.zeros_like(state.masked), state, torch.tensor([c])).item())
+    assert found == [FRESH, FRESH, 3]
 
 
 def test_only_the_block_is_looked_at():
