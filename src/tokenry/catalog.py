@@ -157,6 +157,14 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.measure.experiments.creditdecoding",
     ),
     Entry(
+        "daedal",
+        "decode",
+        "tokenry.decode.daedal:Daedal",
+        "let a masked-diffusion model find the length of its answer: the window starts short and grows",
+        "diffusion masked llada dream variable length window expand insert end-of-text tokens",
+        "tokenry.measure.experiments.daedal",
+    ),
+    Entry(
         "lm-head-neurons",
         "read",
         "tokenry.read.lm_head_neurons:LMHeadNeurons",

@@ -272,9 +272,10 @@ def diffusion_generate(
 
     Args:
         input_ids, attention_mask: prompts (batch, time), padded on the left.
-        gen_length: width of the window, a multiple of `block_length`.
-        block_length: blocks are finished one after the other; None, or more than `gen_length`: the whole window.
+        gen_length: width of the window, a multiple of `block_length` unless `length` may change it.
+        block_length: blocks are finished one after the other; None, or more than the window has: the whole window.
         unmask: by default one token per step.
+        length: how windows change; by default they do not.
         cache: "none"; "prefix" keeps keys and values of what is before the block, "dual" also of what is after it. Both
             are approximate, and computed anew at the start of each block.
         warpers: truncation and temperature of drawn tokens, see `sampling_warpers`; None: the most likely ones.
@@ -288,6 +289,10 @@ def diffusion_generate(
     start = time.perf_counter()
     present = _check_prompts(model, input_ids, attention_mask)
     state = DiffusionState.begin(model, input_ids.to(model.device), present, gen_length, block_length)
+    if length is None and gen_length > state.block_length and gen_length % state.block_length:
+        raise InputError(
+            f"gen_length={gen_length} is not a multiple of block_length={block_length}; change one of them"
+        )
     unmask, length = unmask or FixedCount(), length or LengthPolicy()
     columns = DiffusionCache.named(cache)
     draw = _Draw(warpers, seed, len(input_ids), model.device)

@@ -13,6 +13,7 @@ from ..errors import InputError
 __all__ = ["FRESH", "DiffusionState", "Edit", "Prediction"]
 
 FRESH = -1  # in a source index: a new mask, not a column that was there
+WHOLE = 2**31  # a block that no window outgrows
 
 
 class Prediction(NamedTuple):
@@ -122,16 +123,12 @@ class DiffusionState:
         """Prompts (batch, time), each followed by a window of masks for a `MaskedDiffusionModel`.
 
         Raises:
-            InputError: a length below 1, a window that is no multiple of the block or beyond the model's context.
+            InputError: a length below 1, or a window beyond the model's context.
         """
-        block_length = gen_length if block_length is None else min(block_length, gen_length)
+        block_length = WHOLE if block_length is None else block_length
         if gen_length < 1 or block_length < 1:
             raise InputError(
                 f"gen_length={gen_length} and block_length={block_length} are not allowed; give numbers >= 1"
-            )
-        if gen_length % block_length:
-            raise InputError(
-                f"gen_length={gen_length} is not a multiple of block_length={block_length}; change one of them"
             )
         batch, start = prompts.shape
         device = prompts.device

@@ -10,15 +10,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..decode.api import encode_prompts
 from ..decode.diffusion import DiffusionOutput, MaskedDiffusionModel, diffusion_generate
-from ..problems import Split, VerifiableTask, draw_problems
+from ..problems import Problem, Split, VerifiableTask, draw_problems
 from ..puzzles import PUZZLES, kind_of
 from .compare import Comparison
 from .statistics import Interval, bootstrap_statistic
 from .task import Metric, Outcome, Sample, Subject
 
-__all__ = ["PuzzleTask", "cost_at", "cost_ratio", "shown_denoising"]
+__all__ = ["LONG", "PuzzleTask", "WindowTask", "cost_at", "cost_ratio", "shown_denoising"]
 
 LEVELS = 11  # qualities at which two frontiers are compared
+LONG = 8  # an answer with more tokens is a long one
 
 
 class PuzzleTask:
@@ -67,18 +68,43 @@ class PuzzleTask:
         output = diffusion_generate(self.model, **inputs, tokenizer=self.tokenizer, **options)
         stats, outcomes = output.stats, []
         for row, problem in enumerate(problems):
-            task = kind_of(problem)
-            right = task.check(problem, output.texts[row])
+            quality = self.quality(problem, output, row)
             cost = {
                 "seconds": stats.seconds / len(problems),
                 "tokens": stats.effective_tokens[row],
                 "forward_passes": stats.nfe[row],
                 "token_forwards": stats.token_forwards[row],
             }
-            note = f"{problem.question}{output.texts[row]} ({'right' if right else 'wrong: ' + problem.answer})"
+            verdict = "right" if quality["exact"] else f"wrong: {problem.answer}"
+            note = f"{problem.question}{output.texts[row]} ({verdict})"
             detail = {"denoising": shown_denoising(output, row, self.tokenizer), "note": note}
-            outcomes.append(Outcome({"exact": float(right), f"exact_{task.name}": float(right)}, cost, detail))
+            outcomes.append(Outcome(quality, cost, detail))
         return outcomes
+
+    def quality(self, problem: Problem, output: DiffusionOutput, row: int) -> dict[str, float]:
+        """The metrics of a row."""
+        task = kind_of(problem)
+        right = float(task.check(problem, output.texts[row]))
+        return {"exact": right, f"exact_{task.name}": right}
+
+
+class WindowTask(PuzzleTask):
+    """The same puzzles, and what became of the windows; for subjects that choose their width. `width` is the widest."""
+
+    slug: ClassVar[str] = "windows"
+    metrics: ClassVar[Sequence[Metric]] = (
+        *PuzzleTask.metrics,
+        Metric("exact_long", "higher", f"exact match where the answer has more than {LONG} tokens"),
+        Metric("useful", "higher", "share of the window before its first end-of-text token"),
+        Metric("window", None, "tokens of the window in the end"),
+        Metric("answer", None, "tokens of the right answer"),
+    )
+
+    def quality(self, problem: Problem, output: DiffusionOutput, row: int) -> dict[str, float]:
+        found, width = super().quality(problem, output, row), len(output.windows[row])
+        long = {"exact_long": found["exact"]} if len(problem.answer) > LONG else {}
+        useful = output.stats.effective_tokens[row] / width
+        return {**found, **long, "useful": useful, "window": float(width), "answer": float(len(problem.answer))}
 
 
 def shown_denoising(output: DiffusionOutput, row: int, tokenizer: PreTrainedTokenizerBase) -> list[list[Any]]:
