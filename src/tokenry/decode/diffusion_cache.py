@@ -90,5 +90,7 @@ class DiffusionCache:
     def reindex(self, edit: Edit) -> None:
         """What is kept stays good up to the first column that has moved; positions inside later keys are wrong."""
         self.valid = min(self.valid, edit.first_change)
+        width = edit.source_index.shape[1]  # of a narrower window the rest must not be seen
+        self.kept = [(keys[:, :, :width], values[:, :, :width]) for keys, values in self.kept]
         if self.raw is not None:
             self.raw = edit.take(self.raw, 0.0)

@@ -53,9 +53,11 @@ class Edit(NamedTuple):
 
     @property
     def first_change(self) -> int:
-        """The first column that is not what it was, in any row; the new width if all are."""
-        columns = torch.arange(self.source_index.shape[1], device=self.source_index.device)
-        moved = (self.source_index != columns).any(0)
+        """The first column that is not what it was, in any row; the new width if all are. Padding does not count."""
+        width = self.source_index.shape[1]
+        columns = torch.arange(width, device=self.source_index.device)
+        padding = columns >= (width - self.gen_length.max() + self.gen_length)[:, None]
+        moved = ((self.source_index != columns) & ~padding).any(0)
         return int(moved.long().argmax()) if bool(moved.any()) else len(columns)
 
     @classmethod
