@@ -165,6 +165,14 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.measure.experiments.daedal",
     ),
     Entry(
+        "learn2pd",
+        "decode",
+        "tokenry.decode.learn2pd:Learn2PD",
+        "a tiny trained filter says which tokens of a masked-diffusion model are final; windows end with the text",
+        "diffusion masked llada dream parallel decoding learned filter unmask faster eos truncate length eotp",
+        "tokenry.measure.experiments.learn2pd",
+    ),
+    Entry(
         "lm-head-neurons",
         "read",
         "tokenry.read.lm_head_neurons:LMHeadNeurons",
@@ -202,14 +210,24 @@ METHODS: tuple[Entry, ...] = (
         "train the small model that rectification reads, from texts labelled desired or undesired",
         "safety dead end value function sarsa offline reinforcement risk toxic",
     ),
+    Entry(
+        "learn2pd",
+        "train",
+        "tokenry.train.learn2pd:Learn2PDFilter",
+        "train the filter that learn2pd decodes with, from prompts alone",
+        "diffusion masked llada dream parallel decoding filter confidence oracle traces",
+    ),
 )
 
 
-def get(slug: str) -> Entry:
-    """The entry named `slug`; an unknown name is refused with the nearest known one."""
-    for entry in METHODS:
-        if entry.slug == slug:
-            return entry
+def get(slug: str, stage: str | None = None) -> Entry:
+    """The entry named `slug`, of this stage if it has one there; an unknown name is refused with the nearest known one.
+
+    A method that is trained and then used has an entry in both stages.
+    """
+    named = [entry for entry in METHODS if entry.slug == slug]
+    if named:
+        return next((entry for entry in named if entry.stage == stage), named[0])
     near = difflib.get_close_matches(slug, [e.slug for e in METHODS], n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}?" if near else "see `tokenry list`"
     raise InputError(f"there is no method {slug!r}; {hint}")

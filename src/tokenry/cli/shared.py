@@ -43,7 +43,7 @@ def parse_methods(slugs: Sequence[str], pairs: Sequence[str], stage: str) -> lis
     """Methods with their -o options; with several methods an option is written slug.name=value."""
     classes = {}
     for slug in slugs:
-        entry = catalog.get(slug)
+        entry = catalog.get(slug, stage)
         if entry.stage != stage:
             raise InputError(f"{slug} belongs to the stage {entry.stage!r}; use `tokenry {entry.stage}`")
         classes[slug] = entry.load()

@@ -15,7 +15,7 @@ from .shared import as_json, example, load_model, model_options, parse_methods, 
 @click.command(epilog=example("tokenry train --method ftpo --data pairs.jsonl --output smollm2-without-slop"))
 @click.option("--method", "slug", required=True, help="A train method.")
 @click.option("-o", "options", multiple=True, metavar="NAME=VALUE", help="An option of the method.")
-@click.option("--data", required=True, help="What it learns from, a JSON line each: pairs or episodes.")
+@click.option("--data", required=True, help="What it learns from, a JSON line each: pairs, episodes or prompts.")
 @click.option("--output", required=True, help="New folder for what is trained.")
 @click.option("--hold-out", default=0.1, show_default=True, help="Share of the data that is only measured.")
 @model_options
@@ -30,7 +30,7 @@ def train(
     device: str | None,
     json_output: bool,
 ) -> None:
-    """Train on pairs or episodes, and show what is measured at held-out ones before and after."""
+    """Train on pairs, episodes or prompts, and show what is measured at held-out ones before and after."""
     (method,) = parse_methods([slug], options, "train")
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

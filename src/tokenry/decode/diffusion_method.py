@@ -128,6 +128,8 @@ class DiffusionMethods:
         options = self.options(max_new_tokens)
         if not isinstance(model, MaskedDiffusionModel):
             model = MaskedDiffusionModel(model, tokenizer)
+        for method in self.methods:
+            method.check(model, do_sample)
         if not isinstance(prompts, BatchEncoding):
             prompts = encode_prompts(tokenizer, [prompts] if isinstance(prompts, str) else prompts, chat)
         output = diffusion_generate(
@@ -155,6 +157,9 @@ class DiffusionMethod(DecodeMethod):
     def parts(self, max_new_tokens: int) -> DiffusionParts:
         """What it brings to the loop for windows of at most `max_new_tokens`; new ones for every call."""
         raise NotImplementedError
+
+    def check(self, model: MaskedDiffusionModel, do_sample: bool) -> None:
+        """Refuse a model, or drawn tokens, that it was not made for."""
 
     def beside(self, other: DecodeMethod) -> DiffusionMethods:
         """This method and another one, to act together."""

@@ -28,7 +28,9 @@ def documents(root: Path) -> dict[Path, str]:
     for entry in catalog.METHODS:
         page = root / "docs" / f"{entry.slug}.md"
         if page.exists():
-            made[page] = fill(page.read_text(encoding="utf-8"), "options", options_table(entry))
+            # A second entry of the same name has its table on the same page.
+            name = f"{entry.stage} options" if page in made else "options"
+            made[page] = fill(made.get(page) or page.read_text(encoding="utf-8"), name, options_table(entry))
     zoo = root / "docs" / "zoo.md"
     made[zoo] = fill(zoo.read_text(encoding="utf-8"), "zoo", zoo_table())
     return made
