@@ -10,7 +10,7 @@ from test_creditdecoding import Characters
 from test_diffusion import EOS, MASK, PAD, Scripted, V, chosen, predicted, prompts, small, state_of
 from torch import nn
 
-from tokenry import catalog
+from tokenry import catalog, load
 from tokenry.cli.shared import parse_methods
 from tokenry.decode import generate
 from tokenry.decode.creditdecoding import CreditDecoding, CreditFusion
@@ -27,7 +27,9 @@ from tokenry.decode.learn2pd import (
 )
 from tokenry.decode.unmask import FixedCount, Threshold
 from tokenry.errors import InputError
-from tokenry.filtering import ConfidenceFilter
+from tokenry.filtering import ConfidenceFilter, TraceDataset
+from tokenry.measure.compare import compare
+from tokenry.measure.experiments import learn2pd as experiment
 
 CACHES = ("none", "prefix", "dual")
 NEVER, ALWAYS = -100.0, 100.0
@@ -672,3 +674,58 @@ def test_two_length_policies_are_refused(folder):
     with pytest.raises(InputError, match="both decide how wide the window is; use one of them, or switch it off in"):
         Learn2PD(filter=folder).beside(Other()).options(8)
     assert Learn2PD(filter=folder, eotp=False).beside(Other()).options(8)["unmask"] is not None
+
+
+# --- the comparison ------------------------------------------------------------------------------------------------
+
+
+def test_the_regression_knows_no_context():
+    made = experiment.OwnConfidence(4)
+    with torch.no_grad():
+        made.weight.fill_(2.0)
+    conf = torch.tensor([[0.2, 0.5, 0.9, 1.0]])
+    other = torch.tensor([[0.2, 0.1, 0.9, 0.3]])
+    assert torch.equal(made(conf)[:, [0, 2]], made(other)[:, [0, 2]]) and (made(conf) != made(other)).sum() == 2
+    assert made(conf)[0].diff().min() > 0 and made(conf).isfinite().all()
+
+
+def test_the_threshold_of_equal_error():
+    conf = torch.tensor([[0.9, 0.8, 0.7, 0.6, 0.5, 0.99]])
+    label = torch.tensor([[True, True, False, True, False, False]])
+    traces = TraceDataset(conf, label, torch.tensor([[True] * 5 + [False]]), torch.tensor([0]))
+    found = [experiment.threshold_of_equal_error(traces, wrong) for wrong in (0.0, 0.25, 0.3, 0.4)]
+    assert found == pytest.approx([0.8, 0.6, 0.6, 0.5])
+    nothing = traces._replace(label=torch.zeros_like(label))
+    assert experiment.threshold_of_equal_error(nothing, 0.1) == 1.0
+
+
+def test_the_oracle_of_the_comparison_finds_its_answers(denoiser):
+    ids, mask = prompts(3, 7)
+    options = {"gen_length": 12, "block_length": 6}
+    plain = diffusion_generate(denoiser, ids, mask, **options)
+    oracle = diffusion_generate(denoiser, ids, mask, unmask=experiment.PlainOracle(denoiser), **options)
+    assert oracle.windows == plain.windows and sum(oracle.stats.nfe) < sum(plain.stats.nfe)
+    for share, steps in ((0.0, 12), (1.0, 2)):
+        out = diffusion_generate(denoiser, ids, mask, unmask=experiment.AtRandom(share), **options)
+        assert out.stats.nfe == [steps] * 2
+
+
+def test_the_comparison_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "PROMPTS", 60)
+    monkeypatch.setattr(experiment, "cache_folder", lambda: tmp_path)
+    kinds = {kind: (trainer, {**options, "epochs": 200}) for kind, (trainer, options) in experiment.KINDS.items()}
+    monkeypatch.setattr(experiment, "KINDS", kinds)
+    model, tokenizer = load("zoo/denoiser")
+    made = experiment.build(model, tokenizer, samples=3, seeds=(0,))
+    kept = sorted(path.name for path in tmp_path.rglob("*.safetensors"))
+    assert len(kept) == 5 and [s.name for s in made.subjects].count(experiment.PLAIN) == 1
+    again = experiment.build(model, tokenizer, samples=3, seeds=(0,))
+    assert again.notes == made.notes and kept == sorted(path.name for path in tmp_path.rglob("*.safetensors"))
+    comparison = compare(made)
+    assert comparison.mean(experiment.PLAIN, "forward_passes") == 24
+    assert comparison.mean(f"{experiment.PLAIN}, 32", "forward_passes") == 32
+    assert comparison.mean(experiment.ORACLE, "exact") == comparison.mean(experiment.PLAIN, "exact")
+    findings = made.judge(comparison)
+    assert len(findings) == 6 and all(f.numbers for f in findings)
+    with pytest.raises(InputError, match="trains its own filters"):
+        experiment.build(model, tokenizer, method=object())

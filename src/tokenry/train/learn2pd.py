@@ -128,12 +128,14 @@ class FilterTrainer:
         collect: gives the traces of other prompts, to measure on.
 
     Attributes:
-        filter: what is trained.
+        filter: what is trained, at first an `untrained` one.
         state: `global_step` counts the epochs.
 
     Raises:
         InputError: a number out of range, too few traces, or only one class.
     """
+
+    untrained: ClassVar[type[ConfidenceFilter]] = ConfidenceFilter
 
     def __init__(
         self,
@@ -157,7 +159,7 @@ class FilterTrainer:
         self.training, self.validation, self.test = split_traces(traces, split_by, seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.filter = ConfidenceFilter(traces.conf.shape[1], hidden)
+            self.filter = self.untrained(traces.conf.shape[1], hidden)
         self.state = TrainerState()
 
     def train(self) -> TrainOutput:
