@@ -579,6 +579,8 @@ def test_the_catalogue_has_it_in_two_stages():
     decode, train = (catalog.get("learn2pd", stage) for stage in ("decode", "train"))
     assert (decode.stage, train.stage) == ("decode", "train") and catalog.get("learn2pd") is decode
     assert catalog.get("learn2pd", "read") is decode
+    assert catalog.find("windows that end with the text, learned filter")[0] is decode
+    assert catalog.find("train a filter from prompts alone")[0] is train
     assert [type(m).__name__ for m in parse_methods(["learn2pd"], [], "train")] == ["Learn2PDFilter"]
     with pytest.raises(InputError, match="learn2pd belongs to the stage 'decode'"):
         parse_methods(["learn2pd"], [], "select")

@@ -258,9 +258,9 @@ def find(question: str, limit: int = 5) -> list[Entry]:
     wanted = _stems(question)
     if not wanted:
         raise InputError("say in a few words what you are looking for, for example 'shorter kv cache'")
-    score = {e.slug: len(wanted & _stems(f"{e.slug} {e.stage} {e.summary} {e.keywords}")) for e in METHODS}
-    hits = [e for e in METHODS if score[e.slug]]
-    return sorted(hits, key=lambda e: -score[e.slug])[:limit]
+    score = {e: len(wanted & _stems(f"{e.slug} {e.stage} {e.summary} {e.keywords}")) for e in METHODS}
+    hits = [e for e in METHODS if score[e]]
+    return sorted(hits, key=lambda e: -score[e])[:limit]
 
 
 def _stems(text: str) -> set[str]:
