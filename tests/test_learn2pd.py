@@ -209,6 +209,17 @@ def test_extreme_filters(denoiser, cache):
     assert once.stats.nfe == [3, 3] and once.stats.commits_per_step == [[4, 4, 4]] * 2
 
 
+def test_a_window_that_is_one_block(denoiser):
+    ids, mask = prompts(3, 7)
+    runs = [
+        diffusion_generate(
+            denoiser, ids, mask, gen_length=12, block_length=length, unmask=LearnedFilter(random_filter(12), 0.6)
+        )
+        for length in (12, None)
+    ]
+    same(*runs)
+
+
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("eotp", [False, True])
 def test_batch_equals_single(cache, eotp):
@@ -623,6 +634,8 @@ def test_another_block_length_is_refused(denoiser, folder):
     ids, _ = prompts(3)
     with pytest.raises(InputError, match="filter was trained for blocks of 4, the window has blocks of 6"):
         diffusion_generate(denoiser, ids, gen_length=12, block_length=6, unmask=LearnedFilter(ConfidenceFilter(4)))
+    with pytest.raises(InputError, match="filter was trained for blocks of 16, the window has blocks of 12"):
+        diffusion_generate(denoiser, ids, gen_length=12, block_length=None, unmask=LearnedFilter(ConfidenceFilter(16)))
     with pytest.raises(InputError, match="filter was trained for blocks of 4, block_length is 8; leave it out"):
         Learn2PD(filter=folder, block_length=8)
     with pytest.raises(InputError, match="different values of block_length"):

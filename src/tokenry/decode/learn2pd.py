@@ -78,10 +78,11 @@ class LearnedFilter(UnmaskPolicy):
         self.filter, self.accept_threshold, self.min_per_step = filter.eval(), accept_threshold, min_per_step
 
     def reset(self, state: DiffusionState) -> None:
-        if state.block_length != self.filter.block_length:
+        length = min(state.block_length, int(state.gen_length.max()))  # the window may be one block
+        if self.filter.block_length not in (state.block_length, length):
             raise InputError(
                 f"the filter was trained for blocks of {self.filter.block_length}, the window has blocks of "
-                f"{state.block_length}; use block_length={self.filter.block_length}, or train a filter for the other "
+                f"{length}; use block_length={self.filter.block_length}, or train a filter for the other "
                 "length"
             )
         self.filter.to(state.x.device)
