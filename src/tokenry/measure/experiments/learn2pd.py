@@ -120,7 +120,7 @@ def build(
     """Collect traces, train the filters, then compare.
 
     Args:
-        samples: problems for each subject and seed; default 80.
+        samples: problems for each subject and seed; default 150.
         method: this comparison trains its own filters, so there is nothing to set.
     """
     if method is not None:
@@ -133,7 +133,7 @@ def build(
     return Experiment(
         slug="learn2pd",
         claim=Learn2PD.claim,
-        task=PuzzleTask(model, tokenizer, seeds, samples or 80, WIDTH),
+        task=PuzzleTask(model, tokenizer, seeds, samples or 150, WIDTH),
         subjects=subjects(MaskedDiffusionModel(model, tokenizer), made, traces, tau),
         baseline=PLAIN,
         judge=judge,
