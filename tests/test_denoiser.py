@@ -3,7 +3,7 @@
 import json
 import random
 import re
-from itertools import islice
+from itertools import islice, permutations
 
 import numpy as np
 import pytest
@@ -11,7 +11,20 @@ from click.testing import CliRunner
 
 from tokenry import load
 from tokenry.cli import main
-from tokenry.decode import CreditDecoding, encode_prompts
+from tokenry.decode import (
+    ConfidenceFilter,
+    CreditDecoding,
+    CreditFusion,
+    Daedal,
+    DaedalLength,
+    Learn2PD,
+    LearnedFilter,
+    MaskedDiffusionModel,
+    collect_egp_traces,
+    diffusion_generate,
+    encode_prompts,
+    generate,
+)
 from tokenry.measure.compare import Comparison, compare
 from tokenry.measure.denoising import PuzzleTask, cost_at, cost_ratio
 from tokenry.measure.experiments.creditdecoding import build, subjects
@@ -19,6 +32,7 @@ from tokenry.measure.report import render
 from tokenry.measure.task import Experiment, Metric, Outcome, Sample, Subject
 from tokenry.problems import draw_problems, split_of
 from tokenry.puzzles import PUZZLES, Addition, Sorting, Sudoku, grids, kind_of
+from tokenry.train import train_filter
 from tokenry.zoo import denoiser
 
 
@@ -199,3 +213,56 @@ def test_each_seed_has_its_own_problems():
     first, second = ({p.question for p in task.problems[seed]} for seed in (0, 1))
     assert len(first) == 9 and not first & second
     assert [s.prompt for s in task.samples()] == [p.question for p in task.problems[0]]
+
+
+# --- several methods at once ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def filter_folder(tmp_path_factory):
+    """A filter for zoo/denoiser, trained in a moment on a few problems."""
+    model, tokenizer = load("zoo/denoiser")
+    prompts = [problem.question for task in PUZZLES for problem in draw_problems(task, 40, split="train")]
+    traces = collect_egp_traces(model, tokenizer, prompts, gen_length=24, block_length=8, batch_size=60)
+    made, _ = train_filter(traces, epochs=300)
+    folder = tmp_path_factory.mktemp("filter")
+    made.bind(model).save(folder)
+    return str(folder)
+
+
+def test_credit_a_learnt_filter_and_daedal_in_one_call(filter_folder):
+    model, tokenizer = load("zoo/denoiser")
+    problems = [problem for task in PUZZLES for problem in draw_problems(task, 10, seed=7)]
+    prompts = [problem.question for problem in problems]
+    methods = [
+        CreditDecoding(beta=0.5),
+        Learn2PD(filter=filter_folder, accept_threshold=0.9, eotp=False),
+        Daedal(initial_gen_length=8, max_gen_length=32, expansion_factor=4, eos_check_tokens=4),
+    ]
+    out = generate(model, tokenizer, prompts, methods=methods, max_new_tokens=32)
+    parts = {
+        "unmask": LearnedFilter(ConfidenceFilter.from_pretrained(filter_folder), 0.9),
+        "transforms": [CreditFusion(beta=0.5)],
+        "length": DaedalLength(32, expansion_factor=4, eos_check_tokens=4),
+    }
+    inputs = encode_prompts(tokenizer, prompts)
+    direct = diffusion_generate(
+        MaskedDiffusionModel(model, tokenizer), **inputs, gen_length=8, block_length=8, tokenizer=tokenizer, **parts
+    )
+    assert out.texts == direct.texts and out.stats.commit_step == direct.stats.commit_step
+    assert sum(kind_of(p).check(p, text) for p, text in zip(problems, out.texts)) >= 24
+    widths = {len(window) for window in out.windows}
+    assert len(widths) > 2 and max(widths) <= 32 and min(widths) < 16
+    assert sum(out.stats.nfe) < sum(map(len, out.windows))
+    for order in permutations(methods):
+        assert generate(model, tokenizer, prompts[:4], methods=order, max_new_tokens=32).texts == out.texts[:4]
+
+
+def test_three_methods_on_the_command_line(filter_folder):
+    command = ["decode", "--model", "zoo/denoiser", "--greedy", "--max-new-tokens", "32", "--json"]
+    command += ["--method", "creditdecoding", "--method", "learn2pd", "--method", "daedal"]
+    own = {"learn2pd.filter": filter_folder, "learn2pd.eotp": "false", "daedal.initial_gen_length": 8}
+    own |= {"daedal.expansion_factor": 4, "daedal.eos_check_tokens": 4}
+    result = CliRunner().invoke(main, [*command, *(f"-o{n}={v}" for n, v in own.items()), "sort 9402="])
+    found = json.loads(result.stdout)
+    assert found["text"] == "0249" and len(found["denoising"]["step"]) < 32
