@@ -24,6 +24,8 @@ _HOMES = {
     "keep_extremes": "rectifier",
     "read_episodes": "rectifier",
     "sarsa_loss": "rectifier",
+    "TiDARLoss": "tidar",
+    "TiDARTrainer": "tidar",
     "TrainMethod": "method",
     "balance_pairs": "pairs",
     "pairs_from_rewinds": "pairs",
@@ -32,6 +34,7 @@ _HOMES = {
     "lora_last_layers": "lora",
     "merged": "lora",
     "save_adapter": "lora",
+    "tidar_loss": "tidar",
 }
 __all__ = sorted(_HOMES)
 __getattr__ = exports(__name__, _HOMES)
