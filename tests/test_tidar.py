@@ -255,6 +255,10 @@ def test_a_cache_that_holds_the_beginning_of_the_prompt():
     out = run(model, block_size=4, past_key_values=cache)
     assert torch.equal(out.sequences, run(model, custom=None).sequences)
     assert out.token_forwards == run(model, block_size=4).token_forwards - 3
+    with torch.no_grad():
+        cache = model(PROMPT, use_cache=True).past_key_values
+    with pytest.raises(InputError, match=r"the cache holds the whole prompt \(5 columns\)"):
+        run(model, block_size=4, past_key_values=cache)
 
 
 def test_what_a_forward_costs():

@@ -260,6 +260,10 @@ class TransformersEngine:
         if self.columns == 0:
             tokens, _ = self._start(tokens, None)
             self._check_tree()
+            if tokens.shape[1] < count:
+                raise InputError(
+                    f"the cache holds the whole prompt ({self.columns} columns); leave the last one to feed"
+                )
             mask, positions, extra = mask[:, :, -tokens.shape[1] :], positions[:, -tokens.shape[1] :], self.extra
         start, end = self.columns, self.columns + tokens.shape[1]
         self._reserve(end)
