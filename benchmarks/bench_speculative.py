@@ -1,4 +1,5 @@
-"""Prompt lookup against plain decoding and against transformers' own assisted generation, on texts that copy.
+"""Prompt lookup against plain decoding and against transformers' own assisted generation, on texts that copy; draft
+models; and a model that drafts for itself.
 
 python benchmarks/bench_speculative.py
 """
@@ -11,7 +12,7 @@ import time
 from common import heading, interleaved, ratio, report
 
 import tokenry
-from tokenry.decode import encode_prompts, speculative
+from tokenry.decode import encode_prompts, speculative, tidar_generate
 from tokenry.problems import Arithmetic, draw_problems
 
 NEW_TOKENS, DRAFT_LENGTH, ROUNDS = 96, 8, 3
@@ -98,6 +99,25 @@ def with_models() -> None:
                 found[name].append((time.perf_counter() - start) / (out.shape[1] - inputs["input_ids"].shape[1]))
     speed = statistics.median(found["transformers"]) / statistics.median(found["tokenry"])
     report("draft model / assistant_model, tokens per second", speed, ">= 1.0", speed >= 1.0)
+    with_itself()
+
+
+def with_itself() -> None:
+    """TiDAR, greedy, against `model.generate` of the same model."""
+    model, tokenizer = tokenry.load("zoo/tidar")
+    options = {"max_new_tokens": 160, "do_sample": False}
+    heading("zoo/tidar, greedy, blocks of 4")
+    found = []
+    for problem in draw_problems(Arithmetic(), 8, levels=(6,)):
+        inputs = encode_prompts(tokenizer, [problem.question])
+        runs = {
+            "plain": lambda inputs=inputs: model.generate(**inputs, **options),
+            "tidar": lambda inputs=inputs: model.generate(**inputs, custom_generate=tidar_generate, **options),
+        }
+        assert runs["plain"]().equal(runs["tidar"]()), "greedy decoding must not change the text"
+        found.append(ratio(interleaved(runs, ROUNDS), "tidar", "plain"))
+    speed = statistics.geometric_mean(found)
+    report("TiDAR / plain, tokens per second, mean of the problems", speed, ">= 1.5", speed >= 1.5)
 
 
 if __name__ == "__main__":

@@ -141,6 +141,14 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.measure.experiments.optimal_mdsd",
     ),
     Entry(
+        "tidar",
+        "decode",
+        "tokenry.decode.tidar:TiDAR",
+        "a model drafts the next tokens by masked diffusion in the forward pass that checks its last draft",
+        "speculative decoding speed faster self-drafting diffusion block multi-token prediction latency lossless",
+        "tokenry.measure.experiments.tidar",
+    ),
+    Entry(
         "specreason",
         "decode",
         "tokenry.decode.specreason:SpecReason",

@@ -11,14 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
+from .cache import is_sliding, rewind_obstacle
 from .errors import InputError
 
 __all__ = [
     "as_attention_mask",
     "block_diffusion_mask",
     "check_bidirectional",
+    "check_full_attention",
     "check_mask",
     "draft_mask",
     "make_bidirectional",
@@ -117,6 +119,18 @@ def _check_block(block_size: int) -> None:
 
 
 # --- is it obeyed? -------------------------------------------------------------------------------------------------
+
+
+def check_full_attention(model: PreTrainedModel) -> None:
+    """Refuse a model in which a layer loses what a mask lets it see, as soon as the text is long enough.
+
+    Raises:
+        InputError: a layer with a sliding window or a recurrent state.
+    """
+    cache = DynamicCache(config=model.config)
+    why = "has layers with a sliding window" if is_sliding(cache) else rewind_obstacle(cache)
+    if why:
+        raise InputError(f"{type(model).__name__}: {why}; use a model with full attention in every layer")
 
 
 @torch.no_grad()

@@ -244,6 +244,46 @@ class TransformersEngine:
                 "tree needs them all, so leave cache compression out"
             )
 
+    # --- blocks of other shapes ------------------------------------------------------------------------------
+
+    def feed_block(self, tokens: Tensor, mask: Tensor, positions: Tensor, count: int) -> Tensor:
+        """Feed tokens (1, k) of a single row that stand at `positions` (1, k) and see what `mask` lets them see;
+        float32 logits (count, vocab) of the last ones.
+
+        The first block begins with the prompt; what the cache holds of that is not fed again. What should not stay is
+        taken back with `forget`.
+
+        Args:
+            mask: (1, 1, k, columns + k), as the model's attention takes it (`tokenry.masks.as_attention_mask`).
+        """
+        extra = {}
+        if self.columns == 0:
+            tokens, _ = self._start(tokens, None)
+            self._check_tree()
+            if tokens.shape[1] < count:
+                raise InputError(
+                    f"the cache holds the whole prompt ({self.columns} columns); leave the last one to feed"
+                )
+            mask, positions, extra = mask[:, :, -tokens.shape[1] :], positions[:, -tokens.shape[1] :], self.extra
+        start, end = self.columns, self.columns + tokens.shape[1]
+        self._reserve(end)
+        self.tokens[:, start:end], self.mask[:, start:end] = tokens, True
+        logits = self.model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            return_dict=True,
+            **{name: count for name in self.last_only},
+            **extra,
+        ).logits
+        self.columns = end
+        self.live += end - start
+        self.calls += 1
+        self.token_forwards += end - start
+        return logits[0, -count:].float()
+
     # --- state ---------------------------------------------------------------------------------------------
 
     def _start(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

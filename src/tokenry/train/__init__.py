@@ -31,6 +31,8 @@ _HOMES = {
     "collect_egp_traces": ".decode.learn2pd",
     "filter_report": "learn2pd",
     "train_filter": "learn2pd",
+    "TiDARLoss": "tidar",
+    "TiDARTrainer": "tidar",
     "TrainMethod": "method",
     "balance_pairs": "pairs",
     "pairs_from_rewinds": "pairs",
@@ -39,6 +41,7 @@ _HOMES = {
     "lora_last_layers": "lora",
     "merged": "lora",
     "save_adapter": "lora",
+    "tidar_loss": "tidar",
 }
 __all__ = sorted(_HOMES)
 __getattr__ = exports(__name__, _HOMES)

@@ -100,6 +100,25 @@ RECIPES: tuple[Recipe, ...] = (
         minutes=5,
         reach={"nats_per_token": (0.9, 1.15), "sound": (0.97, 1.0), "undesired": (0.12, 0.3), "finished": (0.98, 1.0)},
     ),
+    Recipe(
+        "tidar",
+        task="what zoo/reasoner does, with several tokens for each forward pass: it drafts for itself",
+        data="the lessons of zoo/reasoner, from whose weights it starts",
+        size=1.76,
+        minutes=45,
+        reach={"accuracy": (0.65, 0.98), "tokens_per_forward": (2.5, 4.0), "same": (0.99, 1.0)},
+        needs=("reasoner",),
+    ),
+    Recipe(
+        "tidar-twin",
+        task="what zoo/tidar would be if it had not learnt to draft, to compare with",
+        data="the same lessons in the same order",
+        size=1.76,
+        minutes=23,
+        reach={"accuracy": (0.65, 0.98)},
+        module="tidar_twin",
+        needs=("reasoner",),
+    ),
 )
 
 
