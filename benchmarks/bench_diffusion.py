@@ -8,8 +8,9 @@ SmolLM2 is only made bidirectional here: its text means nothing, its costs are t
 
 from __future__ import annotations
 
-import importlib
+import sys
 from functools import partial
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 
 import torch
 from common import heading, interleaved, ratio, report
@@ -27,11 +28,14 @@ CASES = {  # model: (prompts, width of the window)
 
 
 def peer_sampler():
-    """dlmserve's sampler module, which needs nothing but torch; None where it is not installed."""
-    try:
-        return importlib.import_module("dlmserve.sampler")
-    except ImportError:
+    """dlmserve's sampler module, which needs nothing but torch, unlike the package; None where it is not installed."""
+    package = find_spec("dlmserve")
+    if package is None:
         return None
+    spec = spec_from_file_location("dlmserve_sampler", f"{package.submodule_search_locations[0]}/sampler.py")
+    sys.modules[spec.name] = module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[spec.name])
+    return sys.modules[spec.name]
 
 
 @torch.no_grad()
@@ -71,11 +75,10 @@ def rounds(name: str, prompts: list[str], width: int) -> None:
         same = torch.equal(run().sequences, runs["dlmserve"]())
         print(f"{'the same text as with dlmserve':<78} {same}")
     seconds = interleaved(runs, ROUNDS)
-    goals = {"dlmserve": 0.95}
-    for other in [name for name in goals if name in runs]:
-        found = ratio(seconds, "plain", other)
-        report(f"tokens per second, tokenry / {other}", found, f">= {goals[other]}", found >= goals[other])
-    for kind, goal in (("prefix", 1.2), ("dual", 1.5), ("credit", 0.8), ("credit, 8 slots", 0.9)):
+    if sampler:
+        found = ratio(seconds, "plain", "dlmserve")
+        report("tokens per second, tokenry / dlmserve", found, ">= 0.95", found >= 0.95)
+    for kind, goal in (("prefix", 1.2), ("dual", 1.3), ("credit", 0.9), ("credit, 8 slots", 0.95)):
         found = ratio(seconds, kind, "plain")
         report(f"tokens per second, {kind} / plain", found, f">= {goal}", found >= goal)
 

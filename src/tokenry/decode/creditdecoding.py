@@ -65,9 +65,9 @@ class CreditFusion(LogitsTransform):
             if not fits:
                 raise InputError(f"{name}={value!r} is not allowed; give {allowed}")
         self.alpha, self.gamma, self.beta, self.slots, self.scope = alpha, gamma, beta, slots, scope
-        self.values: Tensor | None = None  # (batch, time, vocabulary or slots) float32
-        self.ids: Tensor | None = None  # (batch, time, slots) the token of each slot
-        self.vocabulary = 0
+        self.values: Tensor | None = None  # (batch, window, vocabulary or slots) float32
+        self.ids: Tensor | None = None  # (batch, window, slots) the token of each slot
+        self.start = self.vocabulary = 0
 
     def reset(self, state: DiffusionState) -> None:
         """A new generation starts: no credit."""
@@ -76,6 +76,7 @@ class CreditFusion(LogitsTransform):
     def reindex(self, edit: Edit) -> None:
         """Columns have moved, and their credit with them; new masks have none."""
         if self.values is not None:
+            edit = edit.after(self.start)
             self.values = edit.take(self.values, 0.0)
             self.ids = None if self.ids is None else edit.take(self.ids, EMPTY)
 
@@ -84,62 +85,74 @@ class CreditFusion(LogitsTransform):
         """The credit (batch, time, vocabulary) as it is now, 0 outside what has gathered some."""
         if self.values is None:
             raise InputError("there is no credit yet; generate something first")
+        batch, window = self.values.shape[:2]
+        whole = torch.zeros(batch, self.start + window, self.vocabulary, device=self.values.device)
         if self.ids is None:
-            return self.values
-        whole = torch.zeros(*self.values.shape[:2], self.vocabulary, device=self.values.device)
-        return whole.scatter_add(2, self.ids.clamp(min=0), self.values)
+            whole[:, self.start :] = self.values
+        else:
+            whole[:, self.start :].scatter_add_(2, self.ids.clamp(min=0), self.values)
+        return whole
 
     def __call__(self, logits: Tensor, state: DiffusionState) -> Tensor:
-        self._check(logits)
         if self.values is None:
-            self._begin(logits)
+            self._begin(logits, state)
+        self._check(logits)
         where = state.in_block if self.scope == "block" else state.in_window
         if self.scope == "block":
             self._forget(state.block_step == 0)
-        self._add(logits, where & state.masked, state)
-        boost = self.alpha * self.values.log1p()
+        # A vocabulary is long: only the columns are looked at where some row may earn or use credit.
+        columns = where.any(0).nonzero()
+        span = slice(int(columns[0]), int(columns[-1]) + 1)
+        self._add(logits[:, span].float(), (where & state.masked)[:, span], state.working, span)
+        boost = self._part(self.values, span).log1p().mul_(self.alpha).masked_fill_(~where[:, span, None], 0.0)
+        fused = logits.clone()
         if self.ids is None:
-            return torch.where(where[..., None], logits + boost, logits)
-        boost = boost.masked_fill(~where[..., None], 0.0)
-        return logits.scatter_add(2, self.ids.clamp(min=0), boost)
+            fused[:, span] += boost
+        else:
+            fused[:, span].scatter_add_(2, self._part(self.ids, span).clamp(min=0), boost)
+        return fused
+
+    def _part(self, values: Tensor, span: slice) -> Tensor:
+        """A view of these columns."""
+        return values[:, span.start - self.start : span.stop - self.start]
 
     def _check(self, logits: Tensor) -> None:
-        if torch.isnan(logits).any() or (logits == torch.inf).any() or (logits == -torch.inf).all(-1).any():
-            raise InputError("the logits are not finite; look for an overflow in the model, or use float32")
-        if self.values is not None and (*self.values.shape[:2], self.vocabulary) != logits.shape:
-            credit, given = (*self.values.shape[:2], self.vocabulary), tuple(logits.shape)
-            raise InputError(f"credit has shape {credit}, logits {given}; call reset or reindex")
+        credit = (self.values.shape[0], self.start + self.values.shape[1], self.vocabulary)
+        if credit != logits.shape:
+            raise InputError(f"credit has shape {credit}, logits {tuple(logits.shape)}; call reset or reindex")
 
-    def _begin(self, logits: Tensor) -> None:
-        self.vocabulary = logits.shape[-1]
-        shape = (*logits.shape[:2], self.slots or self.vocabulary)
+    def _begin(self, logits: Tensor, state: DiffusionState) -> None:
+        self.start, self.vocabulary = state.start, logits.shape[-1]
+        shape = (logits.shape[0], logits.shape[1] - state.start, self.slots or self.vocabulary)
         self.values = torch.zeros(shape, device=logits.device)
         self.ids = None if self.slots is None else torch.full(shape, EMPTY, device=logits.device)
 
     def _forget(self, rows: Tensor) -> None:
         """A row (batch,) that is at the first step of a block has no credit."""
-        self.values = self.values.masked_fill(rows[:, None, None], 0.0)
+        self.values[rows] = 0.0
         if self.ids is not None:
-            self.ids = self.ids.masked_fill(rows[:, None, None], EMPTY)
+            self.ids[rows] = EMPTY
 
-    def _add(self, logits: Tensor, earning: Tensor, state: DiffusionState) -> None:
-        """Decay, and the credit of the best token of every column (batch, time) that earns some."""
+    def _add(self, logits: Tensor, earning: Tensor, working: Tensor, span: slice) -> None:
+        """Decay, and the credit of the best token of every column (batch, columns of the span) that earns some."""
+        values = self._part(self.values, span)
         # Rows that are done, or wait for the batch, keep what they have.
-        self.values = torch.where(state.working[:, None, None], self.values * self.beta, self.values)
-        best = logits.argmax(-1, keepdim=True)
-        p = (logits.float().gather(-1, best) - logits.float().logsumexp(-1, keepdim=True)).exp()
+        values.mul_(torch.where(working, self.beta, 1.0)[:, None, None])
+        highest, best = logits.max(-1, keepdim=True)
+        if not highest.isfinite().all():
+            raise InputError("the logits are not finite; look for an overflow in the model, or use float32")
+        p = (highest - logits.logsumexp(-1, keepdim=True)).exp()
         earned = (p**self.gamma).masked_fill(~earning[..., None], 0.0)
-        index = best if self.ids is None else self._slot(best, earning)
-        self.values = self.values.scatter_add(2, index, earned)
+        values.scatter_add_(2, best if self.ids is None else self._slot(best, earning, values, span), earned)
 
-    def _slot(self, best: Tensor, earning: Tensor) -> Tensor:
-        """The slot (batch, time, 1) of the best token: its own, else a free one, else that with the least credit."""
-        own = self.ids == best
-        rank = self.values.masked_fill(self.ids == EMPTY, -1.0).masked_fill(own, -2.0)
-        slot = rank.argmin(-1, keepdim=True)
+    def _slot(self, best: Tensor, earning: Tensor, values: Tensor, span: slice) -> Tensor:
+        """The slot (batch, columns, 1) of the best token: its own, else a free one, else that with the least credit."""
+        ids = self._part(self.ids, span)
+        own = ids == best
+        slot = values.masked_fill(ids == EMPTY, -1.0).masked_fill(own, -2.0).argmin(-1, keepdim=True)
         new = earning[..., None] & ~own.any(-1, keepdim=True)
-        self.values = torch.where(new, self.values.scatter(2, slot, 0.0), self.values)
-        self.ids = torch.where(new, self.ids.scatter(2, slot, best), self.ids)
+        values.scatter_(2, slot, values.gather(2, slot).masked_fill(new, 0.0))
+        ids.scatter_(2, slot, torch.where(new, best, ids.gather(2, slot)))
         return slot
 
 

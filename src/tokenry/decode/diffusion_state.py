@@ -60,6 +60,11 @@ class Edit(NamedTuple):
         moved = ((self.source_index != columns) & ~padding).any(0)
         return int(moved.long().argmax()) if bool(moved.any()) else len(columns)
 
+    def after(self, start: int) -> Edit:
+        """The same for values that begin at column `start`, before which nothing moves."""
+        source = self.source_index[:, start:]
+        return Edit(torch.where(source == FRESH, FRESH, source - start), self.gen_length)
+
     @classmethod
     def resize(cls, state: DiffusionState, gen_length: Tensor) -> Edit:
         """Windows of these widths (batch,): cut at the end, or with new masks there."""
