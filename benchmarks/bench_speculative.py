@@ -77,6 +77,7 @@ def main() -> None:
     speed = statistics.geometric_mean(against_theirs)
     report("prompt lookup / prompt_lookup_num_tokens", speed, ">= 1.0", speed >= 1.0)
     with_models()
+    with_itself()
 
 
 def with_models() -> None:
