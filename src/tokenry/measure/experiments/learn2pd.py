@@ -209,31 +209,45 @@ def subjects(
 ) -> list[Subject]:
     """The plain decoder, sweeps, the oracle, and windows that are cut."""
 
-    def subject(name: str, role: str, unmask: Callable[[], UnmaskPolicy], least: float | None = None, width=WIDTH):
+    def subject(
+        name: str,
+        role: str,
+        unmask: Callable[[], UnmaskPolicy],
+        least: float | None = None,
+        width: int = WIDTH,
+        **own: Any,
+    ) -> Subject:
         def apply(_: int) -> dict[str, Any]:
             length = None if least is None else EndOfTextTruncation(least)
             return {"unmask": unmask(), "length": length, "block_length": BLOCK, "gen_length": width}
 
-        setting = {"block_length": BLOCK, "gen_length": width, "eotp_min_confidence": least}
+        setting = {"block_length": BLOCK, "gen_length": width, "eotp_min_confidence": least, **own}
         return Subject(name if width == WIDTH else f"{name}, {width}", role, setting, apply)
 
+    def learnt(kind: str, accept: float) -> dict[str, Any]:
+        return {"accept_threshold": accept, "prompts": PROMPTS, "seed": SEED, **KINDS[kind][1]}
+
     found = [subject(PLAIN, "plain", FixedCount)]
-    found += [subject(named(ALONE, t), "control", partial(Threshold, t)) for t in THRESHOLDS]
+    found += [subject(named(ALONE, t), "control", partial(Threshold, t), threshold=t) for t in THRESHOLDS]
     for kind, role in ((METHOD, "method"), (MASKED, "method"), (OWN, "control"), (SHUFFLED, "control")):
-        found += [subject(named(kind, a), role, partial(LearnedFilter, made[kind], a)) for a in ACCEPT]
+        for a in ACCEPT:
+            found.append(subject(named(kind, a), role, partial(LearnedFilter, made[kind], a), **learnt(kind, a)))
     shares = {a: report_of(made[METHOD], traces, a)["accepted"] for a in ACCEPT}
-    found += [subject(named(RANDOM, a), "control", partial(AtRandom, shares[a])) for a in ACCEPT]
+    found += [subject(named(RANDOM, a), "control", partial(AtRandom, s), share=s) for a, s in shares.items()]
     found += [
-        subject(EQUAL, "control", partial(Threshold, tau)),
+        subject(EQUAL, "control", partial(Threshold, tau), threshold=tau),
         subject(ORACLE, "control", partial(PlainOracle, model)),
     ]
-    best = partial(LearnedFilter, made[METHOD], 0.96)
+    best, own = partial(LearnedFilter, made[METHOD], 0.96), learnt(METHOD, 0.96)
     for width in (WIDTH, WIDE):
-        for name, role, unmask in ((PLAIN, "plain", FixedCount), (named(METHOD, 0.96), "method", best)):
+        for name, role, unmask, setting in (
+            (PLAIN, "plain", FixedCount, {}),
+            (named(METHOD, 0.96), "method", best, own),
+        ):
             if width == WIDE:
-                found.append(subject(name, role, unmask, width=width))
-            found.append(subject(name + CUT, "method", unmask, 0.0, width))
-            found.append(subject(name + SAFE, "method", unmask, 0.9, width))
+                found.append(subject(name, role, unmask, width=width, **setting))
+            found.append(subject(name + CUT, "method", unmask, 0.0, width, **setting))
+            found.append(subject(name + SAFE, "method", unmask, 0.9, width, **setting))
     return found
 
 
