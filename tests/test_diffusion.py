@@ -195,14 +195,16 @@ def test_guidance_by_hand(denoiser):
     hidden = state.x.clone()
     hidden[:, :6] = torch.where(mask.bool(), MASK, PAD)
     without = denoiser.logits(hidden, state.present)
-    guided = Guidance(denoiser, 1.5)(logits, state)
+    guidance = Guidance(1.5)
+    guidance.model = denoiser
+    guided = guidance(logits, state)
     assert torch.allclose(guided[..., :MASK], (without + 2.5 * (logits - without))[..., :MASK], atol=1e-5)
     assert guided[..., MASK].isneginf().all() and state.nfe.tolist() == [2, 2] and state.forward_calls == 2
     assert state.token_forwards.tolist() == [14, 20]
-    assert Guidance(denoiser, 0)(logits, state) is logits and state.forward_calls == 2
+    assert Guidance(0)(logits, state) is logits and state.forward_calls == 2
     options = {"gen_length": 6, "block_length": 3}
-    both = diffusion_generate(denoiser, ids, mask, transforms=[Guidance(denoiser, 1.0)], **options)
-    one = diffusion_generate(denoiser, ids[:1, 3:], transforms=[Guidance(denoiser, 1.0)], **options)
+    both = diffusion_generate(denoiser, ids, mask, transforms=[Guidance(1.0)], **options)
+    one = diffusion_generate(denoiser, ids[:1, 3:], transforms=[Guidance(1.0)], **options)
     assert both.windows[0] == one.windows[0] and both.stats.nfe == [12, 12]
 
 
@@ -552,7 +554,7 @@ def test_prompts_are_refused(denoiser, ids, mask, message):
         (lambda: Chance(3).reset(state_of([None] * 4, block_length=2)), "steps=3 is not a multiple of the 2 blocks"),
         (lambda: Chance(4, last=1), "last=1"),
         (lambda: Runs(0.4, 0.5), "low=0.5 and tau=0.4"),
-        (lambda: Guidance(None, -1), "scale=-1"),
+        (lambda: Guidance(-1), "scale=-1"),
         (lambda: Forbid([]), "token_ids is empty"),
         (lambda: Forbid([V])(torch.zeros(1, 2, V), None), "not all inside the vocabulary of 20"),
     ],

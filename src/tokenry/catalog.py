@@ -157,6 +157,13 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.measure.experiments.specreason",
     ),
     Entry(
+        "masked-diffusion",
+        "decode",
+        "tokenry.decode.masked_diffusion:MaskedDiffusion",
+        "sample from a masked-diffusion model, by a fixed number of tokens per step, a threshold, or other rules",
+        "diffusion masked llada dream fast-dllm parallel decoding threshold factor margin entropy guidance cfg cache",
+    ),
+    Entry(
         "creditdecoding",
         "decode",
         "tokenry.decode.creditdecoding:CreditDecoding",

@@ -36,6 +36,7 @@ _HOMES = {
     "LengthPolicy": "diffusion",
     "LengthTrace": "daedal",
     "LogitsTransform": "diffusion",
+    "MaskedDiffusion": "masked_diffusion",
     "MaskedDiffusionModel": "diffusion",
     "Threshold": "unmask",
     "UnmaskPolicy": "unmask",

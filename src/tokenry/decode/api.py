@@ -60,6 +60,11 @@ def loop(
     """
     if generation_config.num_beams > 1:
         raise InputError("the decode loop has no beams; leave num_beams at 1")
+    if not getattr(model.config.get_text_config(), "is_causal", True):
+        raise InputError(
+            "the model sees both sides and cannot write from left to right; use a method for masked-diffusion models, "
+            "such as masked-diffusion"
+        )
     if monitors or token_streamers or stop:
         processing_class = processing_class or _tokenizer_of(model.name_or_path)
     _check_context(model, input_ids.shape[1])

@@ -131,7 +131,9 @@ def _id(source: Any, name: str) -> int | None:
 
 
 class LogitsTransform:
-    """Changes the logits before anything is chosen from them."""
+    """Changes the logits before anything is chosen from them. `model` is set when a generation starts."""
+
+    model: MaskedDiffusionModel | None = None
 
     def reset(self, state: DiffusionState) -> None:
         """A new generation starts."""
@@ -233,8 +235,8 @@ class DiffusionStats:
 
     def in_words(self) -> str:
         """What the command line says of the first row."""
-        width = len(self.commit_step[0])
-        return f"{self.effective_tokens[0]} tokens, in a window of {width}, with {self.nfe[0]} forward passes"
+        width, passes = len(self.commit_step[0]), "pass" if self.nfe[0] == 1 else "passes"
+        return f"{self.effective_tokens[0]} tokens, in a window of {width}, with {self.nfe[0]} forward {passes}"
 
 
 @dataclass
@@ -297,6 +299,8 @@ def diffusion_generate(
     columns = DiffusionCache.named(cache)
     draw = _Draw(warpers, seed, len(input_ids), model.device)
     length.initial(model, state)
+    for transform in transforms:
+        transform.model = model
     for part in (unmask, *transforms):
         part.reset(state)
     while bool(state.active.any()):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .diffusion import LogitsTransform, MaskedDiffusionModel
+from .diffusion import LogitsTransform
 from .diffusion_state import DiffusionState
 
 __all__ = ["Forbid", "Guidance"]
@@ -44,10 +44,10 @@ class Guidance(LogitsTransform):
         InputError: scale out of range.
     """
 
-    def __init__(self, model: MaskedDiffusionModel, scale: float) -> None:
+    def __init__(self, scale: float) -> None:
         if not 0 <= scale < float("inf"):
             raise InputError(f"scale={scale} is not allowed; give a number >= 0")
-        self.model, self.scale = model, scale
+        self.scale = scale
 
     def __call__(self, logits: Tensor, state: DiffusionState) -> Tensor:
         if not self.scale:

@@ -1,0 +1,58 @@
+"""Masked-diffusion sampling as a decode method: the rules that the other methods for such models are measured against.
+
+Papers: LLaDA, arXiv 2502.09992; Dream 7B, arXiv 2508.15487; Fast-dLLM, arXiv 2505.22618.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field
+
+from .diffusion_method import DiffusionMethod, DiffusionParts
+from .diffusion_transforms import Guidance
+from .thinking import read_none
+from .unmask import Chance, Confidence, Factor, FixedCount, Runs
+
+__all__ = ["MaskedDiffusion"]
+
+
+class MaskedDiffusion(DiffusionMethod):
+    """A masked-diffusion model, decoded by one of the published rules."""
+
+    slug: ClassVar[str] = "masked-diffusion"
+    title: ClassVar[str] = "Masked diffusion"
+    paper: ClassVar[str] = "LLaDA, arXiv 2502.09992; Dream 7B, arXiv 2508.15487; Fast-dLLM, arXiv 2505.22618"
+    claim: ClassVar[str] = (
+        "A masked-diffusion model writes as well in a few forward passes as with one for every token, if only what it "
+        "is sure of is committed together."
+    )
+
+    policy: Literal["fixed", "threshold", "factor", "runs", "chance"] = Field(
+        "threshold", description="what is committed in a step"
+    )
+    steps: Annotated[int | None, BeforeValidator(read_none)] = Field(
+        None, ge=1, description="forward passes with fixed and chance; none: one for every token"
+    )
+    confidence: Confidence = Field("probability", description="what the best tokens are, with fixed")
+    position_temperature: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="above 0 the positions are drawn, with fixed"
+    )
+    threshold: float = Field(0.9, gt=0, le=1, description="least probability, with threshold and runs")
+    low: float = Field(0.4, ge=0, le=1, description="least probability of the best of a run of masks, with runs")
+    factor: float = Field(1.0, gt=0, allow_inf_nan=False, description="the larger, the more at once, with factor")
+    guidance: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="classifier-free guidance; doubles the forwards"
+    )
+
+    def parts(self, max_new_tokens: int) -> DiffusionParts:
+        guidance = (Guidance(self.guidance),) if self.guidance else ()
+        if self.policy == "threshold":
+            return DiffusionParts(threshold=self.threshold, transforms=guidance)
+        unmask = {
+            "fixed": lambda: FixedCount(self.steps, self.confidence, self.position_temperature),
+            "factor": lambda: Factor(self.factor),
+            "runs": lambda: Runs(self.threshold, self.low),
+            "chance": lambda: Chance(self.steps or max_new_tokens),
+        }[self.policy]
+        return DiffusionParts(unmask(), transforms=guidance)
