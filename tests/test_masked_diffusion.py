@@ -19,6 +19,8 @@ from tokenry.decode import (
 from tokenry.decode.diffusion_transforms import Guidance
 from tokenry.decode.unmask import Chance, Runs
 from tokenry.errors import InputError
+from tokenry.measure.compare import compare
+from tokenry.measure.experiments.masked_diffusion import build
 
 RULES = {
     "threshold=0.6": lambda: Threshold(0.6),
@@ -87,6 +89,19 @@ def test_models_that_see_both_sides_do_not_write_from_left_to_right(model, llama
     with pytest.raises(InputError, match="such as masked-diffusion"):
         generate(*load("zoo/denoiser"), "sort 40=", max_new_tokens=8)
     assert generate(llama, tokenizer, "the sea", **options).texts
+
+
+def test_the_experiment_sweeps_every_rule_and_judges():
+    experiment = build(*load("zoo/denoiser"), samples=3, seeds=(0,))
+    comparison = compare(experiment)
+    assert (comparison.values("one token per step", "forward_passes") == 24).all()
+    assert (comparison.values("steps 6", "forward_passes") == 6).all()
+    assert comparison.mean("threshold 0.5", "forward_passes") <= comparison.mean("threshold 0.99", "forward_passes")
+    for label in ("prefix", "dual"):
+        subject = next(s for s in experiment.subjects if s.name == f"threshold 0.9, cache {label}")
+        assert subject.setting["cache"] == label and subject.setting["block_length"] == 8
+    findings = experiment.judge(comparison)
+    assert len(findings) == 5 and all(finding.numbers for finding in findings)
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,7 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.decode.masked_diffusion:MaskedDiffusion",
         "sample from a masked-diffusion model, by a fixed number of tokens per step, a threshold, or other rules",
         "diffusion masked llada dream fast-dllm parallel decoding threshold factor margin entropy guidance cfg cache",
+        "tokenry.measure.experiments.masked_diffusion",
     ),
     Entry(
         "creditdecoding",
