@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -277,24 +277,17 @@ class Learn2PD(DiffusionMethod):
             return values
         return {"block_length": ConfidenceFilter.from_pretrained(values["filter"]).block_length, **values}
 
+    _made: ConfidenceFilter = PrivateAttr()
+
     @model_validator(mode="after")
     def _same_block(self) -> Learn2PD:
-        self.load_filter()
-        return self
-
-    def load_filter(self) -> ConfidenceFilter:
-        """The filter of the folder.
-
-        Raises:
-            InputError: none there, or one for another block length.
-        """
-        found = ConfidenceFilter.from_pretrained(self.filter)
-        if found.block_length != self.block_length:
+        self._made = ConfidenceFilter.from_pretrained(self.filter)
+        if self._made.block_length != self.block_length:
             raise InputError(
-                f"the filter was trained for blocks of {found.block_length}, block_length is {self.block_length}; "
+                f"the filter was trained for blocks of {self._made.block_length}, block_length is {self.block_length}; "
                 "leave it out, or train a filter for it"
             )
-        return found
+        return self
 
     @staticmethod
     def traces(
@@ -304,9 +297,9 @@ class Learn2PD(DiffusionMethod):
         return collect_egp_traces(model, tokenizer, prompts, **options)
 
     def check(self, model: MaskedDiffusionModel, do_sample: bool) -> None:
-        self.load_filter().check(model.model, do_sample)
+        self._made.check(model.model, do_sample)
 
     def parts(self, max_new_tokens: int) -> DiffusionParts:
-        policy = LearnedFilter(self.load_filter(), self.accept_threshold, self.min_per_step)
+        policy = LearnedFilter(self._made, self.accept_threshold, self.min_per_step)
         length = EndOfTextTruncation(self.eotp_min_confidence) if self.eotp else None
         return DiffusionParts(unmask=policy, length=length)
