@@ -16,7 +16,7 @@ from tokenry.measure import report
 from tokenry.measure.compare import Comparison, Interrupted, compare
 from tokenry.measure.cost import Meter
 from tokenry.measure.evidence import evidence
-from tokenry.measure.statistics import bootstrap_statistic, paired_bootstrap
+from tokenry.measure.statistics import Interval, bootstrap_statistic, paired_bootstrap
 from tokenry.measure.store import RunStore, signature
 from tokenry.measure.task import Experiment, Finding, Metric, Outcome, Sample, Statistic, Subject
 
@@ -295,3 +295,10 @@ def test_the_meter_sees_time_and_memory():
         del block
     assert meter.seconds > 0
     assert math.isnan(meter.peak_bytes) or meter.peak_bytes > 300e6
+
+
+def test_an_interval_is_shown_in_one_format():
+    interval = Interval(-0.0041, -0.013, 0.0042, 450)
+    assert f"{interval:+.3f}" == "-0.004 [-0.013, +0.004]"
+    assert f"{Interval(0.5, 0.25, 1.0, 9):.1%}" == "50.0% [25.0%, 100.0%]"
+    assert f"{interval}" == str(interval)

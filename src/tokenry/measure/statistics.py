@@ -22,6 +22,12 @@ class Interval(NamedTuple):
     def excludes_zero(self) -> bool:
         return self.low > 0 or self.high < 0
 
+    def __format__(self, form: str) -> str:
+        """f"{interval:.3f}" is "mean [low, high]", each in this format."""
+        if not form:
+            return str(self)
+        return f"{self.mean:{form}} [{self.low:{form}}, {self.high:{form}}]"
+
 
 def paired_bootstrap(
     first: Sequence[float], second: Sequence[float], resamples: int = 10_000, seed: int = 0

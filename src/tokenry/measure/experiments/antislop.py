@@ -92,12 +92,12 @@ def judge(comparison: Comparison) -> list[Finding]:
         Finding(
             "banning first tokens costs more perplexity",
             worse.low > 0,
-            f"perplexity, {FIRST} - {METHOD}: {worse.mean:.2f} [{worse.low:.2f}, {worse.high:.2f}]",
+            f"perplexity, {FIRST} - {METHOD}: {worse:.2f}",
         ),
         Finding(
             "banning first tokens costs more variety (distinct-2)",
             variety.high < 0,
-            f"distinct-2, {FIRST} - {METHOD}: {variety.mean:.4f} [{variety.low:.4f}, {variety.high:.4f}]",
+            f"distinct-2, {FIRST} - {METHOD}: {variety:.4f}",
         ),
     ]
 

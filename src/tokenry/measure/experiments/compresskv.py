@@ -110,7 +110,7 @@ def judge(comparison: Comparison) -> list[Finding]:
 def _gain(comparison: Comparison, budget: int, better: str, worse: str) -> tuple[bool, str]:
     """Whether `better` has the lower NLL with an interval above 0, and the numbers."""
     gap = comparison.difference(_name(budget, worse), _name(budget, better), "answer_nll")
-    numbers = f"{worse} - {better} {gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}] nats"
+    numbers = f"{worse} - {better} {gap:+.3f} nats"
     return gap.low > 0, numbers
 
 

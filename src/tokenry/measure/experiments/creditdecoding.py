@@ -89,35 +89,30 @@ def judge(comparison: Comparison) -> list[Finding]:
         Finding(
             "at equal exact match, credit takes fewer forwards than thresholds alone",
             forwards.high < 1,
-            f"forwards, credit / threshold: {_shown(forwards)}",
+            f"forwards, credit / threshold: {forwards:.3f}",
         ),
         Finding(
             f"at most {SAVING:.0%} of them",
             forwards.mean <= SAVING,
-            f"forwards, credit / threshold: {_shown(forwards)}",
+            f"forwards, credit / threshold: {forwards:.3f}",
         ),
         Finding(
             "it is the history: the bonus of one step alone takes more forwards at equal exact match",
             history.high < 1,
-            f"forwards, credit / bonus: {_shown(history)}; bonus / threshold: {_shown(bonus)}",
+            f"forwards, credit / bonus: {history:.3f}; bonus / threshold: {bonus:.3f}",
         ),
         Finding(
             "it is quicker, too: fewer seconds at equal exact match",
             seconds.high < 1,
-            f"seconds, credit / threshold: {_shown(seconds)}",
+            f"seconds, credit / threshold: {seconds:.3f}",
         ),
         Finding(
             "at the same threshold, 0.9, exact match falls by less than 0.01",
             quality.low > -0.01,
-            f"exact match, credit - threshold: {quality.mean:+.3f} [{quality.low:+.3f}, {quality.high:+.3f}]; "
-            f"forwards, credit / threshold: {saved:.3f}",
+            f"exact match, credit - threshold: {quality:+.3f}; forwards, credit / threshold: {saved:.3f}",
         ),
     ]
 
 
 def _ratio(comparison: Comparison, first: str, second: str, cost: str) -> Interval:
     return cost_ratio(comparison, names(first), names(second), cost, "exact")
-
-
-def _shown(ratio: Interval) -> str:
-    return f"{ratio.mean:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"

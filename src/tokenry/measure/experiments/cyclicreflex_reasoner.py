@@ -252,12 +252,12 @@ def judge(comparison: Comparison, choice: Choice) -> list[Finding]:
         Finding(
             "it solves more problems than plain sampling",
             gain.low > 0,
-            f"accuracy: {_signed(gain)}; cyclicreflex {_spent(comparison, METHOD)}, plain {_spent(comparison, PLAIN)}",
+            f"accuracy: {gain:+.3f}; cyclicreflex {_spent(comparison, METHOD)}, plain {_spent(comparison, PLAIN)}",
         ),
         Finding(
             f"at about the same length: at most {LONGER} times the tokens of plain sampling",
             length.mean <= LONGER,
-            f"tokens, times plain: {length.mean:.2f} [{length.low:.2f}, {length.high:.2f}]",
+            f"tokens, times plain: {length:.2f}",
         ),
         _beats(
             comparison,
@@ -281,7 +281,7 @@ def _beats(comparison: Comparison, statement: str, controls: Mapping[str, str]) 
     """Whether accuracy is surely above that of every control; the keys say what a control is."""
     gains = {about: comparison.difference(METHOD, name, "accuracy") for about, name in controls.items()}
     shown = (
-        f"{name}{f' ({about})' if about else ''} {_signed(gains[about])}, it has {_spent(comparison, name)}"
+        f"{name}{f' ({about})' if about else ''} {gains[about]:+.3f}, it has {_spent(comparison, name)}"
         for about, name in controls.items()
     )
     return Finding(
@@ -292,7 +292,7 @@ def _beats(comparison: Comparison, statement: str, controls: Mapping[str, str]) 
 def _within_budgets(comparison: Comparison) -> Finding:
     gains = {n: comparison.difference(METHOD, PLAIN, f"accuracy_{n}") for n in BUDGETS}
     shown = ", ".join(
-        f"{n} tokens {_signed(gain)} ("
+        f"{n} tokens {gain:+.3f} ("
         + ", ".join(f"{s} {comparison.mean(s, f'accuracy_{n}'):.3f}" for s in comparison.subjects)
         + ")"
         for n, gain in gains.items()
@@ -314,14 +314,10 @@ def _on_levels(comparison: Comparison) -> Finding:
         all(gain.high >= 0 for gain in gains.values()),
         "accuracy, cyclicreflex - plain, by level: "
         + ", ".join(
-            f"{level}: {_signed(gain)} of {solved[PLAIN][levels[level]].mean():.3f}" for level, gain in gains.items()
+            f"{level}: {gain:+.3f} of {solved[PLAIN][levels[level]].mean():.3f}" for level, gain in gains.items()
         ),
     )
 
 
 def _spent(comparison: Comparison, subject: str) -> str:
     return f"{comparison.mean(subject, 'accuracy'):.3f} with {comparison.mean(subject, 'tokens'):.1f} tokens"
-
-
-def _signed(interval: Interval) -> str:
-    return f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"

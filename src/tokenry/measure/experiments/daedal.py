@@ -23,7 +23,6 @@ from ...decode.diffusion_state import DiffusionState, Edit
 from ...decode.unmask import FixedCount, Threshold
 from ..compare import Comparison
 from ..denoising import LONG, WindowTask
-from ..statistics import Interval
 from ..sts import spearman
 from ..task import Experiment, Finding, Statistic, Subject
 
@@ -148,13 +147,13 @@ def judge(comparison: Comparison) -> list[Finding]:
         Finding(
             f"the width of the window follows the length of the answer, rank correlation above {FOLLOWS}",
             follows.low > FOLLOWS,
-            f"Spearman {_shown(follows)}; {_by_kind(comparison)}; mean width {mean('window'):.1f}, mean answer "
+            f"Spearman {follows:.2f}; {_by_kind(comparison)}; mean width {mean('window'):.1f}, mean answer "
             f"{mean('answer'):.1f}",
         ),
         Finding(
             f"exact match is within {MARGIN} of the best fixed window",
             quality.low > -MARGIN,
-            f"exact match, daedal - {best}: {_signed(quality)}; "
+            f"exact match, daedal - {best}: {quality:+.3f}; "
             + ", ".join(
                 f"{n} {comparison.mean(n, 'exact'):.3f}" for n in (PLAIN, *map(fixed, FIXED), METHOD, STEPWISE)
             ),
@@ -164,23 +163,23 @@ def judge(comparison: Comparison) -> list[Finding]:
         Finding(
             "a larger share of the window is useful than in the widest one",
             useful.low > 0,
-            f"useful, daedal - {fixed(WIDEST)}: {_signed(useful)}; "
+            f"useful, daedal - {fixed(WIDEST)}: {useful:+.3f}; "
             + ", ".join(f"{name} {comparison.mean(name, 'useful'):.3f}" for name in (*map(fixed, FIXED), METHOD)),
         ),
         Finding(
             f"long answers, of more than {LONG} tokens, need the growth: a window of {LONG} fails on them",
             long.low > 0.5,
-            f"exact match there, daedal - {fixed(LONG)}: {_signed(long)}",
+            f"exact match there, daedal - {fixed(LONG)}: {long:+.3f}",
         ),
         Finding(
             "it is the fit to the question: as wide a window on average, and the same widths in other rows, are worse",
             all(difference.low > 0 for difference in against.values()),
-            "; ".join(f"exact match, daedal - {name}: {_signed(d)}" for name, d in against.items()),
+            "; ".join(f"exact match, daedal - {name}: {d:+.3f}" for name, d in against.items()),
         ),
         Finding(
             "both stages are needed: exact match falls without either",
             all(difference.low > 0 for difference in stages.values()),
-            "; ".join(f"exact match, daedal - {name}: {_signed(d)}" for name, d in stages.items()),
+            "; ".join(f"exact match, daedal - {name}: {d:+.3f}" for name, d in stages.items()),
         ),
     ]
 
@@ -194,7 +193,7 @@ def _cheaper(comparison: Comparison, how: str, first: str, second: str) -> Findi
         f"{how}, fewer tokens are fed to the model than in a window of {WIDEST}",
         cost.high < 0,
         f"token-forwards {share:.2f} of those of {second}; forwards {calls[0]:.1f} instead of {calls[1]:.1f}; exact "
-        f"match {_signed(quality)}",
+        f"match {quality:+.3f}",
     )
 
 
@@ -208,11 +207,3 @@ def _by_kind(comparison: Comparison) -> str:
 
 def _within(table: Mapping[str, np.ndarray], rows: np.ndarray) -> float:
     return spearman(table["window"][rows], table["answer"][rows])
-
-
-def _shown(found: Interval) -> str:
-    return f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]"
-
-
-def _signed(found: Interval) -> str:
-    return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"

@@ -347,7 +347,7 @@ def saved(comparison: Comparison, subject: str, than: str) -> Interval:
 def judge(comparison: Comparison, trained: Profiled, known: dict[str, np.ndarray], truth: np.ndarray) -> list[Finding]:
     """Tokens and accuracy against one strategy for all, the probe, the controls, the ceiling, the shape of entropy."""
     fewer, accuracy = saved(comparison, METHOD, PLAIN), comparison.difference(METHOD, PLAIN, "accuracy")
-    numbers = f"tokens saved {_percent(fewer)}; accuracy {_signed(accuracy)}"
+    numbers = f"tokens saved {fewer:.1%}; accuracy {accuracy:+.3f}"
     return [
         Finding(
             f"it saves tokens against the normal strategy, and accuracy falls by no more than {TOLERANCE:.0%}",
@@ -377,7 +377,7 @@ def _probe_tells(known: dict[str, np.ndarray], truth: np.ndarray) -> Finding:
         "the probe gives more than 80 % of held-out questions their class",
         found[METHOD].mean > 0.8,
         "right classes: "
-        + ", ".join(f"{name} {_percent(one)}" for name, one in found.items())
+        + ", ".join(f"{name} {one:.1%}" for name, one in found.items())
         + f"; the most frequent class {most:.1%}",
     )
 
@@ -390,7 +390,7 @@ def _beats(comparison: Comparison, control: str, what: str) -> Finding:
     return Finding(
         f"it beats {what}: more accurate with no more tokens, or as accurate with fewer",
         better or cheaper,
-        f"accuracy {_signed(gain)}, tokens saved {_percent(fewer)}",
+        f"accuracy {gain:+.3f}, tokens saved {fewer:.1%}",
     )
 
 
@@ -399,8 +399,8 @@ def _ceiling(comparison: Comparison) -> Finding:
     return Finding(
         "an oracle that gives up on what no strategy solves saves more still, and is no less accurate",
         fewer.low > 0 and gain.low > -TOLERANCE,
-        f"it against diffadapt: tokens saved {_percent(fewer)}, accuracy {_signed(gain)}; one that takes normal there, "
-        f"against normal for all: tokens saved {_percent(saved(comparison, ORACLE, PLAIN))}",
+        f"it against diffadapt: tokens saved {fewer:.1%}, accuracy {gain:+.3f}; one that takes normal there, "
+        f"against normal for all: tokens saved {saved(comparison, ORACLE, PLAIN):.1%}",
     )
 
 
@@ -448,7 +448,7 @@ def _shape(trained: Profiled) -> Finding:
     return Finding(
         "whether entropy is high on easy, low on medium and high on hard questions is described and does not decide",
         True,
-        f"{appears}: nats per token, easy third - middle {_signed(easy)}, hard third - middle {_signed(hard)}; by "
+        f"{appears}: nats per token, easy third - middle {easy:+.3f}, hard third - middle {hard:+.3f}; by "
         f"level {means}",
     )
 
@@ -456,11 +456,3 @@ def _shape(trained: Profiled) -> Finding:
 def _spent(comparison: Comparison, subjects: Sequence[str]) -> str:
     shown = (f"{s} {comparison.mean(s, 'tokens'):.1f} ({comparison.mean(s, 'accuracy'):.3f})" for s in subjects)
     return "tokens (accuracy): " + ", ".join(shown)
-
-
-def _percent(interval: Interval) -> str:
-    return f"{interval.mean:.1%} [{interval.low:.1%}, {interval.high:.1%}]"
-
-
-def _signed(interval: Interval) -> str:
-    return f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"

@@ -200,7 +200,7 @@ def saving(comparison: Comparison, subject: str, base: str, name: str) -> Interv
 def _saved(comparison: Comparison, subject: str, base: str, name: str) -> tuple[Interval, str]:
     found = saving(comparison, subject, base, name)
     each = [f"{s} {comparison.mean(s, name):.3f}" for s in (subject, base)]
-    share = f"{found.mean:.1%} [{found.low:.1%}, {found.high:.1%}]"
+    share = f"{found:.1%}"
     return found, f"{name.replace('_', ' ')}: {each[0]}, {each[1]} tokens per character, {share} saved"
 
 
@@ -241,7 +241,7 @@ def _steadier(comparison: Comparison, base: str) -> tuple[bool, str]:
     gap = comparison.difference(CHAR, base, "boundary_stability")
     stable, size = comparison.mean(base, "boundary_stability"), comparison.mean(base, "clean")
     numbers = f"{base} {stable:.3f} at {size:.3f} tokens per character"
-    return gap.low > 0, f"{numbers}, {gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}] to {CHAR}"
+    return gap.low > 0, f"{numbers}, {gap:+.3f} to {CHAR}"
 
 
 def stability_finding(comparison: Comparison) -> Finding:

@@ -279,46 +279,38 @@ def judge(comparison: Comparison) -> list[Finding]:
             f"at least {SPEEDUP:g} times fewer forwards than one token per step, exact match within {MARGIN}",
             speedup >= SPEEDUP and quality.low > -MARGIN,
             f"{passes[PLAIN]:.2f} / {passes[default]:.2f} = {speedup:.2f} times; oracle "
-            f"{passes[PLAIN] / passes[ORACLE]:.2f} times; exact match {shown(quality, '{:+.3f}')}",
+            f"{passes[PLAIN] / passes[ORACLE]:.2f} times; exact match {quality:+.3f}",
         ),
         Finding(
             "at equal exact match, the filter takes fewer forwards than thresholds",
             forwards[ALONE].high < 1,
-            f"forwards, filter / threshold: {shown(forwards[ALONE])}; at 0.96 {passes[default]:.2f}, threshold of "
-            f"equal error {passes[EQUAL]:.2f}, exact match {shown(equal, '{:+.3f}')}; oracle {passes[ORACLE]:.2f}",
+            f"forwards, filter / threshold: {forwards[ALONE]:.3f}; at 0.96 {passes[default]:.2f}, threshold of "
+            f"equal error {passes[EQUAL]:.2f}, exact match {equal:+.3f}; oracle {passes[ORACLE]:.2f}",
         ),
         Finding(
             "context matters: fewer forwards than a regression of each position's own confidence",
             forwards[OWN].high < 1,
-            f"forwards, filter / own confidence: {shown(forwards[OWN])}; filter / filter of masked positions: "
-            f"{shown(forwards[MASKED])}",
+            f"forwards, filter / own confidence: {forwards[OWN]:.3f}; filter / filter of masked positions: "
+            f"{forwards[MASKED]:.3f}",
         ),
         Finding(
             "it is what it has learnt: more forwards at equal exact match at random, and with shuffled labels",
             forwards[RANDOM].high < 1 and forwards[SHUFFLED].high < 1,
-            f"forwards, filter / at random: {shown(forwards[RANDOM])}; filter / shuffled labels: "
-            f"{shown(forwards[SHUFFLED])}",
+            f"forwards, filter / at random: {forwards[RANDOM]:.3f}; filter / shuffled labels: {forwards[SHUFFLED]:.3f}",
         ),
         Finding(
             f"in windows of {WIDE}, cutting at the surest end of text feeds at least {FEWER:g} times fewer tokens, "
             f"exact match within {MARGIN}",
             fed[wide[1]] >= FEWER and lost[wide[1]].low > -MARGIN,
-            "; ".join(
-                f"{s}: {fed[s]:.2f} times fewer tokens, exact match {shown(lost[s], '{:+.3f}')}" for s in wide[1:]
-            ),
+            "; ".join(f"{s}: {fed[s]:.2f} times fewer tokens, exact match {lost[s]:+.3f}" for s in wide[1:]),
         ),
         Finding(
             "it is quicker, too: fewer seconds than thresholds at equal exact match",
             seconds.high < 1,
-            f"seconds, filter / threshold: {shown(seconds)}",
+            f"seconds, filter / threshold: {seconds:.3f}",
         ),
     ]
 
 
 def ratio(comparison: Comparison, first: str, second: str, cost: str = "forward_passes") -> Interval:
     return cost_ratio(comparison, sweep(first), sweep(second), cost, "exact")
-
-
-def shown(found: Interval, form: str = "{:.3f}") -> str:
-    mean, low, high = (form.format(value) for value in found[:3])
-    return f"{mean} [{low}, {high}]"

@@ -122,4 +122,4 @@ def judge(comparison: Comparison) -> list[Finding]:
 
 
 def _show(interval: Interval) -> str:
-    return f"{interval.mean:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+    return f"{interval:.2f}"

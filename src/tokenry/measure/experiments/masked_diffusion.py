@@ -14,7 +14,6 @@ from ...decode.diffusion_method import DiffusionMethods
 from ...decode.masked_diffusion import MaskedDiffusion
 from ..compare import Comparison
 from ..denoising import PuzzleTask, cost_ratio
-from ..statistics import Interval
 from ..task import Experiment, Finding, Subject
 
 BLOCK, WIDTH = 8, 24
@@ -109,17 +108,17 @@ def judge(comparison: Comparison) -> list[Finding]:
             f"within {MARGIN}",
             passes[PLAIN] >= SPEEDUP * passes[DEFAULT] and quality[DEFAULT].low > -MARGIN,
             f"{passes[PLAIN]:.2f} / {passes[DEFAULT]:.2f} = {passes[PLAIN] / passes[DEFAULT]:.2f} times; exact match "
-            f"{signed(quality[DEFAULT])}",
+            f"{quality[DEFAULT]:+.3f}",
         ),
         Finding(
             "committing too much at once costs quality: at 0.5 exact match is lower",
             quality[LOW].high < 0,
-            f"exact match {signed(quality[LOW])}, with {passes[LOW]:.2f} forwards",
+            f"exact match {quality[LOW]:+.3f}, with {passes[LOW]:.2f} forwards",
         ),
         Finding(
             "at equal exact match, thresholds take fewer forwards than a fixed number of tokens per step",
             even.high < 1,
-            f"forwards, threshold / fixed number: {shown(even)}; factor / threshold: {shown(factor)}",
+            f"forwards, threshold / fixed number: {even:.3f}; factor / threshold: {factor:.3f}",
         ),
         order(comparison),
         caches(comparison),
@@ -136,7 +135,7 @@ def order(comparison: Comparison) -> Finding:
     return Finding(
         "it matters which are committed first: the surest ones, not random ones, at the same number of steps",
         all(gain.low > 0 for gain in gains.values()),
-        "exact match, surest - " + "; ".join(f"{label}: {signed(gain)}" for label, gain in gains.items()),
+        "exact match, surest - " + "; ".join(f"{label}: {gain:+.3f}" for label, gain in gains.items()),
     )
 
 
@@ -147,13 +146,5 @@ def caches(comparison: Comparison) -> Finding:
     return Finding(
         f"caches feed fewer tokens, exact match within {MARGIN}",
         all(fed[label] < 1 and lost[label].low > -MARGIN for label in lost),
-        "; ".join(f"{label}: {fed[label]:.2f} of the tokens, exact match {signed(lost[label])}" for label in lost),
+        "; ".join(f"{label}: {fed[label]:.2f} of the tokens, exact match {lost[label]:+.3f}" for label in lost),
     )
-
-
-def shown(found: Interval) -> str:
-    return f"{found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]"
-
-
-def signed(found: Interval) -> str:
-    return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"

@@ -238,7 +238,7 @@ def above(comparison: Comparison, verifier: str) -> float:
 
 
 def listed(intervals: dict[str, Interval]) -> str:
-    return ", ".join(f"{name} {i.mean:.4f} [{i.low:.4f}, {i.high:.4f}]" for name, i in intervals.items())
+    return ", ".join(f"{name} {i:.4f}" for name, i in intervals.items())
 
 
 def judge(comparison: Comparison) -> list[Finding]:

@@ -258,19 +258,19 @@ def judge(comparison: Comparison, times: Times, way: str) -> list[Finding]:
         Finding(
             f"the base model writes less than half as many tokens, and accuracy falls by no more than {TOLERANCE:.0%}",
             fewer.low > HALF and gain.mean > -TOLERANCE,
-            f"judged by {way}: base tokens saved {_percent(fewer)}; accuracy {_signed(gain)}; "
+            f"judged by {way}: base tokens saved {fewer:.1%}; accuracy {gain:+.1%}; "
             + ", ".join(f"{name} {comparison.mean(name, 'accuracy'):.1%}" for name in (BASE, SMALL, METHOD)),
         ),
         Finding(
             f"the interval of accuracy excludes a loss of {TOLERANCE:.0%}",
             gain.low > -TOLERANCE,
-            f"accuracy {_signed(gain)}",
+            f"accuracy {gain:+.1%}",
         ),
         Finding(
             "it is the judgement: a random judge that keeps as many steps is worse",
             over_random.low > 0,
-            f"accuracy {_signed(over_random)} over the random judge, {_signed(over_small)} over the small model alone, "
-            f"{_signed(below)} over the judge that knows; steps kept: {METHOD} {kept:.1%}, "
+            f"accuracy {over_random:+.1%} over the random judge, {over_small:+.1%} over the small model alone, "
+            f"{below:+.1%} over the judge that knows; steps kept: {METHOD} {kept:.1%}, "
             f"{RANDOM} {acceptance(comparison, RANDOM):.1%}",
         ),
         *([_digit_judge(comparison, digits)] if digits in comparison.subjects else []),
@@ -291,8 +291,8 @@ def _digit_judge(comparison: Comparison, digits: str) -> Finding:
     return Finding(
         f"a judge that is asked for a digit, as in the paper, tells right steps from wrong ones (AUC above {TELLS})",
         tells[digits].low > TELLS,
-        "; ".join(f"{name}: AUC {one.mean:.3f} [{one.low:.3f}, {one.high:.3f}]" for name, one in tells.items())
-        + f"; {digits}: base tokens saved {_percent(saved(comparison, digits))}, accuracy {_signed(gain)}, steps kept "
+        "; ".join(f"{name}: AUC {one:.3f}" for name, one in tells.items())
+        + f"; {digits}: base tokens saved {saved(comparison, digits):.1%}, accuracy {gain:+.1%}, steps kept "
         f"{acceptance(comparison, digits):.1%}",
     )
 
@@ -322,11 +322,3 @@ def telling(comparison: Comparison, subject: str) -> Interval:
         return auroc(pairs[:, 0], pairs[:, 1])
 
     return bootstrap_statistic(compute, count)
-
-
-def _percent(interval: Interval) -> str:
-    return f"{interval.mean:.1%} [{interval.low:.1%}, {interval.high:.1%}]"
-
-
-def _signed(interval: Interval) -> str:
-    return f"{interval.mean:+.1%} [{interval.low:+.1%}, {interval.high:+.1%}]"

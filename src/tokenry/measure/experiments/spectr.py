@@ -127,10 +127,6 @@ def law_tests(comparison: Comparison, law: dict) -> dict[str, dict]:
     return found
 
 
-def shown(interval: Interval, digits: int = 3) -> str:
-    return f"{interval.mean:.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
-
-
 def judge(comparison: Comparison, law: dict, share: float, given: dict) -> list[Finding]:
     """Fewer forwards, the order of the verifiers, the law, the answers, and what the speed would be elsewhere."""
     efficiency = {name: comparison.interval(name, EFFICIENCY.name) for name in VERIFIERS}
@@ -143,17 +139,17 @@ def judge(comparison: Comparison, law: dict, share: float, given: dict) -> list[
         Finding(
             f"one draft of {given['draft_length']} tokens gives at least {WANTED} tokens per forward of the target",
             efficiency[SINGLE].mean >= WANTED,
-            "tokens per forward: " + "; ".join(f"{name} {shown(e, 2)}" for name, e in efficiency.items()),
+            "tokens per forward: " + "; ".join(f"{name} {e:.2f}" for name, e in efficiency.items()),
         ),
         Finding(
             "several drafts with K-SEQ give more than one",
             over(KSEQ, SINGLE).low > 0,
-            f"kseq - single: {shown(over(KSEQ, SINGLE))}; rrs - single: {shown(over(RRS, SINGLE))}",
+            f"kseq - single: {over(KSEQ, SINGLE):.3f}; rrs - single: {over(RRS, SINGLE):.3f}",
         ),
         Finding(
             "the greedy draft with its optimal verifier gives more than K-SEQ",
             over(GREEDY, KSEQ).low > 0,
-            f"greedy - kseq: {shown(over(GREEDY, KSEQ))}; rrs-without - kseq: {shown(over(WITHOUT, KSEQ))}",
+            f"greedy - kseq: {over(GREEDY, KSEQ):.3f}; rrs-without - kseq: {over(WITHOUT, KSEQ):.3f}",
         ),
         Finding(
             f"no verifier is more than {TOLERANCE} above the ceiling of its drafts, and the greedy one reaches it",
@@ -169,7 +165,7 @@ def judge(comparison: Comparison, law: dict, share: float, given: dict) -> list[
         Finding(
             "the answers are as often right as without drafts: the interval of the difference contains 0",
             not accuracy.excludes_zero,
-            f"all with drafts - plain: {shown(accuracy)}; "
+            f"all with drafts - plain: {accuracy:.3f}; "
             + "; ".join(f"{name} {comparison.mean(name, 'accuracy'):.3f}" for name in comparison.subjects),
         ),
         elsewhere(comparison, efficiency, share, given),

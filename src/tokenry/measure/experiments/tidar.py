@@ -148,7 +148,7 @@ def judge(
         Finding(
             f"greedy decoding gives at least {WANTED} tokens per forward",
             efficiency[METHOD].low >= WANTED,
-            f"tokens per forward {shown(efficiency[METHOD])}; guesses that came out, by depth: "
+            f"tokens per forward {efficiency[METHOD]:.2f}; guesses that came out, by depth: "
             f"{by_depth(comparison, METHOD)}",
         ),
         same_text(comparison),
@@ -165,7 +165,7 @@ def judge(
         Finding(
             f"sampled text too has at least {WANTED} tokens per forward, and is as often right",
             efficiency[SAMPLED].low >= WANTED and not sampled.excludes_zero,
-            f"tokens per forward {shown(efficiency[SAMPLED])}; accuracy, drafted - plain: {signed(sampled)}",
+            f"tokens per forward {efficiency[SAMPLED]:.2f}; accuracy, drafted - plain: {sampled:+.3f}",
         ),
         trust(comparison, efficiency),
         seconds(comparison, rows),
@@ -190,7 +190,7 @@ def same_text(comparison: Comparison) -> Finding:
 def more_than(comparison: Comparison, statement: str, *controls: str) -> Finding:
     """Whether tokens per forward are surely above those of every control."""
     gains = {name: comparison.difference(METHOD, name, EFFICIENCY.name) for name in controls}
-    numbers = (f"{n} {signed(g)}, it has {comparison.mean(n, EFFICIENCY.name):.2f}" for n, g in gains.items())
+    numbers = (f"{n} {g:+.3f}, it has {comparison.mean(n, EFFICIENCY.name):.2f}" for n, g in gains.items())
     return Finding(
         statement, all(g.low > 0 for g in gains.values()), "tokens per forward, tidar - " + "; ".join(numbers)
     )
@@ -204,7 +204,7 @@ def price(comparison: Comparison, tokenizer: PreTrainedTokenizerBase, twins: dic
     return Finding(
         f"learning to guess costs at most {CLOSE} of accuracy against its twin",
         loss.mean >= -CLOSE,
-        f"accuracy, tidar - twin: {signed(loss)}; "
+        f"accuracy, tidar - twin: {loss:+.3f}; "
         + ", ".join(f"{name} {values.mean():.3f}" for name, values in right.items()),
     )
 
@@ -215,7 +215,7 @@ def trust(comparison: Comparison, efficiency: dict[str, Interval]) -> Finding:
         "accuracy hardly depends on the trust: the intervals of the differences contain 0",
         not any(gap.excludes_zero for gap in gaps.values()),
         "accuracy, minus that of beta 1: "
-        + "; ".join(f"{n} {signed(g)}, tokens per forward {shown(efficiency[n])}" for n, g in gaps.items()),
+        + "; ".join(f"{n} {g:+.3f}, tokens per forward {efficiency[n]:.2f}" for n, g in gaps.items()),
     )
 
 
@@ -238,11 +238,3 @@ def seconds(comparison: Comparison, rows: int) -> Finding:
 def by_depth(comparison: Comparison, subject: str) -> str:
     met = np.array([p for detail in comparison.details(subject) for p in detail.get("positions", ())])
     return ", ".join(f"{met[met[:, 0] == depth, 1].mean():.3f}" for depth in range(met[:, 0].max() + 1))
-
-
-def shown(interval: Interval) -> str:
-    return f"{interval.mean:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
-
-
-def signed(interval: Interval) -> str:
-    return f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"

@@ -271,7 +271,7 @@ def _beats(comparison: Comparison, better: str, worse: str, what: str) -> Findin
 
 
 def _finding(statement: str, gap: Interval, more: str = "") -> Finding:
-    numbers = f"Spearman x 100: {gap.mean:+.2f} [{gap.low:+.2f}, {gap.high:+.2f}]"
+    numbers = f"Spearman x 100: {gap:+.2f}"
     return Finding(statement[0].upper() + statement[1:], gap.low > 0, numbers + more)
 
 
