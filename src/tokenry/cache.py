@@ -2,18 +2,74 @@
 
 Checked on transformers 5.23: `crop` takes a negative count of tokens to remove and refuses sliding-window layers
 past their window; masks for a forward are sized from one layer's length; sliding layers keep the last
-`window - 1` columns unless `activate_past_recording` was called, and then keep all that come after.
+`window - 1` columns unless `activate_past_recording` was called, and then keep all that come after. Recurrent layers,
+convolutions and indexers keep something beside keys and values, or instead of them; a cache of recurrent layers alone
+does not say how many tokens it has seen.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 
 from torch import Tensor
-from transformers import Cache
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
-__all__ = ["cache_bytes", "gather_columns", "keep_of_last", "layer_lengths", "remove_last", "rewind_obstacle"]
+from .errors import InputError
+
+__all__ = [
+    "cache_bytes",
+    "gather_columns",
+    "held_columns",
+    "keep_of_last",
+    "layer_lengths",
+    "new_cache",
+    "remove_last",
+    "rewind_obstacle",
+    "state_argument",
+]
+
+CROPPABLE = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)  # not what is derived from them: that keeps more
+
+
+def state_argument(model: PreTrainedModel) -> str | None:
+    """The argument of the model's forward that carries the text so far; None if the model keeps nothing.
+
+    Raises:
+        InputError: it is one that cannot be carried from one forward to the next here.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    for name in ("mems", "past_buckets_states"):
+        if name in accepted:
+            raise InputError(
+                f"{type(model).__name__} keeps its state in {name}, which is no cache; use a model that takes "
+                "past_key_values"
+            )
+    return next((name for name in ("past_key_values", "cache_params", "state") if name in accepted), None)
+
+
+def new_cache(model: PreTrainedModel) -> Cache | None:
+    """An empty cache; None where the model makes its own in the first forward."""
+    if state_argument(model) in (None, "state") or not model._supports_default_dynamic_cache():
+        return None
+    return DynamicCache(config=model.config)
+
+
+def held_columns(cache: object) -> int:
+    """How many columns a cache holds, 0 also for none.
+
+    Raises:
+        InputError: the cache was used and does not know.
+    """
+    layers = getattr(cache, "layers", [])
+    if not layers:
+        return 0
+    if any(isinstance(layer, CacheLayerMixin) for layer in layers):
+        return int(cache.get_seq_length())
+    if any(any(layer.has_previous_state.values()) for layer in layers if hasattr(layer, "has_previous_state")):
+        raise InputError("a cache of recurrent layers does not say how many tokens it has seen; pass an empty one")
+    return 0
 
 
 def rewind_obstacle(cache: Cache | None) -> str | None:
@@ -25,25 +81,26 @@ def rewind_obstacle(cache: Cache | None) -> str | None:
     for layer in cache.layers:
         if getattr(layer, "keys", None) is not None and hasattr(layer, "_quantized_keys"):
             return "a quantised cache cannot be shortened"
-        if not isinstance(layer, DynamicLayer):
+        if type(layer) not in CROPPABLE:
             return f"its {type(layer).__name__} keeps a state that cannot be taken back"
     return None
 
 
-def is_sliding(cache: Cache) -> bool:
+def is_sliding(cache: object) -> bool:
     """Whether any layer keeps only a window."""
-    return any(getattr(layer, "is_sliding", False) for layer in cache.layers)
+    return any(getattr(layer, "is_sliding", False) for layer in getattr(cache, "layers", []))
 
 
-def layer_lengths(cache: Cache) -> list[int]:
-    """Columns held by each layer (0 for a layer not used yet)."""
-    return [0 if layer.keys is None else layer.keys.shape[-2] for layer in cache.layers]
+def layer_lengths(cache: object) -> list[int]:
+    """Columns held by each layer (0 for a layer not used yet, or without keys)."""
+    keys = [getattr(layer, "keys", None) for layer in getattr(cache, "layers", [])]
+    return [0 if states is None or not states.numel() else states.shape[-2] for states in keys]
 
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes of all keys and values."""
-    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
-    return sum(t.numel() * t.element_size() for t in tensors)
+    states = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    return sum(t.numel() * t.element_size() for t in states if t is not None)
 
 
 def remove_last(cache: Cache, counts: Sequence[int]) -> None:

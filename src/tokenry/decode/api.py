@@ -72,7 +72,8 @@ def loop(
     eos = [c.eos_token_id.tolist() for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
     others = [c for c in stopping_criteria if not isinstance(c, EosTokenCriteria | MaxLengthCriteria)]
     mask = model_kwargs.pop("attention_mask", None)
-    cache = model_kwargs.pop("past_key_values", None)
+    caches = [model_kwargs.pop(name, None) for name in ("past_key_values", "cache_params")]
+    cache = next((cache for cache in caches if cache is not None), None)
     for name in ("position_ids", "logits_to_keep", "use_cache", "synced_gpus", "streamer", "tokenizer"):
         model_kwargs.pop(name, None)
     max_new_tokens = generation_config.max_length - input_ids.shape[1]
@@ -185,7 +186,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], c
 
 def _check_context(model: PreTrainedModel, length: int) -> None:
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if window is not None and length >= window:
+    if window is not None and 0 <= window <= length:  # XLNet says -1: any number
         raise InputError(f"the prompt has {length} tokens, the model's context window {window}; shorten the prompt")
 
 

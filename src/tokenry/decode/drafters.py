@@ -175,6 +175,7 @@ class ModelDrafter:
         if mine != wanted:
             raise InputError(f"draft vocabulary {mine} != target {wanted}; the ids must mean the same tokens")
         self.engine = TransformersEngine(self.model, rewinds=True)
+        self.engine.check_tree()
         self.engine.cache.activate_past_recording()  # the first block ends with a token that may be taken back
         self.fed: list[list[int]] = [[] for _ in range(rows)]
         self.columns: list[dict[int, int]] = []  # of each row's nodes that are in the cache

@@ -7,6 +7,7 @@ The loop knows nothing about caches, masks or positions. `TransformersEngine` ke
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from typing import Any, Protocol
@@ -14,10 +15,20 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from ..attention import tree_mask
-from ..cache import gather_columns, is_sliding, keep_of_last, layer_lengths, remove_last, rewind_obstacle
+from ..cache import (
+    gather_columns,
+    held_columns,
+    is_sliding,
+    keep_of_last,
+    layer_lengths,
+    new_cache,
+    remove_last,
+    rewind_obstacle,
+    state_argument,
+)
 from ..errors import InputError
 from ..hooks import LayerSwitch, decoder_layers
 
@@ -71,6 +82,65 @@ def layers_needed(model: PreTrainedModel) -> frozenset[int]:
     return frozenset(kinds.index(kind) for kind in set(kinds))
 
 
+def position_obstacle(model: PreTrainedModel) -> str | None:
+    """Why a token's position is the number of its column, whatever one says; None if it is not."""
+    name, config = type(model).__name__, model.config.get_text_config()
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return f"{name} takes no position_ids"
+    if getattr(config, "alibi", False):
+        return f"{name} has ALiBi, which counts columns"
+    if "local" in getattr(config, "attention_layers", ()):
+        return f"{name} has local attention, which counts columns"
+    if hasattr(config, "num_image_with_embedding"):
+        return f"{name} widens every mask by the columns of an image"
+    return None
+
+
+def later_inputs(model: PreTrainedModel) -> dict[str, Any]:
+    """What `generate` feeds behind the first token of a text of two.
+
+    Raises:
+        InputError: other tokens than the second one.
+    """
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    given = {"attention_mask": torch.ones_like(ids), "next_sequence_length": 1, "use_cache": True}
+    fed = model.prepare_inputs_for_generation(ids, is_first_iteration=False, **given)
+    tokens = fed.get("input_ids")
+    if tokens is None or tokens.shape[1] != 1:
+        raise InputError(
+            f"{type(model).__name__} is not continued with its next token alone, but with others beside it; use a "
+            "model that is"
+        )
+    return fed
+
+
+@torch.no_grad()
+def check_padding(model: PreTrainedModel) -> None:
+    """Refuse a model that computes something else for a text with padding before it. Asked once for every model.
+
+    Raises:
+        InputError: it does.
+    """
+    if model not in _SHIFTED:
+        text = torch.arange(5, device=model.device)[None] % model.config.get_text_config().vocab_size
+        found = []
+        for pad in (0, 3):
+            engine, mask = TransformersEngine(model), torch.ones(1, 4 + pad, device=text.device)
+            mask[:, :pad] = 0
+            engine.feed(torch.nn.functional.pad(text[:, :4], (pad, 0)), mask.bool())
+            found.append(engine.feed(text[:, 4:]))
+        alone, behind = found
+        _SHIFTED[model] = bool((alone - behind).abs().max() > 0.01 * alone.abs().max())
+    if _SHIFTED[model]:
+        raise InputError(
+            f"padding before a text changes what {type(model).__name__} computes, so the rows of a batch cannot be fed "
+            "again by themselves; run one prompt at a time"
+        )
+
+
+_SHIFTED: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDictionary()
+
+
 class TransformersEngine:
     """Runs a decoder-only `PreTrainedModel` with a growing cache.
 
@@ -104,13 +174,16 @@ class TransformersEngine:
             raise InputError(f"rewind={rewind!r} is unknown; use 'auto' or 'reprefill'")
         accepted = inspect.signature(model.forward).parameters
         self.model = model
-        self.cache = DynamicCache(config=model.config) if cache is None else cache
+        self.carrier = state_argument(model)
+        self.masks_later = later_inputs(model).get("attention_mask") is not None  # Mamba masks its prompt alone
+        self.cache = new_cache(model) if cache is None else cache
         self.policy = layer_policy
         self.rewinds = rewinds
         self.reprefills = rewind == "reprefill"
         self.extra = extra or {}
         self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self.takes_positions = "position_ids" in accepted
+        self.fixed_positions = position_obstacle(model)
         self.max_new_tokens = max_new_tokens
         self.by_column: dict[int, frozenset[int]] = {}  # layers executed, where there is a policy
         if layer_policy is not None:
@@ -140,7 +213,7 @@ class TransformersEngine:
     def forget(self, row: int, count: int) -> None:
         if count == 0:
             return
-        if self.reprefills:
+        if self.reprefills or (self.fixed_positions and (self.batch > 1 or self.padded)):
             self._mark_dead(row, count)
             self.stale = True
         elif self.batch == 1 and not self.padded:
@@ -163,7 +236,7 @@ class TransformersEngine:
         """
         new = parents.shape[1]
         if self.seen is None:
-            self._check_tree()
+            self.check_tree()
             self._open()
         elif is_sliding(self.cache):
             tokens, mask, parents = self._reopen(tokens, mask, parents)
@@ -231,12 +304,24 @@ class TransformersEngine:
             self.seen[:, i, i] = True  # padding too: a row of attention must not be empty
         return held
 
-    def _check_tree(self) -> None:
+    def check_tree(self) -> None:
+        """Refuse a model, a cache or a layer policy with which no draft tree can be fed.
+
+        Raises:
+            InputError: there is one.
+        """
+        if self.fixed_positions:
+            raise InputError(
+                f"{self.fixed_positions}, so the branches of a draft tree cannot stand at the same positions; leave "
+                "speculation out"
+            )
         if self.policy is not None:
             raise InputError("a layer policy thins single columns, and a draft tree needs them whole; use one of them")
-        if self.reprefills:
-            why = rewind_obstacle(self.cache) or "rewind='reprefill' feeds everything again"
-            raise InputError(f"drafts are taken back at every step, but {why}; use the default dynamic cache")
+        why = self._rewind_obstacle() or ("rewind='reprefill' feeds everything again" if self.reprefills else None)
+        if why:
+            raise InputError(
+                f"drafts are taken back at every step, but {why}; use a dynamic cache of keys and values alone"
+            )
         lengths = layer_lengths(self.cache)
         if not is_sliding(self.cache) and any(n not in (0, self.columns) for n in lengths):
             raise InputError(
@@ -259,7 +344,7 @@ class TransformersEngine:
         extra = {}
         if self.columns == 0:
             tokens, _ = self._start(tokens, None)
-            self._check_tree()
+            self.check_tree()
             if tokens.shape[1] < count:
                 raise InputError(
                     f"the cache holds the whole prompt ({self.columns} columns); leave the last one to feed"
@@ -300,27 +385,37 @@ class TransformersEngine:
                 raise InputError("a prompt is padded on the right, where tokens will follow; pad on the left")
             self.policy.begin(prompt, self.max_new_tokens)
         if self.rewinds and not self.reprefills:
-            obstacle = rewind_obstacle(self.cache)
+            obstacle = self._rewind_obstacle()
             if obstacle and "static" in type(self.cache).__name__.lower():
                 raise InputError(f"tokens cannot be taken back: {obstacle}; use the default dynamic cache")
             self.reprefills = obstacle is not None
+        if self.rewinds and self.batch > 1 and (self.reprefills or self.fixed_positions):
+            check_padding(self.model)
         if self.policy is not None and self.reprefills:
             raise InputError(
                 "rows cannot be fed again when columns run different layers; use rewind='auto' and the default cache "
                 "with a layer policy"
             )
-        return self._adopt(tokens, mask) if self.cache.get_seq_length() else (tokens, mask)
+        held = held_columns(self.cache)
+        return self._adopt(tokens, mask, held) if held else (tokens, mask)
 
-    def _adopt(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _rewind_obstacle(self) -> str | None:
+        if self.carrier is None:
+            return f"{type(self.model).__name__} keeps no cache"
+        if not isinstance(self.cache, Cache):
+            return f"{type(self.model).__name__} makes a cache of its own"
+        return rewind_obstacle(self.cache)
+
+    def _adopt(self, tokens: Tensor, mask: Tensor | None, held: int) -> tuple[Tensor, Tensor | None]:
         """The cache holds the first columns of the prompt already: take them over and return the rest."""
-        held, lengths = int(self.cache.get_seq_length()), layer_lengths(self.cache)
-        rows = next(layer.keys.shape[0] for layer in self.cache.layers if layer.keys is not None)
+        lengths = layer_lengths(self.cache)
+        rows = next(keys.shape[0] for layer in self.cache.layers if (keys := getattr(layer, "keys", None)) is not None)
         if held >= tokens.shape[1] or rows != self.batch:
             raise InputError(
                 f"the cache holds {held} columns of {rows} rows, the prompt has {tokens.shape[1]} of {self.batch}; "
                 "pass the whole prompt, and a cache of its first columns that leaves at least the last one to feed"
             )
-        if not is_sliding(self.cache) and any(n != held for n in lengths):
+        if not is_sliding(self.cache) and any(n not in (0, held) for n in lengths):
             raise InputError(
                 f"the layers of the cache hold {min(lengths)} to {max(lengths)} columns; pass an empty one"
             )
@@ -328,7 +423,7 @@ class TransformersEngine:
         self.mask[:, :held], self.tokens[:, :held] = known.bool(), tokens[:, :held]
         self.live = known.long().sum(-1)
         self.columns = held
-        if self.rewinds:
+        if self.rewinds and not self.reprefills:
             self.cache.activate_past_recording()
         tokens, mask = tokens[:, held:], None if mask is None else mask[:, held:]
         # padding between cache and block would take up room in the windows: feed all of it again, left-padded
@@ -351,14 +446,19 @@ class TransformersEngine:
             self.padded = self.padded or fed < mask.numel()
         positions = (self.live[:, None] + ahead).clamp(min=0)
         self.live += (end - start) if mask is None else mask.long().sum(-1)
-        inputs: dict[str, Any] = {"input_ids": tokens, "past_key_values": self.cache, "use_cache": True}
-        if self.padded:
+        inputs: dict[str, Any] = {"input_ids": tokens}
+        if self.carrier is not None:
+            inputs |= {self.carrier: self.cache, "use_cache": True}
+        if self.padded and (start == 0 or self.masks_later):
             inputs["attention_mask"] = self.mask[:, :end].long()
         if self.takes_positions:
             inputs["position_ids"] = positions
         with self.switch.only(executed) if executed is not None else nullcontext():
-            logits = self.model(**inputs, **self.last_only, **extra, return_dict=True).logits
-        if start == 0 and self.rewinds:
+            output = self.model(**inputs, **self.last_only, **extra, return_dict=True)
+        logits, self.stale = output.logits, self.carrier is None
+        if self.carrier is not None and not isinstance(self.cache, Cache):
+            self.cache = output[self.carrier]
+        if start == 0 and self.rewinds and not self.reprefills and self.carrier is not None:
             self.cache.activate_past_recording()  # sliding layers must keep what a rewind may need
         self.columns = end
         self.calls += 1
@@ -452,7 +552,7 @@ class TransformersEngine:
             # rows whose newest entry is padding must keep the last column aligned for `logits[:, -1]`
             order = torch.argsort(all_mask[:, :-1].long(), dim=1, stable=True)[:, -width:]
             order = torch.cat([order, torch.full_like(order[:, :1], all_mask.shape[1] - 1)], 1)
-        self.cache = DynamicCache(config=self.model.config)
+        self.cache = new_cache(self.model)
         self.columns, self.stale = 0, False
         self.live.zero_()
         self.mask.zero_()
