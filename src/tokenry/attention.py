@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .errors import InputError
-from .hooks import Feed, on_feed
+from .hooks import Feed, on_feed, text_model
 
 __all__ = ["AttentionCall", "edit_mask", "observe", "suppress", "tree_mask"]
 
@@ -109,17 +109,23 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     """The attention modules that go through transformers' attention interface, by layer."""
-    found = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "q_proj")]
+    found = [m for m in text_model(model).modules() if hasattr(m, "layer_idx") and hasattr(m, "q_proj")]
     if not found:
         raise InputError(
             f"{type(model).__name__} has no attention layers with q_proj; use a Llama- or Gemma-like model"
+        )
+    if any(module.layer_idx is None or module.layer_idx < 0 for module in found):
+        raise InputError(
+            f"attention layers of {type(model).__name__} do not know their number, as they are shared; use a model in "
+            "which every layer has its own"
         )
     return sorted(found, key=lambda m: m.layer_idx)
 
 
 @contextmanager
 def _installed(model: PreTrainedModel, consumer: Observer | Editor, is_editor: bool) -> Iterator[None]:
-    before = model.config._attn_implementation
+    body = text_model(model)  # an encoder beside it may not have sdpa
+    before = body.config._attn_implementation
     if before not in ("sdpa", NAME):
         raise InputError(
             f"attention implementation {before!r} cannot be observed; load the model with attn_implementation='sdpa'"
@@ -134,7 +140,7 @@ def _installed(model: PreTrainedModel, consumer: Observer | Editor, is_editor: b
         for module in modules:
             setattr(module, _ACTIVE, (*getattr(module, _ACTIVE, ()), record))
         if before != NAME:
-            model.set_attn_implementation(NAME)
+            body.set_attn_implementation(NAME)
         yield
     finally:
         for module in modules:
@@ -144,7 +150,7 @@ def _installed(model: PreTrainedModel, consumer: Observer | Editor, is_editor: b
             elif hasattr(module, _ACTIVE):
                 delattr(module, _ACTIVE)
         if before != NAME:
-            model.set_attn_implementation(before)
+            body.set_attn_implementation(before)
 
 
 def observe(model: PreTrainedModel, observer: Observer):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .cache import held_columns
 from .errors import InputError
 
 __all__ = [
@@ -37,7 +38,14 @@ __all__ = [
     "on_feed",
     "patch_resid",
     "skip_layers",
+    "text_model",
 ]
+
+
+def text_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a model that makes final hidden states of tokens: its decoder without the head."""
+    found = (model.get_decoder(), model.base_model, getattr(model, "model", None))
+    return next((m for m in found if isinstance(m, PreTrainedModel) and m is not model), model)
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -47,10 +55,26 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
         InputError: the model has no list of `num_hidden_layers` blocks.
     """
     count = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
+    for module in text_model(model).modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise InputError(f"{type(model).__name__} has no list of {count} decoder layers; use a decoder-only model")
+
+
+def hidden_states(output: object) -> Tensor:
+    """The hidden states (batch, time, width) among what a block returns.
+
+    Raises:
+        InputError: the block returns something else.
+    """
+    hidden = output[0] if isinstance(output, tuple | list) and not hasattr(output, "_fields") else output
+    if not isinstance(hidden, Tensor) or hidden.dim() != 3:
+        given = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+        raise InputError(
+            f"the layers of this model return {given} and not hidden states (batch, time, width); use a model with one "
+            "residual stream"
+        )
+    return hidden
 
 
 def _check(layers: nn.ModuleList, wanted: Collection[int]) -> None:
@@ -68,9 +92,8 @@ def edit_residual(model: PreTrainedModel, edits: Mapping[int, Callable[[Tensor],
         for index, edit in edits.items():
 
             def hook(module: nn.Module, args: tuple, output: object, edit: Callable = edit) -> object:
-                if isinstance(output, tuple):  # older blocks return (hidden, ...)
-                    return (edit(output[0]), *output[1:])
-                return edit(output)
+                edited = edit(hidden_states(output))
+                return edited if isinstance(output, Tensor) else (edited, *output[1:])  # older blocks: (hidden, ...)
 
             stack.callback(layers[index].register_forward_hook(hook).remove)
         yield
@@ -129,23 +152,44 @@ class Feed:
 
 @contextmanager
 def on_feed(model: PreTrainedModel, begin: Callable[[Feed], None]) -> Iterator[None]:
-    """Call `begin(feed)` before every forward of the model's body."""
-    body = model.get_decoder()  # OPT calls it without its base model
-    signature = inspect.signature(body.forward)
+    """Call `begin(feed)` before every forward of the model's body. Ids are known too where the model embeds them before
+    it calls its body.
+
+    Raises:
+        InputError: during a forward whose state does not say how many tokens it has seen.
+    """
+    body = text_model(model)
+    seen: list[Tensor] = []  # ids that were given to a module around the body
+
+    def given(module: nn.Module, args: tuple, kwargs: dict) -> dict:
+        return inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+
+    def remember(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        ids = given(module, args, kwargs).get("input_ids")
+        if module is model or ids is not None:
+            seen[:] = [] if ids is None else [ids]
 
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        given = signature.bind_partial(*args, **kwargs).arguments
-        ids, embeds, cache = given.get("input_ids"), given.get("inputs_embeds"), given.get("past_key_values")
+        inputs = given(module, args, kwargs)
+        ids, embeds, cache = inputs.get("input_ids"), inputs.get("inputs_embeds"), inputs.get("past_key_values")
+        if ids is None and seen and seen[0].shape == embeds.shape[:2]:
+            ids = seen.pop()
+        for name in ("cache_params", "state"):
+            if inputs.get(name) is not None:
+                raise InputError(
+                    f"{type(model).__name__} keeps its state in {name}, which does not say how many tokens it has "
+                    "seen; call it on whole sequences, with use_cache=False"
+                )
         new = (ids if ids is not None else embeds).shape[1]
-        start = 0 if cache is None else int(cache.get_seq_length())
-        cached = cache is not None or given.get("use_cache") is not False
-        begin(Feed(ids, given.get("attention_mask"), given.get("position_ids"), start, new, cached))
+        cached = keeps and (cache is not None or inputs.get("use_cache") is not False)
+        begin(Feed(ids, inputs.get("attention_mask"), inputs.get("position_ids"), held_columns(cache), new, cached))
 
-    handle = body.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
+    keeps = "past_key_values" in inspect.signature(body.forward).parameters
+    with ExitStack() as stack:
+        for module in {model, model.base_model} - {body}:
+            stack.callback(module.register_forward_pre_hook(remember, with_kwargs=True).remove)
+        stack.callback(body.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -178,10 +222,14 @@ def edit_inputs(edits: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterat
     with ExitStack() as stack:
         for module, edit in edits.items():
 
-            def hook(module: nn.Module, args: tuple, edit: Callable = edit) -> tuple:
-                return (edit(args[0]), *args[1:])
+            def hook(module: nn.Module, args: tuple, kwargs: dict, edit: Callable = edit) -> tuple[tuple, dict]:
+                if args:
+                    return (edit(args[0]), *args[1:]), kwargs
+                if "hidden_states" not in kwargs:
+                    raise InputError(f"{type(module).__name__} is called without hidden_states; use another model")
+                return args, kwargs | {"hidden_states": edit(kwargs["hidden_states"])}
 
-            stack.callback(module.register_forward_pre_hook(hook).remove)
+            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
 
 
@@ -375,7 +423,7 @@ class _Skipped(nn.Module):
         return getattr(self.__dict__["block"], name)  # models read attributes such as `attention_type`
 
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor | tuple[Tensor]:
-        return (hidden_states,) if self.switch.tuples else hidden_states
+        return hidden_states if self.switch.rest is None else (hidden_states, *self.switch.rest)
 
 
 class LayerSwitch:
@@ -387,7 +435,8 @@ class LayerSwitch:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.layers = decoder_layers(model)
-        self.tuples: bool | None = None  # whether blocks return (hidden, ...); known as soon as one has run
+        self.looked = False  # at what blocks return; before one has run that is not known
+        self.rest: tuple[None, ...] | None = None  # what stands behind the hidden states, if they do not come alone
         self.lists: dict[frozenset[int], dict[str, nn.Module]] = {}
 
     @contextmanager
@@ -396,7 +445,7 @@ class LayerSwitch:
         if executed not in self.lists:
             self.lists[executed] = self._list(executed)
         before = self.layers._modules
-        watched = {self.layers[min(executed)]: self._look} if self.tuples is None and executed else {}
+        watched = {self.layers[min(executed)]: self._look} if not self.looked and executed else {}
         self.layers._modules = self.lists[executed]
         try:
             with edit_outputs(watched) if watched else nullcontext():
@@ -410,8 +459,20 @@ class LayerSwitch:
         return {name: block if int(name) in executed else _Skipped(block, self) for name, block in blocks}
 
     def _look(self, output: Tensor | tuple) -> Tensor | tuple:
-        self.tuples = isinstance(output, tuple)
+        hidden_states(output)
+        rest = () if isinstance(output, Tensor) else output[1:]
+        self.looked, self.rest = True, None if isinstance(output, Tensor) else (None,) * len(rest)
+        if any(part is not None and not _is_attention(part) for part in rest):
+            raise InputError(
+                "the layers of this model hand more than hidden states on to the next one, so none can be skipped; "
+                "use another model"
+            )
         return output
+
+
+def _is_attention(part: object) -> bool:
+    """Whether a block returns this for its user alone: attention weights (batch, heads, queries, keys)."""
+    return isinstance(part, Tensor) and part.dim() == 4
 
 
 def skip_layers(model: PreTrainedModel, executed: Collection[int]) -> AbstractContextManager[None]:
@@ -437,12 +498,11 @@ def mask_layers(model: PreTrainedModel, mask: Tensor) -> Iterator[None]:
 
     def hook(keep: Tensor) -> Callable:
         def mix(module: nn.Module, args: tuple, kwargs: dict, output: object) -> object:
-            before = args[0] if args else kwargs["hidden_states"]
-            after = output[0] if isinstance(output, tuple) else output
+            before, after = args[0] if args else kwargs["hidden_states"], hidden_states(output)
             if keep.shape[-2] != after.shape[1]:
                 raise InputError(f"the mask has {keep.shape[-2]} columns, the text {after.shape[1]}; give one for each")
             after = torch.where(keep.to(after.device), after, before)
-            return (after, *output[1:]) if isinstance(output, tuple) else after
+            return after if isinstance(output, Tensor) else (after, *output[1:])
 
         return mix
 

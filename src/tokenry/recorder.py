@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .attention import AttentionCall, is_edited
+from .attention import AttentionCall, allowed, is_edited
 from .errors import InputError
 from .hooks import Feed, fingerprint, head_mixer
 from .reducers import Reducer
@@ -122,6 +122,7 @@ class Recorder:
         if not least <= keys <= self.stop:  # then a key's column says nothing about its token
             raise InputError(f"layer {call.layer} holds {keys} keys for {self.stop} tokens; use a plain dynamic cache")
         if call.layer in self.qk:
+            self._check_mask(call, window)
             setting = self.settings.setdefault(str(call.layer), {"edited": False})
             own_mask = isinstance(self.feed.mask, Tensor) and self.feed.mask.dim() > 2
             setting["edited"] |= own_mask or is_edited(call.module)
@@ -130,6 +131,24 @@ class Recorder:
             self._add(f"k.{call.layer}", call.key[:, :, -self.feed.new :].transpose(1, 2).clone())
         if self.reducers:
             self._reduce(call)
+
+    def _check_mask(self, call: AttentionCall, window: int | None) -> None:
+        """Refuse a layer whose newest token sees other keys than `Trace.attention` will think."""
+        if (
+            call.mask is None
+            or is_edited(call.module)
+            or (isinstance(self.feed.mask, Tensor) and self.feed.mask.dim() > 2)
+        ):
+            return
+        keys, sees = call.key.shape[2], allowed(call)[:, 0, -1]
+        expected = self.valid[:, self.stop - keys :] & (
+            torch.arange(keys, device=sees.device) >= keys - (window or keys)
+        )
+        if not torch.equal(sees.expand_as(expected) & self.valid[:, -1:], expected & self.valid[:, -1:]):
+            raise InputError(
+                f"layer {call.layer} sees other tokens than its configuration says, so its maps cannot be rebuilt; "
+                "leave it out of qk, or record rows with a reducer"
+            )
 
     def _reduce(self, call: AttentionCall) -> None:
         dropped = self.stop - call.key.shape[2]
@@ -153,13 +172,27 @@ class Recorder:
         theirs = output.logits[:, -1].detach().float()
         ours = head_logits(module, self.columns["final"][0][:, -1])
         if (theirs - ours).abs().max() > 0.02 * theirs.abs().max():
-            raise InputError(f"{type(module).__name__} changes its logits after the head; it cannot be traced")
+            raise InputError(
+                f"the logits of {type(module).__name__} are not its output embeddings times the final hidden states; "
+                "it cannot be traced"
+            )
 
     # --- afterwards ------------------------------------------------------------------------------------------
 
     def sequences(self, tokenizer: PreTrainedTokenizerBase | None) -> list[tuple[dict[str, Tensor], dict]]:
         """Tensors and header of every row."""
         whole = {name: _join(parts) for name, parts in self.columns.items() if parts}
+        if self.qk and not self.settings and self.feed is not None:
+            raise InputError(
+                f"the attention of {type(self.model).__name__} does not go through transformers' attention functions, "
+                "so it cannot be observed; leave qk out"
+            )
+        for name, columns in whole.items():
+            if columns.shape[:2] != self.valid.shape:
+                raise InputError(
+                    f"{name} has shape {tuple(columns.shape)} for {tuple(self.valid.shape)} tokens: "
+                    f"{type(self.model).__name__} arranges its states otherwise and cannot be traced"
+                )
         heads = {name: _join(parts) for name, parts in self.heads.items()}
         weights, config = identity(self.model)
         header = {
@@ -210,7 +243,7 @@ def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
         logits = model.get_output_embeddings()(hidden).float()
     logits = logits * (getattr(config, "logit_scale", None) or 1.0)  # Cohere
     logits = logits / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)  # Gemma
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 

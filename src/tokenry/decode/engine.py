@@ -97,16 +97,18 @@ def position_obstacle(model: PreTrainedModel) -> str | None:
 
 
 def later_inputs(model: PreTrainedModel) -> dict[str, Any]:
-    """What `generate` feeds behind the first token of a text of two.
+    """What `generate` feeds behind the first token of a text of two; both where the model keeps nothing.
 
     Raises:
-        InputError: other tokens than the second one.
+        InputError: other tokens than these.
     """
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-    given = {"attention_mask": torch.ones_like(ids), "next_sequence_length": 1, "use_cache": True}
+    new = 1 if state_argument(model) else 2
+    given = {"attention_mask": torch.ones_like(ids), "use_cache": True} | (
+        {"next_sequence_length": 1} if new == 1 else {}
+    )
     fed = model.prepare_inputs_for_generation(ids, is_first_iteration=False, **given)
-    tokens = fed.get("input_ids")
-    if tokens is None or tokens.shape[1] != 1:
+    if fed.get("input_ids") is None or fed["input_ids"].shape[1] != new:
         raise InputError(
             f"{type(model).__name__} is not continued with its next token alone, but with others beside it; use a "
             "model that is"
@@ -402,7 +404,7 @@ class TransformersEngine:
     def _rewind_obstacle(self) -> str | None:
         if self.carrier is None:
             return f"{type(self.model).__name__} keeps no cache"
-        if not isinstance(self.cache, Cache):
+        if not isinstance(self.cache, Cache) or not self.model._supports_default_dynamic_cache():
             return f"{type(self.model).__name__} makes a cache of its own"
         return rewind_obstacle(self.cache)
 

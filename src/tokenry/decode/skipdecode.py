@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
-from ..hooks import Feed, LayerSwitch, decoder_layers, on_feed
+from ..hooks import Feed, LayerSwitch, decoder_layers, on_feed, text_model
 from ..skipping import SkipSchedule, skip_forward
 from .engine import layers_needed
 from .method import DecodeMethod, Plugins
@@ -100,7 +100,7 @@ class SkipDecode(DecodeMethod):
         if model.config.is_encoder_decoder:
             raise InputError(f"{type(model).__name__} has an encoder; skipdecode takes decoder-only models")
         follower = _Follower(SkipPolicy(self, model), LayerSwitch(model))
-        done = model.get_decoder().register_forward_hook(lambda *_: follower.running.close(), always_call=True)
+        done = text_model(model).register_forward_hook(lambda *_: follower.running.close(), always_call=True)
         try:
             with on_feed(model, follower.begin):
                 yield

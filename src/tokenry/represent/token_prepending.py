@@ -40,11 +40,13 @@ class Prepending:
 
     def __init__(self, model: PreTrainedModel, slot_token_id: int, layers: range, vector: Tensor) -> None:
         self.model, self.slot_token_id, self.layers, self.vector = model, slot_token_id, layers, vector
-        self._is_slot = self._slot = self._last = torch.empty(0)
+        self._is_slot: Tensor | None = None  # from the start of a forward to its embedding
+        self._slot = self._last = torch.empty(0)
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
         blocks, embedding = decoder_layers(self.model), self.model.get_input_embeddings()
+        self._is_slot = None
         with ExitStack() as stack:  # whatever was opened is closed again when a later step fails
             stack.enter_context(on_feed(self.model, self._find_slot))
             stack.enter_context(edit_inputs({embedding: self._known_ids}))
@@ -86,13 +88,36 @@ class Prepending:
         return ids.masked_fill(ids == self.slot_token_id, 0)
 
     def _put_vector(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        is_slot = self._is_slot.to(output.device)
+        is_slot, self._is_slot = self._is_slot, None
+        if is_slot is None:
+            raise InputError(
+                f"{type(self.model).__name__} embeds its tokens before it calls its language model, where the slot is "
+                "found; use a model of text alone"
+            )
+        if output.shape[:2] != is_slot.shape:
+            raise InputError(
+                f"the embeddings of {type(self.model).__name__} have shape {tuple(output.shape)}, not (batch, time, "
+                "width); use another model"
+            )
+        is_slot = is_slot.to(output.device)
         return torch.where(is_slot[..., None], self.vector.to(output.device, output.dtype), output)
 
     def _overwrite(self, hidden: Tensor) -> Tensor:
+        if hidden.dim() != 3:
+            raise InputError(
+                f"the layers of {type(self.model).__name__} take states of shape {tuple(hidden.shape)}; use a model "
+                "with one residual stream"
+            )
         rows = torch.arange(len(hidden), device=hidden.device)
         slot, last = self._slot.to(hidden.device), self._last.to(hidden.device)
         return hidden.index_put((rows, slot), hidden[rows, last])
+
+
+def reads_ids(model: PreTrainedModel) -> bool:
+    """Whether more than the embedding depends on token ids: embeddings for each layer, or experts chosen by id."""
+    config = model.config.get_text_config()
+    named = ("hidden_size_per_layer_input", "ple_layer_ids")
+    return any(getattr(config, name, None) for name in named) or "hash_moe" in getattr(config, "mlp_layer_types", ())
 
 
 class TokenPrepending(Method):
@@ -161,8 +186,17 @@ class TokenPrepending(Method):
                 a filled cache, inputs_embeds, or a mask that is not 2-D.
         """
         layers = decoder_layers(model)
-        if model.config.is_encoder_decoder or not all(getattr(m, "is_causal", True) for m in layers.modules()):
+        both_sides = not getattr(model.config, "causal", True)  # XLM
+        names = ("is_causal", "is_decoder")
+        said = [vars(module)[name] for module in layers.modules() for name in names if name in vars(module)]
+        both_sides |= bool(said) and not any(said)  # cross-attention is not causal in a decoder either
+        if model.config.is_encoder_decoder or both_sides:
             raise InputError(f"{type(model).__name__} is bidirectional, but TP needs causal attention; use a decoder")
+        if reads_ids(model):
+            raise InputError(
+                f"the layers of {type(model).__name__} read token ids, and the slot is none; use a model whose layers "
+                "read embeddings alone"
+            )
         if self.start_layer >= len(layers):
             raise InputError(
                 f"start_layer={self.start_layer} does not exist; this model has layers 0 to {len(layers) - 1}"

@@ -16,11 +16,13 @@ from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from ..attention import AttentionCall, attention_modules, observe
+from ..cache import held_columns, new_cache, state_argument
 from ..errors import InputError
+from ..hooks import text_model
 from .scores import allocate_proportional, keep_topk, stage_counts
 
 __all__ = [
@@ -46,7 +48,16 @@ def full_attention_layers(model: PreTrainedModel) -> list[int]:
     Raises:
         InputError: there are none.
     """
-    layers = DynamicCache(config=model.config).layers
+    cache = new_cache(model) if state_argument(model) == "past_key_values" else None
+    if cache is None:
+        raise InputError(f"{type(model).__name__} fills no cache of keys and values; there is nothing to compress")
+    shared = getattr(model.config.get_text_config(), "num_kv_shared_layers", 0)
+    if shared:
+        raise InputError(
+            f"{shared} layers of {type(model).__name__} read the keys of others and would miss what is cut; use a "
+            "model without shared layers"
+        )
+    layers = cache.layers
     found = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
     if not found:
         raise InputError(
@@ -266,19 +277,29 @@ class CacheCutter:
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        implementation = self.model.config._attn_implementation
+        decoder = text_model(self.model)
+        implementation = decoder.config._attn_implementation
         if implementation not in ("eager", "sdpa", "tokenry"):
             raise InputError(
                 f"attention implementation {implementation!r} takes no mask per layer; "
                 "load the model with attn_implementation='sdpa'"
             )
-        decoder = self.model.get_decoder()
         names = list(inspect.signature(decoder.forward).parameters)
         if "position_ids" not in names:
             raise InputError(
                 f"{type(self.model).__name__} takes no position_ids, so its positions cannot keep counting"
             )
         modules = attention_modules(self.model)
+        unnamed = [
+            m
+            for m in modules
+            if m.layer_idx in self.budgets and "past_key_values" not in inspect.signature(m.forward).parameters
+        ]
+        if unnamed:
+            raise InputError(
+                f"{type(unnamed[0]).__name__} does not get its cache as past_key_values, so it cannot be cut; use "
+                "another model"
+            )
         if any(isinstance(getattr(m, "_tokenry_cutter", None), CacheCutter) for m in modules):
             raise InputError("the cache of this model is already being compressed; leave the other context first")
         with ExitStack() as stack:  # whatever was opened is closed again when a later step fails
@@ -324,7 +345,7 @@ class CacheCutter:
         tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
         q_length = tokens.shape[1]
         self._mask = None
-        if cache is None or cache.get_seq_length() == 0:
+        if held_columns(cache) == 0:
             self.trace = KeepMap(q_length, self._check_prompt(cache, mask))
             return (), kwargs
         keep = self._maps.get(cache)
@@ -350,11 +371,16 @@ class CacheCutter:
 
     def _check_prompt(self, cache: Cache | None, mask: Tensor | None) -> Tensor | None:
         """The prompt's padding as (batch, T) bool, or None. Refuses what cannot be cut."""
-        for layer in [] if cache is None else cache.layers:
+        for layer in [] if cache is None else [cache.layers[index] for index in self.budgets if index < len(cache)]:
             if hasattr(layer, "_quantized_keys") or getattr(layer, "is_compileable", False):
                 raise InputError(f"a {type(cache).__name__} cannot be cut; use the default dynamic cache")
         if mask is None:
             return None
+        if isinstance(mask, dict):
+            raise InputError(
+                f"{type(self.model).__name__} prepares its masks before it calls its language model, so none can be "
+                "made for each layer; use a model of text alone"
+            )
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             raise InputError("cache compression reads a 2-D attention_mask (batch, tokens); do not pass a 4-D one")
         valid = mask.bool()
@@ -370,7 +396,7 @@ class CacheCutter:
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         held = kwargs["past_key_values"].layers[module.layer_idx].get_seq_length()
         mask = self._mask.build(module.layer_idx, held, hidden.shape[1])
-        if mask is not None and self.model.config._attn_implementation == "eager":  # which adds its mask
+        if mask is not None and text_model(self.model).config._attn_implementation == "eager":  # which adds its mask
             mask = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(~mask, torch.finfo(hidden.dtype).min)
         return args, kwargs | {"attention_mask": mask}
 
