@@ -18,15 +18,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from pydantic import Field
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import InputError
+from .fields import Fields
+from .files import explained, read_json
 from .hooks import capture_residual, decoder_layers, fingerprint
 from .rows import left_padded, shared_length
+from .stored import Header, header_of, read_tensors, with_weights
 
 __all__ = ["CLASSES", "DifficultyProbe", "Prompt", "Questions", "prompt_ids", "question_ids", "read_questions"]
 
@@ -110,6 +113,26 @@ def read_questions(
 
 
 # --- the probe -----------------------------------------------------------------------------------------------------
+
+
+class MadeFor(Fields):
+    """Whose states a probe reads."""
+
+    model: str
+    fingerprint: str
+    layer: int
+    normed: bool
+    template: str
+
+
+class ProbeHeader(Header):
+    """What a saved probe says of itself."""
+
+    hidden_size: int = Field(ge=1, lt=2**24)
+    hidden: int = Field(ge=0, lt=2**24)
+    n_classes: int = Field(ge=2, lt=2**16)
+    held_out_accuracy: float = Field(allow_inf_nan=True)  # nan where no question was held out
+    made_for: MadeFor
 
 
 class DifficultyProbe(nn.Module):
@@ -282,19 +305,11 @@ class DifficultyProbe(nn.Module):
             InputError: no probe there, a damaged one, or one of a newer version.
         """
         folder = Path(folder)
-        try:
-            header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
-            if header["format"] > FORMAT:
-                raise InputError(
-                    f"the probe in {str(folder)!r} has format {header['format']}, this version reads {FORMAT}; update "
-                    "tokenry"
-                )
-            probe = cls(header["hidden_size"], header["hidden"], header["n_classes"])
-            probe.load_state_dict(load_file(folder / WEIGHTS))
-        except (OSError, KeyError, TypeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            raise InputError(
-                f"there is no probe in {str(folder)!r} ({reason}); give a folder written by DifficultyProbe.save"
-            ) from None
-        probe.held_out_accuracy, probe.made_for = header["held_out_accuracy"], header["made_for"]
+        remedy = "give a folder written by DifficultyProbe.save"
+        with explained(f"there is no probe in {str(folder)!r}", remedy):
+            header = read_json(folder / HEADER)
+            about = header_of(header, ProbeHeader, FORMAT, f"the probe in {str(folder)!r}")
+            sizes = about.hidden_size, about.hidden, about.n_classes
+            probe = with_weights(lambda: cls(*sizes), read_tensors(folder / WEIGHTS)[0])
+        probe.held_out_accuracy, probe.made_for = about.held_out_accuracy, header["made_for"]
         return probe

@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from pydantic import Field
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .errors import InputError
+from .fields import Fields
+from .files import explained, read_json
 from .hooks import fingerprint
+from .stored import Header, header_of, read_tensors, with_weights
 
 __all__ = ["ConfidenceFilter", "TraceDataset"]
 
@@ -50,6 +53,22 @@ class TraceDataset(NamedTuple):
     def join(cls, parts: list[TraceDataset]) -> TraceDataset:
         """The records of all parts."""
         return cls(*(torch.cat(values) for values in zip(*parts)))
+
+
+class MadeFor(Fields):
+    """What a filter was trained on."""
+
+    model: str
+    fingerprint: str
+    temperature: float
+
+
+class FilterHeader(Header):
+    """What a saved filter says of itself."""
+
+    block_length: int = Field(ge=1, lt=2**20)
+    hidden: int = Field(ge=1, lt=2**24)
+    made_for: MadeFor
 
 
 class ConfidenceFilter(nn.Module):
@@ -131,20 +150,10 @@ class ConfidenceFilter(nn.Module):
             InputError: no filter there, a damaged one, or one of a newer version.
         """
         folder = Path(folder)
-        try:
-            header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
-            if header["format"] > FORMAT:
-                raise InputError(
-                    f"the filter in {str(folder)!r} has format {header['format']}, this version reads {FORMAT}; update "
-                    "tokenry"
-                )
-            made = cls(header["block_length"], header["hidden"])
-            made.load_state_dict(load_file(folder / WEIGHTS))
-            made.made_for = header["made_for"]
-        except (OSError, KeyError, TypeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            raise InputError(
-                f"there is no filter in {str(folder)!r} ({reason}); give a folder written by ConfidenceFilter.save, or "
-                "make one with `tokenry train --method learn2pd`"
-            ) from None
+        remedy = "give a folder written by ConfidenceFilter.save, or make one with `tokenry train --method learn2pd`"
+        with explained(f"there is no filter in {str(folder)!r}", remedy):
+            header = read_json(folder / HEADER)
+            about = header_of(header, FilterHeader, FORMAT, f"the filter in {str(folder)!r}")
+            made = with_weights(lambda: cls(about.block_length, about.hidden), read_tensors(folder / WEIGHTS)[0])
+        made.made_for = header["made_for"]
         return made.eval()

@@ -7,14 +7,14 @@ in what applying the method opens (a context manager, a processor, a monitor).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, ValidationInfo
 
 from .errors import InputError
+from .files import parse_json, read_entries
 
 __all__ = ["Lines", "Method", "Option"]
 
@@ -29,27 +29,27 @@ class Option(NamedTuple):
     description: str
 
 
-def read_lines(value: Any) -> Any:
-    """A list of strings, or the path of a text file with one entry per line (`[...]` is read as JSON)."""
+def read_lines(value: Any, what: str = "entries") -> Any:
+    """A list of strings, or the path of a file with one entry per line or a JSON list (`[...]` itself is JSON too).
+
+    Args:
+        what: the name of the entries, in the plural.
+    """
     if not isinstance(value, str | Path):
         return value
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
-            return json.loads(value)
-        except json.JSONDecodeError as error:
+            return parse_json(value)
+        except ValueError as error:
             raise ValueError(f"this is not a JSON list ({error})") from None
-    path = Path(value)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise ValueError(
-            f"the file {str(path)!r} cannot be read ({reason}); give a text file with one entry per line"
-        ) from None
-    return [line for line in lines if line]
+    return read_entries(value, what)
 
 
-Lines = Annotated[tuple[str, ...], BeforeValidator(read_lines)]
+def _lines(value: Any, info: ValidationInfo) -> Any:
+    return read_lines(value, info.field_name)
+
+
+Lines = Annotated[tuple[str, ...], BeforeValidator(_lines)]
 
 
 class Method(BaseModel):
@@ -69,7 +69,7 @@ class Method(BaseModel):
     claim: ClassVar[str]
     caution: ClassVar[str] = ""
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:

@@ -5,6 +5,7 @@ Nothing heavy is imported before a command needs it, so that `tokenry list` answ
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import click
@@ -12,7 +13,7 @@ import click
 from .. import __version__
 from ..errors import InputError
 from . import catalogue, compare, decode, judge, read, represent, select, tokenize, train, zoo
-from .shared import example
+from .shared import SAID, example
 
 __all__ = ["main"]
 
@@ -37,6 +38,8 @@ class Commands(click.Group):
 @click.version_option(__version__)
 def main() -> None:
     """Everything that happens to a token in a transformer: methods from the literature, each measured."""
+    logging.getLogger("tokenry.files").addHandler(SAID)  # adding it again changes nothing
+    logging.getLogger("tokenry.files").setLevel(logging.INFO)
 
 
 for command in (

@@ -17,6 +17,7 @@ from .shared import (
     model_options,
     parse_methods,
     progress,
+    read_entries,
     read_text,
 )
 
@@ -85,7 +86,7 @@ def read_prompts(prompt: str | None, path: str | None) -> list[str]:
     if (prompt is None) == (path is None):
         raise InputError("give one PROMPT, or a file of them with --prompts")
     if path is not None:
-        prompts = [line for line in read_text(path, "prompts").splitlines() if line.strip()]
+        prompts = [prompt for prompt in read_entries(path, "prompts", "write one a line") if prompt.strip()]
         if not prompts:
             raise InputError(f"the file {path!r} has no prompts; write one a line")
         return prompts

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ..errors import InputError
+from ..files import records_of
 from .shared import as_json, check_writable, example, load_model, model_options, parse_methods, progress, read_text
 
 
@@ -64,25 +65,15 @@ def judge(
 Row = tuple[str, str, str | None]  # prompt, solution, right answer
 
 
-def read_rows(path: str) -> Iterable[Row]:
+def read_rows(path: str) -> list[Row]:
     """The solutions of a file of JSON lines."""
-    found = []
-    for number, line in enumerate(read_text(path, "file of solutions").splitlines(), 1):
-        if line.strip():
-            found += parse_row(line, f"line {number} of {path!r}")
-    if not found:
-        raise InputError(f'{path!r} holds no solutions; write lines like {{"prompt": "...", "solution": "..."}}')
-    return found
+    remedy = 'write lines like {"prompt": "...", "solution": "..."}'
+    lines = records_of(read_text(path, "file of solutions"), path, "solutions", remedy, solutions_of)
+    return [row for rows in lines for row in rows]
 
 
-def parse_row(line: str, where: str) -> list[Row]:
+def solutions_of(row: dict[str, Any], where: str) -> list[Row]:
     """The solutions of one line."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where} is not JSON ({error}); write one object a line") from None
-    if not isinstance(row, dict):
-        raise InputError(f"{where} is not an object but {line.strip()[:40]!r}; write one object a line")
     prompt, answer = row.get("prompt"), row.get("answer")
     if not isinstance(prompt, str) or not prompt.strip():
         raise InputError(f"{where} has the prompt {prompt!r}; give the question as text")

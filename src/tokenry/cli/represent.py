@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import InputError
-from .shared import as_json, check_writable, example, load_model, model_options, parse_methods, progress, read_text
+from .shared import as_json, check_writable, example, load_model, model_options, parse_methods, progress, read_entries
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,10 +76,9 @@ def check_output(path: str) -> None:
 
 def read_lines(file: str) -> list[str]:
     """The lines of a file; vectors and lines must match, so that an empty line is refused."""
-    text = read_text(file, "file").removesuffix("\n")
-    if not text:
+    texts = read_entries(file, "file", "give one sentence a line")
+    if not any(texts):
         raise InputError(f"the file {file!r} is empty; give one sentence a line")
-    texts = text.split("\n")
     for number, text in enumerate(texts, 1):
         if not text.strip():
             raise InputError(f"line {number} of {file!r} is empty; remove it")

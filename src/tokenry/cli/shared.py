@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,9 +14,20 @@ import click
 
 from .. import catalog
 from ..errors import InputError
+from ..files import as_text, entries_of, explained
 
 if TYPE_CHECKING:
     from ..method import Method
+
+
+class _Said(logging.Handler):
+    """Shows on standard error what reading a file has found."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(record.getMessage(), err=True)
+
+
+SAID = _Said()
 
 
 def example(text: str) -> str:
@@ -77,11 +89,17 @@ def load_model(name: str, dtype: str | None, device: str | None) -> Any:
 
 def read_text(path: str, what: str) -> str:
     """The text of a file, or of standard input for '-'."""
-    try:
-        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise InputError(f"the {what} {path!r} cannot be read ({reason}); give a text file") from None
+    with explained(f"the {what} {path!r} cannot be read", "give a text file"):
+        if path == "-" and sys.stdin is None:
+            raise ValueError("standard input is closed")
+        return as_text(sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes())
+
+
+def read_entries(path: str, what: str, remedy: str) -> list[str]:
+    """The entries of a user's file or of standard input, blank ones too."""
+    text = read_text(path, what)
+    with explained(f"the {what} {path!r} cannot be read", remedy):
+        return entries_of(text)
 
 
 def check_writable(path: str) -> None:

@@ -7,7 +7,6 @@ soon. The question is read once; what a strategy adds to the prompt comes after 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,8 @@ from ..difficulty import (
     read_questions,
 )
 from ..errors import InputError
+from ..fields import Fields, checked
+from ..files import explained, read_json
 from ..rows import left_padded, shared_length
 from .api import generate
 from .core import DecodeOutput
@@ -176,6 +177,18 @@ def _lay_out(
     return torch.cat([questions.ids, ids], 1), torch.cat([mask, after], 1), questions.cache
 
 
+class StrategyRow(Fields):
+    """A strategy in a file."""
+
+    name: str
+    suffix: str = ""
+    temperature: float = 0.8
+    budget: float = 1.0
+
+    def strategy(self) -> Strategy:
+        return Strategy(self.name, self.suffix, self.temperature, self.budget)
+
+
 def _read_probe(value: Any) -> Any:
     return DifficultyProbe.load(value) if isinstance(value, str | Path) else value
 
@@ -184,11 +197,11 @@ def _read_strategies(value: Any) -> Any:
     """Strategies from a JSON file: a list of objects with name, suffix, temperature and budget. Other values pass."""
     if not isinstance(value, str | Path):
         return value
-    try:
-        return json.loads(Path(value).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ValueError(f"the file {str(value)!r} is no JSON list of strategies ({reason})") from None
+    problem = f"the file {str(value)!r} is no JSON list of strategies"
+    remedy = "give objects with name, suffix, temperature and budget"
+    with explained(problem, remedy):
+        found = read_json(value)
+        return tuple(checked(StrategyRow, one, problem, remedy).strategy() for one in found)
 
 
 class DiffAdapt(DecodeMethod):

@@ -7,7 +7,6 @@ of the base model. The base model reads many tokens at a time where it would hav
 
 from __future__ import annotations
 
-import json
 import math
 import time
 import warnings
@@ -23,6 +22,7 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import InputError
+from ..files import explained, parse_json, read_json, shown
 from ..models import LoadedModel, load
 from .core import DecodeOutput
 from .method import DecodeMethod, Plugins
@@ -397,24 +397,32 @@ class SpecReasonOutput(DecodeOutput):
     results: list[ReasoningResult] | None = None
 
 
+KINDS = "texts, for answers a list of texts, and for chat true or false"
+FIELD_TYPES = {
+    "answers": lambda value: isinstance(value, list) and all(isinstance(text, str) for text in value),
+    "chat": lambda value: isinstance(value, bool),
+}
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
 def _read_prompts(value: Any) -> Any:
     """Prompts from a name, or from JSON: a file, or an object with the fields of `StepPrompts`. Other values pass."""
     if not isinstance(value, str | Path):
         return value
     if value in PRESETS:
         return PRESETS[value]
-    try:
-        text = str(value) if str(value).lstrip().startswith("{") else Path(value).read_text(encoding="utf-8")
-        given = json.loads(text)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ValueError(
-            f"{str(value)!r} is neither {' nor '.join(PRESETS)} nor JSON ({reason}); give a file or an object"
-        ) from None
+    with explained(f"{str(value)!r} is neither {' nor '.join(PRESETS)} nor JSON", "give a file or an object"):
+        given = parse_json(str(value)) if str(value).lstrip().startswith("{") else read_json(value)
     known = [f.name for f in fields(StepPrompts)]
     unknown = [name for name in given if name not in known] if isinstance(given, dict) else [given]
     if unknown:
         raise ValueError(f"prompts have no field {unknown[0]!r}; the fields are {', '.join(known)}")
+    wrong = [name for name, text in given.items() if not FIELD_TYPES.get(name, _is_text)(text)]
+    if wrong:
+        raise ValueError(f"the field {wrong[0]!r} of the prompts is {shown(given[wrong[0]])}; give {KINDS}")
     return StepPrompts(**given)
 
 

@@ -17,11 +17,14 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
+from pydantic import Field, NonNegativeInt, Strict
 from wordfreq import word_frequency
 
 from ..errors import InputError
+from ..fields import Fields, checked
+from ..files import explained, parse_json, read_json
 from ..words import STOP_WORDS, content_words
 
 __all__ = ["Pattern", "Reference", "SlopProfile", "human_reference"]
@@ -72,7 +75,41 @@ class Reference:
 
     @classmethod
     def load(cls, path: str | Path) -> Reference:
-        return cls(**json.loads(gzip.decompress(Path(path).read_bytes())))
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: another file, or a damaged one.
+        """
+        what, remedy = f"{str(path)!r} is not a reference", "make one with Reference.count(name, texts).save(path)"
+        with explained(what, remedy):
+            value = parse_json(gzip.decompress(Path(path).read_bytes()).decode())
+        found = checked(Counts, value, what, remedy)
+        return cls(found.name, found.characters, found.bigrams, found.trigrams)
+
+
+class Counts(Fields):
+    """A saved `Reference`."""
+
+    name: str
+    characters: int = Field(ge=1)
+    bigrams: dict[str, NonNegativeInt]
+    trigrams: dict[str, NonNegativeInt]
+
+
+Row = Annotated[tuple[str, NonNegativeInt, float], Strict(False)]
+
+
+class Lists(Fields):
+    """A saved `SlopProfile`."""
+
+    format: Literal[1]
+    words: list[Row]
+    new_words: list[Row]
+    bigrams: list[Row]
+    new_bigrams: list[Row]
+    trigrams: list[Row]
+    new_trigrams: list[Row]
+    phrases: list[Row]
 
 
 @lru_cache(maxsize=1)
@@ -153,17 +190,21 @@ class SlopProfile:
 
     def save(self, path: str | Path) -> None:
         """Write as JSON."""
-        Path(path).write_text(json.dumps({"format": FORMAT, **asdict(self)}, ensure_ascii=False, indent=1))
+        values = {"format": FORMAT, **asdict(self)}
+        Path(path).write_text(json.dumps(values, ensure_ascii=False, indent=1), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> SlopProfile:
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            if data.pop("format") != FORMAT:
-                raise ValueError("another format")
-            return cls(**{name: [Pattern(*row) for row in rows] for name, rows in data.items()})
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{str(path)!r} is not a slop profile ({error}); make one with SlopProfile.save") from None
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: another file, a damaged one, or one of another format.
+        """
+        what, remedy = f"{str(path)!r} is not a slop profile", "make one with SlopProfile.save"
+        with explained(what, remedy):
+            value = read_json(path)
+        lists = checked(Lists, value, what, remedy).model_dump(include=set(QUOTAS))
+        return cls(**{name: [Pattern(*row) for row in rows] for name, rows in lists.items()})
 
 
 def _normalise(text: str) -> str:

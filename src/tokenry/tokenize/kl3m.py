@@ -128,7 +128,7 @@ def _read_custom(value: Any) -> Any:
         parts = [part.strip() for part in value.split(",")]
         if all(part in GROUPS for part in parts):
             return tuple(parts)
-    return read_lines(value)
+    return read_lines(value, "custom tokens")
 
 
 class KL3M(Method):

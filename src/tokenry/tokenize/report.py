@@ -17,6 +17,7 @@ from rich.text import Text
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import InputError
+from ..files import explained
 from ..models import DEFAULT, load
 from .measures import boundary_stability, token_counts, token_offsets, token_size_profile
 from .noise import ocr_errors
@@ -87,13 +88,9 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         raise InputError(f"the folder {str(name)!r} has no tokenizer.json; give one that save_pretrained has written")
     if not folder.is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)):
         raise InputError(f"there is no tokenizer {str(name)!r}; give a folder that exists, {DEFAULT!r} or a hub id")
-    try:
+    remedy = f"give a folder with tokenizer.json, {DEFAULT!r}, or a hub id that is cached or can be reached"
+    with explained(f"the tokenizer {str(name)!r} cannot be loaded", remedy):
         return AutoTokenizer.from_pretrained(folder if folder.is_dir() else str(name))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"the tokenizer {str(name)!r} cannot be loaded ({str(error).splitlines()[0]}); give a folder with "
-            f"tokenizer.json, {DEFAULT!r}, or a hub id that is cached or can be reached"
-        ) from None
 
 
 def tokenizer_report(

@@ -241,10 +241,12 @@ class FTPOTrainer(Trainer):
         return loss.detach(), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the mean of every part since the last log."""
-        wanted = {n for n in self.parts if n.startswith("eval_") == any(k.startswith("eval_") for k in logs)}
-        for name in wanted:
-            logs[name] = float(torch.stack(self.parts.pop(name)).mean())
+        """Adds the mean of every part since the last log, over all processes, so that all of them stop together."""
+        evaluated = any(key.startswith("eval_") for key in logs)
+        wanted = sorted(name for name in self.parts if name.startswith("eval_") == evaluated)  # everywhere in one order
+        if wanted:
+            means = torch.stack([torch.stack(self.parts.pop(name)).mean() for name in wanted])
+            logs |= zip(wanted, self.accelerator.gather(means[None]).mean(0).tolist())
         super().log(logs, start_time)
 
 
@@ -343,7 +345,7 @@ class FTPO(TrainMethod):
 
     def read(self, path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[Pair]:
         """The balanced training pairs in a file, see `read_pairs`."""
-        return self.pairs(read_pairs(path), tokenizer)
+        return self.pairs(read_pairs(path, tokenizer), tokenizer)
 
     def pairs(self, rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[Pair]:
         """The balanced training pairs from rewinds, pairs of ids or pairs of text."""

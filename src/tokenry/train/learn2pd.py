@@ -23,8 +23,9 @@ from transformers.trainer_utils import TrainOutput
 
 from .. import catalog
 from ..errors import InputError
+from ..files import read_records
 from ..filtering import ConfidenceFilter, TraceDataset
-from .method import TrainMethod, read_rows
+from .method import TrainMethod
 
 __all__ = ["FilterTrainer", "Learn2PDFilter", "filter_report", "split_traces", "train_filter"]
 
@@ -255,11 +256,13 @@ class Learn2PDFilter(TrainMethod):
     def read(self, path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """The shuffled prompts in a file, a JSON object with "prompt" a line."""
         remedy = 'write lines like {"prompt": "..."}'
-        rows = read_rows(path, "prompts", remedy)
-        for number, row in enumerate(rows, 1):
+
+        def check(row: dict[str, Any], where: str) -> str:
             if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-                raise InputError(f"line {number} of {str(path)!r} has no prompt; {remedy}")
-        prompts = [row["prompt"] for row in rows]
+                raise InputError(f"{where} has no prompt; {remedy}")
+            return row["prompt"]
+
+        prompts = read_records(path, "prompts", remedy, check)
         random.Random(self.seed).shuffle(prompts)
         return prompts
 

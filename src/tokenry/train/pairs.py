@@ -11,13 +11,15 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BeforeValidator, Field, Strict
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError
+from ..fields import Fields, checked
+from ..files import read_records
 from ..words import STOP_WORDS, content_words, is_word_character
-from .method import read_rows
 
 __all__ = ["balance_pairs", "check_pairs", "pairs_from_rewinds", "pairs_from_text", "read_pairs"]
 
@@ -27,21 +29,87 @@ MOST_CHOSEN = 20  # of these, kept from the least probable up
 TAIL = 40  # tokens of context in which a candidate might complete a banned pattern
 
 
-def read_pairs(path: str | Path) -> list[dict[str, Any]]:
-    """The JSON lines of a file: rewinds, pairs of ids, or pairs of text."""
-    return read_rows(path, "pairs", "make them with tokenry decode --save-pairs, banning what does occur")
+# --- files ---------------------------------------------------------------------------------------------------------
+
+TokenId = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class RewindRow(Fields):
+    """What a decode run saves of a rewind."""
+
+    context_ids: list[TokenId]
+    rejected: TokenId
+    rejected_text: str | None = None
+    rule: str
+    candidates: list[Annotated[tuple[TokenId, float], Strict(False)]]
+
+
+class IdRow(Fields):
+    """A pair of token ids."""
+
+    prompt_ids: list[TokenId] = Field(min_length=1)
+    chosen_ids: list[TokenId]
+    rejected_id: TokenId
+
+
+class TextRow(Fields):
+    """A pair of texts."""
+
+    prompt: str = Field(min_length=1)
+    chosen: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+    rejected: str
+
+
+FORMS: dict[str, type[Fields]] = {"context_ids": RewindRow, "prompt_ids": IdRow, "prompt": TextRow}
+REMEDY = (
+    "give rewinds (context_ids, rejected, rule, candidates), ids (prompt_ids, chosen_ids, rejected_id) or text "
+    "(prompt, chosen, rejected), all lines alike"
+)
+
+
+def read_pairs(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> list[dict[str, Any]]:
+    """The JSON lines of a file: rewinds, pairs of ids, or pairs of text, as the first line is.
+
+    Args:
+        tokenizer: of the model to train; with it, texts that are not one token are refused by line too.
+
+    Raises:
+        InputError: a file without pairs, or the first line with a field that is missing or wrong.
+    """
+    forms: list[str] = []
+
+    def check(row: dict[str, Any], where: str) -> dict[str, Any]:
+        forms.append(forms[0] if forms else _form(row, where))
+        found = checked(FORMS[forms[0]], row, where, REMEDY).model_dump()
+        if tokenizer is not None:
+            _check_words(found, where, tokenizer)
+        return found
+
+    return read_records(path, "pairs", "make them with tokenry decode --save-pairs, banning what does occur", check)
+
+
+def _form(row: Mapping[str, Any], where: str) -> str:
+    for key in FORMS:
+        if key in row:
+            return key
+    raise InputError(f"{where} with the keys {sorted(row)} is not understood; {REMEDY}")
+
+
+def _check_words(row: dict[str, Any], where: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse words that are other tokens here than they are taken for."""
+    try:
+        if "rejected_text" in row:
+            _check_tokenizer(tokenizer, row)
+        elif "prompt" in row:
+            pairs_from_text([row], tokenizer)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
 
 
 def to_pairs(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[Pair]:
     """Pairs of ids from any of the three forms, which is told by the keys of the first row."""
-    forms = {"context_ids": pairs_from_rewinds, "prompt_ids": lambda found, _: [dict(r) for r in found]}
-    for key, convert in {**forms, "prompt": pairs_from_text}.items():
-        if key in rows[0]:
-            return convert(rows, tokenizer)
-    raise InputError(
-        f"a pair with the keys {sorted(rows[0])} is not understood; give rewinds (context_ids, rejected, candidates), "
-        "ids (prompt_ids, chosen_ids, rejected_id) or text (prompt, chosen, rejected)"
-    )
+    convert = {"context_ids": pairs_from_rewinds, "prompt": pairs_from_text}.get(_form(rows[0], "a pair"))
+    return [dict(row) for row in rows] if convert is None else convert(rows, tokenizer)
 
 
 # --- from rewinds --------------------------------------------------------------------------------------------------
@@ -158,6 +226,9 @@ def _one_token(tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_ids: list
 def check_pairs(pairs: Iterable[Pair], vocab_size: int) -> None:
     """Refuse pairs that cannot be learnt from, naming the first one."""
     for number, pair in enumerate(pairs, 1):
+        missing = [name for name in IdRow.model_fields if name not in pair]
+        if missing:
+            raise InputError(f"pair {number} has no {missing[0]!r}; give {', '.join(IdRow.model_fields)}")
         chosen, rejected = pair["chosen_ids"], pair["rejected_id"]
         if not pair["prompt_ids"]:
             raise InputError(f"pair {number} has an empty context; give at least one token")

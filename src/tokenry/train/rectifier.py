@@ -11,10 +11,10 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 from transformers import (
     LlamaConfig,
@@ -28,7 +28,10 @@ from transformers import (
 
 from ..dead_end import DeadEndValueModel
 from ..errors import InputError
-from .method import TrainMethod, read_rows, report_progress
+from ..fields import Fields, checked
+from ..files import is_number, read_records
+from .method import TrainMethod, report_progress
+from .pairs import TokenId
 
 __all__ = [
     "Rectifier",
@@ -107,22 +110,42 @@ def read_episodes(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[
 
     A text is encoded as it stands: a mark such as `<eos>` that ended it, and a chat template, must be written out.
     """
-    remedy = "give a line for each text, with prompt, continuation and reward"
-    return [_episode(row, tokenizer, n) for n, row in enumerate(read_rows(path, "episodes", remedy))]
+    return read_records(path, "episodes", REMEDY, lambda row, where: _episode(row, where, tokenizer))
 
 
-def _episode(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, number: int) -> Episode:
-    for names in (("prompt", "continuation", "reward"), ("prompt_ids", "continuation_ids", "reward")):
-        if set(names) <= set(row):
-            prompt, continuation, reward = (row[name] for name in names)
-            if names[0] == "prompt":
-                prompt = tokenizer.encode(prompt)
-                continuation = tokenizer.encode(continuation, add_special_tokens=False)
-            return {"prompt_ids": prompt, "continuation_ids": continuation, "reward": reward}
-    raise InputError(
-        f"episode {number} with the keys {sorted(row)} is not understood; give prompt, continuation (texts) and "
-        "reward, or prompt_ids, continuation_ids and reward"
-    )
+REMEDY = "write lines with prompt, continuation (texts) and reward, or with prompt_ids, continuation_ids and reward"
+
+
+def _check_reward(reward: Any) -> Any:
+    each = reward if isinstance(reward, list) else [reward]
+    if not all(is_number(r) and -1 <= r <= 0 for r in each):
+        raise ValueError("it should be a number in [-1, 0], or a list of one for each token")
+    return reward
+
+
+class TextEpisode(Fields):
+    """An episode in words."""
+
+    prompt: str
+    continuation: str
+    reward: Annotated[Any, AfterValidator(_check_reward)]
+
+
+class IdEpisode(Fields):
+    """An episode in tokens."""
+
+    prompt_ids: list[TokenId]
+    continuation_ids: list[TokenId]
+    reward: Annotated[Any, AfterValidator(_check_reward)]
+
+
+def _episode(row: dict[str, Any], where: str, tokenizer: PreTrainedTokenizerBase) -> Episode:
+    if "prompt_ids" in row:
+        return checked(IdEpisode, row, where, REMEDY).model_dump(include=set(IdEpisode.model_fields))
+    found = checked(TextEpisode, row, f"{where} with the keys {sorted(row)}", REMEDY)
+    prompt = tokenizer.encode(found.prompt)
+    continuation = tokenizer.encode(found.continuation, add_special_tokens=False)
+    return {"prompt_ids": prompt, "continuation_ids": continuation, "reward": found.reward}
 
 
 def check_episodes(episodes: Sequence[Episode], vocabulary: int) -> None:
