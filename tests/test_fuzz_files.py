@@ -46,6 +46,9 @@ from tokenry.train.pairs import check_pairs
 from tokenry.train.rectifier import Rectifier, RectifierCollator, check_episodes
 
 EXAMPLES = int(os.environ.get("TOKENRY_FUZZ", "60"))  # damaged files for each reader
+SETTINGS = settings(
+    max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
 TEXTS = ["the old lighthouse", "café “quotes”", "a testament to the sea"]
 
 

@@ -165,9 +165,10 @@ class DeadEndValueModel(nn.Module):
             about = header_of(header, RectifierHeader, FORMAT, f"the rectifier in {str(folder)!r}")
             weights = read_tensors(folder / WEIGHTS)[0]
             _check_sizes(header["trunk"], len(weights))
-            model = with_weights(lambda: cls(_trunk(header["trunk"]), about.hidden_mult), weights)
+            model = with_weights(lambda: cls(_trunk(header["trunk"]), about.hidden_mult), weights).eval()
+            model(torch.zeros(1, 1, dtype=torch.long))  # a config may be taken and still not work
         model.vocabulary, model.special_ids = about.vocabulary, about.special_ids
-        return model.to(device).eval()
+        return model.to(device)
 
 
 def _trunk(config: dict[str, Any]) -> PreTrainedModel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -66,14 +66,16 @@ def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int 
             raise ValueError(f"the tensor {name!r} has the shape {found}, not ({wanted})")
 
 
-def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse numbers that are none.
+def check_floats(tensors: Mapping[str, Tensor], names: Iterable[str], nan: bool = False) -> None:
+    """Refuse tensors of another kind, and numbers that are not finite unless `nan`.
 
     Raises:
         ValueError: the first such tensor.
     """
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    for name in sorted(names):
+        if not tensors[name].is_floating_point():
+            raise ValueError(f"the tensor {name!r} is of the type {tensors[name].dtype}, not of floating point")
+        if not nan and not bool(torch.isfinite(tensors[name]).all()):
             raise ValueError(f"the tensor {name!r} has numbers that are not finite")
 
 
@@ -89,21 +91,20 @@ def with_weights(build: Callable[[], Module], weights: Mapping[str, Tensor]) -> 
     for name in sorted(weights.keys() - wanted.keys()):
         raise ValueError(f"the tensor {name!r} is not known")
     check_tensors(weights, {name: tuple(tensor.shape) for name, tensor in wanted.items()})
-    for name, tensor in weights.items():
-        if tensor.is_floating_point() != wanted[name].is_floating_point():
-            raise ValueError(f"the tensor {name!r} is of the type {tensor.dtype}, not {wanted[name].dtype}")
-    check_finite(weights)
+    check_floats(weights, [name for name in weights if wanted[name].is_floating_point()])
     made = build()
     made.load_state_dict(weights)
     return made
 
 
 def check_range(name: str, values: Tensor, stop: float, start: float = 0) -> None:
-    """Refuse values outside [start, stop).
+    """Refuse values that are no whole numbers in [start, stop).
 
     Raises:
         ValueError: the tensor's name and what it holds.
     """
+    if values.is_floating_point() or values.dtype == torch.bool:
+        raise ValueError(f"the tensor {name!r} is of the type {values.dtype}, not of whole numbers")
     low, high = (float(values.min()), float(values.max())) if values.numel() else (start, -math.inf)
     if not (start <= low and high < stop):
         raise ValueError(f"the tensor {name!r} has values from {low:g} to {high:g}; {start:g} to below {stop:g} exist")

@@ -32,7 +32,7 @@ from .hooks import capture_residual, decoder_layers, down_projection, edit_input
 from .recorder import FORMAT, Recorder, head_logits, identity
 from .reducers import Reducer
 from .spans import Span, find_spans
-from .stored import Header, check_range, check_tensors, header_of, read_tensors
+from .stored import Header, check_floats, check_range, check_tensors, header_of, read_tensors
 
 __all__ = ["Captured", "Trace", "capture"]
 
@@ -56,7 +56,7 @@ class Setting(Fields):
     """How the attention maps of a layer are rebuilt."""
 
     edited: bool
-    scaling: float
+    scaling: float = Field(gt=0, lt=1e6)
     window: Count | None
 
 
@@ -307,7 +307,10 @@ def _check(tensors: dict[str, Tensor], header: TraceHeader) -> None:
                 raise ValueError(f"the header says nothing of the attention of layer {layer}")
         inner |= {name: shape} if shape else {}
     check_tensors(tensors, {name: shape for name, shape in inner.items() if name in tensors})
-    for name in ("ids", "position_ids"):
+    reduced = {name for name in tensors if name.startswith("reduced.")}
+    whole = {"ids", "position_ids", "offsets", "positions"}
+    check_floats(tensors, tensors.keys() - reduced - whole, nan=True)
+    for name in tensors.keys() & whole:
         check_range(name, tensors[name], 2**31)
     if "offsets" in tensors:
         check_range("offsets", tensors["offsets"], len(header.text) + 1)

@@ -19,7 +19,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import Field, NonNegativeInt, Strict
+from pydantic import Field, Strict
 from wordfreq import word_frequency
 
 from ..errors import InputError
@@ -87,16 +87,19 @@ class Reference:
         return cls(found.name, found.characters, found.bigrams, found.trigrams)
 
 
+Count = Annotated[int, Field(ge=1, lt=2**53)]
+
+
 class Counts(Fields):
     """A saved `Reference`."""
 
     name: str
-    characters: int = Field(ge=1)
-    bigrams: dict[str, NonNegativeInt]
-    trigrams: dict[str, NonNegativeInt]
+    characters: Count
+    bigrams: dict[str, Count]
+    trigrams: dict[str, Count]
 
 
-Row = Annotated[tuple[str, NonNegativeInt, float], Strict(False)]
+Row = Annotated[tuple[str, Count, float], Strict(False)]
 
 
 class Lists(Fields):

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import InputError
 from ..files import explained, parse_json
 from ..hooks import decoder_layers, fingerprint
-from ..stored import Header, check_finite, check_range, check_tensors, header_of, read_tensors
+from ..stored import Header, check_floats, check_range, check_tensors, header_of, read_tensors
 from .directions import TILE, Side, Spread, neuron_rows, top_tokens, unembedding
 from .reading import Reading
 
@@ -349,7 +349,7 @@ def _check(tensors: dict[str, Tensor], header: MapHeader) -> None:
         if ids == "ids" or ids in tensors:
             shapes |= {name: (*tensors["lse"].shape, stored) for name in (ids, logits)}
     check_tensors(tensors, shapes)
-    check_finite(tensors)
+    check_floats(tensors, tensors.keys() - {"ids", "bottom_ids"})
     for name in tensors.keys() & {"ids", "bottom_ids"}:
         check_range(name, tensors[name], header.vocabulary)
         unnamed = [i for i in map(str, tensors[name].unique().tolist()) if i not in header.texts]

@@ -90,7 +90,9 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         raise InputError(f"there is no tokenizer {str(name)!r}; give a folder that exists, {DEFAULT!r} or a hub id")
     remedy = f"give a folder with tokenizer.json, {DEFAULT!r}, or a hub id that is cached or can be reached"
     with explained(f"the tokenizer {str(name)!r} cannot be loaded", remedy):
-        return AutoTokenizer.from_pretrained(folder if folder.is_dir() else str(name))
+        found = AutoTokenizer.from_pretrained(folder if folder.is_dir() else str(name))
+        found.encode("")  # a config may be taken and still not work
+    return found
 
 
 def tokenizer_report(
