@@ -25,8 +25,8 @@ from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedModel, P
 
 from .cache import layer_lengths, remove_last
 from .errors import InputError
-from .fields import Fields
 from .files import explained, read_json
+from .schemas import Fields
 from .stored import Header, header_of, read_tensors, with_weights
 
 __all__ = ["DeadEndValueModel", "DeadEndValues", "ValueCache", "vocabulary_hash"]

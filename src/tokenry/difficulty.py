@@ -25,10 +25,10 @@ from torch.nn import functional as F
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import InputError
-from .fields import Fields
 from .files import explained, read_json
 from .hooks import capture_residual, decoder_layers, fingerprint
 from .rows import left_padded, shared_length
+from .schemas import Fields
 from .stored import Header, header_of, read_tensors, with_weights
 
 __all__ = ["CLASSES", "DifficultyProbe", "Prompt", "Questions", "prompt_ids", "question_ids", "read_questions"]

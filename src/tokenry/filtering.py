@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .errors import InputError
-from .fields import Fields
 from .files import explained, read_json
 from .hooks import fingerprint
+from .schemas import Fields
 from .stored import Header, header_of, read_tensors, with_weights
 
 __all__ = ["ConfidenceFilter", "TraceDataset"]

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .errors import InputError
-from .fields import Fields, Schema, unmet
+from .schemas import Fields, Schema, unmet
 
 __all__ = ["Header", "check_tensors", "header_of", "read_tensors", "with_weights"]
 

@@ -26,11 +26,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .attention import observe
 from .errors import InputError
-from .fields import Fields
 from .files import explained, parse_json
 from .hooks import capture_residual, decoder_layers, down_projection, edit_inputs, head_mixer, on_feed
 from .recorder import FORMAT, Recorder, head_logits, identity
 from .reducers import Reducer
+from .schemas import Fields
 from .spans import Span, find_spans
 from .stored import Header, check_floats, check_range, check_tensors, header_of, read_tensors
 

@@ -29,9 +29,9 @@ from ..difficulty import (
     read_questions,
 )
 from ..errors import InputError
-from ..fields import Fields, checked
 from ..files import explained, read_json
 from ..rows import left_padded, shared_length
+from ..schemas import Fields, checked
 from .api import generate
 from .core import DecodeOutput
 from .method import DecodeMethod

@@ -23,8 +23,8 @@ from pydantic import Field, Strict
 from wordfreq import word_frequency
 
 from ..errors import InputError
-from ..fields import Fields, checked
 from ..files import explained, parse_json, read_json
+from ..schemas import Fields, checked
 from ..words import STOP_WORDS, content_words
 
 __all__ = ["Pattern", "Reference", "SlopProfile", "human_reference"]

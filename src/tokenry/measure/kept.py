@@ -6,9 +6,13 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-__all__ = ["digest", "write"]
+from ..files import explained
+
+__all__ = ["digest", "read", "write"]
+
+T = TypeVar("T")
 
 
 def write(path: Path, save: Callable[[Path], Any]) -> None:
@@ -17,6 +21,12 @@ def write(path: Path, save: Callable[[Path], Any]) -> None:
     part = path.with_name(path.name + ".part")
     save(part)
     part.rename(path)
+
+
+def read(path: Path, load: Callable[[Path], T]) -> T:
+    """What `load` makes of a kept file; one that is broken is refused."""
+    with explained(f"what was kept in {str(path)!r} cannot be read", "delete it, and it is made again"):
+        return load(path)
 
 
 def digest(value: Any) -> str:

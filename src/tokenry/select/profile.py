@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import InputError
-from ..fields import unmet
 from ..files import explained, read_json
+from ..schemas import unmet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,8 +17,8 @@ from pydantic import BeforeValidator, Field, Strict
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError
-from ..fields import Fields, checked
 from ..files import read_records
+from ..schemas import Fields, checked
 from ..words import STOP_WORDS, content_words, is_word_character
 
 __all__ = ["balance_pairs", "check_pairs", "pairs_from_rewinds", "pairs_from_text", "read_pairs"]

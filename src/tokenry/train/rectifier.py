@@ -28,8 +28,8 @@ from transformers import (
 
 from ..dead_end import DeadEndValueModel
 from ..errors import InputError
-from ..fields import Fields, checked
 from ..files import is_number, read_records
+from ..schemas import Fields, checked
 from .method import TrainMethod, report_progress
 from .pairs import TokenId
 

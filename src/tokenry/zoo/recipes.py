@@ -23,7 +23,9 @@ from typing import Any
 import torch
 
 from ..errors import InputError
+from ..files import explained, read_json
 from ..models import LoadedModel, load, zoo_folders
+from ..schemas import Fields, checked
 from .training import Progress
 
 __all__ = ["RECIPES", "Recipe", "build", "find_recipe", "record_of"]
@@ -133,11 +135,20 @@ def find_recipe(name: str) -> Recipe:
     raise InputError(f"there is no recipe {name!r}; {hint}")
 
 
+class Record(Fields):
+    """What building has left beside a model."""
+
+    measures: dict[str, float]
+
+
 def record_of(name: str) -> dict[str, Any] | None:
     """What building zoo/`name` has measured, or None where it is not there."""
     for folder in zoo_folders(name):
         if (folder / RECORD).is_file():
-            return json.loads((folder / RECORD).read_text(encoding="utf-8"))
+            problem, remedy = f"the record {str(folder / RECORD)!r} cannot be read", f"run `tokenry zoo build {name}`"
+            with explained(problem, remedy):
+                record = read_json(folder / RECORD)
+            return checked(Record, record, problem, remedy).model_dump()
     return None
 
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...decode.api import generate
 from ...decode.diffadapt import DiffAdapt, Strategy, generate_by_strategy, oracle_strategy
 from ...difficulty import CLASSES, DifficultyProbe
+from ...files import read_json
 from ...hooks import fingerprint
 from ...models import cache_folder
 from ...problems import Arithmetic, Problem, Split, draw_problems
@@ -29,7 +30,7 @@ from ...read.difficulty_probe import DifficultyLabels, EntropyProfile, question_
 from ..compare import Comparison
 from ..cost import Meter
 from ..difficulty import Answer, Answering, DifficultyTask, answers
-from ..kept import write
+from ..kept import read, write
 from ..statistics import Interval, bootstrap_statistic
 from ..task import Experiment, Finding, Subject
 
@@ -155,7 +156,7 @@ def profiled(
             )
         text = json.dumps({name: values.tolist() for name, values in vars(found).items()})
         write(path, lambda part: part.write_text(text, encoding="utf-8"))
-    kept = {name: np.array(values) for name, values in json.loads(path.read_text(encoding="utf-8")).items()}
+    kept = {name: np.array(values) for name, values in read(path, read_json).items()}
     return Profiled(questions, [problem.difficulty for problem in problems], EntropyProfile(**kept))
 
 

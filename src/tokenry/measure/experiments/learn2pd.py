@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,10 +29,11 @@ from ...hooks import fingerprint
 from ...models import cache_folder
 from ...problems import draw_problems
 from ...puzzles import PUZZLES
+from ...stored import read_tensors
 from ...train.learn2pd import FilterTrainer, filter_report
 from ..compare import Comparison
 from ..denoising import PuzzleTask, cost_ratio
-from ..kept import digest, write
+from ..kept import digest, read, write
 from ..statistics import Interval
 from ..task import Experiment, Finding, Subject
 
@@ -155,7 +156,7 @@ def training_traces(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         prompts = [problem.question for problems in drawn for problem in problems]
         found = collect_egp_traces(model, tokenizer, prompts, gen_length=WIDTH, block_length=BLOCK, batch_size=100)
         write(path, partial(save_file, {name: values.contiguous() for name, values in found._asdict().items()}))
-    return TraceDataset(**load_file(path))
+    return read(path, lambda kept: TraceDataset(**read_tensors(kept)[0]))
 
 
 class OwnTrainer(FilterTrainer):
@@ -181,7 +182,7 @@ def train(kind: str, traces: TraceDataset, folder: Path) -> ConfidenceFilter:
     if not path.exists():
         made.train()
         write(path, partial(save_file, made.filter.state_dict()))
-    made.filter.load_state_dict(load_file(path))
+    read(path, lambda kept: made.filter.load_state_dict(read_tensors(kept)[0]))
     return made.filter.eval()
 
 

@@ -24,13 +24,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...decode.api import generate
 from ...decode.rectification import Rectification, RectifierLogitsProcessor
 from ...errors import InputError
+from ...files import read_json
 from ...hooks import fingerprint
 from ...models import cache_folder
 from ...train.rectifier import Rectifier
 from ...zoo import teller
 from ..compare import Comparison
 from ..discourse import SAMPLING, DiscourseTask
-from ..kept import digest, write
+from ..kept import digest, read, write
 from ..statistics import Interval, bootstrap_statistic
 from ..task import Experiment, Finding, Subject
 
@@ -130,7 +131,7 @@ def sample_episodes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
                 reward = -float(teller.undesired(f"{prompt} {text}"))
                 found.append({"prompt_ids": before, "continuation_ids": ids, "reward": reward})
         write(path, lambda part: part.write_text(json.dumps(found), encoding="utf-8"))
-    episodes = json.loads(path.read_text(encoding="utf-8"))
+    episodes = read(path, read_json)
     if len({e["reward"] for e in episodes}) < 2:
         raise InputError("the model's stories are all desired or all undesired; use the model zoo/teller")
     return episodes
@@ -180,7 +181,7 @@ def tune_bias(
     """The bias on the words at which dev stories have the nats per token that rectification has there."""
     path = folder / f"bias-{digest([_setting(method), list(words)])}.json"
     if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read(path, read_json)
     task = DiscourseTask(model, tokenizer, DEV, "dev")
 
     def cost(apply: dict[str, Any]) -> float:

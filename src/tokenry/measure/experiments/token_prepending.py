@@ -17,11 +17,11 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...fields import Fields, checked
 from ...files import explained, read_json
 from ...hooks import decoder_layers, fingerprint
 from ...represent.prompts import PromptEmbedder, leads_with_bos
 from ...represent.token_prepending import TokenPrepending
+from ...schemas import Fields, checked
 from ..statistics import Interval, bootstrap_statistic
 from ..sts import Pair, STSTask, load_minilm, load_pairs, similarities, spearman, spread
 from ..task import Experiment, Finding, Subject
