@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .cache import layer_lengths, remove_last
 from .errors import InputError
+from .outputs import write_artifact
 
 __all__ = ["DeadEndValueModel", "DeadEndValues", "ValueCache", "vocabulary_hash"]
 
@@ -118,8 +119,6 @@ class DeadEndValueModel(nn.Module):
         """Write `rectifier.json` and `rectifier.safetensors` into a folder, which is made."""
         if self.vocabulary is None:
             raise InputError("the rectifier is not bound to a tokenizer; call bind(tokenizer) before save")
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         header = {
             "format": FORMAT,
             "vocabulary": self.vocabulary,
@@ -127,8 +126,7 @@ class DeadEndValueModel(nn.Module):
             "hidden_mult": self.hidden_mult,
             "trunk": json.loads(self.trunk.config.to_json_string(use_diff=False)),
         }
-        (folder / HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
-        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / WEIGHTS)
+        write_artifact(folder, self.state_dict(), header, (WEIGHTS, HEADER))
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> DeadEndValueModel:

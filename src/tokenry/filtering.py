@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .errors import InputError
 from .hooks import fingerprint
+from .outputs import write_artifact
 
 __all__ = ["ConfidenceFilter", "TraceDataset"]
 
@@ -112,16 +113,13 @@ class ConfidenceFilter(nn.Module):
         """
         if self.made_for is None:
             raise InputError("the filter belongs to no model yet; call bind(model) before save")
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / WEIGHTS)
         header = {
             "format": FORMAT,
             "block_length": self.block_length,
             "hidden": self.hidden,
             "made_for": self.made_for,
         }
-        (folder / HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
+        write_artifact(folder, self.state_dict(), header, (WEIGHTS, HEADER))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> ConfidenceFilter:

@@ -39,6 +39,12 @@ def model_options(command: Any) -> Any:
     return command
 
 
+def force_option(command: Any) -> Any:
+    """--force, for verbs that write."""
+    text = "Write also where there is something that tokenry did not write."
+    return click.option("--force", is_flag=True, help=text)(command)
+
+
 def parse_methods(slugs: Sequence[str], pairs: Sequence[str], stage: str) -> list[Method]:
     """Methods with their -o options; with several methods an option is written slug.name=value."""
     classes = {}
@@ -82,12 +88,6 @@ def read_text(path: str, what: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise InputError(f"the {what} {path!r} cannot be read ({reason}); give a text file") from None
-
-
-def check_writable(path: str) -> None:
-    from ..measure.report import check_writable
-
-    check_writable(path)
 
 
 @contextmanager

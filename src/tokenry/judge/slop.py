@@ -22,6 +22,7 @@ from typing import NamedTuple
 from wordfreq import word_frequency
 
 from ..errors import InputError
+from ..outputs import write_file, write_text
 from ..words import STOP_WORDS, content_words
 
 __all__ = ["Pattern", "Reference", "SlopProfile", "human_reference"]
@@ -68,7 +69,8 @@ class Reference:
         return cls(name, characters, kept[2], kept[3])
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_bytes(gzip.compress(json.dumps(asdict(self)).encode(), mtime=0))
+        packed = gzip.compress(json.dumps(asdict(self)).encode(), mtime=0)
+        write_file(path, lambda part: part.write_bytes(packed))
 
     @classmethod
     def load(cls, path: str | Path) -> Reference:
@@ -153,7 +155,7 @@ class SlopProfile:
 
     def save(self, path: str | Path) -> None:
         """Write as JSON."""
-        Path(path).write_text(json.dumps({"format": FORMAT, **asdict(self)}, ensure_ascii=False, indent=1))
+        write_text(path, json.dumps({"format": FORMAT, **asdict(self)}, ensure_ascii=False, indent=1))
 
     @classmethod
     def load(cls, path: str | Path) -> SlopProfile:

@@ -8,15 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..outputs import write_file
+
 __all__ = ["digest", "write"]
 
 
 def write(path: Path, save: Callable[[Path], Any]) -> None:
-    """Complete or absent: saved beside its place, then renamed."""
+    """A file, complete or absent, also with two writers at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    save(part)
-    part.rename(path)
+    write_file(path, save)
 
 
 def digest(value: Any) -> str:

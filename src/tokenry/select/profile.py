@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import InputError
+from ..outputs import write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,7 +94,7 @@ class HeadProfile(BaseModel):
 
     def save(self, path: str | Path) -> None:
         """Write JSON."""
-        Path(path).write_text(json.dumps(self.model_dump(mode="json")) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(self.model_dump(mode="json")) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> HeadProfile:

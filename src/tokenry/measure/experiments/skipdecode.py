@@ -20,12 +20,13 @@ from ...decode.skipdecode import SkipDecode
 from ...errors import InputError
 from ...hooks import decoder_layers, fingerprint
 from ...models import LoadedModel, cache_folder, load
+from ...outputs import write_folder
 from ...problems import Arithmetic, draw_problems
 from ...skipping import SkipSchedule
 from ...zoo.reasoner import solution
 from ..compare import Comparison
 from ..depth import LEVELS, PLANNED, PROBLEM_DEPTHS, TEXT_DEPTHS, DepthTask, EarlyExit, RandomLayers, smallest_depth
-from ..kept import digest, write
+from ..kept import digest
 from ..statistics import Interval, bootstrap_statistic
 from ..task import Experiment, Finding, Subject
 
@@ -145,7 +146,9 @@ def train(reasoner: LoadedModel, made: Callable[..., SkipSchedule], steps: int) 
     if not folder.exists():
         trainer = make_trainer(reasoner, made, steps)
         trainer.train()
-        write(folder, lambda part: (trainer.model.save_pretrained(part), reasoner.tokenizer.save_pretrained(part)))
+        write_folder(
+            folder, lambda part: (trainer.model.save_pretrained(part), reasoner.tokenizer.save_pretrained(part))
+        )
     return load(folder, device=reasoner.model.device).model
 
 
