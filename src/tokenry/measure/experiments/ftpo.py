@@ -24,6 +24,7 @@ from ...decode.api import generate
 from ...errors import InputError
 from ...hooks import fingerprint
 from ...models import cache_folder
+from ...outputs import write_folder
 from ...train.ftpo import FTPO, FinalTokenDPOTrainer, FTPOTrainer
 from ...train.lora import save_adapter, without_adapter
 from ...train.pairs import read_pairs
@@ -174,7 +175,7 @@ def train_adapter(
 
             trainer = method.trainer(model, tokenizer, pairs, scratch, trainer_class, progress=advance)
             trainer.train()
-        write(path, partial(save_adapter, trainer.model))
+        write_folder(path, partial(save_adapter, trainer.model))
         without_adapter(trainer.model)
     return path
 
