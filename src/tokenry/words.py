@@ -91,17 +91,17 @@ class FoldedText:
     """
 
     def __init__(self, text: str = "") -> None:
-        self.text, self.size = "", 0
+        self.text, self.size, self.cut = "", 0, False
         self.starts: list[int] = []
         self.follow(text)
 
     def follow(self, text: str) -> FoldedText:
         """Be the folded form of `text`, which begins as the text before it did, up to where that was truncated."""
-        if len(text) != self.size:
+        if self.cut or len(text) != self.size:
             last = self.starts[-1] if self.starts else 0  # marks may follow the character that was the last one
             self._cut(last)
             folded, starts = _fold(text[last:], last)
-            self.text, self.size = self.text + folded, len(text)
+            self.text, self.size, self.cut = self.text + folded, len(text), False
             self.starts += starts
         return self
 
@@ -109,7 +109,7 @@ class FoldedText:
         """Forget what the text has from character `size` on."""
         if size < self.size:
             self._cut(size)
-            self.size = -1  # the last character may have lost its marks
+            self.size, self.cut = size, True  # the last character may have lost its marks
 
     def index(self, character: int) -> int:
         """The first folded character that comes from `character` of the text or a later one."""
@@ -153,12 +153,12 @@ class WordList:
 
     def __init__(self) -> None:
         self.words: list[Word] = []
-        self.open = False
+        self.open = self.cut = False
         self.size = self.scanned = 0
 
     def follow(self, folded: FoldedText) -> WordList:
         """Have the words of a text that begins as the text before it did, up to where that was truncated."""
-        if folded.size == self.size:
+        if not self.cut and folded.size == self.size:
             return self
         text = folded.text
         first = folded.index(self.words.pop().start if self.words and self.open else self.scanned)
@@ -167,7 +167,7 @@ class WordList:
             stop = folded.starts[end] if end < len(text) else folded.size
             self.words.append(Word(match.group(), folded.starts[match.start()], stop))
         self.open = bool(self.words) and GROWING.match(text, folded.index(self.words[-1].stop)) is not None
-        self.size, self.scanned = folded.size, folded.starts[-1] if folded.starts else 0
+        self.size, self.scanned, self.cut = folded.size, folded.starts[-1] if folded.starts else 0, False
         return self
 
     def truncate(self, size: int) -> None:
@@ -175,7 +175,7 @@ class WordList:
         if size < self.size:
             while self.words and self.words[-1].stop > size:
                 self.words.pop()
-            self.open, self.size, self.scanned = True, -1, 0
+            self.open, self.cut, self.size, self.scanned = True, True, size, 0
 
 
 def words(text: str) -> list[Word]:
