@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...decode.diffusion import MaskedDiffusionModel, diffusion_generate
 from ...decode.diffusion_state import DiffusionState, Prediction
 from ...decode.learn2pd import EndOfTextTruncation, Learn2PD, LearnedFilter, OraclePolicy, collect_egp_traces
-from ...decode.unmask import FixedCount, RowDraws, Threshold, UnmaskPolicy, best_first
+from ...decode.unmask import FixedCount, Threshold, UnmaskPolicy, best_first
 from ...errors import InputError
 from ...filtering import ConfidenceFilter, TraceDataset
 from ...hooks import fingerprint
@@ -85,12 +85,9 @@ class AtRandom(UnmaskPolicy):
     def __init__(self, share: float) -> None:
         self.share = share
 
-    def reset(self, state: DiffusionState) -> None:
-        self.draw = RowDraws(SEED, state)
-
     def select(self, prediction: Prediction, state: DiffusionState) -> Tensor:
         candidates = state.candidates
-        return candidates & ((self.draw(state) < self.share) | (best_first(prediction.confidence, candidates) == 0))
+        return candidates & ((state.uniform() < self.share) | (best_first(prediction.confidence, candidates) == 0))
 
 
 class PlainOracle(OraclePolicy):
