@@ -435,8 +435,8 @@ def test_padding_after_a_narrower_window_is_no_change():
     ids, mask = prompts(2, 3)
     state = DiffusionState.begin(Scripted(), ids, mask.bool(), 6, 3)
     assert Edit.resize(state, torch.tensor([2, 5])).first_change.tolist() == [8, 8]
-    assert Edit.resize(state, torch.tensor([2, 8])).first_change == 9
-    assert Edit.insert(state, torch.tensor([4, -1]), 2, torch.tensor([5, 5])).first_change == 4
+    assert Edit.resize(state, torch.tensor([2, 8])).first_change.tolist() == [9, 9]
+    assert Edit.insert(state, torch.tensor([4, -1]), 2, torch.tensor([5, 5])).first_change.tolist() == [4, 8]
 
 
 # --- whole loops ---------------------------------------------------------------------------------------------------
