@@ -51,6 +51,7 @@ class PuzzleTask:
     ) -> None:
         self.model, self.tokenizer, self.width = MaskedDiffusionModel(model, tokenizer), tokenizer, width
         each = -(-count // len(kinds))
+        self.setting = {"width": width, "kinds": [kind.name for kind in kinds], "split": split}
         drawn = {seed: [draw_problems(task, each, seed, split) for task in kinds] for seed in seeds}
         self.problems = {
             seed: [problems[i % len(kinds)][i // len(kinds)] for i in range(count)] for seed, problems in drawn.items()

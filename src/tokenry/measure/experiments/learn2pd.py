@@ -25,14 +25,12 @@ from ...decode.learn2pd import EndOfTextTruncation, Learn2PD, LearnedFilter, Ora
 from ...decode.unmask import FixedCount, Threshold, UnmaskPolicy, best_first
 from ...errors import InputError
 from ...filtering import ConfidenceFilter, TraceDataset
-from ...hooks import fingerprint
-from ...models import cache_folder
 from ...problems import draw_problems
 from ...puzzles import PUZZLES
 from ...train.learn2pd import FilterTrainer, filter_report
 from ..compare import Comparison
 from ..denoising import PuzzleTask, cost_ratio
-from ..kept import digest, write
+from ..kept import digest, kept_folder, write
 from ..statistics import Interval
 from ..task import Experiment, Finding, Subject
 
@@ -122,7 +120,7 @@ def build(
     """
     if method is not None:
         raise InputError("this comparison trains its own filters and sweeps their thresholds; give no options")
-    folder, seeds = cache_folder() / "learn2pd" / fingerprint(model), tuple(seeds or (0, 1, 2))
+    folder, seeds = kept_folder("learn2pd", model, tokenizer), tuple(seeds or (0, 1, 2))
     traces = training_traces(model, tokenizer, folder)
     made = {kind: train(kind, traces, folder) for kind in KINDS}
     reports = {kind: report_of(one, traces) for kind, one in made.items()}
