@@ -28,7 +28,7 @@ from .shared import as_json, example, force_option, load_model, model_options, p
 @click.option(
     "--store", "store_path", default="runs/tokenry.sqlite", show_default=True, help="Where outcomes are kept."
 )
-@click.option("--resume", is_flag=True, help="Go on with the latest run of the same comparison.")
+@click.option("--resume", is_flag=True, help="Go on with the latest run of the same comparison and model.")
 @force_option
 @model_options
 def compare(
@@ -63,13 +63,15 @@ def compare(
     for path in (report_path, picture):
         if path:
             check_file(path, force)
+    from ..measure.compare import made_of
     from ..measure.store import RunStore
 
     with RunStore(store_path) as store:
         model, tokenizer = load_model(model_name, dtype, device)
+        # Before anything is built on the model: an adapter adds weights to it.
+        about = {"model": model_name, "dtype": str(model.dtype), **made_of(model, tokenizer)}
         build = importlib.import_module(module).build
         experiment = build(model, tokenizer, samples=samples, seeds=seed_list, method=method)
-        about = {"model": model_name, "dtype": str(model.dtype)}
         comparison = run_compare(experiment, store, about, resume)
     findings = experiment.judge(comparison)
     verdict = experiment.verdict(findings)
