@@ -262,7 +262,8 @@ def test_only_live_partial_matches_are_held_back(tokenizer):
     assert held_text(tokenizer, "bathe", ban) == ""  # inside a word
     ngrams = NGramBan(["sun dipped horizon"])
     assert held_text(tokenizer, "when the sun had then di", ngrams).lstrip().startswith("sun had")
-    assert held_text(tokenizer, "when the sun rose", ngrams) == ""
+    assert held_text(tokenizer, "when the sun rose,", ngrams) == ""
+    assert held_text(tokenizer, "when the sun rose", ngrams) == " sun rose"  # "rose's" could stand between
     expression = RegexBan([r"not a \w+ but"], max_span=30)
     assert held_text(tokenizer, "it was not a dre", expression).lstrip().startswith("not a")
     assert held_text(tokenizer, "it was not the dre", expression) == ""

@@ -862,12 +862,12 @@ def test_right_answers_are_found_by_their_marker(tmp_path):
         ([], "with --problems, or --arithmetic N"),
         (["--problems", "x", "--arithmetic", "3"], "with --problems, or --arithmetic N"),
         (["--arithmetic", "3"], "give a folder with --save"),
-        (["--arithmetic", "0", "--save", "/tmp"], "count=0"),
-        (["--problems", "/nowhere", "--save", "/tmp"], "'/nowhere' cannot be read"),
-        (["--problems", "/dev/null", "--save", "/tmp"], "holds no problems"),
-        (["--arithmetic", "3", "--save", "/tmp", "some text"], "has no use for TEXT"),
-        (["--arithmetic", "3", "--save", "/tmp", "--find", "dog"], "has no use for --find"),
-        (["--arithmetic", "3", "--save", "/tmp", "-o", "n_samples=1"], "n_samples='1'"),
+        (["--arithmetic", "0", "--save", "/nowhere/probe"], "count=0"),
+        (["--problems", "/nowhere", "--save", "/nowhere/probe"], "'/nowhere' cannot be read"),
+        (["--problems", "/dev/null", "--save", "/nowhere/probe"], "holds no problems"),
+        (["--arithmetic", "3", "--save", "/nowhere/probe", "some text"], "has no use for TEXT"),
+        (["--arithmetic", "3", "--save", "/nowhere/probe", "--find", "dog"], "has no use for --find"),
+        (["--arithmetic", "3", "--save", "/nowhere/probe", "-o", "n_samples=1"], "n_samples='1'"),
     ],
 )
 def test_learning_refuses(args, message):

@@ -574,7 +574,7 @@ def test_command_line_refusals(tmp_path):
         (["train", str(tmp_path / "bad.txt"), *out], "not UTF-8 text"),
         (["train", str(tmp_path / "none.txt"), *out], "cannot be read"),
         (["train", str(tmp_path / "bad.txt"), *out, "-o", "vocab_size=999"], "give at least"),
-        (["train", str(tmp_path / "bad.txt"), "--output", str(tmp_path / "bad.txt")], "cannot be made"),
+        (["train", str(tmp_path / "bad.txt"), "--output", str(tmp_path / "bad.txt")], "is a file; give a folder"),
         (["--method", "antislop", "train", "x", *out], "belongs to the stage 'decode'"),
         (["encode", "--tokenizer", str(tmp_path), "x"], "no tokenizer.json"),
         (["encode", "--tokenizer", "smollm2", ""], "the text is empty"),

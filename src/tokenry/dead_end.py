@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from pydantic import Field
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .cache import layer_lengths, remove_last
 from .errors import InputError
 from .files import explained, read_json
+from .outputs import write_artifact
 from .schemas import Fields
 from .stored import Header, header_of, read_tensors, with_weights
 
@@ -139,8 +139,6 @@ class DeadEndValueModel(nn.Module):
         """Write `rectifier.json` and `rectifier.safetensors` into a folder, which is made."""
         if self.vocabulary is None:
             raise InputError("the rectifier is not bound to a tokenizer; call bind(tokenizer) before save")
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         header = {
             "format": FORMAT,
             "vocabulary": self.vocabulary,
@@ -148,8 +146,7 @@ class DeadEndValueModel(nn.Module):
             "hidden_mult": self.hidden_mult,
             "trunk": json.loads(self.trunk.config.to_json_string(use_diff=False)),
         }
-        (folder / HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
-        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / WEIGHTS)
+        write_artifact(folder, self.state_dict(), header, (WEIGHTS, HEADER))
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> DeadEndValueModel:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 from pydantic import Field
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -27,6 +25,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 from .errors import InputError
 from .files import explained, read_json
 from .hooks import capture_residual, decoder_layers, fingerprint
+from .outputs import write_artifact
 from .rows import left_padded, shared_length
 from .schemas import Fields
 from .stored import Header, header_of, read_tensors, with_weights
@@ -290,12 +289,9 @@ class DifficultyProbe(nn.Module):
         """
         if self.made_for is None:
             raise InputError("the probe belongs to no model yet; call bind(model, tokenizer) before save")
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / WEIGHTS)
         sizes = {"hidden_size": self.hidden_size, "hidden": self.hidden, "n_classes": self.n_classes}
         header = {"format": FORMAT, **sizes, "held_out_accuracy": self.held_out_accuracy, "made_for": self.made_for}
-        (folder / HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
+        write_artifact(folder, self.state_dict(), header, (WEIGHTS, HEADER))
 
     @classmethod
     def load(cls, folder: str | Path) -> DifficultyProbe:

@@ -8,19 +8,18 @@ arXiv 2509.25188.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from pydantic import Field
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .errors import InputError
 from .files import explained, read_json
 from .hooks import fingerprint
+from .outputs import write_artifact
 from .schemas import Fields
 from .stored import Header, header_of, read_tensors, with_weights
 
@@ -131,16 +130,13 @@ class ConfidenceFilter(nn.Module):
         """
         if self.made_for is None:
             raise InputError("the filter belongs to no model yet; call bind(model) before save")
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / WEIGHTS)
         header = {
             "format": FORMAT,
             "block_length": self.block_length,
             "hidden": self.hidden,
             "made_for": self.made_for,
         }
-        (folder / HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
+        write_artifact(folder, self.state_dict(), header, (WEIGHTS, HEADER))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> ConfidenceFilter:

@@ -10,6 +10,12 @@ from transformers import PreTrainedTokenizerBase
 REPLACEMENT = "\ufffd"  # what decoding gives for bytes that are not a whole character yet
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """{special token: its id}: what `skip_special_tokens` leaves out of the text."""
+    added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {**added, **dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))}
+
+
 class TokenText:
     """Text coordinates of one row.
 

@@ -28,6 +28,7 @@ from .attention import observe
 from .errors import InputError
 from .files import explained, parse_json
 from .hooks import capture_residual, decoder_layers, down_projection, edit_inputs, head_mixer, on_feed
+from .outputs import write_file
 from .recorder import FORMAT, Recorder, head_logits, identity
 from .reducers import Reducer
 from .schemas import Fields
@@ -188,7 +189,8 @@ class Trace:
     def save(self, path: str | Path) -> None:
         """Write one safetensors file with a JSON header."""
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
-        save_file(tensors, path, metadata={"tokenry": json.dumps({**self.header, "spans": self.spans})})
+        metadata = {"tokenry": json.dumps({**self.header, "spans": self.spans})}
+        write_file(path, lambda part: save_file(tensors, part, metadata=metadata))
 
     @classmethod
     def load(cls, path: str | Path, model: PreTrainedModel | None = None) -> Trace:

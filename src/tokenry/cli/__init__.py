@@ -5,7 +5,10 @@ Nothing heavy is imported before a command needs it, so that `tokenry list` answ
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
+import sys
 from typing import Any
 
 import click
@@ -24,14 +27,24 @@ class Refusal(click.ClickException):
     exit_code = 2
 
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
 class Commands(click.Group):
-    """A group that turns InputError into a refusal."""
+    """A group that turns InputError, and a standard output that takes no more, into a refusal."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
         except InputError as error:
             raise Refusal(str(error)) from None
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered is flushed once more at exit
+            raise Refusal(f"standard output cannot be written ({error.strerror}); write somewhere else") from None
 
 
 @click.group(cls=Commands, epilog=example("tokenry compare antislop --report report.html"))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any
 
 import click
 
 from ..errors import InputError
+from ..outputs import LineWriter, check_file
 from .shared import (
     as_json,
-    check_writable,
     example,
+    force_option,
     load_model,
     model_options,
     parse_methods,
@@ -39,6 +40,7 @@ from .shared import (
 @click.option("--batch-size", default=16, show_default=True, help="Prompts at a time with --prompts.")
 @click.option("--raw", is_flag=True, help="Continue the prompt itself, without the chat template.")
 @click.option("--save-pairs", help="Write the rewinds as preference pairs (JSON lines).")
+@force_option
 @model_options
 def decode(
     prompt: str | None,
@@ -55,6 +57,7 @@ def decode(
     batch_size: int,
     raw: bool,
     save_pairs: str | None,
+    force: bool,
     model_name: str,
     dtype: str | None,
     device: str | None,
@@ -69,17 +72,17 @@ def decode(
         raise InputError(f"--batch-size {batch_size} is not allowed; give a number >= 1")
     sampling = sampling_options(greedy, temperature, min_p, top_p, top_k)
     if save_pairs:
-        check_writable(save_pairs)
-        Path(save_pairs).write_text("", encoding="utf-8")
+        check_file(save_pairs, force)
     settings = {"methods": methods, "chat": not raw, "max_new_tokens": max_new_tokens, **sampling}
     for method in methods:
         if method.caution:
             click.echo(f"{method.slug}: {method.caution}", err=True)
     loaded = load_model(model_name, dtype, device)
-    if prompts_path:
-        generate_many(loaded, prompts, settings, seed, batch_size, save_pairs)
-    else:
-        generate_one(loaded, prompts[0], settings, seed, save_pairs, json_output)
+    with LineWriter(save_pairs) if save_pairs else nullcontext() as pairs:
+        if prompts_path:
+            generate_many(loaded, prompts, settings, seed, batch_size, pairs)
+        else:
+            generate_one(loaded, prompts[0], settings, seed, pairs, json_output)
 
 
 def read_prompts(prompt: str | None, path: str | None) -> list[str]:
@@ -97,7 +100,7 @@ def read_prompts(prompt: str | None, path: str | None) -> list[str]:
 
 
 def generate_one(
-    loaded: Any, prompt: str, settings: dict[str, Any], seed: int, save_pairs: str | None, json_output: bool
+    loaded: Any, prompt: str, settings: dict[str, Any], seed: int, pairs: LineWriter | None, json_output: bool
 ) -> None:
     """Stream one text, or print it with its repairs as JSON."""
     from transformers import TextStreamer
@@ -107,7 +110,8 @@ def generate_one(
     model, tokenizer = loaded
     streamers = [] if json_output else [TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)]
     output = generate(model, tokenizer, prompt, streamers=streamers, seed=seed, **settings)
-    add_pairs(save_pairs, output)
+    if pairs:
+        pairs.add(output.pairs)
     stats = getattr(output, "stats", None)
     if json_output:
         events = [{k: v for k, v in vars(e).items() if k != "context_ids"} for e in output.events]
@@ -121,7 +125,7 @@ def generate_one(
 
 
 def generate_many(
-    loaded: Any, prompts: list[str], settings: dict[str, Any], seed: int, size: int, save_pairs: str | None
+    loaded: Any, prompts: list[str], settings: dict[str, Any], seed: int, size: int, pairs: LineWriter | None
 ) -> None:
     """A JSON line for each prompt as its batch is done; the seed of a batch is `seed` + its first prompt's number."""
     from ..decode import generate
@@ -130,7 +134,8 @@ def generate_many(
         for start in range(0, len(prompts), size):
             batch = prompts[start : start + size]
             output = generate(*loaded, batch, seed=seed + start, **settings)
-            add_pairs(save_pairs, output)
+            if pairs:
+                pairs.add(output.pairs)
             for b, (prompt, text) in enumerate(zip(batch, output.texts)):
                 click.echo(json.dumps({"prompt": prompt, "text": text, **strategy(output, b)}, ensure_ascii=False))
             update(advance=len(batch))
@@ -139,12 +144,6 @@ def generate_many(
 def strategy(output: Any, row: int) -> dict[str, str]:
     """How a row was answered, where a method has chosen that."""
     return {"strategy": output.strategy[row]} if "strategy" in output else {}
-
-
-def add_pairs(path: str | None, output: Any) -> None:
-    if path:
-        with Path(path).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in output.pairs)
 
 
 def sampling_options(greedy: bool, temperature: float, min_p: float, top_p: float, top_k: int) -> dict[str, Any]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from ..errors import InputError
 from ..files import is_number, records_of
+from ..outputs import check_folder, write_folder
 from .shared import load_model, progress, read_text
 
 if TYPE_CHECKING:
@@ -31,12 +31,14 @@ def learn_probe(
     marker: str,
     max_new_tokens: int,
     folder: str | None,
+    force: bool,
 ) -> list[Reading]:
     """Train a probe and save it. Returns what the samples say of each class."""
     if (path is None) == (count is None):
         raise InputError("say what to learn from: a file of problems with --problems, or --arithmetic N")
-    if folder is None or (Path(folder).exists() and not Path(folder).is_dir()):
-        raise InputError(f"--save {folder} is no place for the probe; give a folder with --save")
+    if folder is None:
+        raise InputError("there is no place for the probe; give a folder with --save")
+    check_folder(folder, force)
     problems = sums(count) if path is None else read_problems(path, marker)
     model, tokenizer = load_model(*model_options)
     with progress("samples", len(problems.questions)) as update:
@@ -44,7 +46,7 @@ def learn_probe(
         profile = method.profile(model, tokenizer, *problems, max_new_tokens, **options)
     labels = method.labels(profile)
     probe = method.fit(model, tokenizer, problems.questions, labels)
-    probe.save(folder)
+    write_folder(folder, probe.save, force)
     click.echo(f"probe: {folder}; right on {probe.held_out_accuracy:.0%} of the questions held out", err=True)
     return [by_class(profile, labels)]
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import click
 
 from ..errors import InputError
 from ..files import records_of
-from .shared import as_json, check_writable, example, load_model, model_options, parse_methods, progress, read_text
+from ..outputs import LineWriter, check_file
+from .shared import as_json, example, force_option, load_model, model_options, parse_methods, progress, read_text
 
 
 @click.command(epilog=example("tokenry judge --method crew -o marker=answer --pairs pairs.jsonl solutions.jsonl"))
@@ -23,6 +22,7 @@ from .shared import as_json, check_writable, example, load_model, model_options,
 @click.option("--top-k", default=10, show_default=True, help="Pairs per prompt.")
 @click.option("--min-gap", type=float, help="Smallest difference of scores in a pair; default: any.")
 @click.option("--raw", is_flag=True, help="Take the prompts as they are, without the chat template.")
+@force_option
 @model_options
 def judge(
     files: tuple[str, ...],
@@ -33,6 +33,7 @@ def judge(
     top_k: int,
     min_gap: float | None,
     raw: bool,
+    force: bool,
     model_name: str,
     dtype: str | None,
     device: str | None,
@@ -45,7 +46,7 @@ def judge(
     """
     (method,) = parse_methods([slug], options, "judge")
     rows = [] if traces else [row for path in files for row in read_rows(path)]
-    check_pairs(pairs, top_k, traces, rows)
+    check_pairs(pairs, top_k, traces, rows, force)
     model, tokenizer = load_model(model_name, dtype, device)
     if traces:
         from ..trace import Trace
@@ -89,7 +90,7 @@ def solutions_of(row: dict[str, Any], where: str) -> list[Row]:
     return [(prompt, solution, answer) for solution in solutions]
 
 
-def check_pairs(pairs: str | None, top_k: int, traces: bool, rows: Sequence[Row]) -> None:
+def check_pairs(pairs: str | None, top_k: int, traces: bool, rows: Sequence[Row], force: bool) -> None:
     """Refuse --pairs before anything runs, where there will be none."""
     if pairs is None:
         return
@@ -100,7 +101,7 @@ def check_pairs(pairs: str | None, top_k: int, traces: bool, rows: Sequence[Row]
     missing = next((prompt for prompt, _, answer in rows if answer is None), None)
     if missing is not None:
         raise InputError(f"--pairs needs the right answer of every prompt; add 'answer' to {missing[:40]!r}")
-    check_writable(pairs)
+    check_file(pairs, force)
 
 
 def judge_rows(method: Any, model: Any, tokenizer: Any, rows: Sequence[Row], chat: bool) -> list[Any]:
@@ -121,7 +122,8 @@ def write_pairs(judged: Sequence[Any], path: str, top_k: int, min_gap: float | N
     from ..judge import build_crew_pairs
 
     made = build_crew_pairs(judged, top_k, min_gap)
-    Path(path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made), encoding="utf-8")
+    with LineWriter(path) as lines:
+        lines.add(made)
     click.echo(f"{len(made)} pairs: {path}; {made.info.description}", err=True)
 
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import InputError
+from ..outputs import check_file
 from .difficulty import learn_probe
-from .shared import as_json, check_writable, example, load_model, model_options, parse_methods, progress, read_text
+from .shared import as_json, example, force_option, load_model, model_options, parse_methods, progress, read_text
 
 if TYPE_CHECKING:
     from ..read import LMHeadNeurons, NeuronMap, Reading
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 @click.option("--marker", default="boxed", show_default=True, help="Answers: boxed, answer, number, or a regex.")
 @click.option("--max-new-tokens", default=256, show_default=True, help="The budget of an answer.")
 @click.option("--save", "folder", help="Folder for the difficulty probe.")
+@force_option
 @model_options
 def read(
     text: str | None,
@@ -48,6 +50,7 @@ def read(
     marker: str,
     max_new_tokens: int,
     folder: str | None,
+    force: bool,
     model_name: str,
     dtype: str | None,
     device: str | None,
@@ -64,7 +67,8 @@ def read(
     learns = slug == "difficulty-probe"
     refuse_given(of_maps if learns else of_probes, slug)
     if learns:
-        found = learn_probe(method, (model_name, dtype, device), problems, arithmetic, marker, max_new_tokens, folder)
+        where = (folder, force)
+        found = learn_probe(method, (model_name, dtype, device), problems, arithmetic, marker, max_new_tokens, *where)
         show(found, json_output)
         return
     if text is not None and trace_path:
@@ -78,7 +82,7 @@ def read(
     if not 0 <= least <= 1:
         raise InputError(f"--least {least} is not allowed; give a probability in [0, 1]")
     if save_map:
-        check_writable(save_map)
+        check_file(save_map, force)
     from ..read import NeuronMap
     from ..trace import Trace
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import InputError
-from .shared import as_json, check_writable, example, load_model, model_options, parse_methods, progress, read_entries
+from ..outputs import check_file, write_file
+from .shared import as_json, example, force_option, load_model, model_options, parse_methods, progress, read_entries
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,6 +27,7 @@ SUFFIXES = (".npy", ".parquet")
 @click.option("-o", "options", multiple=True, metavar="NAME=VALUE", help="An option of the method.")
 @click.option("--output", required=True, help="Where to write: .npy (lines, width), or .parquet (text, embedding).")
 @click.option("--batch-size", default=16, show_default=True)
+@force_option
 @model_options
 def represent(
     file: str,
@@ -33,6 +35,7 @@ def represent(
     options: tuple[str, ...],
     output: str,
     batch_size: int,
+    force: bool,
     model_name: str,
     dtype: str | None,
     device: str | None,
@@ -44,14 +47,14 @@ def represent(
     (method,) = parse_methods([slug], options, "represent") if slug else (None,)
     if batch_size < 1:
         raise InputError(f"--batch-size {batch_size} is not allowed; give a number >= 1")
-    check_output(output)
+    check_output(output, force)
     texts = read_lines(file)
     from ..represent import PromptEmbedder
 
     model, tokenizer = load_model(model_name, dtype, device)
     embedder = PromptEmbedder(model, tokenizer) if method is None else method.encoder(model, tokenizer)
     vectors = encode(embedder, texts, batch_size)
-    write(output, texts, vectors)
+    write_file(output, lambda part: write(part, texts, vectors))
     if json_output:
         about = {"method": slug, "options": method.model_dump(mode="json") if method else {}}
         as_json(
@@ -61,7 +64,7 @@ def represent(
         click.echo(f"{output}: {vectors.shape[0]} vectors of width {vectors.shape[1]}")
 
 
-def check_output(path: str) -> None:
+def check_output(path: str, force: bool) -> None:
     """Refuse what could not be written, before anything is computed."""
     suffix = Path(path).suffix
     if suffix not in SUFFIXES:
@@ -71,7 +74,7 @@ def check_output(path: str) -> None:
 
         if find_spec("pyarrow") is None:
             raise InputError("Parquet needs pyarrow; run `pip install pyarrow` or give an --output that ends in .npy")
-    check_writable(path)
+    check_file(path, force)
 
 
 def read_lines(file: str) -> list[str]:
@@ -91,8 +94,8 @@ def encode(embedder: PromptEmbedder, texts: Sequence[str], batch_size: int) -> N
         return embedder.encode(texts, batch_size, lambda done, total: update(completed=done)).numpy()
 
 
-def write(path: str, texts: Sequence[str], vectors: NDArray) -> None:
-    if Path(path).suffix == ".npy":
+def write(path: Path, texts: Sequence[str], vectors: NDArray) -> None:
+    if path.suffix == ".npy":
         import numpy as np
 
         np.save(path, vectors)

@@ -51,6 +51,12 @@ def model_options(command: Any) -> Any:
     return command
 
 
+def force_option(command: Any) -> Any:
+    """--force, for verbs that write."""
+    text = "Write also where there is something that tokenry did not write."
+    return click.option("--force", is_flag=True, help=text)(command)
+
+
 def parse_methods(slugs: Sequence[str], pairs: Sequence[str], stage: str) -> list[Method]:
     """Methods with their -o options; with several methods an option is written slug.name=value."""
     classes = {}
@@ -100,12 +106,6 @@ def read_entries(path: str, what: str, remedy: str) -> list[str]:
     text = read_text(path, what)
     with explained(f"the {what} {path!r} cannot be read", remedy):
         return entries_of(text)
-
-
-def check_writable(path: str) -> None:
-    from ..measure.report import check_writable
-
-    check_writable(path)
 
 
 @contextmanager

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import InputError
-from .shared import as_json, check_writable, example, parse_methods, progress, quiet, read_text
+from ..outputs import check_file, check_folder, write_folder, write_text
+from .shared import as_json, example, force_option, parse_methods, progress, quiet, read_text
 
 if TYPE_CHECKING:
     from ..method import Method
@@ -31,20 +32,18 @@ def tokenize(ctx: click.Context, slug: str) -> None:
 @click.argument("files", nargs=-1, required=True)
 @click.option("--output", required=True, help="Folder to save the tokenizer in.")
 @click.option("-o", "options", multiple=True, metavar="NAME=VALUE", help="An option of the method.")
+@force_option
 @click.option("--json", "json_output", is_flag=True, help="Print JSON.")
 @click.pass_obj
-def train(slug: str, files: tuple[str, ...], output: str, options: tuple[str, ...], json_output: bool) -> None:
+def train(
+    slug: str, files: tuple[str, ...], output: str, options: tuple[str, ...], force: bool, json_output: bool
+) -> None:
     """Train on FILES: text files, one document each, or folders, read with all that is in them (*.txt and *.md)."""
     (method,) = parse_methods([slug], options, "tokenize")
     paths = text_files(files)
-    folder = Path(output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"the folder {output!r} cannot be made ({error.strerror}); choose another one") from None
-    check_writable(str(folder / "tokenizer.json"))
+    check_folder(output, force)
     tokenizer = train_shown(method, paths)
-    tokenizer.save_pretrained(folder)
+    write_folder(output, tokenizer.save_pretrained, force)
     if json_output:
         as_json({"folder": output, "vocabulary": len(tokenizer), "files": len(paths)})
     else:
@@ -110,12 +109,15 @@ def encode(text: str, name: str, json_output: bool) -> None:
 @click.option("--text", "path", required=True, help="File with the text to compare on; '-' for standard input.")
 @click.option("--error-rate", default=0.05, show_default=True, help="Recognition errors per character, for stability.")
 @click.option("--html", help="Write a self-contained HTML page.")
+@force_option
 @click.option("--json", "json_output", is_flag=True, help="Print JSON.")
-def report(tokenizers: tuple[str, ...], path: str, error_rate: float, html: str | None, json_output: bool) -> None:
+def report(
+    tokenizers: tuple[str, ...], path: str, error_rate: float, html: str | None, force: bool, json_output: bool
+) -> None:
     """Compare TOKENIZERS on a text: folders with tokenizer.json, smollm2, or hub ids. Savings are against the first."""
     text = read_text(path, "text")
     if html:
-        check_writable(html)
+        check_file(html, force)
     loaded = load_tokenizers(tokenizers)
     from rich.console import Console
 
@@ -125,7 +127,7 @@ def report(tokenizers: tuple[str, ...], path: str, error_rate: float, html: str 
         reports = tokenizer_report(loaded, text, error_rate)
     if html:
         pieces = {name: token_pieces(tokenizer, text[:SHOWN_IN_PAGE]) for name, tokenizer in loaded.items()}
-        Path(html).write_text(render(reports, pieces), encoding="utf-8")
+        write_text(html, render(reports, pieces))
     if json_output:
         as_json([found.to_dict() for found in reports])
         return

@@ -103,7 +103,8 @@ class CreditFusion(LogitsTransform):
         # A vocabulary is long: only the columns are looked at where some row may earn or use credit.
         columns = where.any(0).nonzero()
         span = slice(int(columns[0]), int(columns[-1]) + 1)
-        self._add(logits[:, span].float(), (where & state.masked)[:, span], state.working, span)
+        earning = where & state.masked & state.working[:, None]
+        self._add(logits[:, span].float(), earning[:, span], state.working, span)
         boost = self._part(self.values, span).log1p().mul_(self.alpha).masked_fill_(~where[:, span, None], 0.0)
         fused = logits.clone()
         if self.ids is None:

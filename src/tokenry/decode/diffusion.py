@@ -111,10 +111,13 @@ class MaskedDiffusionModel:
 
     def predict(self, state: DiffusionState, cache: DiffusionCache | None = None, rows: Tensor | None = None) -> Tensor:
         """`logits` of a state, counted as a forward of these rows (batch,); by default of those with masks to fill."""
-        first, last = cache.begin(state, self.shift) if cache else (0, state.x.shape[1])
-        logits = self.logits(state.x, state.present, cache)
-        state.count(first, last, state.working if rows is None else rows)
-        return logits
+        rows = state.working if rows is None else rows
+        if cache is None:
+            state.count(0, state.x.shape[1], rows)
+        else:
+            cache.begin(state, self.shift)
+            state.count(cache.first, cache.last, rows, cache.calls)
+        return self.logits(state.x, state.present, cache)
 
 
 def _first(*values: Any) -> Any:
@@ -170,26 +173,21 @@ def sampling_warpers(
     return warpers + ([MinPLogitsWarper(min_p)] if min_p else [])
 
 
-class _Draw:
-    """Tokens from logits. Each row has a generator of its own, so that a batch does not change a row."""
+def _predict(logits: Tensor, warpers: Sequence[LogitsProcessor] | None, state: DiffusionState) -> Prediction:
+    """The most likely tokens, or with warpers drawn ones where a row works."""
+    tokens = logits.argmax(-1)
+    if warpers is not None:
+        for row in state.working.nonzero().flatten().tolist():
+            window = slice(state.start, int(state.end[row]))
+            tokens[row, window] = _sample(logits[row, window], warpers, state.generators.rows[row])
+    chosen = logits.gather(-1, tokens[..., None])[..., 0]
+    return Prediction(logits, tokens, (chosen - logits.logsumexp(-1)).exp())
 
-    def __init__(self, warpers: Sequence[LogitsProcessor] | None, seed: int, batch: int, device: torch.device) -> None:
-        self.warpers = warpers
-        self.generators = [torch.Generator(device).manual_seed(seed) for _ in range(batch)]
 
-    def __call__(self, logits: Tensor, state: DiffusionState) -> Prediction:
-        tokens = logits.argmax(-1)
-        if self.warpers is not None:
-            for row, width in enumerate(state.gen_length.tolist()):
-                window = slice(state.start, state.start + width)
-                tokens[row, window] = self._sample(logits[row, window], self.generators[row])
-        chosen = logits.gather(-1, tokens[..., None])[..., 0]
-        return Prediction(logits, tokens, (chosen - logits.logsumexp(-1)).exp())
-
-    def _sample(self, logits: Tensor, generator: torch.Generator) -> Tensor:
-        for warper in self.warpers:
-            logits = warper(None, logits)
-        return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+def _sample(logits: Tensor, warpers: Sequence[LogitsProcessor], generator: torch.Generator | None) -> Tensor:
+    for warper in warpers:
+        logits = warper(None, logits)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
 # --- the result ----------------------------------------------------------------------------------------------------
@@ -267,7 +265,7 @@ def diffusion_generate(
     length: LengthPolicy | None = None,
     cache: str = "none",
     warpers: Sequence[LogitsProcessor] | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> DiffusionOutput:
     """Fill a window after each prompt.
@@ -281,7 +279,7 @@ def diffusion_generate(
         cache: "none"; "prefix" keeps keys and values of what is before the block, "dual" also of what is after it. Both
             are approximate, and computed anew at the start of each block.
         warpers: truncation and temperature of drawn tokens, see `sampling_warpers`; None: the most likely ones.
-        seed: each row draws as if it were alone.
+        seed: makes all that is drawn repeatable, tokens and positions, row by row; None uses torch's global generator.
         tokenizer: gives the texts.
 
     Raises:
@@ -290,14 +288,13 @@ def diffusion_generate(
     """
     start = time.perf_counter()
     present = _check_prompts(model, input_ids, attention_mask)
-    state = DiffusionState.begin(model, input_ids.to(model.device), present, gen_length, block_length)
+    state = DiffusionState.begin(model, input_ids.to(model.device), present, gen_length, block_length, seed)
     if length is None and gen_length > state.block_length and gen_length % state.block_length:
         raise InputError(
             f"gen_length={gen_length} is not a multiple of block_length={block_length}; change one of them"
         )
     unmask, length = unmask or FixedCount(), length or LengthPolicy()
     columns = DiffusionCache.named(cache)
-    draw = _Draw(warpers, seed, len(input_ids), model.device)
     length.initial(model, state)
     for transform in transforms:
         transform.model = model
@@ -307,7 +304,7 @@ def diffusion_generate(
         logits = model.predict(state, columns)
         for transform in transforms:
             logits = transform(logits, state)
-        prediction = draw(logits, state)
+        prediction = _predict(logits, warpers, state)
         commit = unmask.select(prediction, state)
         edit = length.edit(prediction, commit, state)
         state.commit(prediction, commit)

@@ -136,7 +136,7 @@ class DiffusionMethods:
             model,
             **prompts.to(model.device),
             warpers=sampling_warpers(do_sample, temperature, top_k, top_p, min_p),
-            seed=seed or 0,
+            seed=seed,
             tokenizer=tokenizer,
             **options,
         )

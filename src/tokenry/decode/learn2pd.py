@@ -78,7 +78,8 @@ class LearnedFilter(UnmaskPolicy):
         self.filter, self.accept_threshold, self.min_per_step = filter.eval(), accept_threshold, min_per_step
 
     def reset(self, state: DiffusionState) -> None:
-        length = min(state.block_length, int(state.gen_length.max()))  # the window may be one block
+        lengths = state.gen_length.clamp(max=state.block_length)  # the window may be one block
+        length = int(lengths[(lengths != self.filter.block_length).long().argmax()])
         if self.filter.block_length not in (state.block_length, length):
             raise InputError(
                 f"the filter was trained for blocks of {self.filter.block_length}, the window has blocks of "

@@ -86,6 +86,7 @@ class ClampTask:
         value: float = 20.0,
     ) -> None:
         self.model, self.tokenizer, self.value = model, tokenizer, value
+        self.setting = {"value": value}
         self.named = list(named)
         self._plain: dict[int, Plain] = {}
 

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Sequence
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -14,34 +13,16 @@ from markupsafe import Markup
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ..errors import InputError
 from .compare import Comparison
 from .statistics import Interval
 from .task import COSTS, Finding
 
-__all__ = ["check_writable", "format_number", "render", "tables"]
+__all__ = ["format_number", "render", "tables"]
 
 ARROWS = {"higher": "↑", "lower": "↓", None: ""}
 MEGABYTES = ("peak_bytes", "cache_bytes")
 ACROSS = 4  # metrics side by side in a terminal
 PLOT_SAMPLES = 64  # texts shown; the table always covers all
-
-
-def check_writable(path: str | Path) -> Path:
-    """Refuse an output path that cannot be written, before anything runs."""
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"the output {str(path)!r} is a folder; give a file name")
-    try:
-        with path.open("a"):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"the output {str(path)!r} cannot be written ({error.strerror}); choose another path"
-        ) from None
-    if path.stat().st_size == 0:
-        path.unlink()
-    return path
 
 
 def columns(comparison: Comparison) -> list[tuple[str, str, str]]:

@@ -86,6 +86,7 @@ class SpeculationTask:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, draws: int, prefix: list[int]
     ) -> None:
         self.model, self.tokenizer, self.prefix, self.task = model, tokenizer, prefix, Arithmetic()
+        self.setting = {"prefix": prefix}
         self.problems = {problem.id: problem for problem in draw_problems(self.task, count)}
         self.draws = -(-draws // ROWS)
 

@@ -1,7 +1,7 @@
 """The run store: one SQLite file that survives a kill at any moment and takes several writers.
 
-Every outcome is committed as soon as it is measured. A run is identified by what would change its numbers (task,
-model, subjects' settings); resuming continues the latest run with the same signature.
+Every outcome is committed as soon as it is measured. A run is identified by what would change its numbers (see
+`compare.identity`); resuming continues the latest run with the same signature.
 """
 
 from __future__ import annotations

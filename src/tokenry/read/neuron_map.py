@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import InputError
 from ..files import explained, parse_json
 from ..hooks import decoder_layers, fingerprint
+from ..outputs import write_file
 from ..stored import Header, check_floats, check_range, check_tensors, header_of, read_tensors
 from .directions import TILE, Side, Spread, neuron_rows, top_tokens, unembedding
 from .reading import Reading
@@ -300,7 +301,8 @@ class NeuronMap:
     def save(self, path: str | Path) -> None:
         """Write one safetensors file with a JSON header."""
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
-        save_file(tensors, path, metadata={"tokenry_neurons": json.dumps(self.header, ensure_ascii=False)})
+        metadata = {"tokenry_neurons": json.dumps(self.header, ensure_ascii=False)}
+        write_file(path, lambda part: save_file(tensors, part, metadata=metadata))
 
     @classmethod
     def load(

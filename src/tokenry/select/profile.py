@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import InputError
 from ..files import explained, read_json
+from ..outputs import write_text
 from ..schemas import unmet
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class HeadProfile(BaseModel):
 
     def save(self, path: str | Path) -> None:
         """Write JSON."""
-        Path(path).write_text(json.dumps(self.model_dump(mode="json")) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(self.model_dump(mode="json")) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> HeadProfile:

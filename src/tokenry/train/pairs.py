@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError
 from ..files import read_records
+from ..ngrams import NGrams
 from ..schemas import Fields, checked
-from ..words import STOP_WORDS, content_words, is_word_character
+from ..words import fold, inside_word, words
 
 __all__ = ["balance_pairs", "check_pairs", "pairs_from_rewinds", "pairs_from_text", "read_pairs"]
 
@@ -27,6 +28,10 @@ Pair = dict[str, Any]
 MOST_PROBABLE = 50  # candidates looked at, best first
 MOST_CHOSEN = 20  # of these, kept from the least probable up
 TAIL = 40  # tokens of context in which a candidate might complete a banned pattern
+FUNCTION_WORDS = frozenset(  # the 49 of the official data loader
+    """a an and are at be been being but by can could did do does else for had has have how if in is may might must of
+    on or shall should that the then these this those to was were what when where who whom why will would""".split()
+)
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
@@ -166,27 +171,36 @@ class _Patterns:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, rules: set[str]) -> None:
         self.tokenizer = tokenizer
         split = [rule.partition(":") for rule in rules]
-        self.phrases = {text.lower() for kind, _, text in split if kind == "phrase"}
-        self.ngrams = {tuple(text.split()) for kind, _, text in split if kind == "ngram"}
-        starts = self.phrases | {ngram[0] for ngram in self.ngrams}
+        self.phrases = {fold(text) for kind, _, text in split if kind == "phrase"}
+        ngrams = [text.split() for kind, _, text in split if kind == "ngram"]
+        self.ngrams = NGrams(ngrams)
+        starts = self.phrases | {ngram[0] for ngram in ngrams}
         self.prefixes = {text[:n] for text in starts for n in range(2, len(text) + 1)}
 
     def allow(self, context: tuple[int, ...], token: int) -> bool:
-        text = self.tokenizer.decode([token])
-        word = text.strip().lower()
+        word = fold(self.tokenizer.decode([token]).strip())
         if len(word) < 2 or "*" in word or not any(map(str.isalnum, word)) or word in self.prefixes:
             return False
-        tail = self.tokenizer.decode([*context[-TAIL:], token]).lower()
-        return not any(self._ends(tail, phrase) for phrase in self.phrases) and not self._completes(tail)
+        before = self.tokenizer.decode(context[-TAIL:])
+        text = self.tokenizer.decode([*context[-TAIL:], token])
+        known = len(fold(before))
+        return not any(self._ends(fold(text), phrase, known) for phrase in self.phrases) and not self._completes(text)
 
     @staticmethod
-    def _ends(text: str, phrase: str) -> bool:
-        before = text[-len(phrase) - 1 : -len(phrase)]
-        return text.endswith(phrase) and not (is_word_character(phrase[0]) and before and is_word_character(before))
+    def _ends(text: str, phrase: str, known: int) -> bool:
+        """Whether the phrase ends after the first `known` characters of the folded text."""
+        start = text.find(phrase, max(0, known - len(phrase) + 1))
+        while start >= 0:
+            if not inside_word(text, start) and not inside_word(text, start + len(phrase)):
+                return True
+            start = text.find(phrase, start + 1)
+        return False
 
     def _completes(self, text: str) -> bool:
-        words = tuple(word for word, _, _ in content_words(text)) if self.ngrams else ()
-        return any(words[-len(ngram) :] == ngram for ngram in self.ngrams)
+        begun, found = [], []
+        for word in words(text) if self.ngrams.root.children else ():
+            begun, found = self.ngrams.step(begun, word)
+        return bool(found)
 
 
 # --- from text -----------------------------------------------------------------------------------------------------
@@ -307,7 +321,7 @@ def _fill(rows: list[Pair], share: Mapping[int, float], total: int) -> list[Pair
 
 def without_function_words(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> list[Pair]:
     """The pairs whose rejected token is not a function word such as " the", which no text can do without."""
-    kept = [p for p in pairs if tokenizer.decode([p["rejected_id"]]).strip().lower() not in STOP_WORDS]
+    kept = [p for p in pairs if tokenizer.decode([p["rejected_id"]]).strip().lower() not in FUNCTION_WORDS]
     if pairs and not kept:
         raise InputError(
             f"all {len(pairs)} pairs reject a function word; ban patterns that begin with another word, or set "

@@ -22,18 +22,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...decode.diffusion import MaskedDiffusionModel, diffusion_generate
 from ...decode.diffusion_state import DiffusionState, Prediction
 from ...decode.learn2pd import EndOfTextTruncation, Learn2PD, LearnedFilter, OraclePolicy, collect_egp_traces
-from ...decode.unmask import FixedCount, RowDraws, Threshold, UnmaskPolicy, best_first
+from ...decode.unmask import FixedCount, Threshold, UnmaskPolicy, best_first
 from ...errors import InputError
 from ...filtering import ConfidenceFilter, TraceDataset
-from ...hooks import fingerprint
-from ...models import cache_folder
 from ...problems import draw_problems
 from ...puzzles import PUZZLES
 from ...stored import read_tensors
 from ...train.learn2pd import FilterTrainer, filter_report
 from ..compare import Comparison
 from ..denoising import PuzzleTask, cost_ratio
-from ..kept import digest, read, write
+from ..kept import digest, kept_folder, read, write
 from ..statistics import Interval
 from ..task import Experiment, Finding, Subject
 
@@ -86,12 +84,9 @@ class AtRandom(UnmaskPolicy):
     def __init__(self, share: float) -> None:
         self.share = share
 
-    def reset(self, state: DiffusionState) -> None:
-        self.draw = RowDraws(SEED, state)
-
     def select(self, prediction: Prediction, state: DiffusionState) -> Tensor:
         candidates = state.candidates
-        return candidates & ((self.draw(state) < self.share) | (best_first(prediction.confidence, candidates) == 0))
+        return candidates & ((state.uniform() < self.share) | (best_first(prediction.confidence, candidates) == 0))
 
 
 class PlainOracle(OraclePolicy):
@@ -126,7 +121,7 @@ def build(
     """
     if method is not None:
         raise InputError("this comparison trains its own filters and sweeps their thresholds; give no options")
-    folder, seeds = cache_folder() / "learn2pd" / fingerprint(model), tuple(seeds or (0, 1, 2))
+    folder, seeds = kept_folder("learn2pd", model, tokenizer), tuple(seeds or (0, 1, 2))
     traces = training_traces(model, tokenizer, folder)
     made = {kind: train(kind, traces, folder) for kind in KINDS}
     reports = {kind: report_of(one, traces) for kind, one in made.items()}

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...decode.acceptance import optimal_acceptance, verifier_acceptance
 from ...decode.api import generate
-from ...decode.drafters import Drafter, make_drafter
+from ...decode.drafters import Drafter, ModelDrafter, make_drafter
 from ...decode.optimal_mdsd import OptimalMDSD
 from ...decode.verifiers import SAMPLINGS, VERIFIERS, Selection, Verifier, sample_drafts
 from ...problems import Arithmetic, draw_problems
@@ -71,6 +71,7 @@ def build(
         slug=OptimalMDSD.slug,
         claim=OptimalMDSD.claim,
         task=task,
+        models={"drafter": drafter.model} if isinstance(drafter, ModelDrafter) else {},
         subjects=subjects,
         baseline=SINGLE,
         judge=judge,

@@ -66,6 +66,7 @@ def build(
         judge=partial(judge, law=continuation_law(model, prefix), share=share, given=given),
         seeds=tuple(seeds or (0,)),
         batch=1,
+        models={"drafter": drafter.model} if isinstance(drafter, ModelDrafter) else {},
         notes=f"Temperature 1. The draft model has {share:.1%} of the target's parameters. The trees of all verifiers "
         f"but `single` have {given['num_drafts']} drafts at each of {given['draft_length']} depths at most. Without "
         "replacement and with the greedy draft they are spread over the nodes of a depth where they are worth most. "

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...files import explained, read_json
 from ...hooks import decoder_layers, fingerprint
+from ...outputs import write_text
 from ...represent.prompts import PromptEmbedder, leads_with_bos
 from ...represent.token_prepending import TokenPrepending
 from ...schemas import Fields, checked
@@ -98,7 +99,7 @@ class DevScores:
 
     def save(self, path: str | Path) -> None:
         """Write JSON."""
-        Path(path).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(asdict(self)) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> DevScores:
