@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedModel, P
 
 from .cache import layer_lengths, remove_last
 from .errors import InputError
+from .masks import sees_both_sides
 
 __all__ = ["DeadEndValueModel", "DeadEndValues", "ValueCache", "vocabulary_hash"]
 
@@ -49,6 +50,8 @@ class DeadEndValueModel(nn.Module):
         super().__init__()
         if hidden_mult < 1:
             raise InputError(f"hidden_mult={hidden_mult} is not allowed; give a whole number >= 1")
+        if trunk.config.is_encoder_decoder or sees_both_sides(trunk):
+            raise InputError(f"{type(trunk).__name__} is bidirectional, but the trunk must be causal; use a decoder")
         self.trunk, self.hidden_mult = trunk.base_model, hidden_mult
         config = trunk.config.get_text_config()
         hidden = hidden_mult * config.hidden_size
@@ -154,7 +157,8 @@ class DeadEndValueModel(nn.Module):
 
     @classmethod
     def _restored(cls, header: dict[str, Any], weights: dict[str, Tensor]) -> DeadEndValueModel:
-        model = cls(AutoModel.from_config(AutoConfig.for_model(**header["trunk"])), header["hidden_mult"])
+        trunk = AutoModel.from_config(AutoConfig.for_model(**header["trunk"]), trust_remote_code=False)
+        model = cls(trunk, header["hidden_mult"])
         model.load_state_dict(weights)
         model.vocabulary, model.special_ids = header["vocabulary"], header["special_ids"]
         return model

@@ -25,6 +25,7 @@ __all__ = [
     "draft_mask",
     "make_bidirectional",
     "own_position",
+    "sees_both_sides",
 ]
 
 KERNELS = ("sdpa", "eager")  # attention implementations that take any boolean mask
@@ -45,6 +46,15 @@ def own_position(logits: Tensor, shift: bool) -> Tensor:
     With `shift` position i is predicted by the row before it, as in Dream; position 0 then keeps its own row.
     """
     return torch.cat([logits[:, :1], logits[:, :-1]], dim=1) if shift else logits
+
+
+def sees_both_sides(model: PreTrainedModel) -> bool:
+    """Whether tokens see later ones, as the configuration and the attention modules say: BERT, or a denoiser."""
+    if not getattr(model.config.get_text_config(decoder=True), "is_causal", True):
+        return True
+    names = ("is_causal", "is_decoder")  # cross-attention is not causal in a decoder either: one that is, suffices
+    said = [vars(part)[name] for part in model.get_decoder().modules() for name in names if name in vars(part)]
+    return bool(said) and not any(said)
 
 
 @torch.no_grad()

@@ -42,6 +42,7 @@ def compare(
     model_name: str,
     dtype: str | None,
     device: str | None,
+    trust_remote_code: bool,
     json_output: bool,
 ) -> None:
     """Measure a method against the plain model and against the controls that could fool it."""
@@ -62,14 +63,14 @@ def compare(
     from ..measure.store import RunStore
 
     with RunStore(store_path) as store:
-        model, tokenizer = load_model(model_name, dtype, device)
+        model, tokenizer = load_model(model_name, dtype, device, trust_remote_code)
         build = importlib.import_module(module).build
         experiment = build(model, tokenizer, samples=samples, seeds=seed_list, method=method)
         about = {"model": model_name, "dtype": str(model.dtype)}
         comparison = run_compare(experiment, store, about, resume)
     findings = experiment.judge(comparison)
     verdict = experiment.verdict(findings)
-    command = rerun_command(name, options, samples, seeds, model_name, dtype)
+    command = rerun_command(name, options, samples, seeds, model_name, dtype, trust_remote_code)
     outputs = (report_path, picture, evidence_path if record else None)
     publish(comparison, findings, verdict, model_name, command, *outputs)
     if json_output:
@@ -88,7 +89,13 @@ def parse_seeds(seeds: str | None) -> list[int] | None:
 
 
 def rerun_command(
-    name: str, options: Sequence[str], samples: int | None, seeds: str | None, model: str, dtype: str | None
+    name: str,
+    options: Sequence[str],
+    samples: int | None,
+    seeds: str | None,
+    model: str,
+    dtype: str | None,
+    trust_remote_code: bool = False,
 ) -> str:
     """The command that measures the same again, without where its outputs went."""
     import shlex
@@ -97,6 +104,7 @@ def rerun_command(
     for option, value in (("samples", samples), ("seeds", seeds), ("dtype", dtype)):
         parts += [f"--{option}", str(value)] if value is not None else []
     parts += ["--model", model] if model != "smollm2" else []
+    parts += ["--trust-remote-code"] if trust_remote_code else []
     return shlex.join([*parts, *(word for pair in options for word in ("-o", pair))])
 
 

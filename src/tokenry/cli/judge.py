@@ -35,6 +35,7 @@ def judge(
     model_name: str,
     dtype: str | None,
     device: str | None,
+    trust_remote_code: bool,
     json_output: bool,
 ) -> None:
     """Score solutions; for each prompt show the best one and what a vote weighted by the scores says.
@@ -45,7 +46,7 @@ def judge(
     (method,) = parse_methods([slug], options, "judge")
     rows = [] if traces else [row for path in files for row in read_rows(path)]
     check_pairs(pairs, top_k, traces, rows)
-    model, tokenizer = load_model(model_name, dtype, device)
+    model, tokenizer = load_model(model_name, dtype, device, trust_remote_code)
     if traces:
         from ..trace import Trace
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
 from ..hooks import Feed, decoder_layers, edit_inputs, on_feed
+from ..masks import sees_both_sides
 from ..method import Method
 from .prompts import PromptEmbedder, last_tokens, read_prompt
 
@@ -161,7 +162,7 @@ class TokenPrepending(Method):
                 a filled cache, inputs_embeds, or a mask that is not 2-D.
         """
         layers = decoder_layers(model)
-        if model.config.is_encoder_decoder or not all(getattr(m, "is_causal", True) for m in layers.modules()):
+        if model.config.is_encoder_decoder or sees_both_sides(model):
             raise InputError(f"{type(model).__name__} is bidirectional, but TP needs causal attention; use a decoder")
         if self.start_layer >= len(layers):
             raise InputError(
