@@ -50,6 +50,8 @@ class DeadEndValueModel(nn.Module):
         super().__init__()
         if hidden_mult < 1:
             raise InputError(f"hidden_mult={hidden_mult} is not allowed; give a whole number >= 1")
+        if hasattr(trunk, "get_base_model"):
+            raise InputError("the trunk has adapters, which are not saved with it; call merge_and_unload() first")
         if trunk.config.is_encoder_decoder or sees_both_sides(trunk):
             raise InputError(f"{type(trunk).__name__} is bidirectional, but the trunk must be causal; use a decoder")
         self.trunk, self.hidden_mult = trunk.base_model, hidden_mult
