@@ -39,6 +39,7 @@ def represent(
     model_name: str,
     dtype: str | None,
     device: str | None,
+    trust_remote_code: bool,
     json_output: bool,
 ) -> None:
     """Embed the sentences of FILE, one a line; '-' reads standard input."""
@@ -51,7 +52,7 @@ def represent(
     texts = read_lines(file)
     from ..represent import PromptEmbedder
 
-    model, tokenizer = load_model(model_name, dtype, device)
+    model, tokenizer = load_model(model_name, dtype, device, trust_remote_code)
     embedder = PromptEmbedder(model, tokenizer) if method is None else method.encoder(model, tokenizer)
     vectors = encode(embedder, texts, batch_size)
     write_file(output, lambda part: write(part, texts, vectors))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
-from ..hooks import decoder_layers, edit_inputs, skip_layers
+from ..hooks import decoder_body, decoder_layers, edit_inputs, skip_layers
 
 __all__ = ["PROMPTS", "PromptEmbedder", "clean_up", "last_states", "last_tokens", "leads_with_bos", "read_prompt"]
 
@@ -99,7 +99,7 @@ def last_states(model: PreTrainedModel, ids: Tensor, mask: Tensor, wanted: Seque
     Returns:
         (batch, len(wanted), width).
     """
-    layers, body, caught = decoder_layers(model), model.base_model, {}
+    layers, body, caught = decoder_layers(model), decoder_body(model), {}
     count, deepest = len(layers), max(wanted)
     rows = torch.arange(len(ids), device=ids.device)
     last = last_tokens(mask)
