@@ -65,6 +65,9 @@ def test_what_a_list_leaves_out_and_says(tmp_path):
     assert f"{path}: 2 phrases, 1 duplicates" in result.stderr and result.stdout == "" and result.exit_code == 2
     with pytest.raises(InputError, match=r"line 2 of .* is empty"):
         read_lines(path)
+    (tmp_path / "file").write_text("\na\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"line 1 of .* is empty"):
+        read_lines(path)
 
 
 @pytest.mark.parametrize(

@@ -46,13 +46,14 @@ def test_two_ranks_stop_together(tmp_path):
     """One rank has won pairs alone, the other lost ones: half of all are won, which is not enough, and then enough."""
     (tmp_path / "train.py").write_text(SCRIPT)
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    found = subprocess.run(
-        [*run, str(tmp_path / "train.py"), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=150,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert found.returncode == 0, found.stderr[-3000:]
+    arguments = [*run, str(tmp_path / "train.py"), str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        _, error = process.communicate(timeout=150)
+    finally:
+        process.terminate()  # and with it the ranks, should they hang
+        process.wait(30)
+    assert process.returncode == 0, error[-3000:]
     told = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert told == [{"0.75": [3, [0.5] * 3, 0.5], "0.5": [1, [0.5], 0.5]}] * 2

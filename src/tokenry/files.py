@@ -124,7 +124,7 @@ def entries_of(text: str) -> list[str]:
         ValueError: JSON that is broken, or no list of texts.
     """
     found = _json_entries(text) if text.lstrip()[:1] in ("[", "{") else None
-    return [line.strip() for line in text.strip("\n").split("\n")] if found is None else found
+    return [line.strip() for line in text.removesuffix("\n").split("\n")] if found is None else found
 
 
 def _json_entries(text: str) -> list[str] | None:

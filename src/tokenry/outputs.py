@@ -21,6 +21,7 @@ from typing import IO, TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from .errors import InputError
+from .files import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -221,7 +222,7 @@ def _files(folder: Path) -> list[Path]:
 def _own(folder: Path) -> set[str]:
     """The files that the manifest of a folder names."""
     try:
-        return {MANIFEST, *json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]}
+        return {MANIFEST, *read_json(folder / MANIFEST)["files"]}
     except (OSError, ValueError, LookupError, TypeError):
         return set()
 

@@ -27,7 +27,7 @@ from .shared import (
     epilog=example('tokenry decode --method antislop -o phrases=slop.txt "Write a story about a lighthouse"')
 )
 @click.argument("prompt", required=False)
-@click.option("--prompts", "prompts_path", help="File with a prompt a line; prints a JSON line for each.")
+@click.option("--prompts", "prompts_path", help="Prompts, one a line or a JSON list; prints a JSON line for each.")
 @click.option("--method", "slugs", multiple=True, help="A decode method; may be repeated.")
 @click.option("-o", "options", multiple=True, metavar="NAME=VALUE", help="An option of the method.")
 @click.option("--max-new-tokens", default=256, show_default=True)
