@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ from tokenry.puzzles import Sorting
 class Set(Roots):
     """The same samples, another setting."""
 
-    setting = {"steps": 7}
+    setting: ClassVar = {"steps": 7}
 
 
 class Moved(Roots):

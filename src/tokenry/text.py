@@ -7,7 +7,24 @@ from copy import copy
 
 from transformers import PreTrainedTokenizerBase
 
+from .errors import InputError
+
 REPLACEMENT = "\ufffd"  # what decoding gives for bytes that are not a whole character yet
+
+
+def check_encodable(text: str, name: str) -> None:
+    """Refuse a text that is not Unicode: half a pair of surrogates, which no tokenizer takes.
+
+    Raises:
+        InputError: with the name of the text, and where it is.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{name} has half a surrogate pair, {text[error.start]!r}, at character {error.start}, which is no text; "
+            "read it with errors='replace', or take it out"
+        ) from None
 
 
 class TokenText:
