@@ -28,6 +28,8 @@ SUFFIXES = (".npy", ".parquet")
 @click.option("--output", required=True, help="Where to write: .npy (lines, width), or .parquet (text, embedding).")
 @click.option("--batch-size", default=16, show_default=True)
 @force_option
+@click.option("--max-seq-length", type=int, help="Tokens of a line with its prompt at most; default: the model's.")
+@click.option("--truncate", is_flag=True, help="Cut longer lines at their end; without it they are refused.")
 @model_options
 def represent(
     file: str,
@@ -36,6 +38,8 @@ def represent(
     output: str,
     batch_size: int,
     force: bool,
+    max_seq_length: int | None,
+    truncate: bool,
     model_name: str,
     dtype: str | None,
     device: str | None,
@@ -54,6 +58,7 @@ def represent(
 
     model, tokenizer = load_model(model_name, dtype, device, trust_remote_code)
     embedder = PromptEmbedder(model, tokenizer) if method is None else method.encoder(model, tokenizer)
+    embedder.max_seq_length, embedder.truncate = max_seq_length, truncate
     vectors = encode(embedder, texts, batch_size)
     write_file(output, lambda part: write(part, texts, vectors))
     if json_output:

@@ -22,6 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..checkpoint_files import read_tokenizer, reading
 from ..errors import InputError
 from ..masks import sees_both_sides
+from ..text import check_encodable
 from .core import WARPERS, DecodeLoop, DecodeOutput, Monitor
 from .engine import LayerPolicy, TransformersEngine
 from .method import DecodeMethod, Plugins
@@ -177,6 +178,8 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], c
     """Left-padded `input_ids` and `attention_mask` of the prompts."""
     if not prompts or any(not p.strip() for p in prompts):
         raise InputError("the prompt is empty; give some text to continue")
+    for number, prompt in enumerate(prompts):
+        check_encodable(prompt, f"prompt {number}")
     if chat and tokenizer.chat_template:
         turns = [[{"role": "user", "content": p}] for p in prompts]
         texts = [tokenizer.apply_chat_template(t, add_generation_prompt=True, tokenize=False) for t in turns]

@@ -53,12 +53,17 @@ class TokenPrependingTransformer(InputModule):
 
     @property
     def max_seq_length(self) -> int | None:
-        """Tokens that the model takes, prompt included."""
-        return self.embedder.limit
+        """Tokens of a text at most, prompt included; longer ones are cut or refused (the embedder's `truncate`)."""
+        return self.embedder.max_seq_length
+
+    @max_seq_length.setter
+    def max_seq_length(self, tokens: int | None) -> None:
+        self.embedder.max_seq_length = tokens
 
     def get_config_dict(self) -> dict[str, Any]:
         embedder, method = self.embedder, self.embedder.token_prepending
-        own = {name: getattr(embedder, name) for name in ("prompt", "output_layer", "add_bos", "normalize")}
+        names = ("prompt", "output_layer", "add_bos", "normalize", "max_seq_length", "truncate")
+        own = {name: getattr(embedder, name) for name in names}
         return {**own, "token_prepending": method.model_dump(mode="json") if method else None}
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:

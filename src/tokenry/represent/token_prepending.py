@@ -182,7 +182,14 @@ class TokenPrepending(Method):
             return torch.zeros(width)
         return scale * torch.randn(width, generator=torch.Generator().manual_seed(self.seed))
 
-    def encoder(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PromptEmbedder:
+    def encoder(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_seq_length: int | None = None,
+        truncate: bool = False,
+    ) -> PromptEmbedder:
         """An `nn.Module` with `encode(sentences)`. Raises InputError as `PromptEmbedder` does."""
         return PromptEmbedder(
             model,
@@ -191,4 +198,6 @@ class TokenPrepending(Method):
             token_prepending=self,
             output_layer=self.output_layer,
             add_bos=self.add_bos,
+            max_seq_length=max_seq_length,
+            truncate=truncate,
         )
