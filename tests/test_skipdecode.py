@@ -598,7 +598,7 @@ def test_the_experiment_from_training_to_findings(reasoner, tmp_path):
     experiment = build(*reasoner, samples=3)
     comparison = compare(experiment)
     assert [s.role for s in experiment.subjects] == ["plain", *["control"] * 3, *["method"] * 3]
-    assert len(list((tmp_path / "skipdecode").glob("*/*"))) == 5
+    assert len(list((tmp_path / "skipdecode").glob("*/*/*"))) == 5
     means = {s: comparison.mean(s, "nll_75") for s in comparison.subjects}
     assert len(set(means.values())) == 7 and all(2 < m < 5 for m in means.values())
     assert comparison.mean(PLAIN, "nll_97") == comparison.mean(PLAIN, "nll_67")

@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .errors import InputError
-from .hooks import Feed, on_feed
+from .hooks import Feed, decoder_layers, on_feed
 
 __all__ = ["AttentionCall", "edit_mask", "observe", "suppress", "tree_mask"]
 
@@ -108,8 +108,8 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The attention modules that go through transformers' attention interface, by layer."""
-    found = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "q_proj")]
+    """The decoder's attention modules that go through transformers' attention interface, by layer."""
+    found = [m for m in decoder_layers(model).modules() if hasattr(m, "layer_idx") and hasattr(m, "q_proj")]
     if not found:
         raise InputError(
             f"{type(model).__name__} has no attention layers with q_proj; use a Llama- or Gemma-like model"

@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedModel, P
 from .cache import layer_lengths, remove_last
 from .errors import InputError
 from .files import explained, read_json
+from .masks import sees_both_sides
 from .outputs import write_artifact
 from .schemas import Fields
 from .stored import Header, header_of, read_tensors, with_weights
@@ -70,6 +71,10 @@ class DeadEndValueModel(nn.Module):
         super().__init__()
         if hidden_mult < 1:
             raise InputError(f"hidden_mult={hidden_mult} is not allowed; give a whole number >= 1")
+        if hasattr(trunk, "get_base_model"):
+            raise InputError("the trunk has adapters, which are not saved with it; call merge_and_unload() first")
+        if trunk.config.is_encoder_decoder or sees_both_sides(trunk):
+            raise InputError(f"{type(trunk).__name__} is bidirectional, but the trunk must be causal; use a decoder")
         self.trunk, self.hidden_mult = trunk.base_model, hidden_mult
         config = trunk.config.get_text_config()
         hidden = hidden_mult * config.hidden_size

@@ -24,7 +24,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 
 from .errors import InputError
 from .files import explained, read_json
-from .hooks import capture_residual, decoder_layers, fingerprint
+from .hooks import capture_residual, decoder_body, decoder_layers, fingerprint
 from .outputs import write_artifact
 from .rows import left_padded, shared_length
 from .schemas import Fields
@@ -101,7 +101,7 @@ def read_questions(
     if not rows or not all(rows):
         raise InputError("there is no question to read; give at least one prompt, each with some text")
     ids, mask = left_padded(rows, model.device, tokenizer.pad_token_id or 0)
-    body, cache = model.get_decoder(), DynamicCache(config=model.config)
+    body, cache = decoder_body(model), DynamicCache(config=model.config)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
     if "position_ids" in inspect.signature(body.forward).parameters:
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)

@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .errors import InputError
 
@@ -41,16 +42,39 @@ __all__ = [
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of decoder blocks of a causal language model.
+    """The list of decoder blocks of a causal language model; the towers of other senses are not looked at.
 
     Raises:
-        InputError: the model has no list of `num_hidden_layers` blocks.
+        InputError: the decoder has no list of `num_hidden_layers` blocks, or several.
     """
-    count = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise InputError(f"{type(model).__name__} has no list of {count} decoder layers; use a decoder-only model")
+    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", 0)
+    lists = _outermost(decoder_body(model), lambda part: isinstance(part, nn.ModuleList) and len(part) == count)
+    if len(lists) > 1:  # as long as the blocks may be a list of norms or of projections
+        lists = [blocks for blocks in lists if isinstance(blocks[0], GradientCheckpointingLayer)]
+    if len(lists) != 1:
+        how_many = "several lists" if lists else "no list"
+        raise InputError(f"{type(model).__name__} has {how_many} of {count} decoder layers; use a decoder-only model")
+    return lists[0]
+
+
+def decoder_body(model: PreTrainedModel) -> PreTrainedModel:
+    """The decoder without its head, which makes hidden states of ids; adapters of peft stay inside it.
+
+    Raises:
+        InputError: peft puts virtual tokens before the text, which only its own forward knows of.
+    """
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise InputError(
+            f"{type(model).__name__} puts virtual tokens before each text, which hooks do not see; use a LoRA adapter"
+        )
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    body = inner.get_decoder()  # OPT calls it without its base model
+    return body if isinstance(body, PreTrainedModel) else inner.base_model  # a head may be called `decoder`, too
+
+
+def _outermost(module: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[nn.Module]:
+    """The modules that are wanted, without those inside them: a block may hold as many experts as there are blocks."""
+    return [module] if wanted(module) else [found for part in module.children() for found in _outermost(part, wanted)]
 
 
 def _check(layers: nn.ModuleList, wanted: Collection[int]) -> None:
@@ -130,7 +154,7 @@ class Feed:
 @contextmanager
 def on_feed(model: PreTrainedModel, begin: Callable[[Feed], None]) -> Iterator[None]:
     """Call `begin(feed)` before every forward of the model's body."""
-    body = model.get_decoder()  # OPT calls it without its base model
+    body = decoder_body(model)
     signature = inspect.signature(body.forward)
 
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -273,6 +297,50 @@ def gated_mlp(model: PreTrainedModel, layer: int) -> dict[Literal["gate", "up"],
         raise InputError(f"layer {layer} of {type(model).__name__} has no gated MLP; use a Llama- or Phi-3-like model")
     every = slice(0, down.in_features)
     return {"gate": Projection(mlp.gate_proj, every), "up": Projection(mlp.up_proj, every)}
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The layer inside what peft puts around it: for its sizes, not for its weight (see `effective_weight`)."""
+    inner = getattr(module, "original_module", None) or getattr(module, "base_layer", None)
+    return module if inner is None else unwrapped(inner)
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """How many tokens have an embedding."""
+    return unwrapped(model.get_input_embeddings()).num_embeddings
+
+
+def effective_weight(module: nn.Module, what: str) -> Tensor:
+    """The weight (outputs, inputs) that a layer computes with: its own, and the LoRA adapters active on it.
+
+    Args:
+        what: the layer in words.
+
+    Raises:
+        InputError: quantised or offloaded weights, or an adapter whose change is no sum.
+    """
+    parts = module._modules
+    if "modules_to_save" in parts:  # peft: a copy that was trained as a whole
+        off = module.disable_adapters or not module.active_adapters
+        module = module.original_module if off else module.modules_to_save[module.active_adapters[0]]
+    elif "token_adapter" in parts:  # peft: some rows of an embedding
+        module = module.token_adapter
+    weight = unwrapped(module).weight.detach()
+    if not weight.is_floating_point() or weight.itemsize < 2 or weight.dim() != 2:
+        raise InputError(f"{what} holds quantised weights ({weight.dtype}); load the model in bfloat16 or float32")
+    if weight.is_meta:
+        raise InputError(f"{what} is offloaded; load the model on one device")
+    if "base_layer" not in module._modules or module.disable_adapters != module.merged:
+        return weight  # no adapter, or one that is off, or in the weight already
+    for name in module.active_adapters:
+        if module.merged or not hasattr(module, "lora_A") or name in module.lora_variant:  # such as DoRA
+            raise InputError(
+                f"{what} has the adapter {name!r} ({type(module).__name__}), whose change of the weight is not a sum; "
+                "call merge_and_unload() first"
+            )
+        if name in module.scaling:
+            weight = weight + module.get_delta_weight(name).detach().to(weight.dtype)
+    return weight
 
 
 class _Columns:
@@ -463,4 +531,7 @@ def fingerprint(model: PreTrainedModel) -> str:
         flat = weight.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.bfloat16).float()
         digest.update(name.encode() + sample.numpy().tobytes())
+    for name, module in model.named_modules():
+        if hasattr(module, "active_adapters") and hasattr(module, "base_layer"):
+            digest.update(f"{name} {module.active_adapters} {module.disable_adapters}".encode())
     return digest.hexdigest()[:16]

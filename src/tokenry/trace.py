@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .attention import observe
 from .errors import InputError
 from .files import explained, parse_json
-from .hooks import capture_residual, decoder_layers, down_projection, edit_inputs, head_mixer, on_feed
+from .hooks import capture_residual, decoder_body, decoder_layers, down_projection, edit_inputs, head_mixer, on_feed
 from .outputs import write_file
 from .recorder import FORMAT, Recorder, head_logits, identity
 from .reducers import Reducer
@@ -282,7 +282,7 @@ def capture(
         stack.enter_context(edit_inputs(edits))
         if layers or reducers:
             stack.enter_context(observe(model, recorder.attention))
-        stack.callback(model.get_decoder().register_forward_hook(recorder.final).remove)
+        stack.callback(decoder_body(model).register_forward_hook(recorder.final).remove)
         stack.callback(model.register_forward_hook(recorder.check_logits, with_kwargs=True).remove)
         yield captured
     captured.traces = [Trace(tensors, header, model) for tensors, header in recorder.sequences(tokenizer)]

@@ -45,6 +45,7 @@ def compare(
     model_name: str,
     dtype: str | None,
     device: str | None,
+    trust_remote_code: bool,
     json_output: bool,
 ) -> None:
     """Measure a method against the plain model and against the controls that could fool it."""
@@ -67,7 +68,7 @@ def compare(
     from ..measure.store import RunStore
 
     with RunStore(store_path) as store:
-        model, tokenizer = load_model(model_name, dtype, device)
+        model, tokenizer = load_model(model_name, dtype, device, trust_remote_code)
         # Before anything is built on the model: an adapter adds weights to it.
         about = {"model": model_name, "dtype": str(model.dtype), **made_of(model, tokenizer)}
         build = importlib.import_module(module).build
@@ -75,7 +76,7 @@ def compare(
         comparison = run_compare(experiment, store, about, resume)
     findings = experiment.judge(comparison)
     verdict = experiment.verdict(findings)
-    command = rerun_command(name, options, samples, seeds, model_name, dtype)
+    command = rerun_command(name, options, samples, seeds, model_name, dtype, trust_remote_code)
     outputs = (report_path, picture, evidence_path if record else None)
     publish(comparison, findings, verdict, model_name, command, *outputs)
     if json_output:
@@ -94,7 +95,13 @@ def parse_seeds(seeds: str | None) -> list[int] | None:
 
 
 def rerun_command(
-    name: str, options: Sequence[str], samples: int | None, seeds: str | None, model: str, dtype: str | None
+    name: str,
+    options: Sequence[str],
+    samples: int | None,
+    seeds: str | None,
+    model: str,
+    dtype: str | None,
+    trust_remote_code: bool = False,
 ) -> str:
     """The command that measures the same again, without where its outputs went."""
     import shlex
@@ -103,6 +110,7 @@ def rerun_command(
     for option, value in (("samples", samples), ("seeds", seeds), ("dtype", dtype)):
         parts += [f"--{option}", str(value)] if value is not None else []
     parts += ["--model", model] if model != "smollm2" else []
+    parts += ["--trust-remote-code"] if trust_remote_code else []
     return shlex.join([*parts, *(word for pair in options for word in ("-o", pair))])
 
 

@@ -61,6 +61,7 @@ def decode(
     model_name: str,
     dtype: str | None,
     device: str | None,
+    trust_remote_code: bool,
     json_output: bool,
 ) -> None:
     """Generate with decode methods; one prompt streams as it goes. PROMPT '-' reads standard input."""
@@ -77,7 +78,7 @@ def decode(
     for method in methods:
         if method.caution:
             click.echo(f"{method.slug}: {method.caution}", err=True)
-    loaded = load_model(model_name, dtype, device)
+    loaded = load_model(model_name, dtype, device, trust_remote_code)
     with LineWriter(save_pairs) if save_pairs else nullcontext() as pairs:
         if prompts_path:
             generate_many(loaded, prompts, settings, seed, batch_size, pairs)

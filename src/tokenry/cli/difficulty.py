@@ -25,7 +25,7 @@ class Problems(NamedTuple):
 
 def learn_probe(
     method: DifficultyLabels,
-    model_options: Sequence[str | None],
+    model_options: Sequence[Any],
     path: str | None,
     count: int | None,
     marker: str,

@@ -37,6 +37,7 @@ def judge(
     model_name: str,
     dtype: str | None,
     device: str | None,
+    trust_remote_code: bool,
     json_output: bool,
 ) -> None:
     """Score solutions; for each prompt show the best one and what a vote weighted by the scores says.
@@ -47,7 +48,7 @@ def judge(
     (method,) = parse_methods([slug], options, "judge")
     rows = [] if traces else [row for path in files for row in read_rows(path)]
     check_pairs(pairs, top_k, traces, rows, force)
-    model, tokenizer = load_model(model_name, dtype, device)
+    model, tokenizer = load_model(model_name, dtype, device, trust_remote_code)
     if traces:
         from ..trace import Trace
 

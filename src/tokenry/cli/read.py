@@ -54,6 +54,7 @@ def read(
     model_name: str,
     dtype: str | None,
     device: str | None,
+    trust_remote_code: bool,
     json_output: bool,
 ) -> None:
     """Name neurons, find them by word, and list those that a text switches on; or learn how difficult a question is.
@@ -66,9 +67,10 @@ def read(
     of_probes = {"--problems": problems, "--arithmetic": arithmetic, "--save": folder}
     learns = slug == "difficulty-probe"
     refuse_given(of_maps if learns else of_probes, slug)
+    how = (dtype, device, trust_remote_code)
     if learns:
         where = (folder, force)
-        found = learn_probe(method, (model_name, dtype, device), problems, arithmetic, marker, max_new_tokens, *where)
+        found = learn_probe(method, (model_name, *how), problems, arithmetic, marker, max_new_tokens, *where)
         show(found, json_output)
         return
     if text is not None and trace_path:
@@ -86,7 +88,7 @@ def read(
     from ..read import NeuronMap
     from ..trace import Trace
 
-    model, tokenizer = load_model(model_name, dtype, device)
+    model, tokenizer = load_model(model_name, *how)
     names = NeuronMap.load(map_path, model, tokenizer) if map_path else make_map(method, model, tokenizer, model_name)
     if save_map:
         names.save(save_map)
@@ -94,7 +96,7 @@ def read(
     if layer is not None:
         answers.append(names.table(layer))
     if other:
-        answers.append(compare_maps(names, make_map(method, *load_model(other, dtype, device), other)))
+        answers.append(compare_maps(names, make_map(method, *load_model(other, *how), other)))
     if text is not None or trace_path:
         layers = names.named_layers(least) or "all"
         trace = Trace.load(trace_path, model) if trace_path else traced(model, tokenizer, text, layers)

@@ -28,6 +28,8 @@ SUFFIXES = (".npy", ".parquet")
 @click.option("--output", required=True, help="Where to write: .npy (lines, width), or .parquet (text, embedding).")
 @click.option("--batch-size", default=16, show_default=True)
 @force_option
+@click.option("--max-seq-length", type=int, help="Tokens of a line with its prompt at most; default: the model's.")
+@click.option("--truncate", is_flag=True, help="Cut longer lines at their end; without it they are refused.")
 @model_options
 def represent(
     file: str,
@@ -36,9 +38,12 @@ def represent(
     output: str,
     batch_size: int,
     force: bool,
+    max_seq_length: int | None,
+    truncate: bool,
     model_name: str,
     dtype: str | None,
     device: str | None,
+    trust_remote_code: bool,
     json_output: bool,
 ) -> None:
     """Embed the sentences of FILE, one a line; '-' reads standard input."""
@@ -51,8 +56,9 @@ def represent(
     texts = read_lines(file)
     from ..represent import PromptEmbedder
 
-    model, tokenizer = load_model(model_name, dtype, device)
+    model, tokenizer = load_model(model_name, dtype, device, trust_remote_code)
     embedder = PromptEmbedder(model, tokenizer) if method is None else method.encoder(model, tokenizer)
+    embedder.max_seq_length, embedder.truncate = max_seq_length, truncate
     vectors = encode(embedder, texts, batch_size)
     write_file(output, lambda part: write(part, texts, vectors))
     if json_output:

@@ -24,6 +24,7 @@ def select(
     model_name: str,
     dtype: str | None,
     device: str | None,
+    trust_remote_code: bool,
     json_output: bool,
 ) -> None:
     """Answer a question about a long text with a compressed cache."""
@@ -36,7 +37,7 @@ def select(
     from ..cache import cache_bytes
     from ..decode import generate
 
-    model, tokenizer = load_model(model_name, dtype, device)
+    model, tokenizer = load_model(model_name, dtype, device, trust_remote_code)
     with method(model) as kept:
         output = generate(model, tokenizer, f"{text}\n\n{question}", max_new_tokens=max_new_tokens)
     counts = kept.trace.counts()

@@ -39,10 +39,17 @@ def as_json(value: Any) -> None:
     click.echo(json.dumps(value, ensure_ascii=False, indent=2))
 
 
+def trust_option(command: Any) -> Any:
+    """--trust-remote-code, for verbs that load a model or a tokenizer."""
+    text = "Run Python code that comes with the model or tokenizer."
+    return click.option("--trust-remote-code", is_flag=True, help=text)(command)
+
+
 def model_options(command: Any) -> Any:
-    """--model, --dtype, --device and --json."""
+    """--model, --dtype, --device, --trust-remote-code and --json."""
     for option in (
         click.option("--json", "json_output", is_flag=True, help="Print JSON."),
+        trust_option,
         click.option("--device", help="Where to run; default: cuda where there is one."),
         click.option("--dtype", help="float32, bfloat16 or float16; default: float32 on CPU."),
         click.option("--model", "model_name", default="smollm2", show_default=True, help="Name, folder or hub id."),
@@ -85,12 +92,12 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
-def load_model(name: str, dtype: str | None, device: str | None) -> Any:
+def load_model(name: str, dtype: str | None, device: str | None, trust_remote_code: bool = False) -> Any:
     """Load quietly."""
     from ..models import load
 
     quiet()
-    return load(name, dtype, device)
+    return load(name, dtype, device, trust_remote_code)
 
 
 def read_text(path: str, what: str) -> str:

@@ -10,7 +10,7 @@ import click
 
 from ..errors import InputError
 from ..outputs import check_file, check_folder, write_folder, write_text
-from .shared import as_json, example, force_option, parse_methods, progress, quiet, read_text
+from .shared import as_json, example, force_option, parse_methods, progress, quiet, read_text, trust_option
 
 if TYPE_CHECKING:
     from ..method import Method
@@ -80,13 +80,14 @@ def train_shown(method: Method, paths: Sequence[Path]) -> Any:
 @tokenize.command(epilog=example('tokenry tokenize encode --tokenizer smollm2 "The Licensee shall not sublicense."'))
 @click.argument("text")
 @click.option("--tokenizer", "name", required=True, help="Folder with tokenizer.json, smollm2 or hub id.")
+@trust_option
 @click.option("--json", "json_output", is_flag=True, help="Print ids and pieces as JSON.")
-def encode(text: str, name: str, json_output: bool) -> None:
+def encode(text: str, name: str, trust_remote_code: bool, json_output: bool) -> None:
     """Show the tokens of TEXT in colour; '-' reads standard input."""
     text = read_text("-", "text") if text == "-" else text
     if not text:
         raise InputError("the text is empty; give some to encode")
-    (tokenizer,) = load_tokenizers([name]).values()
+    (tokenizer,) = load_tokenizers([name], trust_remote_code).values()
     from rich.console import Console
 
     from ..tokenize.report import coloured, token_pieces
@@ -110,15 +111,22 @@ def encode(text: str, name: str, json_output: bool) -> None:
 @click.option("--error-rate", default=0.05, show_default=True, help="Recognition errors per character, for stability.")
 @click.option("--html", help="Write a self-contained HTML page.")
 @force_option
+@trust_option
 @click.option("--json", "json_output", is_flag=True, help="Print JSON.")
 def report(
-    tokenizers: tuple[str, ...], path: str, error_rate: float, html: str | None, force: bool, json_output: bool
+    tokenizers: tuple[str, ...],
+    path: str,
+    error_rate: float,
+    html: str | None,
+    force: bool,
+    trust_remote_code: bool,
+    json_output: bool,
 ) -> None:
     """Compare TOKENIZERS on a text: folders with tokenizer.json, smollm2, or hub ids. Savings are against the first."""
     text = read_text(path, "text")
     if html:
         check_file(html, force)
-    loaded = load_tokenizers(tokenizers)
+    loaded = load_tokenizers(tokenizers, trust_remote_code)
     from rich.console import Console
 
     from ..tokenize.report import render, report_table, token_pieces, tokenizer_report
@@ -136,12 +144,12 @@ def report(
     console.print(side_by_side(loaded, text[:SHOWN]))
 
 
-def load_tokenizers(names: Sequence[str]) -> dict[str, Any]:
+def load_tokenizers(names: Sequence[str], trust_remote_code: bool) -> dict[str, Any]:
     """Load quietly; a name that was given twice is loaded once."""
     from ..tokenize import load_tokenizer
 
     quiet()
-    return {name: load_tokenizer(name) for name in names}
+    return {name: load_tokenizer(name, trust_remote_code) for name in names}
 
 
 def side_by_side(tokenizers: dict[str, Any], text: str) -> Any:

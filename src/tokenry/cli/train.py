@@ -31,6 +31,7 @@ def train(
     model_name: str,
     dtype: str | None,
     device: str | None,
+    trust_remote_code: bool,
     json_output: bool,
 ) -> None:
     """Train on pairs, episodes or prompts, and show what is measured at held-out ones before and after."""
@@ -42,7 +43,7 @@ def train(
         raise InputError(f"--hold-out {hold_out} is not allowed; give a share in [0, 1)")
     if not Path(data).is_file():
         raise InputError(f"the {method.examples} {data!r} cannot be read (no such file); give a file of JSON lines")
-    model, tokenizer = load_model(model_name, dtype, device)
+    model, tokenizer = load_model(model_name, dtype, device, trust_remote_code)
     kept, held = split(method.read(data, tokenizer), hold_out)
     with progress(slug, None) as update, TemporaryDirectory() as scratch:
         trainer = method.trainer(model, tokenizer, kept, scratch, progress=update)

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 from transformers import (
-    AutoTokenizer,
     BatchEncoding,
     GenerationConfig,
     PreTrainedModel,
@@ -20,7 +19,10 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from ..checkpoint_files import read_tokenizer, reading
 from ..errors import InputError
+from ..masks import sees_both_sides
+from ..text import check_encodable
 from .core import WARPERS, DecodeLoop, DecodeOutput, Monitor
 from .engine import LayerPolicy, TransformersEngine
 from .method import DecodeMethod, Plugins
@@ -60,7 +62,7 @@ def loop(
     """
     if generation_config.num_beams > 1:
         raise InputError("the decode loop has no beams; leave num_beams at 1")
-    if not getattr(model.config.get_text_config(), "is_causal", True):
+    if sees_both_sides(model):
         raise InputError(
             "the model sees both sides and cannot write from left to right; use a method for masked-diffusion models, "
             "such as masked-diffusion"
@@ -176,6 +178,8 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], c
     """Left-padded `input_ids` and `attention_mask` of the prompts."""
     if not prompts or any(not p.strip() for p in prompts):
         raise InputError("the prompt is empty; give some text to continue")
+    for number, prompt in enumerate(prompts):
+        check_encodable(prompt, f"prompt {number}")
     if chat and tokenizer.chat_template:
         turns = [[{"role": "user", "content": p}] for p in prompts]
         texts = [tokenizer.apply_chat_template(t, add_generation_prompt=True, tokenize=False) for t in turns]
@@ -199,4 +203,5 @@ def _split(processors: LogitsProcessorList) -> tuple[list[LogitsProcessor], list
 def _tokenizer_of(name: str) -> PreTrainedTokenizerBase:
     if not name or not Path(name).is_dir():
         raise InputError("monitors and streamers read text; pass processing_class=tokenizer to generate")
-    return AutoTokenizer.from_pretrained(name)
+    with reading(name, "tokenizer"):
+        return read_tokenizer(name)

@@ -27,6 +27,7 @@ from transformers.generation.logits_process import (
 )
 
 from ..errors import InputError
+from ..hooks import vocabulary_size
 from ..masks import check_bidirectional, own_position
 from .core import DecodeOutput
 from .diffusion_cache import DiffusionCache
@@ -75,7 +76,7 @@ class MaskedDiffusionModel:
         self.eos_token_id = _first(eos_token_id, _id(config, "eos_token_id"), _id(tokenizer, "eos_token_id"))
         self.pad_token_id = _first(_id(config, "pad_token_id"), _id(tokenizer, "pad_token_id"), self.eos_token_id)
         self.shift = bool(_first(shift, getattr(config, "token_shift", None), False))
-        size = model.get_input_embeddings().num_embeddings
+        size = vocabulary_size(model)
         if self.mask_token_id is None:
             raise InputError("the model has no mask token; give mask_token_id, an id that never occurs in text")
         if not 0 <= self.mask_token_id < size:

@@ -279,7 +279,7 @@ def make_drafter(drafter: str | PreTrainedModel | Drafter, target: PreTrainedMod
         return EarlyExitDrafter(layers)
     if isinstance(drafter, str):
         return ModelDrafter(_loaded(drafter, target.device, target.dtype)[0])
-    if isinstance(drafter, PreTrainedModel):
+    if isinstance(drafter, PreTrainedModel) or hasattr(drafter, "get_base_model"):  # or one of peft
         return ModelDrafter(drafter)
     if not all(hasattr(drafter, name) for name in ("begin", "root", "extend")):
         raise InputError(

@@ -27,6 +27,7 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import InputError
+from ..hooks import vocabulary_size
 from ..masks import as_attention_mask, check_full_attention, check_mask, draft_mask
 from .api import loop
 from .core import DecodeOutput, Monitor, Row
@@ -186,7 +187,7 @@ class TiDARLoop(SpeculativeLoop):
 
 def check_model(model: PreTrainedModel, mask_token_id: int) -> None:
     """Refuse a model that has no place for guesses; the forwards that this needs are done once for a model."""
-    size = model.get_input_embeddings().num_embeddings
+    size = vocabulary_size(model)
     if not 0 <= mask_token_id < size:
         raise InputError(f"mask_token_id={mask_token_id} is outside the vocabulary of {size}; choose an unused token")
     check_full_attention(model)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
-from ..hooks import decoder_layers, down_projection, edit_inputs, edit_outputs, gated_mlp
+from ..hooks import decoder_layers, down_projection, edit_inputs, edit_outputs, effective_weight, gated_mlp
 from ..read.directions import neuron_rows, top_tokens, unembedding
 from ..read.lm_head_neurons import LMHeadNeurons
 from .task import Metric, Outcome, Sample, Subject
@@ -171,7 +171,8 @@ class ClampTask:
     def _first_order(self, target: Target, plain: Plain) -> float:
         mlp = decoder_layers(self.model)[target.layer].mlp
         activate = getattr(mlp, "act_fn", None) or mlp.activation_fn  # the second is Phi-3's
-        column = down_projection(self.model, target.layer).weight[:, target.neuron]
+        down = effective_weight(down_projection(self.model, target.layer), "mlp.down_proj")
+        column = down[:, target.neuron]
         gate = activate(self._side("gate", target, plain)[-1])
         return self.value * float(gate) * float(unembedding(self.model)[target.token].float() @ column.float())
 

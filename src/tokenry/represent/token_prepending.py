@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
-from ..hooks import Feed, decoder_layers, edit_inputs, on_feed
+from ..hooks import Feed, decoder_layers, edit_inputs, effective_weight, on_feed, unwrapped, vocabulary_size
+from ..masks import sees_both_sides
 from ..method import Method
 from .prompts import PromptEmbedder, last_tokens, read_prompt
 
@@ -101,7 +102,7 @@ class TokenPrepending(Method):
         TokenPrepending(exit_layer=2).encoder(model, tokenizer).encode(sentences)     # (sentences, width)
 
         with TokenPrepending(exit_layer=2)(model) as run:      # ids of your own, with run.slot_token_id in each row
-            states = model.base_model(ids).last_hidden_state[:, -1]
+            states = model.get_decoder()(ids).last_hidden_state[:, -1]
 
     The prompt, the output layer and the BOS token concern the encoder only.
     """
@@ -161,7 +162,7 @@ class TokenPrepending(Method):
                 a filled cache, inputs_embeds, or a mask that is not 2-D.
         """
         layers = decoder_layers(model)
-        if model.config.is_encoder_decoder or not all(getattr(m, "is_causal", True) for m in layers.modules()):
+        if model.config.is_encoder_decoder or sees_both_sides(model):
             raise InputError(f"{type(model).__name__} is bidirectional, but TP needs causal attention; use a decoder")
         if self.start_layer >= len(layers):
             raise InputError(
@@ -169,19 +170,26 @@ class TokenPrepending(Method):
             )
         edited = range(self.start_layer, min(self.exit_layer, len(layers)) if self.overwrite else self.start_layer)
         embedding = model.get_input_embeddings()
-        slot = embedding.num_embeddings if slot_token_id is None else slot_token_id
+        slot = vocabulary_size(model) if slot_token_id is None else slot_token_id
         return Prepending(model, slot, edited, self._vector(embedding))
 
     def _vector(self, embedding: nn.Embedding) -> Tensor:
         """The slot's embedding, scaled as the embedding scales its rows (Gemma)."""
-        scale = float(getattr(embedding, "embed_scale", 1.0))
+        scale, width = float(getattr(unwrapped(embedding), "embed_scale", 1.0)), unwrapped(embedding).embedding_dim
         if self.slot_init == "mean":
-            return scale * embedding.weight.detach().float().mean(0)
+            return scale * effective_weight(embedding, "the embedding").float().mean(0)
         if self.slot_init == "zeros":
-            return torch.zeros(embedding.embedding_dim)
-        return scale * torch.randn(embedding.embedding_dim, generator=torch.Generator().manual_seed(self.seed))
+            return torch.zeros(width)
+        return scale * torch.randn(width, generator=torch.Generator().manual_seed(self.seed))
 
-    def encoder(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PromptEmbedder:
+    def encoder(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_seq_length: int | None = None,
+        truncate: bool = False,
+    ) -> PromptEmbedder:
         """An `nn.Module` with `encode(sentences)`. Raises InputError as `PromptEmbedder` does."""
         return PromptEmbedder(
             model,
@@ -190,4 +198,6 @@ class TokenPrepending(Method):
             token_prepending=self,
             output_layer=self.output_layer,
             add_bos=self.add_bos,
+            max_seq_length=max_seq_length,
+            truncate=truncate,
         )

@@ -195,7 +195,7 @@ def _output_error(call: AttentionCall, length: int, kept: Tensor, window: int, e
 
     def output(rows: Tensor) -> Tensor:
         mixed = (rows @ values).transpose(1, 2).flatten(2)
-        return project(mixed.to(project.weight.dtype)).float()
+        return project(mixed.to(call.value.dtype)).float()
 
     whole = output(full)
     return float(((output(short) - whole).norm(dim=-1) / (whole.norm(dim=-1) + eps)).sum())

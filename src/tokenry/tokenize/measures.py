@@ -10,6 +10,7 @@ from functools import lru_cache
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError
+from ..text import check_encodable
 
 __all__ = [
     "boundary_stability",
@@ -27,6 +28,8 @@ def token_counts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
     texts = list(texts)
     if not all(isinstance(text, str) for text in texts):
         raise InputError("texts holds something that is not text; give a list of strings, not token ids")
+    for number, text in enumerate(texts):
+        check_encodable(text, f"text {number}")
     if not texts:
         return []
     return [len(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False).input_ids]
@@ -70,6 +73,7 @@ def token_offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[i
     """
     if not tokenizer.is_fast:
         raise InputError(f"{type(tokenizer).__name__} gives no offsets; use the fast tokenizer of that model")
+    check_encodable(text, "the text")
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return encoded["input_ids"], [tuple(span) for span in encoded["offset_mapping"]]
 

@@ -14,10 +14,10 @@ import jinja2
 import numpy as np
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from ..checkpoint_files import read_tokenizer, reading
 from ..errors import InputError
-from ..files import explained
 from ..models import DEFAULT, load
 from .measures import boundary_stability, token_counts, token_offsets, token_size_profile
 from .noise import ocr_errors
@@ -75,11 +75,12 @@ class Piece(NamedTuple):
     ids: tuple[int, ...]
 
 
-def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """A tokenizer by name: a folder with tokenizer.json, "smollm2" or a hub id.
 
     Raises:
-        InputError: a folder without a tokenizer, an unknown name, or a hub out of reach.
+        InputError: a folder without a tokenizer, one that is broken or brings code that is not trusted, an unknown
+            name, or a hub out of reach.
     """
     if name == DEFAULT:
         return load(DEFAULT).tokenizer
@@ -88,11 +89,8 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         raise InputError(f"the folder {str(name)!r} has no tokenizer.json; give one that save_pretrained has written")
     if not folder.is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)):
         raise InputError(f"there is no tokenizer {str(name)!r}; give a folder that exists, {DEFAULT!r} or a hub id")
-    remedy = f"give a folder with tokenizer.json, {DEFAULT!r}, or a hub id that is cached or can be reached"
-    with explained(f"the tokenizer {str(name)!r} cannot be loaded", remedy):
-        found = AutoTokenizer.from_pretrained(folder if folder.is_dir() else str(name))
-        found.encode("")  # a config may be taken and still not work
-    return found
+    with reading(str(name), "tokenizer"):
+        return read_tokenizer(folder if folder.is_dir() else str(name), trust_remote_code)
 
 
 def tokenizer_report(
