@@ -30,6 +30,7 @@ from ..difficulty import (
     read_questions,
 )
 from ..errors import InputError
+from ..fields import Probability
 from ..rows import left_padded, shared_length
 from .api import generate
 from .core import DecodeOutput
@@ -211,8 +212,8 @@ class DiffAdapt(DecodeMethod):
         DEFAULT_STRATEGIES,
         description="for easy, normal and hard: a JSON file, a list of objects with name, suffix, temperature, budget",
     )
-    min_confidence: float = Field(
-        0.0, ge=0, le=1, description="questions whose best class is less probable are treated as normal"
+    min_confidence: Probability = Field(
+        0.0, description="questions whose best class is less probable are treated as normal"
     )
 
     @field_validator("probe")
