@@ -26,6 +26,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 
 from .errors import InputError
 from .hooks import capture_residual, decoder_layers, fingerprint
+from .prompts import check_unicode, rendered
 from .rows import left_padded, shared_length
 
 __all__ = ["CLASSES", "DifficultyProbe", "Prompt", "Questions", "prompt_ids", "question_ids", "read_questions"]
@@ -44,8 +45,9 @@ Prompt = str | Sequence[Mapping[str, str]]  # a question, or messages that end w
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, suffix: str = "", chat: bool = True) -> list[int]:
     """Token ids of a prompt whose last message has `suffix` behind it."""
     messages = _messages(prompt, suffix)
+    check_unicode([message["content"] for message in messages])
     if chat and tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text = rendered(tokenizer, messages, add_generation_prompt=True)
         return tokenizer.encode(text, add_special_tokens=False)
     if len(messages) > 1:
         raise InputError(

@@ -15,9 +15,10 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from .errors import InputError
 
-__all__ = ["allowed", "check", "fits", "shown"]
+__all__ = ["allowed", "check", "fits", "is_unicode", "shown"]
 
 Seed = Annotated[int, Ge(0), Le(2**32 - 1)]  # what the generators of Python, numpy and torch all take
+TorchSeed = Annotated[int, Ge(0), Le(2**63 - 1)]  # of torch alone: numbers are derived from seeds
 Tokens = Annotated[int, Ge(1), Le(2**20)]  # of a text: the widest windows of models
 TokenId = Annotated[int, Ge(0), Le(2**31 - 1)]
 Entries = Annotated[int, Ge(1), Le(2**20)]  # of a vocabulary
@@ -73,6 +74,15 @@ def shown(value: Any, most: int = 60) -> str:
     """A value as a refusal shows it: quoted, on one line, and cut where it is long."""
     text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
     return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be encoded: it has no lone surrogates, as bytes that are no UTF-8 leave behind."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _limit(bound: Ge | Gt | Le | Lt) -> Any:

@@ -31,6 +31,7 @@ from transformers import (
 
 from .diffusion_checkpoints import load_diffusion_checkpoint
 from .errors import InputError
+from .generation_settings import check_generation_settings, read_generation_settings
 
 __all__ = ["LoadedModel", "cache_folder", "load", "zoo_folders"]
 
@@ -41,6 +42,7 @@ CHAT_END = "<|im_end|>"
 CACHE_FORMAT = 1  # raise when the conversion changes, so that older copies are rebuilt
 MANIFEST = "tokenry.json"
 ZOO = "zoo/"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class LoadedModel(NamedTuple):
@@ -69,9 +71,10 @@ def load(
     Raises:
         InputError: unknown name, hub out of reach, or a folder without weights.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(device)
     folder = _resolve(str(name))
     try:
+        settings = read_generation_settings(folder, str(name))
         model = load_diffusion_checkpoint(folder, _dtype(dtype, device))
         if model is None:
             config = AutoConfig.from_pretrained(folder)
@@ -79,6 +82,7 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     except (OSError, ValueError) as error:
         raise InputError(_why(str(name), error)) from error
+    check_generation_settings(settings, model.config.get_text_config().vocab_size, str(name))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return LoadedModel(model.to(device).eval(), tokenizer)
@@ -97,15 +101,29 @@ def zoo_folders(name: str) -> tuple[Path, Path]:
     return Path(__file__).parent / "zoo" / "checkpoints" / name, cache_folder() / "zoo" / name
 
 
+def _device(device: str | torch.device | None) -> torch.device:
+    """The device, which must be here: the CPU, or an accelerator that torch finds."""
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    try:
+        found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+    except RuntimeError:
+        found = None
+    usable = found is not None and (
+        (found.type == "cpu" and found.index in (None, 0))
+        or (here is not None and found.type == here.type and (found.index or 0) < torch.accelerator.device_count())
+    )
+    if not usable:
+        raise InputError(f"there is no device {str(device)!r} here; use cpu" + (f" or {here.type}" if here else ""))
+    return found
+
+
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if isinstance(dtype, str):
-        found = getattr(torch, dtype, None)
-        if not isinstance(found, torch.dtype) or not found.is_floating_point:
-            raise InputError(f"dtype {dtype!r} is unknown; use float32, bfloat16 or float16")
-        return found
-    return dtype
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found not in DTYPES:
+        raise InputError(f"dtype {str(dtype)!r} is unknown, or no model runs in it; use float32, bfloat16 or float16")
+    return found
 
 
 def _resolve(name: str) -> str:
@@ -114,8 +132,8 @@ def _resolve(name: str) -> str:
         return str(_converted(gguf)) if gguf else HUB_ID
     if name.startswith(ZOO):
         return _in_zoo(name.removeprefix(ZOO))
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(name))
+    if os.path.isdir(folder):  # as Path.is_dir, but False for a name that is too long
         if not (folder / "config.json").is_file():
             raise InputError(f"the folder {name!r} has no config.json; give a folder saved by save_pretrained")
         if not any(folder.glob("*.safetensors")):
@@ -142,7 +160,7 @@ def _why(name: str, error: Exception) -> str:
     text = str(error)
     if "Unrecognized configuration class" in text or "does not recognize this architecture" in text:
         return f"the model {name!r} is not a causal language model that transformers knows; choose another one"
-    if isinstance(error, OSError) and not Path(name).expanduser().is_dir():
+    if isinstance(error, OSError) and not os.path.isdir(os.path.expanduser(name)):
         if name == DEFAULT:
             return (
                 f"the embedded model {DEFAULT!r} is not installed and no hub can be reached; "

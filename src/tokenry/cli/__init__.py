@@ -5,12 +5,15 @@ Nothing heavy is imported before a command needs it, so that `tokenry list` answ
 
 from __future__ import annotations
 
+import re
+import sys
 from typing import Any
 
 import click
 
 from .. import __version__
 from ..errors import InputError
+from ..fields import is_unicode, shown
 from . import catalogue, compare, decode, judge, read, represent, select, tokenize, train, zoo
 from .shared import example
 
@@ -24,13 +27,22 @@ class Refusal(click.ClickException):
 
 
 class Commands(click.Group):
-    """A group that turns InputError into a refusal."""
+    """A group that turns InputError into a refusal, and takes and prints what is no UTF-8 without a traceback."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
+        for argument in args:
+            if not is_unicode(argument):
+                raise Refusal(f"the argument {shown(argument)} is not UTF-8; give it in UTF-8, and rename such a file")
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except InputError as error:
-            raise Refusal(str(error)) from None
+            raise Refusal(re.sub(r"(\S{80})\S{80,}", r"\1...", str(error))) from None  # a value may be long
 
 
 @click.group(cls=Commands, epilog=example("tokenry compare antislop --report report.html"))

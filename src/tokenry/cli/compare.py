@@ -13,13 +13,24 @@ import click
 
 from .. import catalog
 from ..errors import InputError
-from .shared import as_json, check_writable, example, load_model, model_options, parse_methods, progress
+from ..fields import Count, Seed, check, shown
+from .shared import (
+    Number,
+    as_json,
+    check_writable,
+    console,
+    example,
+    load_model,
+    model_options,
+    parse_methods,
+    progress,
+)
 
 
 @click.command(epilog=example("tokenry compare antislop --samples 64 --report report.html --record"))
 @click.argument("name")
 @click.option("-o", "options", multiple=True, metavar="NAME=VALUE", help="An option of the method.")
-@click.option("--samples", type=int, help="How many samples; default: enough for the claim.")
+@click.option("--samples", type=Number(Count), help="How many samples; default: enough for the claim.")
 @click.option("--seeds", help="Seeds, separated by commas.")
 @click.option("--report", "report_path", help="Write a self-contained HTML report.")
 @click.option("--picture", help="Write the table as an SVG picture.")
@@ -47,8 +58,6 @@ def compare(
     """Measure a method against the plain model and against the controls that could fool it."""
     entry, module = catalog.experiment(name)
     method = parse_methods([entry.slug], options, entry.stage)[0] if options else None  # else the experiment's own
-    if samples is not None and samples < 1:
-        raise InputError(f"--samples {samples} measures nothing; give a number >= 1")
     seed_list = parse_seeds(seeds)
     evidence_path = Path("docs/evidence") / f"{name}.json"
     if record:
@@ -82,9 +91,14 @@ def parse_seeds(seeds: str | None) -> list[int] | None:
     if seeds is None:
         return None
     try:
-        return [int(s) for s in seeds.split(",")]
+        found = [int(s) for s in seeds.split(",")]
     except ValueError:
-        raise InputError(f"--seeds {seeds!r} is not a list of whole numbers; write for example 0,1,2") from None
+        raise InputError(f"--seeds {shown(seeds)} is not a list of whole numbers; write for example 0,1,2") from None
+    for seed in found:
+        check("a seed of --seeds", seed, Seed)
+    if len(set(found)) < len(found):
+        raise InputError(f"--seeds {shown(seeds)} names one of them twice; give different ones")
+    return found
 
 
 def rerun_command(
@@ -129,24 +143,22 @@ def publish(
     evidence_path: Path | None,
 ) -> None:
     """Table on standard error (standard output is for --json), report, picture and evidence entry."""
-    from rich.console import Console
-
     from ..measure import report
     from ..measure.evidence import evidence, versions
 
-    console = Console(stderr=True)
-    print_result(console, comparison, findings, verdict)
+    screen = console(stderr=True)
+    print_result(screen, comparison, findings, verdict)
     text = ", ".join(f"{k} {v}" for k, v in versions().items())
     if report_path:
         html = report.render(comparison, findings, verdict, model=model, command=command, versions=text)
         Path(report_path).write_text(html, encoding="utf-8")
-        console.print(f"report: {report_path}")
+        screen.print(f"report: {report_path}")
     if picture:
         Path(picture).write_text(draw(comparison, findings, verdict), encoding="utf-8")
     if evidence_path:
         entry = evidence(comparison, findings, verdict, model=model, command=command)
         evidence_path.write_text(json.dumps(entry, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        console.print(f"evidence: {evidence_path}")
+        screen.print(f"evidence: {evidence_path}")
 
 
 def draw(comparison: Any, findings: Sequence[Any], verdict: str) -> str:
@@ -154,21 +166,21 @@ def draw(comparison: Any, findings: Sequence[Any], verdict: str) -> str:
     import io
     import re
 
-    from rich.console import Console
-
-    canvas = Console(record=True, width=110, file=io.StringIO())
+    canvas = console(record=True, width=110, file=io.StringIO())
     print_result(canvas, comparison, findings, verdict)
     svg = canvas.export_svg(title=f"tokenry compare {comparison.experiment.slug}")
     return re.sub(r"@font-face\s*\{.*?\}", "", svg, flags=re.DOTALL)
 
 
-def print_result(console: Any, comparison: Any, findings: Sequence[Any], verdict: str) -> None:
+def print_result(screen: Any, comparison: Any, findings: Sequence[Any], verdict: str) -> None:
+    from rich.text import Text
+
     from ..measure import report
 
     for table in report.tables(comparison):
-        console.print(table)
+        screen.print(table)
     for finding in findings:
-        answer = "[green]yes[/]" if finding.holds else "[red]no [/]"
-        console.print(f"{answer} {finding.statement}", highlight=False)
-        console.print(f"    {finding.numbers}", style="dim", highlight=False)
-    console.print(f"verdict: [bold]{verdict}[/]")
+        answer = ("yes", "green") if finding.holds else ("no ", "red")
+        screen.print(Text.assemble(answer, f" {finding.statement}"))
+        screen.print(f"    {finding.numbers}", style="dim")
+    screen.print(Text.assemble("verdict: ", (verdict, "bold")))

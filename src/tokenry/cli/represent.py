@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import InputError
-from .shared import as_json, check_writable, example, load_model, model_options, parse_methods, progress, read_text
+from ..fields import Batch
+from .shared import (
+    Number,
+    as_json,
+    check_writable,
+    example,
+    load_model,
+    model_options,
+    parse_methods,
+    progress,
+    read_text,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +36,7 @@ SUFFIXES = (".npy", ".parquet")
 @click.option("--method", "slug", help="A represent method; default: the plain prompt.")
 @click.option("-o", "options", multiple=True, metavar="NAME=VALUE", help="An option of the method.")
 @click.option("--output", required=True, help="Where to write: .npy (lines, width), or .parquet (text, embedding).")
-@click.option("--batch-size", default=16, show_default=True)
+@click.option("--batch-size", type=Number(Batch), default=16, show_default=True)
 @model_options
 def represent(
     file: str,
@@ -41,9 +52,7 @@ def represent(
     """Embed the sentences of FILE, one a line; '-' reads standard input."""
     if slug is None and options:
         raise InputError(f"the option {options[0]!r} needs a method; add --method token-prepending")
-    (method,) = parse_methods([slug], options, "represent") if slug else (None,)
-    if batch_size < 1:
-        raise InputError(f"--batch-size {batch_size} is not allowed; give a number >= 1")
+    (method,) = parse_methods([slug], options, "represent") if slug is not None else (None,)
     check_output(output)
     texts = read_lines(file)
     from ..represent import PromptEmbedder

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import InputError
-from .shared import as_json, check_writable, example, parse_methods, progress, quiet, read_text
+from ..fields import Probability
+from .shared import Number, as_json, check_writable, console, example, parse_methods, progress, quiet, read_text
 
 if TYPE_CHECKING:
     from ..method import Method
@@ -88,8 +89,6 @@ def encode(text: str, name: str, json_output: bool) -> None:
     if not text:
         raise InputError("the text is empty; give some to encode")
     (tokenizer,) = load_tokenizers([name]).values()
-    from rich.console import Console
-
     from ..tokenize.report import coloured, token_pieces
 
     pieces = token_pieces(tokenizer, text)
@@ -97,9 +96,9 @@ def encode(text: str, name: str, json_output: bool) -> None:
     if json_output:
         as_json({"ids": ids, "pieces": [piece._asdict() for piece in pieces]})
         return
-    console = Console()
-    if console.is_terminal:
-        console.print(coloured(pieces), soft_wrap=True)
+    screen = console()
+    if screen.is_terminal:
+        screen.print(coloured(pieces), soft_wrap=True)
     else:
         click.echo("|".join(piece.text for piece in pieces))
     click.echo(f"({len(ids)} tokens, {len(ids) / len(text):.3f} per character)", err=True)
@@ -108,7 +107,13 @@ def encode(text: str, name: str, json_output: bool) -> None:
 @tokenize.command(epilog=example("tokenry tokenize report tokenizer/ smollm2 --text contract.txt --html report.html"))
 @click.argument("tokenizers", nargs=-1, required=True)
 @click.option("--text", "path", required=True, help="File with the text to compare on; '-' for standard input.")
-@click.option("--error-rate", default=0.05, show_default=True, help="Recognition errors per character, for stability.")
+@click.option(
+    "--error-rate",
+    type=Number(Probability),
+    default=0.05,
+    show_default=True,
+    help="Recognition errors per character, for stability.",
+)
 @click.option("--html", help="Write a self-contained HTML page.")
 @click.option("--json", "json_output", is_flag=True, help="Print JSON.")
 def report(tokenizers: tuple[str, ...], path: str, error_rate: float, html: str | None, json_output: bool) -> None:
@@ -117,11 +122,9 @@ def report(tokenizers: tuple[str, ...], path: str, error_rate: float, html: str 
     if html:
         check_writable(html)
     loaded = load_tokenizers(tokenizers)
-    from rich.console import Console
-
     from ..tokenize.report import render, report_table, token_pieces, tokenizer_report
 
-    with Console(stderr=True).status("counting"):
+    with console(stderr=True).status("counting"):
         reports = tokenizer_report(loaded, text, error_rate)
     if html:
         pieces = {name: token_pieces(tokenizer, text[:SHOWN_IN_PAGE]) for name, tokenizer in loaded.items()}
@@ -129,9 +132,9 @@ def report(tokenizers: tuple[str, ...], path: str, error_rate: float, html: str 
     if json_output:
         as_json([found.to_dict() for found in reports])
         return
-    console = Console()
-    console.print(report_table(reports))
-    console.print(side_by_side(loaded, text[:SHOWN]))
+    screen = console()
+    screen.print(report_table(reports))
+    screen.print(side_by_side(loaded, text[:SHOWN]))
 
 
 def load_tokenizers(names: Sequence[str]) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from ..errors import InputError
-from .shared import as_json, example, load_model, model_options, parse_methods, progress
+from ..fields import Share
+from .shared import Number, as_json, example, load_model, model_options, parse_methods, progress
 
 
 @click.command(epilog=example("tokenry train --method ftpo --data pairs.jsonl --output smollm2-without-slop"))
@@ -17,7 +18,9 @@ from .shared import as_json, example, load_model, model_options, parse_methods, 
 @click.option("-o", "options", multiple=True, metavar="NAME=VALUE", help="An option of the method.")
 @click.option("--data", required=True, help="What it learns from, a JSON line each: pairs, episodes or prompts.")
 @click.option("--output", required=True, help="New folder for what is trained.")
-@click.option("--hold-out", default=0.1, show_default=True, help="Share of the data that is only measured.")
+@click.option(
+    "--hold-out", type=Number(Share), default=0.1, show_default=True, help="Share of the data that is only measured."
+)
 @model_options
 def train(
     slug: str,
@@ -35,8 +38,6 @@ def train(
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"the output {output!r} exists and is not an empty folder; give a new one")
-    if not 0 <= hold_out < 1:
-        raise InputError(f"--hold-out {hold_out} is not allowed; give a share in [0, 1)")
     if not Path(data).is_file():
         raise InputError(f"the {method.examples} {data!r} cannot be read (no such file); give a file of JSON lines")
     model, tokenizer = load_model(model_name, dtype, device)

@@ -21,6 +21,8 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import InputError
+from ..fields import Temperature, Tokens, TorchSeed, check
+from ..prompts import check_unicode, rendered
 from .core import WARPERS, DecodeLoop, DecodeOutput, Monitor
 from .engine import LayerPolicy, TransformersEngine
 from .method import DecodeMethod, Plugins
@@ -65,6 +67,10 @@ def loop(
             "the model sees both sides and cannot write from left to right; use a method for masked-diffusion models, "
             "such as masked-diffusion"
         )
+    if seed is not None:
+        check("seed", seed, TorchSeed)
+    if generation_config.do_sample and generation_config.temperature is not None:
+        check("temperature", generation_config.temperature, Temperature)
     if monitors or token_streamers or stop:
         processing_class = processing_class or _tokenizer_of(model.name_or_path)
     _check_context(model, input_ids.shape[1])
@@ -140,6 +146,11 @@ def generate(
     """
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens={max_new_tokens} leaves nothing to generate; give a number >= 1")
+    check("max_new_tokens", max_new_tokens, Tokens)
+    if options.get("temperature") is not None:
+        check("temperature", options["temperature"], Temperature)
+    if seed is not None:
+        check("seed", seed, TorchSeed)
     plugins = Plugins(processors, monitors, layer_policy, steerers, caps, speculation)
     readers = [method for method in methods if hasattr(method, "generate")]
     for method in reversed([method for method in methods if not hasattr(method, "generate")]):
@@ -176,9 +187,10 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], c
     """Left-padded `input_ids` and `attention_mask` of the prompts."""
     if not prompts or any(not p.strip() for p in prompts):
         raise InputError("the prompt is empty; give some text to continue")
+    check_unicode(prompts)
     if chat and tokenizer.chat_template:
         turns = [[{"role": "user", "content": p}] for p in prompts]
-        texts = [tokenizer.apply_chat_template(t, add_generation_prompt=True, tokenize=False) for t in turns]
+        texts = [rendered(tokenizer, t, add_generation_prompt=True) for t in turns]
         return tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     return tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left")
 

@@ -49,7 +49,7 @@ def triangular_wave(t: Any, A: Any, C: Any, s: Any = 0.0) -> Any:
     """
     if not any(isinstance(x, Tensor) for x in (t, A, C, s)):
         t, A, C, s = (np.asarray(x, dtype=float) for x in (t, A, C, s))
-    require(A >= 0, "amplitude", A, "a number >= 0")
+    require((A >= 0) & (A <= 1e30), "amplitude", A, "a number in [0, 1e30], which float32 holds")
     require(C > 0, "period", C, "a number of tokens > 0")
     require((s >= 0) & (s < 1), "shift", s, "a fraction of a period in [0, 1)")
     return A * (abs(4 * ((t / C + s - 0.25) % 1) - 2) - 1)

@@ -30,7 +30,7 @@ from ..difficulty import (
     read_questions,
 )
 from ..errors import InputError
-from ..fields import Probability
+from ..fields import Probability, Temperature, check
 from ..rows import left_padded, shared_length
 from .api import generate
 from .core import DecodeOutput
@@ -62,6 +62,7 @@ class Strategy:
             raise InputError(
                 f"temperature={self.temperature} of strategy {self.name!r} is not allowed; give a number > 0"
             )
+        check(f"temperature of strategy {self.name!r}", self.temperature, Temperature)
         if not 0 < self.budget <= 1:
             raise InputError(f"budget={self.budget} of strategy {self.name!r} is not allowed; give a share in (0, 1]")
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator
 
-from ..fields import Portion, Positive, Probability, Tokens, Weight
+from ..fields import Portion, Positive, Probability, Temperature, Tokens, Weight, check
 from .diffusion_method import DiffusionMethod, DiffusionParts
 from .diffusion_transforms import Guidance
 from .thinking import read_none
@@ -41,6 +41,13 @@ class MaskedDiffusion(DiffusionMethod):
     low: Probability = Field(0.4, description="least probability of the best of a run of masks, with runs")
     factor: Positive = Field(1.0, description="the larger, the more at once, with factor")
     guidance: Weight = Field(0.0, description="classifier-free guidance; doubles the forwards")
+
+    @field_validator("position_temperature")
+    @classmethod
+    def _draws(cls, temperature: float) -> float:
+        if temperature:
+            check("position_temperature", temperature, Temperature)
+        return temperature
 
     def parts(self, max_new_tokens: int) -> DiffusionParts:
         guidance = (Guidance(self.guidance),) if self.guidance else ()

@@ -25,7 +25,7 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import InputError
-from ..fields import Drafts, Layers, Multiple
+from ..fields import Drafts, Layers, Multiple, check
 from ..rows import left_padded
 from .api import loop
 from .core import DecodeLoop, DecodeOutput, Monitor, Row
@@ -113,6 +113,7 @@ class Speculation:
         for name in ("num_drafts", "draft_length"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} is not allowed; give a number >= 1")
+            check(name, getattr(self, name), Drafts)
         if isinstance(self.verifier, SingleDraftVerifier) and self.num_drafts > 1:
             raise InputError(
                 f"the verifier 'single' takes one draft, not {self.num_drafts}; set num_drafts=1, or use 'kseq', "

@@ -42,7 +42,7 @@ class ThoughtSwitchPenaltyLogitsProcessor(BiasLogitsProcessor):
         end_think_ids: Sequence[int] | None = None,
     ) -> None:
         super().__init__(token_ids, end_think_ids)
-        require(alpha >= 0, "alpha", alpha, "a number >= 0")
+        require(0 <= alpha <= 1e30, "alpha", alpha, "a number in [0, 1e30], which float32 holds")
         require(beta >= 0, "beta", beta, "a number of tokens >= 0")
         self.alpha, self.beta, self.per_thought = alpha, beta, per_thought
 

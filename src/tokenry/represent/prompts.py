@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
 from ..hooks import decoder_layers, edit_inputs, skip_layers
+from ..prompts import check_unicode
 
 __all__ = ["PROMPTS", "PromptEmbedder", "clean_up", "last_states", "last_tokens", "leads_with_bos", "read_prompt"]
 
@@ -262,6 +263,7 @@ class PromptEmbedder(nn.Module):
         """
         if isinstance(sentences, str) or not len(sentences):
             raise InputError(f"sentences={sentences!r} is no list of texts; give a list with at least one")
+        check_unicode([text for text in sentences if isinstance(text, str)])
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size} is not allowed; give a number >= 1")
         wanted = range(self.layers + 1) if layers is None else [self._layer(k) for k in layers]
