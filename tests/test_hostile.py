@@ -2,6 +2,9 @@
 a value that is taken and not looked at. Broken files and output paths have tests of their own."""
 
 import json
+import os
+import subprocess
+import sys
 from typing import get_args
 
 import click
@@ -192,6 +195,7 @@ def test_an_option_of_a_method_is_right_or_refused(entry, name, value, closed):
         (["read", "--method", "lm-head-neurons", "--least", ".5", "--find", "y"], "without a text or a trace"),
         (["read", "--method", "difficulty-probe", "--least", ".5", "--arithmetic", "4"], "with difficulty-probe"),
         (["read", "--method", "difficulty-probe", "--arithmetic", "4", "--marker", "x"], "with --arithmetic"),
+        (["tokenize", "--method", "kl3m", "encode", "--tokenizer", "zzz", "x"], "--method would have no effect"),
         (["judge", "--method", "crew", "--top-k", "3", "SOLUTIONS"], "without --pairs"),
         (["judge", "--method", "crew", "--trace", "--raw", "SOLUTIONS"], "with --trace"),
     ],
@@ -205,6 +209,16 @@ def test_an_option_that_would_not_be_looked_at_is_refused(args, words, place):
 def test_an_argument_that_is_no_utf8_is_refused(path):
     result = run(*path.split(), "caf\udce9.txt")
     assert is_refusal(result) and "not UTF-8" in result.stderr
+
+
+def test_bytes_that_are_no_utf8_and_a_terminal_that_takes_ascii_alone():
+    """In a process of its own, where the arguments are bytes and standard output has an encoding."""
+    command = [sys.executable, "-m", "tokenry"]
+    refused = subprocess.run([*command, "find", b"caf\xe9"], capture_output=True)
+    assert refused.returncode == 2 and b"not UTF-8" in refused.stderr and b"Traceback" not in refused.stderr
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    shown = subprocess.run([*command, "find", "zzz \u2026 \u00e9"], capture_output=True, env=ascii_only)
+    assert shown.returncode == 2 and rb"\u2026" in shown.stderr and b"Traceback" not in shown.stderr
 
 
 def test_names_with_markup_are_printed_as_they_are(place):

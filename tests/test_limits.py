@@ -5,6 +5,9 @@ import math
 import pytest
 
 from tokenry import catalog
+from tokenry.decode import SkipSchedule, generate, loop
+from tokenry.decode.diffusion import sampling_warpers
+from tokenry.decode.unmask import Chance, Factor, FixedCount
 from tokenry.errors import InputError
 from tokenry.filtering import ConfidenceFilter
 
@@ -79,3 +82,32 @@ def test_the_bounds_themselves_are_numbers_that_a_method_takes(entry, build):
                 assert getattr(build(entry, **{name: part[bound]}), name) == part[bound]
             except InputError as error:
                 assert name in str(error) and "is not allowed (" not in str(error)
+
+
+CALLS = {  # a function of a number, and a value beyond what it takes
+    "max_new_tokens": (lambda m, t, n: generate(m, t, "the sea", max_new_tokens=n), [10**13, 0, -1, 2.5, math.inf]),
+    "seed": (lambda m, t, n: generate(m, t, "the sea", max_new_tokens=1, seed=n), [10**30, -1, 1e30, math.nan]),
+    "temperature": (
+        lambda m, t, n: generate(m, t, "the sea", max_new_tokens=1, do_sample=True, temperature=n),
+        [math.inf, math.nan, 1e-320, 0.0, -1.0, 1e308],
+    ),
+    "temperature of the loop": (
+        lambda m, t, n: m.generate(
+            **t("the sea", return_tensors="pt"), custom_generate=loop, max_new_tokens=1, do_sample=True, temperature=n
+        ),
+        [math.inf, 1e-320, 1e308],
+    ),
+    "planned_new_tokens": (lambda m, t, n: SkipSchedule(8, planned_new_tokens=n), [2**31, 10**13, 0, math.inf]),
+    "temperature of drawing": (lambda m, t, n: sampling_warpers(True, n), [math.inf, math.nan, 1e-320, 0.0]),
+    "factor": (lambda m, t, n: Factor(n), [math.inf, math.nan, 0.0, 1e308]),
+    "steps": (lambda m, t, n: FixedCount(n), [10**13, 0]),
+    "steps of chance": (lambda m, t, n: Chance(n), [10**13, 0]),
+    "temperature of positions": (lambda m, t, n: FixedCount(temperature=n), [math.inf, 1e-320, -1.0, 1e308]),
+    "block_length": (lambda m, t, n: ConfidenceFilter(n), [10**6, 0]),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, (_, values) in CALLS.items() for value in values])
+def test_a_function_refuses_a_number_that_would_break_it(name, value, llama, tokenizer):
+    with pytest.raises(InputError, match=name.split()[0]):
+        CALLS[name][0](llama, tokenizer, value)

@@ -69,7 +69,8 @@ def load(
         The model in eval mode and its tokenizer, which pads on the left.
 
     Raises:
-        InputError: unknown name, hub out of reach, or a folder without weights.
+        InputError: unknown name, hub out of reach, a folder without weights, a device that is not here, a dtype that no
+            model runs in, or settings for generation that cannot be used.
     """
     device = _device(device)
     folder = _resolve(str(name))

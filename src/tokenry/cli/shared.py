@@ -80,15 +80,11 @@ def parse_methods(slugs: Sequence[str], pairs: Sequence[str], stage: str) -> lis
 
 def refuse_unused(names: Sequence[str], reason: str) -> None:
     """Refuse options that were given on the command line and would not be looked at."""
-    context = click.get_current_context()
-    given = {param.name for param in context.command.params if _was_given(context, param.name)}
-    unused = [name for name in names if name.removeprefix("--").replace("-", "_") in given]
+    context, typed = click.get_current_context(), click.core.ParameterSource.COMMANDLINE
+    given = {o for p in context.command.params if context.get_parameter_source(p.name) is typed for o in p.opts}
+    unused = [name for name in names if name in given]
     if unused:
         raise InputError(f"{', '.join(unused)} would have no effect {reason}; leave it out")
-
-
-def _was_given(context: click.Context, name: str) -> bool:
-    return context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
 
 def quiet() -> None:

@@ -10,7 +10,18 @@ import click
 
 from ..errors import InputError
 from ..fields import Probability
-from .shared import Number, as_json, check_writable, console, example, parse_methods, progress, quiet, read_text
+from .shared import (
+    Number,
+    as_json,
+    check_writable,
+    console,
+    example,
+    parse_methods,
+    progress,
+    quiet,
+    read_text,
+    refuse_unused,
+)
 
 if TYPE_CHECKING:
     from ..method import Method
@@ -25,6 +36,8 @@ SHOWN_IN_PAGE = 5000
 @click.pass_context
 def tokenize(ctx: click.Context, slug: str) -> None:
     """Train a tokenizer on text of a domain, and see what it and others make of a text."""
+    if ctx.invoked_subcommand != "train":
+        refuse_unused(("--method",), f"on `tokenize {ctx.invoked_subcommand}`")
     ctx.obj = slug
 
 

@@ -142,7 +142,8 @@ def generate(
         options: anything `model.generate` takes, such as do_sample, temperature, min_p.
 
     Raises:
-        InputError: empty prompt, prompt beyond the context window, max_new_tokens < 1.
+        InputError: empty prompt, one with a lone surrogate, a chat template that fails, a prompt beyond the context
+            window, a number of tokens, temperature or seed out of range.
     """
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens={max_new_tokens} leaves nothing to generate; give a number >= 1")
