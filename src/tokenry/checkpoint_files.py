@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -85,7 +86,7 @@ def _why(name: str, what: str, remedy: str, error: Exception) -> str:
         )
     if "Unrecognized configuration class" in text or "does not recognize this architecture" in text:
         return f"the {what} {name!r} is not a causal language model that transformers knows; choose another one"
-    if isinstance(error, OSError) and not Path(name).expanduser().is_dir():
+    if isinstance(error, OSError) and not os.path.isdir(os.path.expanduser(name)):  # a name may be too long
         return f"the {what} {name!r} is not in the local cache and no hub gave it; {remedy}"
     reason = f"{type(error).__name__}: {text[:200] or 'no more is said'}"
     return f"the {what} {name!r} cannot be loaded ({reason}); give one that save_pretrained has written"

@@ -26,9 +26,11 @@ from .errors import InputError
 from .files import explained, read_json
 from .hooks import capture_residual, decoder_body, decoder_layers, fingerprint
 from .outputs import write_artifact
+from .prompts import rendered
 from .rows import left_padded, shared_length
 from .schemas import Fields
 from .stored import Header, header_of, read_tensors, with_weights
+from .text import check_encodable
 
 __all__ = ["CLASSES", "DifficultyProbe", "Prompt", "Questions", "prompt_ids", "question_ids", "read_questions"]
 
@@ -46,8 +48,10 @@ Prompt = str | Sequence[Mapping[str, str]]  # a question, or messages that end w
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, suffix: str = "", chat: bool = True) -> list[int]:
     """Token ids of a prompt whose last message has `suffix` behind it."""
     messages = _messages(prompt, suffix)
+    for message in messages:
+        check_encodable(message["content"], "the prompt")
     if chat and tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text = rendered(tokenizer, messages, add_generation_prompt=True)
         return tokenizer.encode(text, add_special_tokens=False)
     if len(messages) > 1:
         raise InputError(

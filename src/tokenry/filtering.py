@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .errors import InputError
+from .fields import Block, Width, check
 from .files import explained, read_json
 from .hooks import fingerprint
 from .outputs import write_artifact
@@ -85,6 +86,8 @@ class ConfidenceFilter(nn.Module):
         hidden = block_length if hidden is None else hidden
         if block_length < 1 or hidden < 1:
             raise InputError(f"block_length={block_length} and hidden={hidden} are not allowed; give numbers >= 1")
+        check("block_length", block_length, Block)
+        check("hidden", hidden, Width)
         self.block_length, self.hidden = block_length, hidden
         self.layers = nn.Sequential(nn.Linear(block_length, hidden), nn.ReLU(), nn.Linear(hidden, block_length))
         self.made_for: dict[str, Any] | None = None

@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, ValidationInfo
 
 from .errors import InputError
+from .fields import shown
 from .files import parse_json, read_entries
 
 __all__ = ["Lines", "Method", "Option"]
@@ -60,7 +61,7 @@ class Method(BaseModel):
     anything).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 
     slug: ClassVar[str]
     stage: ClassVar[str]
@@ -92,7 +93,7 @@ class Method(BaseModel):
         for pair in pairs:
             name, sign, value = pair.partition("=")
             if not sign:
-                raise InputError(f"option {pair!r} has no value; write -o {pair}=VALUE")
+                raise InputError(f"option {shown(pair)} has no value; write -o NAME=VALUE")
             values[name.strip()] = value
         return cls(**values)
 
@@ -103,7 +104,7 @@ def _explain(cls: type[Method], error: ValidationError) -> str:
     options = {option.name: option for option in cls.options()}
     if problem["type"] == "extra_forbidden":
         listed = ", ".join(f"{o.name} ({o.range or o.type})" for o in options.values())
-        return f"{cls.slug} has no option {name!r}; its options are: {listed}"
+        return f"{cls.slug} has no option {shown(name)}; its options are: {listed}"
     if problem["type"] == "missing":
         return f"{cls.slug} needs the option {name!r}: {options[name].description}"
     message = problem["msg"].removeprefix("Value error, ")
@@ -111,7 +112,7 @@ def _explain(cls: type[Method], error: ValidationError) -> str:
         prefix = f"{cls.slug}: " + (f"{name}: " if name else "")
         return prefix + message
     allowed = options[name].range or options[name].type
-    return f"{cls.slug}: {name}={problem['input']!r} is not allowed ({message.lower()}); give {allowed}"
+    return f"{cls.slug}: {name}={shown(problem['input'])} is not allowed ({message.lower()}); give {allowed}"
 
 
 def _show(value: Any) -> str:
@@ -134,6 +135,8 @@ def _type(schema: dict) -> str:
 
 def _range(schema: dict) -> str:
     for s in _variants(schema):
+        if s.get("items", {}).get("type") in ("integer", "number") and len(_variants(schema)) == 1:
+            return _range(s["items"]).replace("a number", "numbers")
         if "enum" in s:
             return "one of " + ", ".join(map(str, s["enum"]))
         if "const" in s:

@@ -31,6 +31,7 @@ from transformers import (
 from .checkpoint_files import check_weights, read_config, read_tokenizer, reading
 from .diffusion_checkpoints import load_diffusion_checkpoint
 from .errors import InputError
+from .generation_settings import check_generation_settings, read_generation_settings
 from .masks import sees_both_sides
 
 __all__ = ["LoadedModel", "cache_folder", "load", "load_causal", "zoo_folders"]
@@ -43,6 +44,7 @@ CHAT_END = "<|im_end|>"
 CACHE_FORMAT = 1  # raise when the conversion changes, so that older copies are rebuilt
 MANIFEST = "tokenry.json"
 ZOO = "zoo/"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class LoadedModel(NamedTuple):
@@ -72,17 +74,20 @@ def load(
 
     Raises:
         InputError: unknown name, hub out of reach, a folder without weights or with broken files, tensors that are
-            missing, unexpected or of another shape, code that is not trusted, or an encoder such as BERT.
+            missing, unexpected or of another shape, code that is not trusted, an encoder such as BERT, a device that is
+            not here, a dtype that no model runs in, or settings for generation that cannot be used.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(device)
     folder, dtype = _resolve(str(name)), _dtype(dtype, device)
     with reading(str(name), remedy=INSTALL if name == DEFAULT else "check the id or give a folder"):
+        settings = read_generation_settings(folder, str(name))
         model = load_diffusion_checkpoint(folder, dtype)
         if model is None:
             model = load_causal(folder, dtype=dtype, trust_remote_code=trust_remote_code)
         tokenizer = read_tokenizer(folder, trust_remote_code, padding_side="left")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
+    check_generation_settings(settings, model.config.get_text_config().vocab_size, str(name))
     return LoadedModel(model.to(device).eval(), tokenizer)
 
 
@@ -123,15 +128,29 @@ def zoo_folders(name: str) -> tuple[Path, Path]:
     return Path(__file__).parent / "zoo" / "checkpoints" / name, cache_folder() / "zoo" / name
 
 
+def _device(device: str | torch.device | None) -> torch.device:
+    """The device, which must be here: the CPU, or an accelerator that torch finds."""
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    try:
+        found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+    except RuntimeError:
+        found = None
+    usable = found is not None and (
+        (found.type == "cpu" and found.index in (None, 0))
+        or (here is not None and found.type == here.type and (found.index or 0) < torch.accelerator.device_count())
+    )
+    if not usable:
+        raise InputError(f"there is no device {str(device)!r} here; use cpu" + (f" or {here.type}" if here else ""))
+    return found
+
+
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if isinstance(dtype, str):
-        found = getattr(torch, dtype, None)
-        if not isinstance(found, torch.dtype) or not found.is_floating_point:
-            raise InputError(f"dtype {dtype!r} is unknown; use float32, bfloat16 or float16")
-        return found
-    return dtype
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found not in DTYPES:
+        raise InputError(f"dtype {str(dtype)!r} is unknown, or no model runs in it; use float32, bfloat16 or float16")
+    return found
 
 
 def _resolve(name: str) -> str:
@@ -140,8 +159,8 @@ def _resolve(name: str) -> str:
         return str(_converted(gguf)) if gguf else HUB_ID
     if name.startswith(ZOO):
         return _in_zoo(name.removeprefix(ZOO))
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(name))
+    if os.path.isdir(folder):  # as Path.is_dir, but False for a name that is too long
         if not (folder / "config.json").is_file():
             raise InputError(f"the folder {name!r} has no config.json; give a folder saved by save_pretrained")
         if not any(folder.glob("*.safetensors")):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import sys
 from typing import Any
 
@@ -15,6 +16,7 @@ import click
 
 from .. import __version__
 from ..errors import InputError
+from ..fields import is_unicode, shown
 from . import catalogue, compare, decode, judge, read, represent, select, tokenize, train, zoo
 from .shared import SAID, example
 
@@ -31,7 +33,16 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class Commands(click.Group):
-    """A group that turns InputError, and a standard output that takes no more, into a refusal."""
+    """Turns InputError, and a standard output that takes no more, into a refusal; what is no UTF-8 gets one, too."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
+        for argument in args:
+            if not is_unicode(argument):
+                raise Refusal(f"the argument {shown(argument)} is not UTF-8; give it in UTF-8, and rename such a file")
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -39,7 +50,7 @@ class Commands(click.Group):
             sys.stdout.flush()
             return result
         except InputError as error:
-            raise Refusal(str(error)) from None
+            raise Refusal(re.sub(r"(\S{80})\S{80,}", r"\1...", str(error))) from None  # a value may be long
         except OSError as error:
             if error.errno not in NO_ROOM:
                 raise

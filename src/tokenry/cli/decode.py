@@ -9,8 +9,10 @@ from typing import Any
 import click
 
 from ..errors import InputError
+from ..fields import Batch, Portion, Probability, Seed, Temperature, Times, Tokens
 from ..outputs import LineWriter, check_file
 from .shared import (
+    Number,
     as_json,
     example,
     force_option,
@@ -20,6 +22,7 @@ from .shared import (
     progress,
     read_entries,
     read_text,
+    refuse_unused,
 )
 
 
@@ -30,14 +33,16 @@ from .shared import (
 @click.option("--prompts", "prompts_path", help="Prompts, one a line or a JSON list; prints a JSON line for each.")
 @click.option("--method", "slugs", multiple=True, help="A decode method; may be repeated.")
 @click.option("-o", "options", multiple=True, metavar="NAME=VALUE", help="An option of the method.")
-@click.option("--max-new-tokens", default=256, show_default=True)
+@click.option("--max-new-tokens", type=Number(Tokens), default=256, show_default=True)
 @click.option("--greedy", is_flag=True, help="Take the most probable token instead of sampling.")
-@click.option("--temperature", default=1.0, show_default=True)
-@click.option("--min-p", default=0.05, show_default=True)
-@click.option("--top-p", default=1.0, show_default=True)
-@click.option("--top-k", default=0, show_default=True, help="0: no limit.")
-@click.option("--seed", default=0, show_default=True)
-@click.option("--batch-size", default=16, show_default=True, help="Prompts at a time with --prompts.")
+@click.option("--temperature", type=Number(Temperature, ", or use --greedy"), default=1.0, show_default=True)
+@click.option("--min-p", type=Number(Probability), default=0.05, show_default=True)
+@click.option("--top-p", type=Number(Portion), default=1.0, show_default=True)
+@click.option("--top-k", type=Number(Times), default=0, show_default=True, help="0: no limit.")
+@click.option("--seed", type=Number(Seed), default=0, show_default=True)
+@click.option(
+    "--batch-size", type=Number(Batch), default=16, show_default=True, help="Prompts at a time with --prompts."
+)
 @click.option("--raw", is_flag=True, help="Continue the prompt itself, without the chat template.")
 @click.option("--save-pairs", help="Write the rewinds as preference pairs (JSON lines).")
 @force_option
@@ -67,10 +72,10 @@ def decode(
     """Generate with decode methods; one prompt streams as it goes. PROMPT '-' reads standard input."""
     methods = parse_methods(slugs, options, "decode")
     prompts = read_prompts(prompt, prompts_path)
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens={max_new_tokens} leaves nothing to generate; give a number >= 1")
-    if batch_size < 1:
-        raise InputError(f"--batch-size {batch_size} is not allowed; give a number >= 1")
+    if greedy:
+        refuse_unused(("--temperature", "--min-p", "--top-p", "--top-k"), "with --greedy")
+    if prompts_path is None:
+        refuse_unused(("--batch-size",), "without --prompts")
     sampling = sampling_options(greedy, temperature, min_p, top_p, top_k)
     if save_pairs:
         check_file(save_pairs, force)
@@ -148,15 +153,7 @@ def strategy(output: Any, row: int) -> dict[str, str]:
 
 
 def sampling_options(greedy: bool, temperature: float, min_p: float, top_p: float, top_k: int) -> dict[str, Any]:
-    """Keyword arguments of `generate`, checked."""
+    """Keyword arguments of `generate`."""
     if greedy:
         return {"do_sample": False}
-    for name, value, allowed, text in (
-        ("temperature", temperature, temperature > 0, "a number > 0, or use --greedy"),
-        ("min-p", min_p, 0 <= min_p <= 1, "a number in [0, 1]"),
-        ("top-p", top_p, 0 < top_p <= 1, "a number in (0, 1]"),
-        ("top-k", top_k, top_k >= 0, "a number >= 0"),
-    ):
-        if not allowed:
-            raise InputError(f"--{name} {value} is not allowed; give {text}")
     return {"do_sample": True, "temperature": temperature, "min_p": min_p, "top_p": top_p, "top_k": top_k}

@@ -8,9 +8,21 @@ from typing import Any
 import click
 
 from ..errors import InputError
+from ..fields import Count, Probability
 from ..files import records_of
 from ..outputs import LineWriter, check_file
-from .shared import as_json, example, force_option, load_model, model_options, parse_methods, progress, read_text
+from .shared import (
+    Number,
+    as_json,
+    example,
+    force_option,
+    load_model,
+    model_options,
+    parse_methods,
+    progress,
+    read_text,
+    refuse_unused,
+)
 
 
 @click.command(epilog=example("tokenry judge --method crew -o marker=answer --pairs pairs.jsonl solutions.jsonl"))
@@ -19,8 +31,8 @@ from .shared import as_json, example, force_option, load_model, model_options, p
 @click.option("-o", "options", multiple=True, metavar="NAME=VALUE", help="An option of the method.")
 @click.option("--trace", "traces", is_flag=True, help="The files are traces of solutions (Trace.save).")
 @click.option("--pairs", help="Write preference pairs of right and wrong solutions (JSON lines).")
-@click.option("--top-k", default=10, show_default=True, help="Pairs per prompt.")
-@click.option("--min-gap", type=float, help="Smallest difference of scores in a pair; default: any.")
+@click.option("--top-k", type=Number(Count), default=10, show_default=True, help="Pairs per prompt.")
+@click.option("--min-gap", type=Number(Probability), help="Smallest difference of scores in a pair; default: any.")
 @click.option("--raw", is_flag=True, help="Take the prompts as they are, without the chat template.")
 @force_option
 @model_options
@@ -47,7 +59,11 @@ def judge(
     """
     (method,) = parse_methods([slug], options, "judge")
     rows = [] if traces else [row for path in files for row in read_rows(path)]
-    check_pairs(pairs, top_k, traces, rows, force)
+    if pairs is None:
+        refuse_unused(("--top-k", "--min-gap"), "without --pairs")
+    if traces:
+        refuse_unused(("--raw",), "with --trace")
+    check_pairs(pairs, traces, rows, force)
     model, tokenizer = load_model(model_name, dtype, device, trust_remote_code)
     if traces:
         from ..trace import Trace
@@ -91,12 +107,10 @@ def solutions_of(row: dict[str, Any], where: str) -> list[Row]:
     return [(prompt, solution, answer) for solution in solutions]
 
 
-def check_pairs(pairs: str | None, top_k: int, traces: bool, rows: Sequence[Row], force: bool) -> None:
+def check_pairs(pairs: str | None, traces: bool, rows: Sequence[Row], force: bool) -> None:
     """Refuse --pairs before anything runs, where there will be none."""
     if pairs is None:
         return
-    if top_k < 1:
-        raise InputError(f"--top-k {top_k} keeps no pair; give a number >= 1")
     if traces:
         raise InputError("--pairs needs right answers, which traces do not hold; give JSON lines with 'answer'")
     missing = next((prompt for prompt, _, answer in rows if answer is None), None)

@@ -8,8 +8,19 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import InputError
+from ..fields import Batch, Tokens
 from ..outputs import check_file, write_file
-from .shared import as_json, example, force_option, load_model, model_options, parse_methods, progress, read_entries
+from .shared import (
+    Number,
+    as_json,
+    example,
+    force_option,
+    load_model,
+    model_options,
+    parse_methods,
+    progress,
+    read_entries,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,10 +37,12 @@ SUFFIXES = (".npy", ".parquet")
 @click.option("--method", "slug", help="A represent method; default: the plain prompt.")
 @click.option("-o", "options", multiple=True, metavar="NAME=VALUE", help="An option of the method.")
 @click.option("--output", required=True, help="Where to write: .npy (lines, width), or .parquet (text, embedding).")
-@click.option("--batch-size", default=16, show_default=True)
-@force_option
-@click.option("--max-seq-length", type=int, help="Tokens of a line with its prompt at most; default: the model's.")
+@click.option("--batch-size", type=Number(Batch), default=16, show_default=True)
+@click.option(
+    "--max-seq-length", type=Number(Tokens), help="Tokens of a line with its prompt at most; default: the model's."
+)
 @click.option("--truncate", is_flag=True, help="Cut longer lines at their end; without it they are refused.")
+@force_option
 @model_options
 def represent(
     file: str,
@@ -49,9 +62,7 @@ def represent(
     """Embed the sentences of FILE, one a line; '-' reads standard input."""
     if slug is None and options:
         raise InputError(f"the option {options[0]!r} needs a method; add --method token-prepending")
-    (method,) = parse_methods([slug], options, "represent") if slug else (None,)
-    if batch_size < 1:
-        raise InputError(f"--batch-size {batch_size} is not allowed; give a number >= 1")
+    (method,) = parse_methods([slug], options, "represent") if slug is not None else (None,)
     check_output(output, force)
     texts = read_lines(file)
     from ..represent import PromptEmbedder

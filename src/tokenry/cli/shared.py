@@ -8,12 +8,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from .. import catalog
 from ..errors import InputError
+from ..fields import allowed, fits, shown
 from ..files import as_text, entries_of, explained
 
 if TYPE_CHECKING:
@@ -33,6 +34,24 @@ SAID = _Said()
 def example(text: str) -> str:
     """An epilog that click does not reflow."""
     return "\b\nExample:\n  " + text
+
+
+class Number(click.ParamType):
+    """A number with the bounds that it is declared with, see `tokenry.fields`."""
+
+    def __init__(self, declared: Any, or_else: str = "") -> None:
+        self.declared, self.or_else = declared, or_else
+        self.name = "integer" if get_args(declared)[0] is int else "float"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        try:
+            number = get_args(self.declared)[0](value)
+        except ValueError:
+            number = None
+        if not fits(number, self.declared):
+            given = shown(value) if number is None or len(value) > 20 else number
+            raise InputError(f"{param.opts[0]} {given} is not allowed; give {allowed(self.declared)}{self.or_else}")
+        return number
 
 
 def as_json(value: Any) -> None:
@@ -84,6 +103,15 @@ def parse_methods(slugs: Sequence[str], pairs: Sequence[str], stage: str) -> lis
     return [cls.from_strings(own[slug]) for slug, cls in classes.items()]
 
 
+def refuse_unused(names: Sequence[str], reason: str) -> None:
+    """Refuse options that were given on the command line and would not be looked at."""
+    context, typed = click.get_current_context(), click.core.ParameterSource.COMMANDLINE
+    given = {o for p in context.command.params if context.get_parameter_source(p.name) is typed for o in p.opts}
+    unused = [name for name in names if name in given]
+    if unused:
+        raise InputError(f"{', '.join(unused)} would have no effect {reason}; leave it out")
+
+
 def quiet() -> None:
     """No warnings and progress bars of transformers."""
     from transformers.utils import logging
@@ -115,10 +143,16 @@ def read_entries(path: str, what: str, remedy: str) -> list[str]:
         return entries_of(text)
 
 
+def console(**options: Any) -> Any:
+    """A rich console that takes text as it is: names and paths may hold what looks like markup or :emoji:."""
+    from rich.console import Console
+
+    return Console(markup=False, emoji=False, **options)
+
+
 @contextmanager
 def progress(what: str, total: int | None) -> Iterator[Callable[..., None]]:
     """A bar on standard error; yields `update(advance=1)`, which also takes completed, total and description."""
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -128,7 +162,7 @@ def progress(what: str, total: int | None) -> Iterator[Callable[..., None]]:
         TimeRemainingColumn,
     )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda **fields: bar.update(task, **fields)

@@ -9,8 +9,21 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import InputError
+from ..fields import Probability
 from ..outputs import check_file, check_folder, write_folder, write_text
-from .shared import as_json, example, force_option, parse_methods, progress, quiet, read_text, trust_option
+from .shared import (
+    Number,
+    as_json,
+    console,
+    example,
+    force_option,
+    parse_methods,
+    progress,
+    quiet,
+    read_text,
+    refuse_unused,
+    trust_option,
+)
 
 if TYPE_CHECKING:
     from ..method import Method
@@ -25,6 +38,8 @@ SHOWN_IN_PAGE = 5000
 @click.pass_context
 def tokenize(ctx: click.Context, slug: str) -> None:
     """Train a tokenizer on text of a domain, and see what it and others make of a text."""
+    if ctx.invoked_subcommand != "train":
+        refuse_unused(("--method",), f"on `tokenize {ctx.invoked_subcommand}`")
     ctx.obj = slug
 
 
@@ -88,8 +103,6 @@ def encode(text: str, name: str, trust_remote_code: bool, json_output: bool) -> 
     if not text:
         raise InputError("the text is empty; give some to encode")
     (tokenizer,) = load_tokenizers([name], trust_remote_code).values()
-    from rich.console import Console
-
     from ..tokenize.report import coloured, token_pieces
 
     pieces = token_pieces(tokenizer, text)
@@ -97,9 +110,9 @@ def encode(text: str, name: str, trust_remote_code: bool, json_output: bool) -> 
     if json_output:
         as_json({"ids": ids, "pieces": [piece._asdict() for piece in pieces]})
         return
-    console = Console()
-    if console.is_terminal:
-        console.print(coloured(pieces), soft_wrap=True)
+    screen = console()
+    if screen.is_terminal:
+        screen.print(coloured(pieces), soft_wrap=True)
     else:
         click.echo("|".join(piece.text for piece in pieces))
     click.echo(f"({len(ids)} tokens, {len(ids) / len(text):.3f} per character)", err=True)
@@ -108,7 +121,13 @@ def encode(text: str, name: str, trust_remote_code: bool, json_output: bool) -> 
 @tokenize.command(epilog=example("tokenry tokenize report tokenizer/ smollm2 --text contract.txt --html report.html"))
 @click.argument("tokenizers", nargs=-1, required=True)
 @click.option("--text", "path", required=True, help="File with the text to compare on; '-' for standard input.")
-@click.option("--error-rate", default=0.05, show_default=True, help="Recognition errors per character, for stability.")
+@click.option(
+    "--error-rate",
+    type=Number(Probability),
+    default=0.05,
+    show_default=True,
+    help="Recognition errors per character, for stability.",
+)
 @click.option("--html", help="Write a self-contained HTML page.")
 @force_option
 @trust_option
@@ -127,11 +146,9 @@ def report(
     if html:
         check_file(html, force)
     loaded = load_tokenizers(tokenizers, trust_remote_code)
-    from rich.console import Console
-
     from ..tokenize.report import render, report_table, token_pieces, tokenizer_report
 
-    with Console(stderr=True).status("counting"):
+    with console(stderr=True).status("counting"):
         reports = tokenizer_report(loaded, text, error_rate)
     if html:
         pieces = {name: token_pieces(tokenizer, text[:SHOWN_IN_PAGE]) for name, tokenizer in loaded.items()}
@@ -139,9 +156,9 @@ def report(
     if json_output:
         as_json([found.to_dict() for found in reports])
         return
-    console = Console()
-    console.print(report_table(reports))
-    console.print(side_by_side(loaded, text[:SHOWN]))
+    screen = console()
+    screen.print(report_table(reports))
+    screen.print(side_by_side(loaded, text[:SHOWN]))
 
 
 def load_tokenizers(names: Sequence[str], trust_remote_code: bool) -> dict[str, Any]:

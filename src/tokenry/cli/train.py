@@ -9,8 +9,9 @@ from typing import Any
 import click
 
 from ..errors import InputError
+from ..fields import Share
 from ..outputs import check_folder, write_folder
-from .shared import as_json, example, force_option, load_model, model_options, parse_methods, progress
+from .shared import Number, as_json, example, force_option, load_model, model_options, parse_methods, progress
 
 
 @click.command(epilog=example("tokenry train --method ftpo --data pairs.jsonl --output smollm2-without-slop"))
@@ -18,7 +19,9 @@ from .shared import as_json, example, force_option, load_model, model_options, p
 @click.option("-o", "options", multiple=True, metavar="NAME=VALUE", help="An option of the method.")
 @click.option("--data", required=True, help="What it learns from, a JSON line each: pairs, episodes or prompts.")
 @click.option("--output", required=True, help="New folder for what is trained.")
-@click.option("--hold-out", default=0.1, show_default=True, help="Share of the data that is only measured.")
+@click.option(
+    "--hold-out", type=Number(Share), default=0.1, show_default=True, help="Share of the data that is only measured."
+)
 @force_option
 @model_options
 def train(
@@ -39,8 +42,6 @@ def train(
     if not force and Path(output).is_dir() and any(Path(output).iterdir()):
         raise InputError(f"the output {output!r} exists and is not an empty folder; give a new one, or add --force")
     check_folder(output, force)
-    if not 0 <= hold_out < 1:
-        raise InputError(f"--hold-out {hold_out} is not allowed; give a share in [0, 1)")
     if not Path(data).is_file():
         raise InputError(f"the {method.examples} {data!r} cannot be read (no such file); give a file of JSON lines")
     model, tokenizer = load_model(model_name, dtype, device, trust_remote_code)

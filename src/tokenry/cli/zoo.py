@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from .shared import as_json, example, force_option, progress, quiet
+from ..fields import Seed
+from .shared import Number, as_json, example, force_option, progress, quiet
 
 
 @click.group(epilog=example("tokenry zoo build reasoner"))
@@ -52,7 +53,7 @@ def show(name: str, json_output: bool) -> None:
 @zoo.command(epilog=example("tokenry zoo build reasoner --output my-reasoner"))
 @click.argument("name")
 @click.option("--output", help="Folder; default: where --model zoo/NAME finds it.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", type=Number(Seed), default=0, show_default=True)
 @force_option
 @click.option("--json", "json_output", is_flag=True, help="Print JSON.")
 def build(name: str, output: str | None, seed: int, force: bool, json_output: bool) -> None:

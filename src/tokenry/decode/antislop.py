@@ -21,6 +21,7 @@ from pydantic import Field, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
+from ..fields import Count, Probability
 from ..method import Lines
 from ..ngrams import Begun, Found, NGrams
 from ..text import special_tokens
@@ -376,15 +377,15 @@ class Antislop(DecodeMethod):
     ngrams: Lines = Field(
         (), description="sequences of words to ban, stop words may stand between, or a file with one a line"
     )
-    strength: float = Field(1.0, ge=0, le=1, description="probability factor 10^(-10 s); 1 bans, 0 does nothing")
+    strength: Probability = Field(1.0, description="probability factor 10^(-10 s); 1 bans, 0 does nothing")
     prefer: Literal["longest", "shortest"] = Field("longest", description="which phrase counts at one start")
     start_tokens: bool = Field(
         False, description="lower every token that a phrase can start with, not only the rejected one (local sampler)"
     )
-    max_span: int | None = Field(None, ge=1, description="longest regex match in characters; needed for streaming")
+    max_span: Count | None = Field(None, description="longest regex match in characters; needed for streaming")
     force_backtrack: bool = Field(False, description="drop temperature, min-p, top-p and top-k rather than give up")
     invert_probs: bool = Field(False, description="favour unlikely replacements")
-    max_retries: int = Field(100, ge=1, description="repairs at one position before it is given up")
+    max_retries: Count = Field(100, description="repairs at one position before it is given up")
 
     @model_validator(mode="after")
     def _has_valid_patterns(self) -> Antislop:

@@ -21,7 +21,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..checkpoint_files import read_tokenizer, reading
 from ..errors import InputError
+from ..fields import Temperature, Tokens, TorchSeed, check
 from ..masks import sees_both_sides
+from ..prompts import rendered
 from ..text import check_encodable
 from .core import WARPERS, DecodeLoop, DecodeOutput, Monitor
 from .engine import LayerPolicy, TransformersEngine
@@ -67,6 +69,10 @@ def loop(
             "the model sees both sides and cannot write from left to right; use a method for masked-diffusion models, "
             "such as masked-diffusion"
         )
+    if seed is not None:
+        check("seed", seed, TorchSeed)
+    if generation_config.do_sample and generation_config.temperature is not None:
+        check("temperature", generation_config.temperature, Temperature)
     if monitors or token_streamers or stop:
         processing_class = processing_class or _tokenizer_of(model.name_or_path)
     _check_context(model, input_ids.shape[1])
@@ -138,10 +144,16 @@ def generate(
         options: anything `model.generate` takes, such as do_sample, temperature, min_p.
 
     Raises:
-        InputError: empty prompt, prompt beyond the context window, max_new_tokens < 1.
+        InputError: empty prompt, one with a lone surrogate, a chat template that fails, a prompt beyond the context
+            window, a number of tokens, temperature or seed out of range.
     """
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens={max_new_tokens} leaves nothing to generate; give a number >= 1")
+    check("max_new_tokens", max_new_tokens, Tokens)
+    if options.get("temperature") is not None:
+        check("temperature", options["temperature"], Temperature)
+    if seed is not None:
+        check("seed", seed, TorchSeed)
     plugins = Plugins(processors, monitors, layer_policy, steerers, caps, speculation)
     readers = [method for method in methods if hasattr(method, "generate")]
     for method in reversed([method for method in methods if not hasattr(method, "generate")]):
@@ -182,7 +194,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], c
         check_encodable(prompt, f"prompt {number}")
     if chat and tokenizer.chat_template:
         turns = [[{"role": "user", "content": p}] for p in prompts]
-        texts = [tokenizer.apply_chat_template(t, add_generation_prompt=True, tokenize=False) for t in turns]
+        texts = [rendered(tokenizer, t, add_generation_prompt=True) for t in turns]
         return tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     return tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left")
 

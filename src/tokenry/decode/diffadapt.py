@@ -29,6 +29,7 @@ from ..difficulty import (
     read_questions,
 )
 from ..errors import InputError
+from ..fields import Probability, Temperature, check
 from ..files import explained, read_json
 from ..rows import left_padded, shared_length
 from ..schemas import Fields, checked
@@ -62,6 +63,7 @@ class Strategy:
             raise InputError(
                 f"temperature={self.temperature} of strategy {self.name!r} is not allowed; give a number > 0"
             )
+        check(f"temperature of strategy {self.name!r}", self.temperature, Temperature)
         if not 0 < self.budget <= 1:
             raise InputError(f"budget={self.budget} of strategy {self.name!r} is not allowed; give a share in (0, 1]")
 
@@ -224,8 +226,8 @@ class DiffAdapt(DecodeMethod):
         DEFAULT_STRATEGIES,
         description="for easy, normal and hard: a JSON file, a list of objects with name, suffix, temperature, budget",
     )
-    min_confidence: float = Field(
-        0.0, ge=0, le=1, description="questions whose best class is less probable are treated as normal"
+    min_confidence: Probability = Field(
+        0.0, description="questions whose best class is less probable are treated as normal"
     )
 
     @field_validator("probe")

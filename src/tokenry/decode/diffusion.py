@@ -27,6 +27,7 @@ from transformers.generation.logits_process import (
 )
 
 from ..errors import InputError
+from ..fields import Temperature, TorchSeed, check
 from ..hooks import vocabulary_size
 from ..masks import check_bidirectional, own_position
 from .core import DecodeOutput
@@ -168,6 +169,7 @@ def sampling_warpers(
         return None
     if not temperature > 0:
         raise InputError(f"temperature={temperature} is not allowed; give a number > 0, or do_sample=False")
+    check("temperature", temperature, Temperature)
     warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(float(temperature))]
     warpers += [TopKLogitsWarper(top_k)] if top_k else []
     warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
@@ -288,6 +290,7 @@ def diffusion_generate(
             model's context.
     """
     start = time.perf_counter()
+    check("seed", seed, TorchSeed)
     present = _check_prompts(model, input_ids, attention_mask)
     state = DiffusionState.begin(model, input_ids.to(model.device), present, gen_length, block_length, seed)
     if length is None and gen_length > state.block_length and gen_length % state.block_length:

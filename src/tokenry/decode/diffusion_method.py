@@ -12,6 +12,7 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import InputError
+from ..fields import Tokens
 from .api import encode_prompts
 from .diffusion import (
     DiffusionOutput,
@@ -151,7 +152,7 @@ class DiffusionMethod(DecodeMethod):
     """A decode method that needs a masked-diffusion model. It has no plug-ins for the other loop, which goes from left
     to right, but `parts` for this one, and a `generate` of its own."""
 
-    block_length: int = Field(32, ge=1, description="tokens of a block; the window is filled block by block")
+    block_length: Tokens = Field(32, description="tokens of a block; the window is filled block by block")
     cache: Cache = Field("none", description="keys and values kept within a block")
 
     def parts(self, max_new_tokens: int) -> DiffusionParts:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..fields import Tokens, check
 from .core import row_seed
 
 __all__ = ["FRESH", "DiffusionState", "Edit", "Prediction"]
@@ -162,6 +163,7 @@ class DiffusionState:
             raise InputError(
                 f"gen_length={gen_length} and block_length={block_length} are not allowed; give numbers >= 1"
             )
+        check("gen_length", gen_length, Tokens)
         batch, start = prompts.shape
         device = prompts.device
         window = torch.full((batch, gen_length), model.mask_token_id, device=device)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
+from ..fields import Block, Probability, Tokens
 from ..filtering import ConfidenceFilter, TraceDataset
 from .api import encode_prompts
 from .diffusion import LengthPolicy, MaskedDiffusionModel, diffusion_generate
@@ -265,11 +266,11 @@ class Learn2PD(DiffusionMethod):
     filter: str = Field(description="folder of a filter; `tokenry train --method learn2pd` makes one")
     accept_threshold: float = Field(0.96, gt=0, lt=1, description="tokens more probably final than this are committed")
     eotp: bool = Field(True, description="cut the window after the predicted end of the text")
-    eotp_min_confidence: float = Field(
-        0.0, ge=0, le=1, description="least confidence of an end that is not committed; 0.9 is the safe choice"
+    eotp_min_confidence: Probability = Field(
+        0.0, description="least confidence of an end that is not committed; 0.9 is the safe choice"
     )
-    min_per_step: int = Field(1, ge=1, description="most confident tokens that are committed in any case")
-    block_length: int = Field(32, ge=1, description="tokens of a block; that of the filter")
+    min_per_step: Tokens = Field(1, description="most confident tokens that are committed in any case")
+    block_length: Block = Field(32, description="tokens of a block; that of the filter")
 
     @model_validator(mode="before")
     @classmethod

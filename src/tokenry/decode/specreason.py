@@ -22,6 +22,7 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import InputError
+from ..fields import Times, Tokens
 from ..files import explained, parse_json, read_json, shown
 from ..models import LoadedModel, load
 from .core import DecodeOutput
@@ -443,14 +444,16 @@ class SpecReason(DecodeMethod):
         "zoo/speculator",
         description="the small model: a name or folder as for --model, or in Python what tokenry.load returns",
     )
-    threshold: float = Field(7.0, description="lowest score of 0 to 9 at which a step of the small model is kept")
+    threshold: float = Field(
+        7.0, ge=-100, le=100, description="lowest score of 0 to 9 at which a step of the small model is kept"
+    )
     score_method: Literal["greedy", "average", "digits", "likelihood"] = Field(
         "greedy",
         description="the score: the likeliest token where a digit is asked for, the mean of likely digits or of all "
         "digits; or 9 times the probability of the step's least probable token",
     )
-    first_n_base_steps: int = Field(0, ge=0, description="steps at the beginning that the base model writes")
-    max_step_tokens: int = Field(512, ge=1, description="most tokens of a step")
+    first_n_base_steps: Times = Field(0, description="steps at the beginning that the base model writes")
+    max_step_tokens: Tokens = Field(512, description="most tokens of a step")
     prompts: Annotated[StepPrompts | None, BeforeValidator(_read_prompts), WithJsonSchema({"type": "string"})] = Field(
         None, description="the words around the steps: chat, lines (zoo/reasoner) or JSON; none for what fits the model"
     )

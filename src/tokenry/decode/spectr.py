@@ -25,6 +25,7 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import InputError
+from ..fields import Drafts, Layers, Multiple, check
 from ..rows import left_padded
 from .api import loop
 from .core import DecodeLoop, DecodeOutput, Monitor, Row
@@ -112,6 +113,7 @@ class Speculation:
         for name in ("num_drafts", "draft_length"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} is not allowed; give a number >= 1")
+            check(name, getattr(self, name), Drafts)
         if isinstance(self.verifier, SingleDraftVerifier) and self.num_drafts > 1:
             raise InputError(
                 f"the verifier 'single' takes one draft, not {self.num_drafts}; set num_drafts=1, or use 'kseq', "
@@ -399,13 +401,13 @@ class Spectr(DecodeMethod):
     verifier: Literal["single", "naive", "rrs", "rrs-without", "kseq", "greedy"] = Field(
         "kseq", description="how the token is selected among the drafts"
     )
-    num_drafts: int = Field(8, ge=1, description="drafts per position")
-    draft_length: int = Field(4, ge=1, description="tokens that are drafted ahead")
-    gamma: Annotated[float, Field(ge=1)] | Literal["optimal"] = Field(
+    num_drafts: Drafts = Field(8, description="drafts per position")
+    draft_length: Drafts = Field(4, description="tokens that are drafted ahead")
+    gamma: Multiple | Literal["optimal"] = Field(
         "optimal", description="division factor of kseq, at most num_drafts, or optimal"
     )
-    exit_layers: Annotated[int | None, BeforeValidator(read_none)] = Field(
-        None, ge=1, description="layers of early-exit; none: two thirds"
+    exit_layers: Annotated[Layers | None, BeforeValidator(read_none)] = Field(
+        None, description="layers of early-exit; none: two thirds"
     )
 
     def plugins(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Plugins:

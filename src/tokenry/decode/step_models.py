@@ -18,8 +18,9 @@ from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from ..errors import InputError
 from ..models import LoadedModel, zoo_folders
+from ..prompts import rendered
 from ..rows import left_padded, shared_length
-from ..text import TokenText
+from ..text import TokenText, check_encodable
 from .core import Chooser
 from .engine import TransformersEngine
 
@@ -100,6 +101,8 @@ class StepPrompts:
 
     def _asked(self, problem: Messages) -> list[dict[str, str]]:
         messages = [{"role": "user", "content": problem}] if isinstance(problem, str) else [dict(m) for m in problem]
+        for message in messages:
+            check_encodable(message.get("content", ""), "the problem")
         if not messages or messages[-1].get("role") != "user" or not messages[-1]["content"].strip():
             raise InputError("the problem is empty; give a text, or messages of which the last is the user's")
         messages[-1]["content"] = self.instruction.replace("{problem}", messages[-1]["content"])
@@ -126,7 +129,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str
             f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; use StepPrompts(chat=False), which "
             "puts the texts one after the other"
         )
-    return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    return rendered(tokenizer, messages, **options)
 
 
 @dataclass(frozen=True)

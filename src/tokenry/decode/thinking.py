@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import LogitsProcessor
 
 from ..errors import InputError
+from ..fields import TokenId
 from ..method import Lines
 from .method import DecodeMethod, Plugins
 
@@ -216,8 +217,8 @@ def read_none(value: Any) -> Any:
     return None if isinstance(value, str) and value.strip().lower() == "none" else value
 
 
-TokenIds = Annotated[tuple[int, ...] | None, BeforeValidator(read_ids)]
-EndThink = Annotated[str | tuple[int, ...] | None, BeforeValidator(read_ids)]
+TokenIds = Annotated[tuple[TokenId, ...] | None, BeforeValidator(read_ids)]
+EndThink = Annotated[str | tuple[TokenId, ...] | None, BeforeValidator(read_ids)]
 
 
 class ReflectionMethod(DecodeMethod):

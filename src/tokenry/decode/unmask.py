@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .. import fields
 from ..errors import InputError
 from .diffusion_state import DiffusionState, Edit, Prediction
 
@@ -82,6 +83,10 @@ class FixedCount(UnmaskPolicy):
             raise InputError(f"steps={steps} is not allowed; give a number >= 1, or None for one token per step")
         if not 0 <= temperature < float("inf"):
             raise InputError(f"temperature={temperature} is not allowed; give a number >= 0")
+        if temperature:
+            fields.check("temperature", temperature, fields.Temperature)
+        if steps is not None:
+            fields.check("steps", steps, fields.Tokens)
         self.steps, self.confidence, self.temperature = steps, confidence, temperature
         self.steps_per_block: Tensor | None = None  # (batch,)
 
@@ -135,6 +140,7 @@ class Chance(UnmaskPolicy):
     def __init__(self, steps: int, last: float = 1e-3) -> None:
         if steps < 1:
             raise InputError(f"steps={steps} is not allowed; give a number >= 1")
+        fields.check("steps", steps, fields.Tokens)
         if not 0 < last < 1:
             raise InputError(f"last={last} is not allowed; give a time in (0, 1)")
         self.steps, self.last = steps, last
@@ -187,6 +193,7 @@ class Factor(UnmaskPolicy):
     def __init__(self, factor: float = 1.0) -> None:
         if not factor > 0:
             raise InputError(f"factor={factor} is not allowed; give a number > 0")
+        fields.check("factor", factor, fields.Positive)
         self.factor = factor
 
     def select(self, prediction: Prediction, state: DiffusionState) -> Tensor:

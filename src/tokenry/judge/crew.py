@@ -17,7 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
 from ..method import Method
+from ..prompts import rendered
 from ..spans import text_offsets
+from ..text import check_encodable
 from ..trace import Trace
 from .answers import Marker, answer_tokens, check_marker, find_answer, normalise_answer
 
@@ -215,6 +217,8 @@ class CRewScorer:
         """The tokens to feed. Prompt and solution are tokenized apart, as they are in generation."""
         if not prompt or (isinstance(prompt, str) and not prompt.strip()):
             raise InputError("the prompt is empty; give the question that the solution answers")
+        for text in (solution, *([prompt] if isinstance(prompt, str) else [])):
+            check_encodable(text, "a prompt or solution")
         shown, start = self._prompt(prompt)
         ids = self.tokenizer(solution, add_special_tokens=False).input_ids
         window = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -235,7 +239,7 @@ class CRewScorer:
         if isinstance(prompt, str) and not (self.chat and self.tokenizer.chat_template):
             return prompt, self.tokenizer(prompt).input_ids
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        text = rendered(self.tokenizer, turns, add_generation_prompt=True)
         shown = prompt if isinstance(prompt, str) else text
         return shown, self.tokenizer(text, add_special_tokens=False).input_ids
 

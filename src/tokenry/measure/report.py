@@ -12,6 +12,7 @@ import jinja2
 from markupsafe import Markup
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from .compare import Comparison
 from .statistics import Interval
@@ -68,7 +69,7 @@ def tables(comparison: Comparison) -> list[Table]:
     return [*made, _table(comparison, "cost per sample", [label(c) for c in comparison.costs()], rows)]
 
 
-def _table(comparison: Comparison, title: str, headings: Sequence[str], rows: dict[str, list[str]]) -> Table:
+def _table(comparison: Comparison, title: str, headings: Sequence[str], rows: dict[str, list[str | Text]]) -> Table:
     grid = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     grid.add_column("subject", no_wrap=True)
     for heading in headings:
@@ -78,13 +79,13 @@ def _table(comparison: Comparison, title: str, headings: Sequence[str], rows: di
     return grid
 
 
-def _cell(comparison: Comparison, subject: str, name: str, base: str) -> str:
+def _cell(comparison: Comparison, subject: str, name: str, base: str) -> str | Text:
     mean = format_number(name, comparison.mean(subject, name))
     if subject == base:
         return mean
     difference = comparison.difference(subject, base, name)
     shown = format_difference(name, difference).replace(" [", "\n[", 1)
-    return f"{mean}\n[dim]{shown.replace('[', chr(92) + '[')}[/dim]"
+    return Text.assemble(mean, ("\n" + shown, "dim"))
 
 
 def render(

@@ -20,6 +20,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 
 from ..difficulty import CLASSES, DifficultyProbe, Prompt, prompt_ids, read_questions
 from ..errors import InputError
+from ..fields import Count, Probability, Rate, Temperature, Weight
 from ..method import Method
 from .reading import Reading
 
@@ -283,16 +284,16 @@ class DifficultyLabels(Method):
     )
     claim: ClassVar[str] = "The state of a question's last token tells how hard the model will find it."
 
-    n_samples: int = Field(10, ge=2, description="samples drawn of each question")
-    temperature: float = Field(0.8, gt=0, allow_inf_nan=False, description="of these samples")
-    alpha: float = Field(0.7, ge=0, le=1, description="correctness from which a question is solved")
-    beta: float | None = Field(
-        None, ge=0, description="entropy in nats up to which a solved question is normal; none: 60 % of them"
+    n_samples: int = Field(10, ge=2, le=10_000, description="samples drawn of each question")
+    temperature: Temperature = Field(0.8, description="of these samples")
+    alpha: Probability = Field(0.7, description="correctness from which a question is solved")
+    beta: Weight | None = Field(
+        None, description="entropy in nats up to which a solved question is normal; none: 60 % of them"
     )
-    gamma: float = Field(0.3, ge=0, le=1, description="correctness below which a question is hard")
-    hidden: int = Field(256, ge=0, description="width of the probe's hidden layer; 0 for a linear probe")
-    learning_rate: float = Field(1e-3, gt=0, description="of AdamW")
-    epochs: int = Field(100, ge=1, description="passes over the questions")
+    gamma: Probability = Field(0.3, description="correctness below which a question is hard")
+    hidden: int = Field(256, ge=0, le=2**16, description="width of the probe's hidden layer; 0 for a linear probe")
+    learning_rate: Rate = Field(1e-3, description="of AdamW")
+    epochs: Count = Field(100, description="passes over the questions")
 
     @model_validator(mode="after")
     def _in_order(self) -> DifficultyLabels:

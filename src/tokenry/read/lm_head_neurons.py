@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
+from ..fields import Count, Entries
 from ..hooks import clamp_neurons
 from ..method import Method
 from ..trace import Trace
@@ -51,8 +52,8 @@ class LMHeadNeurons(Method):
 
     side: Side = Field("up", description="weights to decode: what a neuron reads (up, gate) or writes (down)")
     fold_norm: bool = Field(False, description="multiply by the gain of the norm between the residual and the weights")
-    top_k: int = Field(10, ge=1, description="tokens kept per neuron; at most the vocabulary")
-    chunk: int = Field(512, ge=1, description="neurons decoded at a time")
+    top_k: Entries = Field(10, description="tokens kept per neuron; at most the vocabulary")
+    chunk: Count = Field(512, description="neurons decoded at a time")
     bottom: bool = Field(False, description="also the tokens a neuron points away from, for negative activations")
 
     def map(

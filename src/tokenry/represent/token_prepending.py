@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
+from ..fields import Layer, Layers, Seed
 from ..hooks import Feed, decoder_layers, edit_inputs, effective_weight, on_feed, unwrapped, vocabulary_size
 from ..masks import sees_both_sides
 from ..method import Method
@@ -119,11 +120,13 @@ class TokenPrepending(Method):
         "sentence embeddings without training."
     )
 
-    start_layer: int = Field(1, ge=0, description="first layer before which the slot is overwritten")
-    exit_layer: int = Field(
-        2, ge=1, description="first layer before which it no longer is; above start_layer, 7 suits 7B models"
+    start_layer: Layer = Field(1, description="first layer before which the slot is overwritten")
+    exit_layer: Layers = Field(
+        2, description="first layer before which it no longer is; above start_layer, 7 suits 7B models"
     )
-    output_layer: int = Field(-1, description="layers run before the embedding is read; -1: all, and the final norm")
+    output_layer: int = Field(
+        -1, ge=-1, le=1024, description="layers run before the embedding is read; -1: all, and the final norm"
+    )
     prompt: str = Field(
         "prompteol", description="prompteol, cot, ke, metaeol, or a template with one {slot} and one {text}"
     )
@@ -132,7 +135,7 @@ class TokenPrepending(Method):
         "normal", description="embedding of the slot: drawn from N(0, 1), zeros, or the mean of all embeddings"
     )
     overwrite: bool = Field(True, description="false leaves the slot alone: the control")
-    seed: int = Field(0, ge=0, description="seed of the slot's embedding")
+    seed: Seed = Field(0, description="seed of the slot's embedding")
 
     @field_validator("prompt")
     @classmethod

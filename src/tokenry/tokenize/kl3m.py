@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from ..errors import InputError
+from ..fields import Count
 from ..method import Method, read_lines
 from ..text import check_encodable
 from .custom import GROUPS, custom_tokens
@@ -150,13 +151,16 @@ class KL3M(Method):
 
     kind: Literal["domain", "char"] = Field("domain", description="domain, or char for short tokens and no custom ones")
     vocab_size: int | None = Field(
-        None, ge=282, description="entries before padding, with room for custom ones; none is 32768, char 4096"
+        None,
+        ge=282,
+        le=2**20,
+        description="entries before padding, with room for custom ones; none is 32768, char 4096",
     )
-    min_frequency: int = Field(2, ge=1, description="a pair seen less often is never merged")
+    min_frequency: Count = Field(2, description="a pair seen less often is never merged")
     normalization: Normalization = Field("nfkc", description="Unicode normal form of the input; nfc keeps ½, ™ and ²")
     lowercase: bool = Field(False, description="lower-case the input")
     max_chars: int | None = Field(
-        None, ge=2, description="kind=char: longest token, in byte-level characters; none is 3"
+        None, ge=2, le=1024, description="kind=char: longest token, in byte-level characters; none is 3"
     )
     custom_tokens: Annotated[tuple[str, ...], BeforeValidator(_read_custom)] = Field(
         tuple(GROUPS), description="kind=domain: groups, further tokens, or a file with one a line; none for no tokens"

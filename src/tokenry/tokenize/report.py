@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -84,13 +85,14 @@ def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> PreTrai
     """
     if name == DEFAULT:
         return load(DEFAULT).tokenizer
-    folder = Path(name).expanduser()
-    if folder.is_dir() and not (folder / "tokenizer.json").is_file():
+    folder = Path(os.path.expanduser(name))
+    known = os.path.isdir(folder)  # as Path.is_dir, but False for a name that is too long
+    if known and not (folder / "tokenizer.json").is_file():
         raise InputError(f"the folder {str(name)!r} has no tokenizer.json; give one that save_pretrained has written")
-    if not folder.is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)):
+    if not known and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)):
         raise InputError(f"there is no tokenizer {str(name)!r}; give a folder that exists, {DEFAULT!r} or a hub id")
     with reading(str(name), "tokenizer"):
-        return read_tokenizer(folder if folder.is_dir() else str(name), trust_remote_code)
+        return read_tokenizer(folder if known else str(name), trust_remote_code)
 
 
 def tokenizer_report(

@@ -23,6 +23,7 @@ from transformers.trainer_utils import TrainOutput
 
 from .. import catalog
 from ..errors import InputError
+from ..fields import Batch, Block, Count, Rate, Seed, Tokens, Width
 from ..files import read_records
 from ..filtering import ConfidenceFilter, TraceDataset
 from .method import TrainMethod
@@ -232,17 +233,17 @@ class Learn2PDFilter(TrainMethod):
     }
     next_step: ClassVar[str] = "tokenry decode --method learn2pd -o filter={output} --model {model} --greedy PROMPT"
 
-    block_length: int = Field(32, ge=1, description="tokens of a block; the filter is tied to it")
-    gen_length: int = Field(32, ge=1, description="width of the windows of the traces, a multiple of the block")
-    hidden: int | None = Field(None, ge=1, description="width of the filter's hidden layer; default: as the block")
-    epochs: int = Field(2000, ge=1, description="most passes over the traces; it stops when validation does")
-    lr: float = Field(3e-3, gt=0, description="learning rate")
+    block_length: Block = Field(32, description="tokens of a block; the filter is tied to it")
+    gen_length: Tokens = Field(32, description="width of the windows of the traces, a multiple of the block")
+    hidden: Width | None = Field(None, description="width of the filter's hidden layer; default: as the block")
+    epochs: Count = Field(2000, description="most passes over the traces; it stops when validation does")
+    lr: Rate = Field(3e-3, description="learning rate")
     split_by: SplitBy = Field("prompt", description="validation has prompts of its own, or steps of the same ones")
     mask_loss: bool = Field(False, description="learn from masked positions alone")
     accept_threshold: float = Field(0.96, gt=0, lt=1, description="at which false positives and negatives are counted")
     chat: bool = Field(True, description="put the prompts into the chat template")
-    batch_size: int = Field(32, ge=1, description="prompts decoded at a time")
-    seed: int = Field(0, ge=0, description="of the order, the split and the first weights")
+    batch_size: Batch = Field(32, description="prompts decoded at a time")
+    seed: Seed = Field(0, description="of the order, the split and the first weights")
 
     @model_validator(mode="after")
     def _whole_blocks(self) -> Learn2PDFilter:

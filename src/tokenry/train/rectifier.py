@@ -28,6 +28,7 @@ from transformers import (
 
 from ..dead_end import DeadEndValueModel
 from ..errors import InputError
+from ..fields import Batch, Layers, Passes, Portion, Rate, Seed, Times
 from ..files import is_number, read_records
 from ..schemas import Fields, checked
 from .method import TrainMethod, report_progress
@@ -333,17 +334,17 @@ class Rectifier(TrainMethod):
         "tokenry decode --method rectification -o rectifier={output} --model {model} --raw PROMPT"
     )
 
-    layers: int = Field(4, ge=1, description="blocks of the trunk, a new Llama with 4 heads")
-    width: int = Field(192, ge=8, multiple_of=8, description="its width, a multiple of 8")
-    hidden_mult: int = Field(2, ge=1, description="width of the head's hidden layer, in widths of the trunk")
-    gamma: float = Field(1.0, gt=0, le=1, description="discount from one token to the next")
-    target_update: float = Field(0.1, gt=0, le=1, description="share of the head that the averaged head takes over")
-    learning_rate: float = Field(3e-4, gt=0, description="highest learning rate")
-    warmup_steps: int = Field(500, ge=0, description="steps until it is reached")
-    batch_size: int = Field(64, ge=1, description="episodes in a step")
-    epochs: float = Field(3.0, gt=0, description="passes over the episodes")
-    max_length: int = Field(1024, ge=2, description="tokens of an episode kept, from the right")
-    seed: int = Field(0, ge=0, description="of the first weights and of the order")
+    layers: Layers = Field(4, description="blocks of the trunk, a new Llama with 4 heads")
+    width: int = Field(192, ge=8, le=2**14, multiple_of=8, description="its width, a multiple of 8")
+    hidden_mult: int = Field(2, ge=1, le=64, description="width of the head's hidden layer, in widths of the trunk")
+    gamma: Portion = Field(1.0, description="discount from one token to the next")
+    target_update: Portion = Field(0.1, description="share of the head that the averaged head takes over")
+    learning_rate: Rate = Field(3e-4, description="highest learning rate")
+    warmup_steps: Times = Field(500, description="steps until it is reached")
+    batch_size: Batch = Field(64, description="episodes in a step")
+    epochs: Passes = Field(3.0, description="passes over the episodes")
+    max_length: int = Field(1024, ge=2, le=2**20, description="tokens of an episode kept, from the right")
+    seed: Seed = Field(0, description="of the first weights and of the order")
 
     def read(self, path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[Episode]:
         """The shuffled episodes in a file, see `read_episodes`."""

@@ -22,6 +22,7 @@ from ...hooks import decoder_layers
 from ...models import LoadedModel, load
 from ...outputs import write_folder
 from ...problems import Arithmetic, draw_problems
+from ...prompts import rendered
 from ...skipping import SkipSchedule
 from ...zoo.reasoner import solution
 from ..compare import Comparison
@@ -132,7 +133,7 @@ def solutions(reasoner: LoadedModel, count: int) -> list[dict[str, list[int]]]:
     tokenizer, rng, rows = reasoner.tokenizer, random.Random("solutions for skipdecode"), []
     for problem in draw_problems(Arithmetic(), count, seed=7, split="train", levels=LEVELS):
         turn = [{"role": "user", "content": problem.question}]
-        text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        text = rendered(tokenizer, turn, add_generation_prompt=True)
         prompt = tokenizer.encode(text, add_special_tokens=False)
         answer = [*tokenizer.encode(solution(problem, rng), add_special_tokens=False), tokenizer.eos_token_id]
         rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
