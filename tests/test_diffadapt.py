@@ -862,7 +862,7 @@ def test_right_answers_are_found_by_their_marker(tmp_path):
         ([], "with --problems, or --arithmetic N"),
         (["--problems", "x", "--arithmetic", "3"], "with --problems, or --arithmetic N"),
         (["--arithmetic", "3"], "give a folder with --save"),
-        (["--arithmetic", "0", "--save", "/tmp"], "count=0"),
+        (["--arithmetic", "0", "--save", "/tmp"], "--arithmetic 0"),
         (["--problems", "/nowhere", "--save", "/tmp"], "'/nowhere' cannot be read"),
         (["--problems", "/dev/null", "--save", "/tmp"], "holds no problems"),
         (["--arithmetic", "3", "--save", "/tmp", "some text"], "has no use for TEXT"),
