@@ -862,7 +862,7 @@ def test_right_answers_are_found_by_their_marker(tmp_path):
         ([], "with --problems, or --arithmetic N"),
         (["--problems", "x", "--arithmetic", "3"], "with --problems, or --arithmetic N"),
         (["--arithmetic", "3"], "give a folder with --save"),
-        (["--arithmetic", "0", "--save", "/nowhere/probe"], "count=0"),
+        (["--arithmetic", "0", "--save", "/nowhere/probe"], "--arithmetic 0"),
         (["--problems", "/nowhere", "--save", "/nowhere/probe"], "'/nowhere' cannot be read"),
         (["--problems", "/dev/null", "--save", "/nowhere/probe"], "holds no problems"),
         (["--arithmetic", "3", "--save", "/nowhere/probe", "some text"], "has no use for TEXT"),

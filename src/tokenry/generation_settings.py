@@ -40,6 +40,7 @@ class GenerationSettings(BaseModel):
 
 
 IDS = {name for name in GenerationSettings.model_fields if name.endswith(("_token_id", "suppress_tokens", "words_ids"))}
+IDS -= {"bos_token_id"}  # no text is begun with it here, and small models often carry that of GPT-2
 
 
 def read_generation_settings(folder: str, name: str) -> GenerationSettings:

@@ -93,7 +93,7 @@ class Method(BaseModel):
         for pair in pairs:
             name, sign, value = pair.partition("=")
             if not sign:
-                raise InputError(f"option {shown(pair)} has no value; write -o NAME=VALUE")
+                raise InputError(f"option {shown(pair)} has no value; write -o {pair[:60]}=VALUE")
             values[name.strip()] = value
         return cls(**values)
 

@@ -125,7 +125,7 @@ class TokenPrepending(Method):
         2, description="first layer before which it no longer is; above start_layer, 7 suits 7B models"
     )
     output_layer: int = Field(
-        -1, ge=-1, le=1024, description="layers run before the embedding is read; -1: all, and the final norm"
+        -1, ge=-1024, le=1024, description="layers run before the embedding is read; -1: all, and the final norm"
     )
     prompt: str = Field(
         "prompteol", description="prompteol, cot, ke, metaeol, or a template with one {slot} and one {text}"
