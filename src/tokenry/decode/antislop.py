@@ -13,7 +13,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from itertools import takewhile
+from itertools import chain, takewhile
 from typing import ClassVar, Literal, NamedTuple
 
 import ahocorasick
@@ -318,7 +318,7 @@ class NGramBan(_Ban):
         if not self.active or len(row.text) <= row.checked:
             return None
         steps, last = self._steps(row)
-        new = takewhile(lambda step: step.stop > row.checked, (last, *reversed(steps)))
+        new = takewhile(lambda step: step.stop > row.checked, chain((last,), reversed(steps)))
         best = min(
             (
                 (start, -len(ngram), ngram, step.stop)
