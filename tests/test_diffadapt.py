@@ -607,7 +607,11 @@ def test_with_antislop_a_wave_and_streaming_equals_brute_force(llama, chat, prob
     wave = CyclicReflex(token_ids=REFLECT, amplitude=4, period=14, end_think=None)
     options = {"max_new_tokens": 60, "seed": 12, "top_k": 0}
     free = method.generate(llama, chat, QUESTIONS, methods=[wave], **options)
-    pieces = [chat.decode(row[i : i + 3]).strip() for row in free.new_ids for i in (2, 6, 10, 14, 18)]
+    pieces = [
+        chat.decode(row[i : i + 3], skip_special_tokens=True).strip()
+        for row in free.new_ids
+        for i in (2, 6, 10, 14, 18)
+    ]
     phrases = [piece for piece in pieces if piece and "\ufffd" not in piece]
     streamers = [Collect() for _ in QUESTIONS]
     ban = PhraseBan(phrases)

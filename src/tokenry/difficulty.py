@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ from .rows import left_padded, shared_length
 from .schemas import Fields
 from .stored import Header, header_of, read_tensors, with_weights
 from .text import check_encodable
+from .words import Prompt, listed_prompts
 
 __all__ = ["CLASSES", "DifficultyProbe", "Prompt", "Questions", "prompt_ids", "question_ids", "read_questions"]
 
@@ -38,8 +39,6 @@ CLASSES = ("easy", "normal", "hard")
 FORMAT = 1
 WEIGHTS, HEADER = "probe.safetensors", "probe.json"
 MARK = "\ue000"  # private use: no question and no template has it
-
-Prompt = str | Sequence[Mapping[str, str]]  # a question, or messages that end with one
 
 
 # --- prompts -------------------------------------------------------------------------------------------------------
@@ -101,7 +100,7 @@ def read_questions(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], chat: bool = True
 ) -> Questions:
     """Read the questions of the prompts in one forward, without the words that a strategy would add."""
-    rows = [question_ids(tokenizer, prompt, chat) for prompt in prompts]
+    rows = [question_ids(tokenizer, prompt, chat) for prompt in listed_prompts(prompts)]
     if not rows or not all(rows):
         raise InputError("there is no question to read; give at least one prompt, each with some text")
     ids, mask = left_padded(rows, model.device, tokenizer.pad_token_id or 0)

@@ -90,7 +90,7 @@ class Method(BaseModel):
     def from_strings(cls, pairs: Iterable[str]) -> Method:
         """Build from `name=value` strings, as the command line gives them."""
         values: dict[str, str] = {}
-        for pair in pairs:
+        for pair in [pairs] if isinstance(pairs, str) else pairs:
             name, sign, value = pair.partition("=")
             if not sign:
                 raise InputError(f"option {shown(pair)} has no value; write -o {pair[:60]}=VALUE")

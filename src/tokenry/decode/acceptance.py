@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..words import listed
 from .verifiers import (
     SAMPLINGS,
     VERIFIERS,
@@ -245,7 +246,7 @@ def acceptance_report(
         ceilings = {scheme: optimal_acceptance(p, q, count, scheme) for scheme in SAMPLINGS}
         for scheme, ceiling in ceilings.items():
             rows.append(AcceptanceRow(count, "ceiling", scheme, *_mean(ceiling), 0.0))
-        for name in verifiers:
+        for name in listed(verifiers, "verifier"):
             paths = monte_carlo if name == "rrs-without" else None
             reached = verifier_acceptance(p, q, count, name, monte_carlo=paths, generator=generator)
             scheme = VERIFIERS[name].sampling

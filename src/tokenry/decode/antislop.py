@@ -10,9 +10,10 @@ forgotten when a rewind goes further back.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from itertools import takewhile
+from itertools import chain, takewhile
 from typing import ClassVar, Literal, NamedTuple
 
 import ahocorasick
@@ -312,13 +313,13 @@ class NGramBan(_Ban):
                     f"the n-gram {text!r} has no content word and would match nearly everywhere; ban it as a phrase"
                 )
         self.active = self.active and bool(found)
-        self.firsts = [bare(word) for word in self.ngrams.root.children]
+        self.firsts = sorted(bare(word) for word in self.ngrams.root.children)
 
     def check(self, row: Row) -> Violation | None:
         if not self.active or len(row.text) <= row.checked:
             return None
         steps, last = self._steps(row)
-        new = takewhile(lambda step: step.stop > row.checked, (last, *reversed(steps)))
+        new = takewhile(lambda step: step.stop > row.checked, chain((last,), reversed(steps)))
         best = min(
             (
                 (start, -len(ngram), ngram, step.stop)
@@ -340,7 +341,8 @@ class NGramBan(_Ban):
         if known.open:  # the last word may become one to pass over, or one that begins an n-gram
             word = known.words[-1]
             starts += [start for _, start, _ in (steps[-1].begun if steps else ())]
-            starts += [word.start for first in self.firsts if first.startswith(bare(word.text))][:1]
+            place = bisect_left(self.firsts, bare(word.text))
+            starts += [word.start for first in self.firsts[place : place + 1] if first.startswith(bare(word.text))]
         return self.tokens_from(row, min(starts, default=None))
 
     def _steps(self, row: Row) -> tuple[list[_Step], _Step]:

@@ -25,6 +25,7 @@ from ..fields import Temperature, Tokens, TorchSeed, check
 from ..masks import sees_both_sides
 from ..prompts import rendered
 from ..text import check_encodable
+from ..words import listed
 from .core import WARPERS, DecodeLoop, DecodeOutput, Monitor
 from .engine import LayerPolicy, TransformersEngine
 from .method import DecodeMethod, Plugins
@@ -45,7 +46,7 @@ def loop(
     token_streamers: Sequence[BaseStreamer] = (),
     processing_class: PreTrainedTokenizerBase | None = None,
     seed: int | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     rewind: str = "auto",
     budgets: Sequence[int] | None = None,
     speculation: Any = None,
@@ -126,7 +127,7 @@ def generate(
     speculation: Any = None,
     streamers: Sequence[BaseStreamer] = (),
     seed: int | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     chat: bool = True,
     max_new_tokens: int = 256,
     **options: Any,
@@ -186,8 +187,9 @@ def generate(
     )
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], chat: bool = True) -> Any:
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: str | Sequence[str], chat: bool = True) -> Any:
     """Left-padded `input_ids` and `attention_mask` of the prompts."""
+    prompts = listed(prompts, "prompt")
     if not prompts or any(not p.strip() for p in prompts):
         raise InputError("the prompt is empty; give some text to continue")
     for number, prompt in enumerate(prompts):

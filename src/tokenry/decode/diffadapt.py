@@ -33,6 +33,7 @@ from ..fields import Probability, Temperature, check
 from ..files import explained, read_json
 from ..rows import left_padded, shared_length
 from ..schemas import Fields, checked
+from ..words import listed_prompts
 from .api import generate
 from .core import DecodeOutput
 from .method import DecodeMethod
@@ -137,6 +138,7 @@ def generate_by_strategy(
     Raises:
         InputError: not one strategy for each prompt, a temperature in `options`, and what `tokenry.generate` refuses.
     """
+    prompts = listed_prompts(prompts)
     if len(prompts) != len(strategies):
         raise InputError(f"{len(strategies)} strategies for {len(prompts)} prompts; give one strategy for each prompt")
     if options.get("temperature", 1.0) != 1.0:
@@ -298,9 +300,7 @@ class DiffAdapt(DecodeMethod):
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, BatchEncoding):
         raise InputError("diffadapt puts words behind questions before they are encoded; give the questions as text")
-    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], Mapping)):
-        return [prompts]
-    return list(prompts)
+    return listed_prompts(prompts)
 
 
 def oracle_strategy(table: Mapping[str, tuple[Sequence[bool], Sequence[float]]]) -> list[str]:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import InputError
 from ..fields import Block, Probability, Tokens
 from ..filtering import ConfidenceFilter, TraceDataset
+from ..words import listed
 from .api import encode_prompts
 from .diffusion import LengthPolicy, MaskedDiffusionModel, diffusion_generate
 from .diffusion_method import DiffusionMethod, DiffusionParts
@@ -230,6 +231,7 @@ def collect_egp_traces(
         raise InputError(
             f"gen_length={gen_length} is not a multiple of block_length={block_length}; change one of them"
         )
+    prompts = listed(prompts, "prompt")
     if not prompts:
         raise InputError("there are no prompts to collect traces from; give some")
     if not isinstance(model, MaskedDiffusionModel):

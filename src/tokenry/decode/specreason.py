@@ -25,6 +25,7 @@ from ..errors import InputError
 from ..fields import Times, Tokens
 from ..files import explained, parse_json, read_json, shown
 from ..models import LoadedModel, load
+from ..words import listed_prompts
 from .core import DecodeOutput
 from .method import DecodeMethod, Plugins
 from .step_models import PRESETS, Draft, Messages, StepModel, StepPrompts, prompts_for
@@ -242,6 +243,7 @@ class Speculation:
     """A batch of problems, round by round: propose, judge, keep or rewrite."""
 
     def __init__(self, reasoner: SpeculativeReasoner, problems: Sequence[Messages], seed: int | None) -> None:
+        problems = listed_prompts(problems)
         if not problems:
             raise InputError("there are no problems; give at least one")
         self.reasoner, self.prompts = reasoner, reasoner.prompts
@@ -524,9 +526,7 @@ class SpecReason(DecodeMethod):
 def _as_list(prompts: Messages | Sequence[Messages]) -> list[Messages]:
     if isinstance(prompts, BatchEncoding):
         raise InputError("specreason reads prompts with two tokenizers; give it texts or messages, not ids")
-    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], Mapping)):
-        return [prompts]
-    return list(prompts)
+    return listed_prompts(prompts)
 
 
 def _loaded(small: Any, model: PreTrainedModel) -> LoadedModel:

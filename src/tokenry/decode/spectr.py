@@ -353,7 +353,7 @@ def speculative(
     token_streamers: Sequence[BaseStreamer] = (),
     processing_class: PreTrainedTokenizerBase | None = None,
     seed: int | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     budgets: Sequence[int] | None = None,
     **model_kwargs: Any,
 ) -> DecodeOutput | Tensor:

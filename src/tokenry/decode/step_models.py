@@ -21,6 +21,7 @@ from ..models import LoadedModel, zoo_folders
 from ..prompts import rendered
 from ..rows import left_padded, shared_length
 from ..text import TokenText, check_encodable
+from ..words import listed
 from .core import Chooser
 from .engine import TransformersEngine
 
@@ -63,7 +64,7 @@ class StepPrompts:
     chat: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "answers", tuple(self.answers))
+        object.__setattr__(self, "answers", tuple(listed(self.answers, "answer")))
         if not self.separator:
             raise InputError("the separator is empty, so no step would ever end; give some text, for example '\\n\\n'")
         if "{problem}" not in self.instruction:
@@ -96,7 +97,7 @@ class StepPrompts:
         self, tokenizer: PreTrainedTokenizerBase, problem: Messages, steps: Sequence[str], candidate: str
     ) -> str:
         """The text after which the score of the candidate stands."""
-        body = "".join(step + self.separator for step in (*steps, candidate))
+        body = "".join(step + self.separator for step in (*listed(steps, "step"), candidate))
         return self.begin(tokenizer, problem) + body + self.turn(tokenizer, problem)
 
     def _asked(self, problem: Messages) -> list[dict[str, str]]:
@@ -164,6 +165,7 @@ class StepModel:
     ) -> None:
         self.model, self.tokenizer = loaded
         self.special = special
+        starts = listed(starts, "start")
         processors, config, self.eos = prepared(self.model, options or {})
         device = self.model.device
         self.chooser = Chooser(processors, config.do_sample, seed, len(starts), device)

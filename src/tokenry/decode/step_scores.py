@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
+from ..words import listed
 from .step_models import Messages, StepPrompts, prompts_for
 
 __all__ = ["DigitScorer", "LikelihoodScorer", "StepScore", "StepScorer"]
@@ -105,7 +106,8 @@ class LikelihoodScorer:
     @torch.no_grad()
     def score(self, problem: Messages, steps: Sequence[str], candidate: str) -> StepScore:
         separator, special = self.prompts.separator, not self.prompts.chat
-        before = self.prompts.begin(self.tokenizer, problem) + "".join(step + separator for step in steps)
+        body = "".join(step + separator for step in listed(steps, "step"))
+        before = self.prompts.begin(self.tokenizer, problem) + body
         known = self.tokenizer.encode(before, add_special_tokens=special)
         whole = self.tokenizer.encode(before + candidate + separator, add_special_tokens=special)
         first = next((i for i, (a, b) in enumerate(zip(known, whole)) if a != b), len(known))

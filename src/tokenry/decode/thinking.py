@@ -22,6 +22,7 @@ from transformers.generation.logits_process import LogitsProcessor
 from ..errors import InputError
 from ..fields import TokenId
 from ..method import Lines
+from ..words import listed
 from .method import DecodeMethod, Plugins
 
 __all__ = ["REFLECTION_WORDS", "BiasLogitsProcessor", "ReflectionMethod", "end_think_ids", "reflection_token_ids"]
@@ -45,6 +46,7 @@ def reflection_token_ids(
     Raises:
         InputError: no words, or a form that is not exactly one token; its pieces are shown.
     """
+    words = listed(words, "reflection word")
     check_words(words)
     forms = [form for word in words for form in ((word, " " + word) if leading_space and word[0] != " " else (word,))]
     ids: dict[int, None] = {}

@@ -219,7 +219,7 @@ def tidar_generate(
     token_streamers: Sequence[BaseStreamer] = (),
     processing_class: PreTrainedTokenizerBase | None = None,
     seed: int | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     **model_kwargs: Any,
 ) -> DecodeOutput | Tensor:
     """TiDAR as a `custom_generate` callable; the arguments are those of `TiDAR` and of the decode loop.

@@ -21,6 +21,7 @@ from ..prompts import rendered
 from ..spans import text_offsets
 from ..text import check_encodable
 from ..trace import Trace
+from ..words import listed, listed_prompts
 from .answers import Marker, answer_tokens, check_marker, find_answer, normalise_answer
 
 __all__ = ["CRew", "CRewScorer", "Judged", "Solution"]
@@ -126,7 +127,7 @@ class CRew(Method):
     def judge(self, samples: Iterable[Trace | Solution], gold: Sequence[str | None] | None = None) -> list[Judged]:
         """Answer and score of each sample, and whether the answer is the same as its `gold` one."""
         solutions = [Solution.from_trace(s) if isinstance(s, Trace) else s for s in samples]
-        golden = [None] * len(solutions) if gold is None else gold
+        golden = [None] * len(solutions) if gold is None else [gold] if isinstance(gold, str) else gold
         return [self._judge(solution, right) for solution, right in zip(solutions, golden, strict=True)]
 
     def _judge(self, solution: Solution, gold: str | None) -> Judged:
@@ -204,6 +205,7 @@ class CRewScorer:
         Raises:
             InputError: an empty prompt, a prompt and solution beyond the context window, or lists of unequal length.
         """
+        prompts, solutions = listed_prompts(prompts), listed(solutions, "solution")
         whole = [True] * len(solutions) if finished is None else finished
         if not len(prompts) == len(solutions) == len(whole):
             raise InputError(f"{len(prompts)} prompts for {len(solutions)} solutions; give one of each, and `finished`")

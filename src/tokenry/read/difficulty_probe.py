@@ -22,6 +22,7 @@ from ..difficulty import CLASSES, DifficultyProbe, Prompt, prompt_ids, read_ques
 from ..errors import InputError
 from ..fields import Count, Probability, Rate, Temperature, Weight
 from ..method import Method
+from ..words import listed_prompts
 from .reading import Reading
 
 __all__ = [
@@ -161,6 +162,7 @@ def entropy_profile(
     Raises:
         InputError: n_samples < 2, temperature <= 0, no prompts, max_new_tokens < 1.
     """
+    prompts = listed_prompts(prompts)
     for name, value, good, allowed in (
         ("n_samples", n_samples, n_samples >= 2, "a number >= 2"),
         ("temperature", temperature, temperature > 0, "a number > 0, since samples must differ"),
@@ -269,6 +271,7 @@ def question_states(
     batch_size: int = 32,
 ) -> Tensor:
     """The states (questions, width) a probe reads, see `read_questions`."""
+    prompts = listed_prompts(prompts)
     parts = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
     return torch.cat([read_questions(model, tokenizer, part, chat).states.cpu() for part in parts])
 

@@ -20,6 +20,7 @@ from ..fields import Count, Entries
 from ..hooks import clamp_neurons
 from ..method import Method
 from ..trace import Trace
+from ..words import listed
 from .directions import Side, neuron_rows, top_tokens, unembedding
 from .neuron_map import NeuronMap, Progress
 from .reading import Reading
@@ -164,6 +165,7 @@ def clamp_effect(
         InputError: no such neuron, no prompts or values, an empty prompt, a value that is not finite.
     """
     layer, index = neuron
+    prompts = listed(prompts, "prompt")
     if not prompts or not values or not all(isfinite(v) for v in values):
         raise InputError(f"{len(prompts)} prompts and values {list(values)} measure nothing; give finite numbers")
     clamp_neurons(model, {layer: {index: 0.0}}, side="up")  # refuses a neuron that does not exist

@@ -201,6 +201,7 @@ class PromptEmbedder(nn.Module):
 
     def rows(self, texts: Sequence[str]) -> list[list[list[int]]]:
         """Token ids of every text in every template: rows[text][template]."""
+        texts = [texts] if isinstance(texts, str) else texts
         for i, text in enumerate(texts):
             if not isinstance(text, str):
                 raise InputError(f"text {i} is a {type(text).__name__}; give a list of strings")

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..checkpoint_files import read_tokenizer, reading
 from ..errors import InputError
 from ..models import load_causal
+from ..words import listed
 from .prompts import PromptEmbedder
 from .token_prepending import TokenPrepending
 
@@ -42,7 +43,7 @@ class TokenPrependingTransformer(InputModule):
 
     def preprocess(self, inputs: Sequence[str], prompt: str | None = None, **kwargs: Any) -> dict[str, Tensor]:
         """Token ids of the texts, each in its template; a `prompt` goes before every text."""
-        return self.embedder.tokenize([(prompt or "") + text for text in inputs])
+        return self.embedder.tokenize([(prompt or "") + text for text in listed(inputs, "text")])
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         embedding = self.embedder(features["input_ids"], features["attention_mask"])

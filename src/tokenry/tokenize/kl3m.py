@@ -20,6 +20,7 @@ from ..errors import InputError
 from ..fields import Count
 from ..method import Method, read_lines
 from ..text import check_encodable
+from ..words import listed
 from .custom import GROUPS, custom_tokens
 
 __all__ = ["KL3M", "SPECIAL_TOKENS", "train_char_bpe", "train_domain_bpe"]
@@ -76,7 +77,7 @@ def train_domain_bpe(
         InputError: no text, documents that are not text, a vocabulary without room for special tokens, bytes and
             custom tokens, or a custom token that could never match or would decode to something else.
     """
-    chosen = tuple(GROUPS) if custom_tokens == "default" else tuple(custom_tokens)
+    chosen = tuple(GROUPS) if custom_tokens == "default" else tuple(listed(custom_tokens, "custom token"))
     return KL3M(
         kind="domain",
         vocab_size=vocab_size,

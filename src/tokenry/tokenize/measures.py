@@ -25,7 +25,7 @@ __all__ = [
 
 def token_counts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:
     """Tokens of each text, without special tokens: some tokenizers add two to everything."""
-    texts = list(texts)
+    texts = _listed(texts)
     if not all(isinstance(text, str) for text in texts):
         raise InputError("texts holds something that is not text; give a list of strings, not token ids")
     for number, text in enumerate(texts):
@@ -89,6 +89,8 @@ def boundary_stability(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple
     Raises:
         InputError: no pairs, or a tokenizer without offsets.
     """
+    if any(isinstance(pair, str) for pair in pairs):
+        raise InputError(f"pairs={pairs!r} holds texts; give a list of pairs, for example [(wrong, right)]")
     if not pairs:
         raise InputError("there are no pairs to compare; give at least one (wrong, right) pair of texts")
     shares = []

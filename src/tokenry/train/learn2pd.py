@@ -26,6 +26,7 @@ from ..errors import InputError
 from ..fields import Batch, Block, Count, Rate, Seed, Tokens, Width
 from ..files import read_records
 from ..filtering import ConfidenceFilter, TraceDataset
+from ..words import listed
 from .method import TrainMethod
 
 __all__ = ["FilterTrainer", "Learn2PDFilter", "filter_report", "split_traces", "train_filter"]
@@ -287,13 +288,13 @@ class Learn2PDFilter(TrainMethod):
         collect = cache(partial(self.traces, model, tokenizer))
         names = {"epochs", "lr", "split_by", "mask_loss", "hidden", "accept_threshold", "seed"}
         options = {"progress": progress, "collect": collect, **self.model_dump(include=names)}
-        trainer = FilterTrainer(collect(tuple(prompts)), **options)
+        trainer = FilterTrainer(collect(tuple(listed(prompts, "prompt"))), **options)
         trainer.filter.bind(model)
         return trainer
 
     def score(self, trainer: FilterTrainer, prompts: Sequence[str]) -> dict[str, float]:
         """See `filter_report`."""
-        traces = trainer.collect(tuple(prompts))
+        traces = trainer.collect(tuple(listed(prompts, "prompt")))
         return filter_report(trainer.filter, traces, self.accept_threshold, self.mask_loss)
 
     def save(self, trainer: FilterTrainer, folder: Path) -> None:
