@@ -142,7 +142,7 @@ def test_the_sweep_covers_every_parameter():
         assert known or named(parameter) == "find", (path, parameter.name)
 
 
-@pytest.mark.parametrize(("path", "parameter", "value"), cases())
+@pytest.mark.parametrize(("path", "parameter", "value"), [*cases()])
 def test_a_bad_value_is_refused(path, parameter, value, place):
     if path == ("find",):  # a question in any words
         value = ""
@@ -174,7 +174,7 @@ def method_cases():
                 )
 
 
-@pytest.mark.parametrize(("entry", "name", "value", "closed"), method_cases())
+@pytest.mark.parametrize(("entry", "name", "value", "closed"), [*method_cases()])
 def test_an_option_of_a_method_is_right_or_refused(entry, name, value, closed):
     """What is no choice, no yes or no, no number; a text may be anything that its method can use."""
     try:
