@@ -402,7 +402,7 @@ class Spectr(DecodeMethod):
     num_drafts: int = Field(8, ge=1, description="drafts per position")
     draft_length: int = Field(4, ge=1, description="tokens that are drafted ahead")
     gamma: Annotated[float, Field(ge=1)] | Literal["optimal"] = Field(
-        "optimal", description="division factor of kseq, at most num_drafts, or optimal"
+        "optimal", description="division factor of kseq, moved into what is valid at a position, or optimal"
     )
     exit_layers: Annotated[int | None, BeforeValidator(read_none)] = Field(
         None, ge=1, description="layers of early-exit; none: two thirds"
