@@ -160,9 +160,7 @@ def verifier_acceptance(
         raise InputError(f"monte_carlo={monte_carlo} is a number of paths >= 1 for 'rrs-without'; the others are exact")
     own = VERIFIERS[verifier].sampling
     if verifier != "naive" and sampling not in (None, own):
-        raise InputError(
-            f"sampling={sampling!r} is not how {verifier!r} draws; leave it out, or use the one of 'naive'"
-        )
+        raise InputError(f"sampling={sampling!r} is not how {verifier!r} draws; leave it out, or use 'naive'")
     p, q = check_rows(p, q)
     check_drafts(q, n, sampling or own)
     if verifier == "kseq":

@@ -28,7 +28,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.generation import logits_process
-from transformers.generation.logits_process import LogitsProcessor
+from transformers.generation.logits_process import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    LogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
@@ -44,6 +50,11 @@ WARPERS = tuple(
     for name in ("Temperature", "TopP", "TopK", "TopH", "MinP", "Typical", "Epsilon", "Eta")
     if hasattr(logits_process, f"{name}LogitsWarper")
 )
+KEPT_BY_ROW = {  # what processors of transformers keep for each row of the batch
+    RepetitionPenaltyLogitsProcessor: "prompt_ignore_length",
+    EncoderRepetitionPenaltyLogitsProcessor: "encoder_input_ids",
+    EncoderNoRepeatNGramLogitsProcessor: "generated_ngrams",
+}
 CANDIDATES = 20  # alternatives recorded with every rewind
 FULL_ROWS = 32  # newest positions whose scores are kept whole when a monitor may rewind without bound
 COMPACT_ROW = 1024  # best scores kept of older positions in that case
@@ -240,6 +251,22 @@ class Chooser:
         return [w for w in self.warpers if not type(w).__name__.startswith(order)] if level else self.warpers
 
 
+def of_row(processor: LogitsProcessor, row: int, batch: int) -> LogitsProcessor:
+    """The processor for one row of the batch that comes alone: some know rows by their number."""
+    if batch == 1:
+        return processor
+    if isinstance(processor, PrefixConstrainedLogitsProcessor):
+        allowed = processor._prefix_allowed_tokens_fn
+        return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), 1)
+    kept = getattr(processor, KEPT_BY_ROW.get(type(processor), ""), None)
+    if kept is None or isinstance(kept, int):
+        return processor
+    own, place = copy(processor), row * len(kept) // batch  # several rows may continue one prompt
+    setattr(own, KEPT_BY_ROW[type(processor)], kept[place : place + 1])
+    own.batch_size = 1
+    return own
+
+
 def held_tokens(row: Row, monitors: Sequence[Monitor]) -> int:
     """How many of the row's newest tokens a rewind may still take back.
 
@@ -433,10 +460,13 @@ class DecodeLoop:
         )
 
     def _score(self, row: Row, logits: Tensor) -> Tensor:
-        scores = logits[None]
+        return self._processed(row, self._row_ids(row), logits[None])[0]
+
+    def _processed(self, row: Row, ids: Tensor, scores: Tensor) -> Tensor:
+        """What the processors make of the scores (1, vocabulary) after `ids` (1, columns) of one row."""
         for processor in self.processors:
-            scores = processor(self._row_ids(row), scores)
-        return scores[0]
+            scores = of_row(processor, row.number, self.batch)(ids, scores)
+        return scores
 
     def _extend_ids(self, column: int, tokens: Tensor) -> None:
         if column < self.ids.shape[1]:
