@@ -215,7 +215,7 @@ class ModelDrafter:
         return tokens.clamp(max=self.known - 1)
 
     def _shared(self, logits: Tensor) -> Tensor:
-        """Logits (..., target's vocabulary): no token that the target does not have, and no draft of what is missing."""
+        """Logits (..., target's vocabulary): what the target does not have is gone, what is missing not drafted."""
         return torch.nn.functional.pad(logits, (0, self.vocabulary - self.known), value=-torch.inf)
 
     def _follow(self, contexts: Sequence[Context]) -> None:

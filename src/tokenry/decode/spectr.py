@@ -227,7 +227,7 @@ class SpeculativeLoop(DecodeLoop):
         return torch.stack([self._law(row, path, one) for path, one in zip(paths, scores)])
 
     def _law(self, row: Row, path: list[int], scores: Tensor) -> Tensor:
-        """The distribution (vocabulary,) of drafts after a path. Processors may leave nothing of it, as when they forbid
+        """The distribution (vocabulary,) of drafts after a path. Processors may leave nothing of it, if they forbid
         the only token that a drafter proposes, or no number where -inf meets inf: then that is not drafted."""
         if not bool((scores > -torch.inf).any()):
             return torch.zeros_like(scores)
