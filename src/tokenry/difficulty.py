@@ -26,6 +26,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 
 from .errors import InputError
 from .hooks import capture_residual, decoder_layers, fingerprint
+from .positions import check_prompt_fits
 from .rows import left_padded, shared_length
 
 __all__ = ["CLASSES", "DifficultyProbe", "Prompt", "Questions", "prompt_ids", "question_ids", "read_questions"]
@@ -98,6 +99,7 @@ def read_questions(
     rows = [question_ids(tokenizer, prompt, chat) for prompt in prompts]
     if not rows or not all(rows):
         raise InputError("there is no question to read; give at least one prompt, each with some text")
+    check_prompt_fits(model, max(map(len, rows)))
     ids, mask = left_padded(rows, model.device, tokenizer.pad_token_id or 0)
     body, cache = model.get_decoder(), DynamicCache(config=model.config)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}

@@ -167,7 +167,9 @@ class Row:
 @dataclass
 class DecodeOutput(ModelOutput):
     """Result of the loop. `sequences` (batch, prompt + new) is padded on the right as `generate` pads; `new_ids` and
-    `prompt_ids` are the same without any padding, a list per row."""
+    `prompt_ids` are the same without any padding, a list per row. `stop_reasons` says why each row ended: "finished" by
+    itself or a stop string, "budget" after as many tokens as were asked for, or "context": the model has no more
+    positions."""
 
     sequences: Tensor | None = None
     new_ids: list[list[int]] | None = None
@@ -177,6 +179,7 @@ class DecodeOutput(ModelOutput):
     forward_calls: int | None = None
     token_forwards: int | None = None
     past_key_values: Any | None = None
+    stop_reasons: list[str] | None = None
 
     @property
     def pairs(self) -> list[dict[str, Any]]:
@@ -321,8 +324,8 @@ class DecodeLoop:
         self.processors, self.warpers, self.caps = list(processors), list(warpers), list(caps)
         self.monitors, self.steerers, self.streamers = list(monitors), list(steerers), list(streamers)
         self.do_sample, self.seed = do_sample, seed
-        if tokenizer is None and (self.monitors or self.streamers):
-            raise InputError("monitors and streamers read text; pass processing_class=tokenizer")
+        if tokenizer is None and self.monitors:
+            raise InputError("monitors read text; pass processing_class=tokenizer")
 
     def generate(
         self,

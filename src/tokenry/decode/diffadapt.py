@@ -31,7 +31,7 @@ from ..difficulty import (
 )
 from ..errors import InputError
 from ..rows import left_padded, shared_length
-from .api import generate
+from .api import generate, listed
 from .core import DecodeOutput
 from .method import DecodeMethod
 
@@ -138,6 +138,8 @@ def generate_by_strategy(
         raise InputError(f"{len(strategies)} strategies for {len(prompts)} prompts; give one strategy for each prompt")
     if options.get("temperature", 1.0) != 1.0:
         raise InputError(f"temperature={options['temperature']} is the strategy's to say; set it there")
+    if options.get("num_return_sequences") not in (None, 1):
+        raise InputError("num_return_sequences is not possible with budgets of single prompts; repeat the prompts")
     rows = [prompt_ids(tokenizer, prompt, one.suffix, chat) for prompt, one in zip(prompts, strategies)]
     ids, mask, cache = _lay_out(rows, questions, tokenizer.pad_token_id or 0, model.device)
     own = TemperatureByRow(ids, [strategy.temperature for strategy in strategies])
@@ -281,11 +283,10 @@ class DiffAdapt(DecodeMethod):
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, BatchEncoding):
-        raise InputError("diffadapt puts words behind questions before they are encoded; give the questions as text")
-    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], Mapping)):
-        return [prompts]
-    return list(prompts)
+    found = listed(prompts, texts_only="diffadapt puts words behind questions before they are encoded")
+    if not found:
+        raise InputError("there is no question to read; give at least one prompt, each with some text")
+    return found
 
 
 def oracle_strategy(table: Mapping[str, tuple[Sequence[bool], Sequence[float]]]) -> list[str]:

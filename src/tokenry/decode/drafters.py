@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import InputError
 from ..hooks import decoder_layers, skip_layers
 from ..models import load
+from ..positions import fixed_positions
 from ..rows import left_padded, shared_length
 from .engine import TransformersEngine
 from .tree import ROOT, DraftTree
@@ -180,6 +181,7 @@ class ModelDrafter:
         if min(mine, wanted) < MOST_SHARED * max(mine, wanted):
             raise InputError(f"draft vocabulary {mine} != target {wanted}; the ids must mean the same tokens")
         self.known, self.vocabulary = mine, wanted
+        self.positions = fixed_positions(self.model)
         self.engine = TransformersEngine(self.model, rewinds=True)
         self.engine.cache.activate_past_recording()  # the first block ends with a token that may be taken back
         self.fed: list[list[int]] = [[] for _ in range(rows)]

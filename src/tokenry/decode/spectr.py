@@ -185,7 +185,9 @@ class SpeculativeLoop(DecodeLoop):
         """Grow a tree for each row, level by level. The last token of a row's budget needs no draft."""
         trees = [DraftTree() for _ in self.rows]
         depths = [
-            min(self.speculation.draft_length, self._room(row) - 1) if row.number in self.active else 0
+            max(0, min(self.speculation.draft_length, self._room(row) - 1, self._drafter_room(row)))
+            if row.number in self.active
+            else 0
             for row in self.rows
         ]
         if not any(depths):
@@ -295,6 +297,11 @@ class SpeculativeLoop(DecodeLoop):
 
     def _room(self, row: Row) -> int:
         return self.limits[row.number] - len(row.ids)
+
+    def _drafter_room(self, row: Row) -> float:
+        """How deep the drafter can draft after this row before it runs out of positions."""
+        positions = getattr(self.drafter, "positions", None)
+        return float("inf") if positions is None else positions + 1 - len(row.prompt) - len(row.ids)
 
     def _generator(self, row: Row) -> torch.Generator | None:
         return self.chooser.generators[row.number] if self.chooser.generators else None

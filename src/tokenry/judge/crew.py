@@ -6,7 +6,7 @@ for a model's own solutions the probabilities are in the `Trace` of their genera
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
@@ -202,6 +202,9 @@ class CRewScorer:
         Raises:
             InputError: an empty prompt, a prompt and solution beyond the context window, or lists of unequal length.
         """
+        for name, given in (("prompts", prompts), ("solutions", solutions)):
+            if isinstance(given, str | Mapping):
+                raise InputError(f"{name} are a {type(given).__name__}; give a list with one for each solution")
         whole = [True] * len(solutions) if finished is None else finished
         if not len(prompts) == len(solutions) == len(whole):
             raise InputError(f"{len(prompts)} prompts for {len(solutions)} solutions; give one of each, and `finished`")
