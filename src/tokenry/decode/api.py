@@ -318,7 +318,7 @@ def _listed(prompts: Any) -> list[Any]:
 def _is_ids(prompt: Any) -> bool:
     if isinstance(prompt, Tensor):
         return prompt.dim() == 1 and not prompt.is_floating_point()
-    numbers = isinstance(prompt, Sequence) and not isinstance(prompt, str) and len(prompt) > 0
+    numbers = isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes) and len(prompt) > 0
     return numbers and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt)
 
 
