@@ -26,12 +26,12 @@ from .errors import InputError
 from .files import explained, read_json
 from .hooks import capture_residual, decoder_body, decoder_layers, fingerprint
 from .outputs import write_artifact
-from .prompts import rendered
+from .positions import check_prompt_fits
+from .prompts import Prompt, listed_prompts, rendered
 from .rows import left_padded, shared_length
 from .schemas import Fields
 from .stored import Header, header_of, read_tensors, with_weights
 from .text import check_encodable
-from .words import Prompt, listed_prompts
 
 __all__ = ["CLASSES", "DifficultyProbe", "Prompt", "Questions", "prompt_ids", "question_ids", "read_questions"]
 
@@ -103,6 +103,7 @@ def read_questions(
     rows = [question_ids(tokenizer, prompt, chat) for prompt in listed_prompts(prompts)]
     if not rows or not all(rows):
         raise InputError("there is no question to read; give at least one prompt, each with some text")
+    check_prompt_fits(model, max(map(len, rows)))
     ids, mask = left_padded(rows, model.device, tokenizer.pad_token_id or 0)
     body, cache = decoder_body(model), DynamicCache(config=model.config)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import unicodedata
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
 import regex
 
 from .errors import InputError
-
-Prompt = str | Sequence[Mapping[str, str]]  # a text, or the messages of a chat
 
 LETTERS = r"\p{L}\p{N}\p{M}\u200c\u200d"  # with what joins or parts letters without showing
 WORD = regex.compile(rf"[\p{{L}}\p{{N}}](?:\B[{LETTERS}'])*", regex.WORD)
@@ -209,9 +207,3 @@ def listed(texts: str | Iterable[str], name: str) -> list[str]:
         if not isinstance(text, str):
             raise InputError(f"{name} {number} is of type {type(text).__name__}, not text; give a list of texts")
     return found
-
-
-def listed_prompts(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
-    """The prompts as a list; a single text, or the messages of a single chat, are a list of one."""
-    found = [prompts] if isinstance(prompts, str) else list(prompts)
-    return [found] if found and isinstance(found[0], Mapping) else found

@@ -29,7 +29,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.generation import logits_process
-from transformers.generation.logits_process import LogitsProcessor
+from transformers.generation.logits_process import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    LogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
@@ -46,6 +52,11 @@ WARPERS = tuple(
     for name in ("Temperature", "TopP", "TopK", "TopH", "MinP", "Typical", "Epsilon", "Eta")
     if hasattr(logits_process, f"{name}LogitsWarper")
 )
+KEPT_BY_ROW = {  # what processors of transformers keep for each row of the batch
+    RepetitionPenaltyLogitsProcessor: "prompt_ignore_length",
+    EncoderRepetitionPenaltyLogitsProcessor: "encoder_input_ids",
+    EncoderNoRepeatNGramLogitsProcessor: "generated_ngrams",
+}
 CANDIDATES = 20  # alternatives recorded with every rewind
 FULL_ROWS = 32  # newest positions whose scores are kept whole when a monitor may rewind without bound
 COMPACT_ROW = 1024  # best scores kept of older positions in that case
@@ -180,7 +191,9 @@ class Row:
 @dataclass
 class DecodeOutput(ModelOutput):
     """Result of the loop. `sequences` (batch, prompt + new) is padded on the right as `generate` pads; `new_ids` and
-    `prompt_ids` are the same without any padding, a list per row."""
+    `prompt_ids` are the same without any padding, a list per row. `stop_reasons` says why each row ended: "finished" by
+    itself or a stop string, "budget" after as many tokens as were asked for, or "context": the model has no more
+    positions."""
 
     sequences: Tensor | None = None
     new_ids: list[list[int]] | None = None
@@ -190,6 +203,7 @@ class DecodeOutput(ModelOutput):
     forward_calls: int | None = None
     token_forwards: int | None = None
     past_key_values: Any | None = None
+    stop_reasons: list[str] | None = None
 
     @property
     def pairs(self) -> list[dict[str, Any]]:
@@ -264,6 +278,22 @@ class Chooser:
         return [w for w in self.warpers if not type(w).__name__.startswith(order)] if level else self.warpers
 
 
+def of_row(processor: LogitsProcessor, row: int, batch: int) -> LogitsProcessor:
+    """The processor for one row of the batch that comes alone: some know rows by their number."""
+    if batch == 1:
+        return processor
+    if isinstance(processor, PrefixConstrainedLogitsProcessor):
+        allowed = processor._prefix_allowed_tokens_fn
+        return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), 1)
+    kept = getattr(processor, KEPT_BY_ROW.get(type(processor), ""), None)
+    if kept is None or isinstance(kept, int):
+        return processor
+    own, place = copy(processor), row * len(kept) // batch  # several rows may continue one prompt
+    setattr(own, KEPT_BY_ROW[type(processor)], kept[place : place + 1])
+    own.batch_size = 1
+    return own
+
+
 def held_tokens(row: Row, monitors: Sequence[Monitor], known: dict[int, int] | None = None) -> int:
     """How many of the row's newest tokens a rewind may still take back.
 
@@ -323,8 +353,8 @@ class DecodeLoop:
         self.processors, self.warpers, self.caps = list(processors), list(warpers), list(caps)
         self.monitors, self.steerers, self.streamers = list(monitors), list(steerers), list(streamers)
         self.do_sample, self.seed = do_sample, seed
-        if tokenizer is None and (self.monitors or self.streamers):
-            raise InputError("monitors and streamers read text; pass processing_class=tokenizer")
+        if tokenizer is None and self.monitors:
+            raise InputError("monitors read text; pass processing_class=tokenizer")
 
     def generate(
         self,
@@ -478,10 +508,13 @@ class DecodeLoop:
         )
 
     def _score(self, row: Row, logits: Tensor) -> Tensor:
-        scores = logits[None]
+        return self._processed(row, self._row_ids(row), logits[None])[0]
+
+    def _processed(self, row: Row, ids: Tensor, scores: Tensor) -> Tensor:
+        """What the processors make of the scores (1, vocabulary) after `ids` (1, columns) of one row."""
         for processor in self.processors:
-            scores = processor(self._row_ids(row), scores)
-        return scores[0]
+            scores = of_row(processor, row.number, self.batch)(ids, scores)
+        return scores
 
     def _extend_ids(self, column: int, tokens: Tensor) -> None:
         if column < self.ids.shape[1]:

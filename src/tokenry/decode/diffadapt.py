@@ -31,9 +31,9 @@ from ..difficulty import (
 from ..errors import InputError
 from ..fields import Probability, Temperature, check
 from ..files import explained, read_json
+from ..prompts import listed_prompts
 from ..rows import left_padded, shared_length
 from ..schemas import Fields, checked
-from ..words import listed_prompts
 from .api import generate
 from .core import DecodeOutput
 from .method import DecodeMethod
@@ -143,6 +143,8 @@ def generate_by_strategy(
         raise InputError(f"{len(strategies)} strategies for {len(prompts)} prompts; give one strategy for each prompt")
     if options.get("temperature", 1.0) != 1.0:
         raise InputError(f"temperature={options['temperature']} is the strategy's to say; set it there")
+    if options.get("num_return_sequences") not in (None, 1):
+        raise InputError("num_return_sequences is not possible with budgets of single prompts; repeat the prompts")
     rows = [prompt_ids(tokenizer, prompt, one.suffix, chat) for prompt, one in zip(prompts, strategies)]
     ids, mask, cache = _lay_out(rows, questions, tokenizer.pad_token_id or 0, model.device)
     own = TemperatureByRow(ids, [strategy.temperature for strategy in strategies])
@@ -298,9 +300,10 @@ class DiffAdapt(DecodeMethod):
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, BatchEncoding):
-        raise InputError("diffadapt puts words behind questions before they are encoded; give the questions as text")
-    return listed_prompts(prompts)
+    found = listed_prompts(prompts, texts_only="diffadapt puts words behind questions before they are encoded")
+    if not found:
+        raise InputError("there is no question to read; give at least one prompt, each with some text")
+    return found
 
 
 def oracle_strategy(table: Mapping[str, tuple[Sequence[bool], Sequence[float]]]) -> list[str]:

@@ -290,7 +290,8 @@ def diffusion_generate(
             model's context.
     """
     start = time.perf_counter()
-    check("seed", seed, TorchSeed)
+    if seed is not None:
+        check("seed", seed, TorchSeed)
     present = _check_prompts(model, input_ids, attention_mask)
     state = DiffusionState.begin(model, input_ids.to(model.device), present, gen_length, block_length, seed)
     if length is None and gen_length > state.block_length and gen_length % state.block_length:

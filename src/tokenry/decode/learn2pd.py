@@ -21,8 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import InputError
 from ..fields import Block, Probability, Tokens
 from ..filtering import ConfidenceFilter, TraceDataset
+from ..prompts import encode_prompts
 from ..words import listed
-from .api import encode_prompts
 from .diffusion import LengthPolicy, MaskedDiffusionModel, diffusion_generate
 from .diffusion_method import DiffusionMethod, DiffusionParts
 from .diffusion_state import DiffusionState, Edit, Prediction

@@ -18,16 +18,17 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator
-from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import InputError
 from ..fields import Times, Tokens
 from ..files import explained, parse_json, read_json, shown
 from ..models import LoadedModel, load
-from ..words import listed_prompts
+from ..prompts import listed_prompts
 from .core import DecodeOutput
 from .method import DecodeMethod, Plugins
+from .options import ending
 from .step_models import PRESETS, Draft, Messages, StepModel, StepPrompts, prompts_for
 from .step_scores import HIGHEST, LOWEST, DigitScorer, LikelihoodScorer, StepScore, StepScorer
 
@@ -499,6 +500,20 @@ class SpecReason(DecodeMethod):
             streamers: one per row; they get whole steps.
             options: what `generate` takes. Plug-ins and other methods are refused.
         """
+        with ending(streamers) as streamers:
+            return self._generate(model, tokenizer, prompts, max_new_tokens, chat, seed, streamers, options)
+
+    def _generate(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Messages | Sequence[Messages],
+        max_new_tokens: int,
+        chat: bool,
+        seed: int | None,
+        streamers: Sequence[BaseStreamer],
+        options: dict[str, Any],
+    ) -> SpecReasonOutput:
         for name in ("methods", "processors", "monitors", "layer_policy", "steerers", "caps", "speculation", "stop"):
             if options.pop(name, None):
                 raise InputError(f"specreason writes with two models and takes no {name}; leave them out")
@@ -516,17 +531,8 @@ class SpecReason(DecodeMethod):
             prompts=words,
             **options,
         )
-        problems = _as_list(prompts)
-        speculation = reasoner.run(problems, seed, _streaming(streamers, tokenizer, words, problems))
-        for streamer in streamers:
-            streamer.end()
-        return _output(speculation)
-
-
-def _as_list(prompts: Messages | Sequence[Messages]) -> list[Messages]:
-    if isinstance(prompts, BatchEncoding):
-        raise InputError("specreason reads prompts with two tokenizers; give it texts or messages, not ids")
-    return listed_prompts(prompts)
+        problems = listed_prompts(prompts, texts_only="specreason reads prompts with two tokenizers")
+        return _output(reasoner.run(problems, seed, _streaming(streamers, tokenizer, words, problems)))
 
 
 def _loaded(small: Any, model: PreTrainedModel) -> LoadedModel:
@@ -578,5 +584,6 @@ def _output(speculation: Speculation) -> SpecReasonOutput:
         forward_calls=base.engine.calls + speculation.small.engine.calls,
         token_forwards=base.engine.token_forwards + speculation.small.engine.token_forwards,
         past_key_values=base.engine.cache,
+        stop_reasons=[result.stop_reason for result in results],
         results=results,
     )

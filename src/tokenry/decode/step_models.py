@@ -13,8 +13,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.logits_process import LogitsProcessorList
-from transformers.generation.stopping_criteria import EosTokenCriteria
+from transformers.generation.logits_process import (
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    WatermarkLogitsProcessor,
+)
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from ..errors import InputError
 from ..models import LoadedModel, zoo_folders
@@ -22,12 +34,26 @@ from ..prompts import rendered
 from ..rows import left_padded, shared_length
 from ..text import TokenText, check_encodable
 from ..words import listed
-from .core import Chooser
+from .core import WARPERS, Chooser
 from .engine import TransformersEngine
+from .options import check_config, kept_by_generate
 
 __all__ = ["PRESETS", "Draft", "Messages", "StepModel", "StepPrompts", "prompts_for"]
 
 Messages = str | Sequence[Mapping[str, str]]  # a problem, or a conversation whose last turn asks it
+STEPWISE = (  # processors of transformers that look at the ids alone, and not at where the prompt ended
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    MinLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    WatermarkLogitsProcessor,
+)
+LIBRARY = LogitsProcessor.__module__
+GENERATES_OWN = {"attention_mask", "logits_to_keep", "past_key_values", "position_ids", "use_cache"}
 MARK = "(the steps stand here)"
 
 
@@ -250,11 +276,33 @@ def prepared(
         logits_processor: LogitsProcessorList,
         stopping_criteria: Sequence[Any],
         generation_config: GenerationConfig,
-        **_: Any,
+        **further: Any,
     ) -> tuple[LogitsProcessorList, GenerationConfig, set[int]]:
+        kept = kept_by_generate("streamer", "assistant_model", "synced_gpus")
+        check_config(generation_config, **kept)
+        check_stepwise(logits_processor, stopping_criteria, generation_config, {*kept, *further})
         ends = [c.eos_token_id.tolist() for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
         return logits_processor, generation_config, {token for ids in ends for token in ids}
 
+    if options.get("stop_strings"):
+        raise InputError("stop_strings are not possible here: steps end with their separator; leave them out")
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     ones = torch.ones_like(ids)
-    return model.generate(ids, attention_mask=ones, custom_generate=take, **{**options, "max_new_tokens": 1})
+    return model.generate(
+        ids, attention_mask=ones, custom_generate=take, **{"use_cache": True, **options, "max_new_tokens": 1}
+    )
+
+
+def check_stepwise(
+    processors: Sequence[LogitsProcessor], criteria: Sequence[Any], config: GenerationConfig, given: set[str]
+) -> None:
+    """Refuse what counts from the beginning of a text, or ends one: texts are written step by step, in turns."""
+    others = [p for p in processors if not isinstance(p, WARPERS + STEPWISE) and type(p).__module__ == LIBRARY]
+    others += [c for c in criteria if not isinstance(c, EosTokenCriteria | MaxLengthCriteria)]
+    names = [type(one).__name__ for one in others] + sorted(given - GENERATES_OWN)
+    if config.num_return_sequences > 1:
+        names.append("num_return_sequences")
+    if config.cache_implementation is not None:
+        names.append("cache_implementation")
+    if names:
+        raise InputError(f"{names[0]} is not possible where models write step by step; leave it out")

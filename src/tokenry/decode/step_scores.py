@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
+from ..positions import check_prompt_fits
 from ..words import listed
 from .step_models import Messages, StepPrompts, prompts_for
 
@@ -69,6 +70,7 @@ class DigitScorer:
     def score(self, problem: Messages, steps: Sequence[str], candidate: str) -> StepScore:
         text = self.prompts.judging(self.tokenizer, problem, steps, candidate)
         ids = self.tokenizer.encode(text, add_special_tokens=not self.prompts.chat, return_tensors="pt")
+        check_prompt_fits(self.model, ids.shape[1] - 1)
         return self.read(self.model(ids.to(self.model.device), use_cache=False).logits[0, -1])
 
     def read(self, logits: Tensor) -> StepScore:
@@ -111,6 +113,7 @@ class LikelihoodScorer:
         known = self.tokenizer.encode(before, add_special_tokens=special)
         whole = self.tokenizer.encode(before + candidate + separator, add_special_tokens=special)
         first = next((i for i, (a, b) in enumerate(zip(known, whole)) if a != b), len(known))
+        check_prompt_fits(self.model, len(whole) - 1)
         ids = torch.tensor([whole], device=self.model.device)
         logits = self.model(ids[:, :-1], use_cache=False).logits[0, first - 1 :].float()
         probs = logits.softmax(-1).gather(1, ids[0, first:, None])

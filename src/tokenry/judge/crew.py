@@ -6,7 +6,7 @@ for a model's own solutions the probabilities are in the `Trace` of their genera
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
@@ -17,11 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
 from ..method import Method
-from ..prompts import rendered
+from ..prompts import listed_prompts, rendered
 from ..spans import text_offsets
 from ..text import check_encodable
 from ..trace import Trace
-from ..words import listed, listed_prompts
+from ..words import listed
 from .answers import Marker, answer_tokens, check_marker, find_answer, normalise_answer
 
 __all__ = ["CRew", "CRewScorer", "Judged", "Solution"]
@@ -205,6 +205,9 @@ class CRewScorer:
         Raises:
             InputError: an empty prompt, a prompt and solution beyond the context window, or lists of unequal length.
         """
+        for name, given in (("prompts", prompts), ("solutions", solutions)):
+            if isinstance(given, Mapping):
+                raise InputError(f"{name} are a {type(given).__name__}; give a list with one for each solution")
         prompts, solutions = listed_prompts(prompts), listed(solutions, "solution")
         whole = [True] * len(solutions) if finished is None else finished
         if not len(prompts) == len(solutions) == len(whole):

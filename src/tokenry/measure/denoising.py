@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..decode.api import encode_prompts
 from ..decode.core import row_seed
 from ..decode.diffusion import DiffusionOutput, MaskedDiffusionModel, diffusion_generate
 from ..problems import Problem, Split, VerifiableTask, draw_problems
+from ..prompts import encode_prompts
 from ..puzzles import PUZZLES, kind_of
 from .compare import Comparison
 from .statistics import Interval, bootstrap_statistic

@@ -22,7 +22,8 @@ from ..difficulty import CLASSES, DifficultyProbe, Prompt, prompt_ids, read_ques
 from ..errors import InputError
 from ..fields import Count, Probability, Rate, Temperature, Weight
 from ..method import Method
-from ..words import listed_prompts
+from ..positions import check_prompt_fits
+from ..prompts import listed_prompts
 from .reading import Reading
 
 __all__ = [
@@ -174,6 +175,7 @@ def entropy_profile(
     at_a_time, rows = max(1, batch_size // n_samples), []
     for start in range(0, len(prompts), at_a_time):
         batch = [prompt_ids(tokenizer, prompt, chat=chat) for prompt in prompts[start : start + at_a_time]]
+        check_prompt_fits(model, max(map(len, batch)), max_new_tokens)
         drawn = _draw(model, tokenizer, batch, n_samples, temperature, max_new_tokens, seed + start)
         for i in range(len(batch)):
             own = drawn[i * n_samples : (i + 1) * n_samples]

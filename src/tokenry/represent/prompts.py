@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Protocol
 
@@ -306,7 +306,7 @@ class PromptEmbedder(nn.Module):
             InputError: a single string, no sentences, a batch size below 1, a layer the model does not have, or a
                 text that does not fit.
         """
-        if isinstance(sentences, str) or not len(sentences):
+        if isinstance(sentences, str | Mapping | Tensor) or not len(sentences):
             raise InputError(f"sentences={sentences!r} is no list of texts; give a list with at least one")
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size} is not allowed; give a number >= 1")
