@@ -715,7 +715,7 @@ def test_generate_refuses(llama, chat, probe):
         DiffAdapt().generate(llama, chat, QUESTIONS)
     with pytest.raises(InputError, match="diffadapt and diffadapt both read the prompts"):
         generate(llama, chat, QUESTIONS, methods=[method, DiffAdapt(probe=constant(0))])
-    with pytest.raises(InputError, match="give the questions as text"):
+    with pytest.raises(InputError, match="give the questions as texts"):
         generate(llama, chat, encode_prompts(chat, QUESTIONS), methods=[method])
     with pytest.raises(InputError, match="2 messages need a chat template"):
         prompt_ids(chat, [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hm"}], chat=False)

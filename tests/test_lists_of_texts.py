@@ -97,10 +97,15 @@ def test_short_ones(tokenizer):
     assert acceptance_report(p, p, (1,), "naive") == acceptance_report(p, p, (1,), ["naive"])
 
 
-@pytest.mark.parametrize("make", [PhraseBan, RegexBan, NGramBan, lambda x: encode_prompts(None, x)])
+@pytest.mark.parametrize("make", [PhraseBan, RegexBan, NGramBan])
 def test_what_is_no_text_is_named(make):
     with pytest.raises(InputError, match="2 is of type int, not text"):
         make([TEXT, 5] if make is not NGramBan else [[TEXT, 5]])
+
+
+def test_a_prompt_that_is_none_is_named(tokenizer):
+    with pytest.raises(InputError, match="prompt 2 is of type float, not text"):
+        encode_prompts(tokenizer, [TEXT, 5.0])
 
 
 LIST_OF_TEXTS = re.compile(r"(Sequence|Iterable|list)\[(str\b|Prompt\b|Messages\b|tuple\[str, str\])")

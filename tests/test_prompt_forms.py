@@ -132,5 +132,5 @@ def test_embedders_take_lists_of_texts(model, tokenizer, sentences):
 def test_judges_take_lists(model, tokenizer, prompts, solutions):
     from tokenry.judge import CRewScorer
 
-    with pytest.raises(InputError, match="give a list"):
+    with pytest.raises(InputError, match=r"give a list|prompts for . solutions; give one of each"):
         CRewScorer(model, tokenizer).score_batch(prompts, solutions)

@@ -100,9 +100,9 @@ def listed_prompts(prompts: Any, texts_only: str | None = None) -> list[Any]:
     Raises:
         InputError: none of these.
     """
-    found = _listed(prompts)
-    if texts_only and any(_is_ids(prompt) for prompt in found):
-        raise InputError(f"{texts_only}; give the prompts as text or messages, not as ids")
+    found = [] if texts_only and isinstance(prompts, Mapping | Tensor) else _listed(prompts)
+    if texts_only and (not found or any(_is_ids(prompt) for prompt in found)):
+        raise InputError(f"{texts_only}; give the questions as texts or messages, not ids, and at least one prompt")
     return found
 
 

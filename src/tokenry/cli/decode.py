@@ -109,12 +109,10 @@ def generate_one(
     loaded: Any, prompt: str, settings: dict[str, Any], seed: int, pairs: LineWriter | None, json_output: bool
 ) -> None:
     """Stream one text, or print it with its repairs as JSON."""
-    from transformers import TextStreamer
-
     from ..decode import generate
 
     model, tokenizer = loaded
-    streamers = [] if json_output else [TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)]
+    streamers = [] if json_output else [screen(tokenizer)]
     output = generate(model, tokenizer, prompt, streamers=streamers, seed=seed, **settings)
     if pairs:
         pairs.add(output.pairs)
@@ -128,6 +126,18 @@ def generate_one(
         click.echo(f"({len(output.events)} repairs; --json lists them)", err=True)
     if stats and stats.in_words() and not json_output:
         click.echo(f"({stats.in_words()})", err=True)
+
+
+def screen(tokenizer: Any) -> Any:
+    """A streamer that shows a text as it grows. It ends a line only if it has begun one: a refusal stands alone."""
+    from transformers import TextStreamer
+
+    class Screen(TextStreamer):
+        def end(self) -> None:
+            if not self.next_tokens_are_prompt:
+                super().end()
+
+    return Screen(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def generate_many(
