@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
+from ..holding import hooked
 from ..hooks import Feed, LayerSwitch, decoder_layers, on_feed
 from ..skipping import SkipSchedule, skip_forward
 from .engine import layers_needed
@@ -100,13 +101,9 @@ class SkipDecode(DecodeMethod):
         if model.config.is_encoder_decoder:
             raise InputError(f"{type(model).__name__} has an encoder; skipdecode takes decoder-only models")
         follower = _Follower(SkipPolicy(self, model), LayerSwitch(model))
-        done = model.get_decoder().register_forward_hook(lambda *_: follower.running.close(), always_call=True)
-        try:
-            with on_feed(model, follower.begin):
-                yield
-        finally:
-            done.remove()
-            follower.running.close()
+        done = hooked(model.get_decoder(), lambda *_: follower.running.close(), always_call=True)
+        with follower.running, on_feed(model, follower.begin), done:
+            yield
 
 
 class SkipPolicy:
