@@ -242,8 +242,8 @@ def tree_mask(
             f"{type(model).__name__} has layers of {unknown.pop()!r}, for which there is no draft tree; use a model "
             "with full or sliding attention"
         )
-    near = [layer for layer in cache.layers if getattr(layer, "is_sliding", False)]
     full = as_attention_mask(model, allowed[:, None])
+    near = [layer for layer in cache.layers if getattr(layer, "is_sliding", False)]
     if not near:
         return full
     layer, new = near[0], allowed.shape[1]
