@@ -290,8 +290,10 @@ def test_two_threads_never_write_wrong_texts(model, kind):
 
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(others)
-        mine = [write(context, **options) for _ in range(15)]
-        done.set()
+        try:
+            mine = [write(context, **options) for _ in range(15)]
+        finally:
+            done.set()
         running.result()
     assert all(text == changed for text in mine)
     wrong = [text for text in texts if text != plain and "has changed this model" not in text]
