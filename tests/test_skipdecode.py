@@ -252,7 +252,7 @@ def test_layers_that_run_are_those_of_the_schedule(llama, tokenizer):
     width = inputs["input_ids"].shape[1]
     method = SkipDecode(target_speedup=1.5, warmup=1)
     hooks = [
-        layer.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, layer in enumerate(decoder_layers(llama))
+        layer.mlp.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, layer in enumerate(decoder_layers(llama))
     ]
     try:
         options = {**OPTIONS, "max_new_tokens": 60, "eos_token_id": None}

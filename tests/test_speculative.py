@@ -599,7 +599,7 @@ def test_refuses_a_compressed_cache(llama):
 def test_refuses_attention_without_masks():
     model = build("llama")
     model.config._attn_implementation = "flex_attention"
-    with pytest.raises(InputError, match="takes no mask for draft trees"):
+    with pytest.raises(InputError, match="does not take a structured mask"):
         tree_mask(model, None, torch.ones(1, 1, 1), None, None)
 
 

@@ -9,11 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-__all__ = ["cache_bytes", "gather_columns", "keep_of_last", "layer_lengths", "remove_last", "rewind_obstacle"]
+from .errors import InputError
+
+__all__ = [
+    "ShortLayer",
+    "cache_bytes",
+    "gather_columns",
+    "keep_of_last",
+    "layer_lengths",
+    "remove_last",
+    "rewind_obstacle",
+]
 
 
 def rewind_obstacle(cache: Cache | None) -> str | None:
@@ -99,3 +110,61 @@ def keep_of_last(cache: Cache, index: Tensor, count: int) -> None:
             setattr(layer, name, states[:, :, : start + kept])
         if hasattr(layer, "cumulative_length"):
             layer.cumulative_length -= count - kept
+
+
+class ShortLayer(DynamicLayer):
+    """A layer from which columns of the prompt were evicted.
+
+    Its length is how many columns were seen, since positions count from there; masks get the columns that are left. Who
+    hides what is gone opens the layer for the time of a forward; otherwise the model would count from the short cache.
+
+    Attributes:
+        columns: (batch, kept) int64, what is left of the prompt.
+        length: columns of the prompt, left padding included; 0 after a reset.
+        valid: (batch, length) bool, False on padding; None without padding.
+        open: whether a forward may use the layer.
+    """
+
+    def __init__(self, layer: DynamicLayer, columns: Tensor, length: int, valid: Tensor | None) -> None:
+        super().__init__()
+        vars(self).update(vars(layer))
+        self.columns, self.length, self.valid, self.open = columns, length, valid, False
+
+    def get_seq_length(self) -> int:
+        held = super().get_seq_length()
+        return held and held + self.length - self.columns.shape[1]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        self._check_open()
+        return super().get_seq_length() + query_length, 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object):
+        self._check_open()
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def reset(self) -> None:
+        super().reset()
+        self.columns, self.length, self.valid = self.columns[:, :0], 0, None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._take(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._take(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._take(torch.arange(len(self.columns)).repeat_interleave(repeats))
+
+    def _take(self, rows: Tensor) -> None:
+        rows = rows.to(self.columns.device)
+        self.columns, self.valid = self.columns[rows], None if self.valid is None else self.valid[rows]
+
+    def _check_open(self) -> None:
+        if self.length and not self.open:
+            raise InputError(
+                f"a cache that has lost columns of its {self.length} prompt tokens only works where it is compressed; "
+                "continue inside that context, or start with an empty cache"
+            )

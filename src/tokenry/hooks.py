@@ -1,5 +1,6 @@
 """Inside a forward: watch and edit the residual stream, heads and neurons, skip layers. All are context managers
-that nest and leave nothing behind, also after an error.
+that nest, may end in any order, and leave nothing behind, also after an error. Each belongs to the thread that entered
+it; meanwhile another thread is refused the model (see `holding`).
 
 Layers are numbered as decoder blocks; a block's output has shape (batch, time, width) and comes before any final
 norm. (A `Trace` counts the states between the blocks: its `resid[i + 1]` is the output of block i.)
@@ -12,6 +13,7 @@ import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .errors import InputError
+from .holding import hold, hooked, owned
 
 __all__ = [
     "Feed",
@@ -88,7 +91,7 @@ def edit_residual(model: PreTrainedModel, edits: Mapping[int, Callable[[Tensor],
     """Replace the output h of layer i by `edits[i](h)`. Nests; several edits of a layer apply in order."""
     layers = decoder_layers(model)
     _check(layers, edits)
-    with ExitStack() as stack:
+    with hold(model), ExitStack() as stack:
         for index, edit in edits.items():
 
             def hook(module: nn.Module, args: tuple, output: object, edit: Callable = edit) -> object:
@@ -96,7 +99,7 @@ def edit_residual(model: PreTrainedModel, edits: Mapping[int, Callable[[Tensor],
                     return (edit(output[0]), *output[1:])
                 return edit(output)
 
-            stack.callback(layers[index].register_forward_hook(hook).remove)
+            stack.enter_context(hooked(layers[index], hook))
         yield
 
 
@@ -165,11 +168,8 @@ def on_feed(model: PreTrainedModel, begin: Callable[[Feed], None]) -> Iterator[N
         cached = cache is not None or given.get("use_cache") is not False
         begin(Feed(ids, given.get("attention_mask"), given.get("position_ids"), start, new, cached))
 
-    handle = body.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
+    with hold(model), hooked(body, hook, before=True, with_kwargs=True):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -197,28 +197,28 @@ def patch_resid(model: PreTrainedModel, layer: int, positions: Sequence[int], va
 
 
 @contextmanager
-def edit_inputs(edits: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Replace the input x of each module by `edits[module](x)`."""
-    with ExitStack() as stack:
+def edit_inputs(model: PreTrainedModel, edits: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Replace the input x of each module of `model` by `edits[module](x)`."""
+    with hold(model), ExitStack() as stack:
         for module, edit in edits.items():
 
             def hook(module: nn.Module, args: tuple, edit: Callable = edit) -> tuple:
                 return (edit(args[0]), *args[1:])
 
-            stack.callback(module.register_forward_pre_hook(hook).remove)
+            stack.enter_context(hooked(module, hook, before=True))
         yield
 
 
 @contextmanager
-def edit_outputs(edits: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Replace the output y of each module by `edits[module](y)`."""
-    with ExitStack() as stack:
+def edit_outputs(model: PreTrainedModel, edits: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Replace the output y of each module of `model` by `edits[module](y)`."""
+    with hold(model), ExitStack() as stack:
         for module, edit in edits.items():
 
             def hook(module: nn.Module, args: tuple, output: Tensor, edit: Callable = edit) -> Tensor:
                 return edit(output)
 
-            stack.callback(module.register_forward_hook(hook).remove)
+            stack.enter_context(hooked(module, hook))
         yield
 
 
@@ -252,7 +252,7 @@ def ablate_heads(model: PreTrainedModel, heads: Mapping[int, Sequence[int]]):
     for layer, chosen in heads.items():
         mixer, head_dim = head_mixer(model, layer)
         edits[mixer] = silence(head_dim, layer, chosen, mixer.in_features // head_dim)
-    return edit_inputs(edits)
+    return edit_inputs(model, edits)
 
 
 class Projection(NamedTuple):
@@ -423,7 +423,7 @@ def clamp_neurons(
         else:
             up = gated_mlp(model, layer)["up"]
             edits[up.module] = hold(values, up.outputs.start, width)
-    return _during(model, columns, edit_inputs(edits) if side == "product" else edit_outputs(edits))
+    return _during(model, columns, edit_inputs(model, edits) if side == "product" else edit_outputs(model, edits))
 
 
 @contextmanager
@@ -432,54 +432,93 @@ def _during(model: PreTrainedModel, columns: _Columns, edits: AbstractContextMan
         yield
 
 
-class _Skipped(nn.Module):
-    """Stands in for a decoder block that does not run."""
+@cache
+def _skipping(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of what stands in for a decoder block of this kind that does not run.
 
-    def __init__(self, block: nn.Module, switch: LayerSwitch) -> None:
-        super().__init__()
-        self.__dict__.update(block=block, switch=switch)  # not registered as a submodule
+    A stand-in is its block with another forward: it has the block's own attributes, weights and hooks, so that whoever
+    looks for these finds them, and a hook may come and go whether the block is skipped or not.
+    """
 
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.__dict__["block"], name)  # models read attributes such as `attention_type`
+    class Skipped(kind):
+        __slots__ = ("switch",)
 
-    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor | tuple[Tensor]:
-        return (hidden_states,) if self.switch.tuples else hidden_states
+    # Afterwards, since transformers wraps the forward of a subclass; and before what the block itself may have there.
+    Skipped.forward = property(lambda self: self.switch.pass_on)
+    return Skipped
+
+
+def _skipped(block: nn.Module, switch: LayerSwitch) -> nn.Module:
+    stand_in = object.__new__(_skipping(type(block)))
+    object.__setattr__(stand_in, "__dict__", vars(block))
+    object.__setattr__(stand_in, "switch", switch)
+    return stand_in
+
+
+class _Blocks:
+    """The blocks of a model while switches are on: a layer runs where all of them let it."""
+
+    def __init__(self, layers: nn.ModuleList) -> None:
+        self.layers, self.whole = layers, layers._modules
+        self.wanted: list[tuple[LayerSwitch, frozenset[int]]] = []
+
+    def running(self) -> frozenset[int]:
+        return frozenset.intersection(*(executed for _, executed in self.wanted))
+
+    def exchange(self) -> None:
+        """Put in the blocks that run now."""
+        self.layers._modules = self.wanted[-1][0].blocks(self) if self.wanted else self.whole
 
 
 class LayerSwitch:
     """Runs a model with only some of its decoder layers; the others pass their input on and do not touch the cache.
 
     The list of blocks is exchanged as a whole and built once for every set, so that switching costs the same for any
-    number of layers. Hooks on skipped blocks do not fire.
+    number of layers. Hooks on a skipped block see its input as its output; those inside it do not fire.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.layers = decoder_layers(model)
+        self.model, self.layers = model, decoder_layers(model)
         self.tuples: bool | None = None  # whether blocks return (hidden, ...); known as soon as one has run
         self.lists: dict[frozenset[int], dict[str, nn.Module]] = {}
 
     @contextmanager
     def only(self, executed: frozenset[int]) -> Iterator[None]:
-        """Only the layers in `executed` run inside. Restores the model also after an error."""
-        if executed not in self.lists:
-            self.lists[executed] = self._list(executed)
-        before = self.layers._modules
-        watched = {self.layers[min(executed)]: self._look} if self.tuples is None and executed else {}
-        self.layers._modules = self.lists[executed]
-        try:
-            with edit_outputs(watched) if watched else nullcontext():
-                yield
-        finally:
-            self.layers._modules = before
-
-    def _list(self, executed: frozenset[int]) -> dict[str, nn.Module]:
+        """Only the layers in `executed` run inside, and of them those that other switches let run."""
         _check(self.layers, executed)
-        blocks = self.layers._modules.items()
-        return {name: block if int(name) in executed else _Skipped(block, self) for name, block in blocks}
+        self.pass_on = owned(self._pass_on)
+        with hold(self.model) as held, held.shared("layers", lambda: nullcontext(_Blocks(self.layers))) as blocks:
+            record = (self, executed)
+            blocks.wanted.append(record)
+            try:
+                blocks.exchange()
+                with self._watched(blocks):
+                    yield
+            finally:
+                blocks.wanted = [other for other in blocks.wanted if other is not record]
+                blocks.exchange()
 
-    def _look(self, output: Tensor | tuple) -> Tensor | tuple:
+    def blocks(self, all_blocks: _Blocks) -> dict[str, nn.Module]:
+        """The list of blocks in which those that do not run have stand-ins."""
+        running = all_blocks.running()
+        if running not in self.lists:
+            self.lists[running] = {
+                name: block if int(name) in running else _skipped(block, self)
+                for name, block in all_blocks.whole.items()
+            }
+        return self.lists[running]
+
+    def _pass_on(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor | tuple[Tensor]:
+        return (hidden_states,) if self.tuples else hidden_states
+
+    def _watched(self, blocks: _Blocks) -> AbstractContextManager[None]:
+        running = blocks.running()
+        if self.tuples is not None or not running:
+            return nullcontext()
+        return hooked(blocks.whole[str(min(running))], self._look)
+
+    def _look(self, module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
         self.tuples = isinstance(output, tuple)
-        return output
 
 
 def skip_layers(model: PreTrainedModel, executed: Collection[int]) -> AbstractContextManager[None]:
@@ -515,10 +554,10 @@ def mask_layers(model: PreTrainedModel, mask: Tensor) -> Iterator[None]:
         return mix
 
     everywhere = mask.flatten(1).all(1).tolist()
-    with ExitStack() as stack:
+    with hold(model), ExitStack() as stack:
         for layer, keep, whole in zip(layers, mask[..., None], everywhere):
             if not whole:
-                stack.callback(layer.register_forward_hook(hook(keep), with_kwargs=True).remove)
+                stack.enter_context(hooked(layer, hook(keep), with_kwargs=True))
         yield
 
 

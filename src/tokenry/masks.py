@@ -29,7 +29,8 @@ __all__ = [
     "sees_both_sides",
 ]
 
-KERNELS = ("sdpa", "eager")  # attention implementations that take any boolean mask
+OBSERVED = "tokenry"  # what `attention.observe` calls its own implementation, which computes with sdpa
+KERNELS = ("sdpa", "eager", OBSERVED)  # attention implementations that take any boolean mask
 
 
 # --- bidirectional models ------------------------------------------------------------------------------------------
@@ -113,11 +114,11 @@ def as_attention_mask(model: PreTrainedModel, mask: Tensor) -> Tensor:
     Raises:
         InputError: another attention implementation.
     """
-    name = getattr(model.config, "_attn_implementation", "eager")
+    name = model.config.get_text_config()._attn_implementation
     if name not in KERNELS:
         raise InputError(f"{name} does not take a structured mask; load the model with attn_implementation='sdpa'")
     mask = mask.to(model.device)
-    if name == "sdpa":
+    if name != "eager":
         return mask
     return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(
         ~mask, torch.finfo(model.dtype).min

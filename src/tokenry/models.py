@@ -16,6 +16,9 @@ import json
 import os
 import shutil
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +57,17 @@ class LoadedModel(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
 
 
+_LOADING = threading.RLock()
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One thread at a time: while transformers loads a model, it changes things that hold for the whole process."""
+    with _LOADING:
+        yield
+
+
+@_alone()
 def load(
     name: str | Path = DEFAULT,
     dtype: str | torch.dtype | None = None,

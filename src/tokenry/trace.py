@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .attention import observe
 from .errors import InputError
 from .files import explained, parse_json
+from .holding import hold, hooked
 from .hooks import capture_residual, decoder_body, decoder_layers, down_projection, edit_inputs, head_mixer, on_feed
 from .outputs import write_file
 from .recorder import FORMAT, Recorder, head_logits, identity
@@ -267,10 +268,8 @@ def capture(
     layers = set(range(depth)) if qk == "all" else set(qk or ())
     if not layers <= set(range(depth)):
         raise InputError(f"qk={sorted(layers)} is not allowed; this model has layers 0 to {depth - 1}")
-    if hasattr(model, "_orig_mod"):
-        raise InputError("a compiled model bypasses Python hooks; use the model from before torch.compile")
     captured, recorder = Captured(), Recorder(model, layers, sorted(set(head_outputs)), reducers)
-    with ExitStack() as stack:
+    with hold(model), ExitStack() as stack:
         stack.enter_context(on_feed(model, recorder.begin))
         caught = stack.enter_context(capture_residual(model, {i - 1 for i in states if i > 0}))
         recorder.columns.update({f"resid.{i + 1}": parts for i, parts in caught.items()})
@@ -279,11 +278,11 @@ def capture(
             edits[head_mixer(model, layer)[0]] = recorder.keep_heads(layer)
         for layer in range(depth) if neurons == "all" else sorted(set(neurons)):
             edits[down_projection(model, layer)] = recorder.keep(f"mlp.{layer}")
-        stack.enter_context(edit_inputs(edits))
+        stack.enter_context(edit_inputs(model, edits))
         if layers or reducers:
             stack.enter_context(observe(model, recorder.attention))
-        stack.callback(decoder_body(model).register_forward_hook(recorder.final).remove)
-        stack.callback(model.register_forward_hook(recorder.check_logits, with_kwargs=True).remove)
+        stack.enter_context(hooked(decoder_body(model), recorder.final))
+        stack.enter_context(hooked(model, recorder.check_logits, with_kwargs=True))
         yield captured
     captured.traces = [Trace(tensors, header, model) for tensors, header in recorder.sequences(tokenizer)]
 

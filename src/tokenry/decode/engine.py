@@ -313,7 +313,7 @@ class TransformersEngine:
 
     def _adopt(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The cache holds the first columns of the prompt already: take them over and return the rest."""
-        held, lengths = int(self.cache.get_seq_length()), layer_lengths(self.cache)
+        held, lengths = int(self.cache.get_seq_length()), [layer.get_seq_length() for layer in self.cache.layers]
         rows = next(layer.keys.shape[0] for layer in self.cache.layers if layer.keys is not None)
         if held >= tokens.shape[1] or rows != self.batch:
             raise InputError(

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
 from ..fields import Layers, Multiple, Positive, Tokens
-from ..hooks import Feed, LayerSwitch, decoder_layers, on_feed
+from ..holding import hooked
+from ..hooks import Feed, LayerSwitch, decoder_body, decoder_layers, on_feed
 from ..skipping import SkipSchedule, skip_forward
 from .engine import layers_needed
 from .method import DecodeMethod, Plugins
@@ -101,13 +102,9 @@ class SkipDecode(DecodeMethod):
         if model.config.is_encoder_decoder:
             raise InputError(f"{type(model).__name__} has an encoder; skipdecode takes decoder-only models")
         follower = _Follower(SkipPolicy(self, model), LayerSwitch(model))
-        done = model.get_decoder().register_forward_hook(lambda *_: follower.running.close(), always_call=True)
-        try:
-            with on_feed(model, follower.begin):
-                yield
-        finally:
-            done.remove()
-            follower.running.close()
+        done = hooked(decoder_body(model), lambda *_: follower.running.close(), always_call=True)
+        with follower.running, on_feed(model, follower.begin), done:
+            yield
 
 
 class SkipPolicy:

@@ -158,7 +158,7 @@ class ClampTask:
             watch = {
                 decoder_layers(self.model)[i].mlp: lambda x, i=i: inputs.update({i: x[0].detach()}) or x for i in layers
             }
-            with edit_inputs(watch):
+            with edit_inputs(self.model, watch):
                 logprobs = self._next(ids)[0]
             self._plain[seed] = Plain(ids, logprobs, inputs)
         return self._plain[seed]
@@ -191,7 +191,8 @@ class ClampTask:
             return edit
 
         ups = {layer: gated_mlp(self.model, layer)["up"] for layer in {t.layer for t in targets}}
-        with edit_outputs({up.module: hold(layer, up.outputs.start) for layer, up in ups.items()}):
+        edits = {up.module: hold(layer, up.outputs.start) for layer, up in ups.items()}
+        with edit_outputs(self.model, edits):
             return self._next(ids.expand(len(targets), -1))
 
     def _next(self, ids: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ def last_states(model: PreTrainedModel, ids: Tensor, mask: Tensor, wanted: Seque
     with ExitStack() as stack:
         if deepest < count:
             stack.enter_context(skip_layers(model, range(deepest)))
-        stack.enter_context(edit_inputs({layers[k]: keep(k) for k in wanted if k < count}))
+        stack.enter_context(edit_inputs(model, {layers[k]: keep(k) for k in wanted if k < count}))
         final = body(input_ids=ids, attention_mask=mask, use_cache=False, **extra).last_hidden_state
     keep(count)(final)
     device = final.device

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
 from ..fields import Layer, Layers, Seed
+from ..holding import hold, hooked
 from ..hooks import Feed, decoder_layers, edit_inputs, effective_weight, on_feed, unwrapped, vocabulary_size
 from ..masks import sees_both_sides
 from ..method import Method
@@ -43,20 +44,24 @@ class Prepending:
     def __init__(self, model: PreTrainedModel, slot_token_id: int, layers: range, vector: Tensor) -> None:
         self.model, self.slot_token_id, self.layers, self.vector = model, slot_token_id, layers, vector
         self._is_slot = self._slot = self._last = torch.empty(0)
-        self._stack = ExitStack()
+        self._stack: ExitStack | None = None
 
     def __enter__(self) -> Self:
+        if self._stack is not None:
+            raise InputError("this context of token prepending is open already; leave it first, or make another one")
         blocks, embedding = decoder_layers(self.model), self.model.get_input_embeddings()
         with ExitStack() as stack:  # whatever was opened is closed again when a later step fails
+            stack.enter_context(hold(self.model))
             stack.enter_context(on_feed(self.model, self._find_slot))
-            stack.enter_context(edit_inputs({embedding: self._known_ids}))
-            stack.callback(embedding.register_forward_hook(self._put_vector).remove)
-            stack.enter_context(edit_inputs({blocks[layer]: self._overwrite for layer in self.layers}))
+            stack.enter_context(edit_inputs(self.model, {embedding: self._known_ids}))
+            stack.enter_context(hooked(embedding, self._put_vector))
+            stack.enter_context(edit_inputs(self.model, {blocks[layer]: self._overwrite for layer in self.layers}))
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._stack.close()
+        stack, self._stack = self._stack, None
+        stack.close()
 
     def _find_slot(self, feed: Feed) -> None:
         if feed.ids is None:

@@ -241,12 +241,12 @@ class FTPOTrainer(Trainer):
         plain = self.accelerator.unwrap_model(model)
         first = decoder_layers(plain)[self.frozen]
         shared: list[Tensor] = []
-        with edit_inputs({first: lambda hidden: shared.append(hidden) or hidden}):
+        with edit_inputs(plain, {first: lambda hidden: shared.append(hidden) or hidden}):
             logits = last_logits(model, inputs)
         executed = range(self.frozen, len(decoder_layers(plain)))
         with torch.no_grad(), ExitStack() as stack:
             stack.enter_context(plain.disable_adapter())
-            stack.enter_context(edit_inputs({first: lambda hidden: shared[0].detach()}))
+            stack.enter_context(edit_inputs(plain, {first: lambda hidden: shared[0].detach()}))
             stack.enter_context(skip_layers(plain, executed))
             return logits, last_logits(plain, inputs)
 
