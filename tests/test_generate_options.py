@@ -172,7 +172,7 @@ def test_the_same_by_the_other_door(model, tokenizer, name):
         tokenry.generate(model, tokenizer, PROMPTS, max_new_tokens=3, **{name: ASKED[name]})
 
 
-@pytest.mark.parametrize("name", IDLE)
+@pytest.mark.parametrize("name", sorted(IDLE))
 def test_what_means_nothing_to_generate_means_nothing_here(model, inputs, name):
     value = {
         "num_assistant_tokens_schedule": "heuristic",
