@@ -176,8 +176,8 @@ class DiffusionMethod(DecodeMethod):
 
         Args:
             prompts: texts, or `input_ids` and `attention_mask` as `encode_prompts` makes them.
-            options: as in `tokenry.generate`: max_new_tokens, chat, do_sample, temperature, top_k, top_p, min_p; seed,
-                with which each row draws as if it were alone; streamers, one per row, which get their row when it is
+            options: as in `tokenry.generate`: max_new_tokens, chat, do_sample, temperature, top_k, top_p, min_p; seed
+                of all that is drawn, tokens and positions; streamers, one per row, which get their row when it is
                 finished, since it does not grow from left to right.
 
         Raises:
