@@ -185,8 +185,8 @@ class DiffusionMethod(DecodeMethod):
 
         Args:
             prompts: a prompt or several, see `encode_prompts`.
-            options: as in `tokenry.generate`: max_new_tokens, chat, do_sample, temperature, top_k, top_p, min_p; seed,
-                with which each row draws as if it were alone; streamers, one per row, which get their row when it is
+            options: as in `tokenry.generate`: max_new_tokens, chat, do_sample, temperature, top_k, top_p, min_p; seed
+                of all that is drawn, tokens and positions; streamers, one per row, which get their row when it is
                 finished, since it does not grow from left to right.
 
         Raises:
