@@ -304,6 +304,29 @@ def test_worked_values_of_the_verifiers():
     p, q = FOUR  # the naive verifier on drafts without replacement
     naive = sum(chance * float(p[list(tokens)].sum()) for tokens, chance in draft_law(q, 2, "without"))
     assert naive == pytest.approx(0.419444, abs=1e-6)
+    assert float(verifier_acceptance(p, q, 2, "naive", sampling="without")) == pytest.approx(naive, abs=1e-9)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_the_naive_verifier_by_enumeration(sampling, n):
+    """For every way of drafting it: a draw of the target that happens to be drafted."""
+    pairs = [random_pair(seed, 5) for seed in range(6)]
+    pairs = [(p, q) for p, q in pairs if sampling == "with" or int((q > 0).sum()) >= n]
+    for p, q in pairs:
+        found = sum(chance * float(p[sorted(set(tokens))].sum()) for tokens, chance in draft_law(q, n, sampling))
+        assert float(verifier_acceptance(p, q, n, "naive", sampling=sampling)) == pytest.approx(found, abs=1e-8)
+        assert found <= float(optimal_acceptance(p, q, n, sampling)) + 1e-8
+    batch = torch.stack([p for p, _ in pairs[:2]]), torch.stack([q for _, q in pairs[:2]])
+    single = [float(verifier_acceptance(p, q, n, "naive", sampling=sampling)) for p, q in pairs[:2]]
+    assert verifier_acceptance(*batch, n, "naive", sampling=sampling).tolist() == pytest.approx(single)
+
+
+def test_another_verifiers_sampling_is_refused():
+    with pytest.raises(InputError, match="sampling='with' is not how 'rrs-without' draws"):
+        verifier_acceptance(*FOUR, 2, "rrs-without", sampling="with")
+    with pytest.raises(InputError, match="no sampling 'best'"):
+        verifier_acceptance(*FOUR, 2, "naive", sampling="best")
 
 
 def test_no_verifier_is_above_its_ceiling_and_one_is_at_it():

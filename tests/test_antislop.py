@@ -262,7 +262,8 @@ def test_only_live_partial_matches_are_held_back(tokenizer):
     assert held_text(tokenizer, "bathe", ban) == ""  # inside a word
     ngrams = NGramBan(["sun dipped horizon"])
     assert held_text(tokenizer, "when the sun had then di", ngrams).lstrip().startswith("sun had")
-    assert held_text(tokenizer, "when the sun rose", ngrams) == ""
+    assert held_text(tokenizer, "when the sun rose,", ngrams) == ""
+    assert held_text(tokenizer, "when the sun rose", ngrams) == " sun rose"  # "rose's" could stand between
     expression = RegexBan([r"not a \w+ but"], max_span=30)
     assert held_text(tokenizer, "it was not a dre", expression).lstrip().startswith("not a")
     assert held_text(tokenizer, "it was not the dre", expression) == ""
@@ -387,3 +388,52 @@ def test_streaming_with_an_unbounded_regex_is_refused(llama, tokenizer):
 
     with pytest.raises(InputError, match="max_span"):
         run(llama, tokenizer, [RegexBan(["a.*b"])], token_streamers=[Sink(), Sink()])
+
+
+# --- special tokens are not text ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "monitor",
+    [
+        PhraseBan(["the sea", "done<eos>"]),
+        RegexBan(["<eos>"]),
+        RegexBan([r"sea ?<pad>"]),
+        NGramBan(["the sea", "<eos> sea"]),
+        Antislop(phrases=["<eos>"]).monitors()[0],
+    ],
+)
+def test_a_ban_of_a_special_token_says_what_to_use(llama, tokenizer, monitor):
+    with pytest.raises(InputError, match=r"special token '<(eos|pad)>', .* use suppress_tokens=\[\d\]"):
+        run(llama, tokenizer, [monitor])
+
+
+def test_a_special_token_as_stop_string_ends_a_row(llama, tokenizer):
+    inputs = tokenizer(["the old"], return_tensors="pt")["input_ids"]
+    options = dict(custom_generate=loop, max_new_tokens=30, pad_token_id=1, return_dict_in_generate=True)
+    ids = llama.generate(inputs, eos_token_id=319, **options).new_ids[0]
+    marked = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()),
+        additional_special_tokens=[tokenizer.convert_ids_to_tokens(ids[5])],
+    )
+    (mark,) = marked.all_special_tokens
+    out = llama.generate(inputs, eos_token_id=319, processing_class=marked, stop=mark, **options)
+    assert out.new_ids[0] == ids[: ids.index(ids[5]) + 1]
+    with pytest.raises(InputError, match="give '<eos>' alone"):
+        run(llama, tokenizer, [], stop=["sea<eos>"])
+
+
+def test_stop_strings_need_a_tokenizer(llama):
+    with pytest.raises(InputError, match="stop strings read text"):
+        DecodeLoop(MarkovEngine()).generate(torch.zeros(1, 1, dtype=torch.long), max_new_tokens=3, stop=["a"])
+
+
+def test_a_stop_string_at_the_beginning_of_a_long_token_is_seen(tokenizer):
+    tokens = {"a": 0, "b" + " " * 200: 1, "c": 2}
+    raw = Tokenizer(models.WordLevel(tokens, unk_token="a"))
+    raw.decoder = decoders.Fuse()
+    engine = MarkovEngine()
+    engine.feed = lambda block, mask=None: torch.tensor([[0.0, 9.0, 0.0]])
+    runner = DecodeLoop(engine, PreTrainedTokenizerFast(tokenizer_object=raw))
+    out = runner.generate(torch.zeros(1, 1, dtype=torch.long), max_new_tokens=5, stop=["b"])
+    assert out.new_ids == [[1]]

@@ -385,6 +385,7 @@ TRUE = {
     "no attention layers with q_proj": lambda c: not has_q_proj(c),
     "keeps only a window or a state": lambda c: "DynamicLayer" not in cache_layers(c),
     "are not its output embeddings times": lambda c: not head_alone(c),
+    "sees both sides": lambda c: not getattr(c.model.config, "causal", True),
     "is bidirectional": lambda c: not getattr(c.model.config, "causal", True) or c.model.config.model_type == "git",
     "before it calls its language model": lambda c: text_config(c) is not c.model.config,
     "read token ids": lambda c: (
@@ -394,7 +395,8 @@ TRUE = {
         not residual_stream(c) or c.model.config.model_type == "diffllama"
     ),
     "embeddings of .* have shape|the mask has": lambda c: not residual_stream(c),
-    "no list of": lambda c: not lists_of_layers(c),
+    "(no|several) lists? of": lambda c: len(lists_of_layers(c)) != 1,
+    "caps its attention scores": lambda c: text_config(c).attn_logit_softcapping,
     "share keys and values|read the keys of others": lambda c: text_config(c).num_kv_shared_layers,
     "hand more than hidden states on": hands_on,
     "warmup=2 is not enough": lambda c: any(text_config(c).layer_types.index(kind) > 1 for kind in kinds_of_layers(c)),

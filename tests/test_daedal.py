@@ -698,7 +698,7 @@ def test_parameters_are_refused(values, message):
     [
         ({"initial_gen_length": 0}, "initial_gen_length=0"),
         ({"max_gen_length": 32}, "max_gen_length=32 is less than initial_gen_length=64"),
-        ({"expansion_factor": 1}, "expansion_factor=1 .* >= 2"),
+        ({"expansion_factor": 1}, r"expansion_factor=1 .*in \[2, "),
         ({"high_conf_threshold": 0}, "high_conf_threshold=0"),
         ({"low_conf_threshold": 0.9}, "low_conf_threshold=0.9 is not below high_conf_threshold=0.9"),
         ({"low_conf_threshold": -0.1}, "low_conf_threshold=-0.1"),

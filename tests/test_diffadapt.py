@@ -607,7 +607,11 @@ def test_with_antislop_a_wave_and_streaming_equals_brute_force(llama, chat, prob
     wave = CyclicReflex(token_ids=REFLECT, amplitude=4, period=14, end_think=None)
     options = {"max_new_tokens": 60, "seed": 12, "top_k": 0}
     free = method.generate(llama, chat, QUESTIONS, methods=[wave], **options)
-    pieces = [chat.decode(row[i : i + 3]).strip() for row in free.new_ids for i in (2, 6, 10, 14, 18)]
+    pieces = [
+        chat.decode(row[i : i + 3], skip_special_tokens=True).strip()
+        for row in free.new_ids
+        for i in (2, 6, 10, 14, 18)
+    ]
     phrases = [piece for piece in pieces if piece and "\ufffd" not in piece]
     streamers = [Collect() for _ in QUESTIONS]
     ban = PhraseBan(phrases)
@@ -711,7 +715,7 @@ def test_generate_refuses(llama, chat, probe):
         DiffAdapt().generate(llama, chat, QUESTIONS)
     with pytest.raises(InputError, match="diffadapt and diffadapt both read the prompts"):
         generate(llama, chat, QUESTIONS, methods=[method, DiffAdapt(probe=constant(0))])
-    with pytest.raises(InputError, match="give the questions as text"):
+    with pytest.raises(InputError, match="give the questions as texts"):
         generate(llama, chat, encode_prompts(chat, QUESTIONS), methods=[method])
     with pytest.raises(InputError, match="2 messages need a chat template"):
         prompt_ids(chat, [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hm"}], chat=False)
@@ -862,12 +866,12 @@ def test_right_answers_are_found_by_their_marker(tmp_path):
         ([], "with --problems, or --arithmetic N"),
         (["--problems", "x", "--arithmetic", "3"], "with --problems, or --arithmetic N"),
         (["--arithmetic", "3"], "give a folder with --save"),
-        (["--arithmetic", "0", "--save", "/tmp"], "count=0"),
-        (["--problems", "/nowhere", "--save", "/tmp"], "'/nowhere' cannot be read"),
-        (["--problems", "/dev/null", "--save", "/tmp"], "holds no problems"),
-        (["--arithmetic", "3", "--save", "/tmp", "some text"], "has no use for TEXT"),
-        (["--arithmetic", "3", "--save", "/tmp", "--find", "dog"], "has no use for --find"),
-        (["--arithmetic", "3", "--save", "/tmp", "-o", "n_samples=1"], "n_samples='1'"),
+        (["--arithmetic", "0", "--save", "/nowhere/probe"], "--arithmetic 0"),
+        (["--problems", "/nowhere", "--save", "/nowhere/probe"], "'/nowhere' cannot be read"),
+        (["--problems", "/dev/null", "--save", "/nowhere/probe"], "holds no problems"),
+        (["--arithmetic", "3", "--save", "/nowhere/probe", "some text"], "has no use for TEXT"),
+        (["--arithmetic", "3", "--save", "/nowhere/probe", "--find", "dog"], "has no use for --find"),
+        (["--arithmetic", "3", "--save", "/nowhere/probe", "-o", "n_samples=1"], "n_samples='1'"),
     ],
 )
 def test_learning_refuses(args, message):

@@ -78,11 +78,11 @@ class Scripted:
         return logits
 
 
-def state_of(window, prompt=(1, 2), block_length=None, model=None):
+def state_of(window, prompt=(1, 2), block_length=None, model=None, seed=None):
     """A state with this window, None being a mask."""
     ids = torch.tensor([prompt])
     state = DiffusionState.begin(
-        model or Scripted(), ids, torch.ones_like(ids, dtype=torch.bool), len(window), block_length
+        model or Scripted(), ids, torch.ones_like(ids, dtype=torch.bool), len(window), block_length, seed
     )
     state.x[0, len(prompt) :] = torch.tensor([MASK if token is None else token for token in window])
     return state
@@ -169,7 +169,7 @@ def test_by_chance_every_step_keeps_its_share():
     """Each of the n steps commits its nth part of the window, on average."""
     counts = [0] * 4
     for seed in range(40):
-        options = {"gen_length": 90, "block_length": None, "unmask": Chance(4, seed=seed)}
+        options = {"gen_length": 90, "block_length": None, "unmask": Chance(4), "seed": seed}
         out = diffusion_generate(Scripted([(3, 0.9)] * 90), torch.tensor([[1, 2]]), **options)
         assert out.stats.nfe == [4]
         counts = [a + b for a, b in zip(counts, out.stats.commits_per_step[0])]
@@ -180,11 +180,11 @@ def test_drawn_positions_follow_their_confidence():
     """With temperature .5 the position with confidence .9 is drawn first e^(.8 / .5) times as often as that with .1."""
     first = 0
     for seed in range(400):
-        policy, state = FixedCount(temperature=0.5, seed=seed), state_of([None, None])
+        policy, state = FixedCount(temperature=0.5), state_of([None, None], seed=seed)
         first += chosen(policy, state, [0.9, 0.1]) == [0]
     p = 1 / (1 + torch.tensor(-1.6).exp().item())
     assert first / 400 == pytest.approx(p, abs=5 * (p * (1 - p) / 400) ** 0.5)
-    cold = [chosen(FixedCount(temperature=1e-4, seed=seed), state_of([None, None]), [0.1, 0.9]) for seed in range(20)]
+    cold = [chosen(FixedCount(temperature=1e-4), state_of([None, None], seed=seed), [0.1, 0.9]) for seed in range(20)]
     assert cold == [[1]] * 20
 
 
@@ -241,16 +241,6 @@ def test_confidence_by_margin_and_entropy():
     assert order("entropy") == [0, 1, 2]
     entropy = FixedCount(confidence="entropy")._score(prediction, state)[0, 2]
     assert entropy == pytest.approx(-torch.tensor(2.0).log().item(), abs=1e-6)
-
-
-def test_random_confidence_does_not_depend_on_the_batch(denoiser):
-    ids, mask = prompts(3, 5)
-    both = diffusion_generate(denoiser, ids, mask, gen_length=8, unmask=FixedCount(confidence="random", seed=3))
-    for row, n in enumerate((3, 5)):
-        one = diffusion_generate(
-            denoiser, ids[row : row + 1, 5 - n :], gen_length=8, unmask=FixedCount(confidence="random", seed=3)
-        )
-        assert one.stats.commit_step[0] == both.stats.commit_step[row]
 
 
 # --- whole loops ---------------------------------------------------------------------------------------------------
@@ -379,7 +369,7 @@ def test_unchanged_tokens_give_the_same_logits_from_the_cache(kind, impl):
     first = model.predict(state, cache)
     state.block_step += 1
     again = model.predict(state, cache)
-    assert (cache.first, cache.last) == (6, 10 if kind == "dual" else 14)
+    assert cache.first.tolist() == [6, 6] and cache.last.tolist() == [10 if kind == "dual" else 14] * 2
     assert torch.allclose(first[mask.bool().any(1)][:, 6:], again[:, 6:], atol=1e-4)
 
 
@@ -391,7 +381,7 @@ def test_insertion_and_cut_move_every_part():
     state.commit_step[0, 2:] = torch.tensor([1, -1, 2, -1, 3])
     state.commit_confidence[0, 2:] = torch.tensor([0.1, 0, 0.2, 0, 0.3])
     edit = Edit.insert(state, torch.tensor([3]), 3, torch.tensor([7]))
-    assert edit.source_index.tolist() == [[0, 1, 2, FRESH, FRESH, FRESH, 4, 5, 6]] and edit.first_change == 3
+    assert edit.source_index.tolist() == [[0, 1, 2, FRESH, FRESH, FRESH, 4, 5, 6]] and edit.first_change.tolist() == [3]
     state.apply(edit)
     assert state.x.tolist() == [[1, 2, 3, MASK, MASK, MASK, 4, MASK, 5]]
     assert state.commit_step[0, 2:].tolist() == [1, -1, -1, -1, 2, -1, 3]
@@ -658,7 +648,7 @@ def test_other_checkpoints(tmp_path):
     with pytest.raises(InputError, match="block_type='sequential'"):
         load_diffusion_checkpoint(tmp_path, torch.float32)
     saved_llada(model, tmp_path, n_layers=4)
-    with pytest.raises(InputError, match=r"not the weights of LlamaForCausalLM: model\.layers\.3"):
+    with pytest.raises(InputError, match=r"not those of the LlamaForCausalLM .* it lacks model\.layers\.3"):
         load_diffusion_checkpoint(tmp_path, torch.float32)
     model.save_pretrained(tmp_path)
     assert load_diffusion_checkpoint(tmp_path, torch.float32) is None

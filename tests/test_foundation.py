@@ -14,9 +14,10 @@ from transformers import BertConfig, BertModel
 
 from tokenry import InputError, catalog, load
 from tokenry.judge import Reference, SlopProfile, human_reference
+from tokenry.judge.slop import Pattern
 from tokenry.method import Lines, Method
 from tokenry.models import cache_folder
-from tokenry.words import content_words, fold
+from tokenry.words import FoldedText, content_words, fold
 
 
 class Example(Method):
@@ -176,7 +177,8 @@ def test_unusable_models_are_refused(tmp_path, llama):
 
 def test_folding_keeps_offsets():
     text = "İSTANBUL Straße ǅ"
-    assert len(fold(text)) == len(text) and fold("ABC") == "abc"
+    assert fold(text) == "istanbul strasse ǆ"
+    assert FoldedText(text).starts == [*range(13), 13, 13, 14, 15, 16]  # both s of ß come from it
     assert [w for w, _, _ in content_words("The sun's 3 ships, and don't sail")] == ["ships", "sail"]
 
 
@@ -196,6 +198,8 @@ def test_a_profile_ranks_what_is_overused():
     bans = profile.ban_list({"words": 1, "phrases": 5, "new_bigrams": 2}, whitelist=["Elara"])
     assert "elara" not in bans["phrases"] and "silver moon dipped" in bans["phrases"] and len(bans["ngrams"]) == 2
     assert profile.score(texts[0]) > profile.score("An ordinary sentence about nothing.") == 0
+    assert SlopProfile(bigrams=[Pattern("could feel", 3, 9.0)]).score("She could feel it") == 1000 * 2 / 4
+    assert SlopProfile(bigrams=[Pattern("sun dipped", 3, 9.0)]).score("The sun had dipped") == 0
     assert profile.repetition(texts[0]) > 0
 
 

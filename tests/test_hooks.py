@@ -90,8 +90,8 @@ def test_a_clamped_up_projection_is_still_gated(llama):
     gate = []
     with (
         clamp_neurons(llama, {2: {5: 20.0, 9: -3.0}}, side="up"),
-        edit_outputs({mlp.gate_proj: lambda g: gate.append(g) or g}),
-        edit_inputs(watch),
+        edit_outputs(llama, {mlp.gate_proj: lambda g: gate.append(g) or g}),
+        edit_inputs(llama, watch),
     ):
         llama(ids)
     held = torch.nn.functional.silu(gate[0])
@@ -108,9 +108,9 @@ def watched(model, side):
     """What the clamp of layer 1 leaves behind, one tensor per forward."""
     seen = []
     if side == "up":
-        watch = edit_outputs({gated_mlp(model, 1)["up"].module: lambda u: seen.append(u) or u})
+        watch = edit_outputs(model, {gated_mlp(model, 1)["up"].module: lambda u: seen.append(u) or u})
     else:
-        watch = edit_inputs({decoder_layers(model)[1].mlp.down_proj: lambda m: seen.append(m) or m})
+        watch = edit_inputs(model, {decoder_layers(model)[1].mlp.down_proj: lambda m: seen.append(m) or m})
     with watch:
         yield seen
 
@@ -141,7 +141,7 @@ def test_clamps_act_where_a_mask_says(llama):
     ids, seen = random_ids(2), []
     mask = torch.zeros(2, 30, dtype=torch.bool)
     mask[0, 4] = mask[1, 29] = True
-    watch = edit_inputs({decoder_layers(llama)[1].mlp.down_proj: lambda m: seen.append(m) or m})
+    watch = edit_inputs(llama, {decoder_layers(llama)[1].mlp.down_proj: lambda m: seen.append(m) or m})
     with clamp_neurons(llama, {1: {3: 7.0}}, positions=mask), watch:
         cache = llama(ids[:, :20]).past_key_values
         llama(ids[:, 20:], past_key_values=cache)  # beyond the mask nothing is held

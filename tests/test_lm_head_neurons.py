@@ -343,7 +343,7 @@ def test_clamp_effect_is_the_difference_of_two_models(llama, tokenizer):
                 u[..., 5] = value
                 return u
 
-            with edit_outputs({llama.model.layers[3].mlp.up_proj: fixed}):
+            with edit_outputs(llama, {llama.model.layers[3].mlp.up_proj: fixed}):
                 clamped = llama(ids).logits[0, -1].log_softmax(-1)[token]
             row = next(rows)
             assert (row["prompt"], row["value"], row["token"]) == (prompt, value, tokenizer.decode([token]))

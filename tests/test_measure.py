@@ -253,22 +253,6 @@ def test_numbers_are_readable():
     assert report.format_number("x", 1.5, signed=True) == "+1.500"
 
 
-@pytest.mark.parametrize("path", ["missing/report.html", "."])
-def test_unwritable_report_paths_are_refused(tmp_path, monkeypatch, path):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="output"):
-        report.check_writable(path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_checking_a_path_leaves_what_is_there(tmp_path):
-    old = tmp_path / "old.html"
-    old.write_text("kept")
-    report.check_writable(old)
-    report.check_writable(tmp_path / "new.html")
-    assert old.read_text() == "kept" and not (tmp_path / "new.html").exists()
-
-
 def test_evidence_says_what_was_measured(comparison):
     findings = comparison.experiment.judge(comparison)
     entry = evidence(comparison, findings, "reproduced", model="m", command="c")

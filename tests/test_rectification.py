@@ -340,7 +340,7 @@ def test_episodes_are_read_as_text_or_ids(tokenizer, tmp_path):
     assert first == ids and second["prompt_ids"] == tokenizer.encode("the old")
     assert second["continuation_ids"] == [*tokenizer.encode(" lighthouse"), tokenizer.eos_token_id]
     path.write_text('{"prompt": "the old", "text": " lighthouse", "reward": -1}')
-    with pytest.raises(InputError, match=r"episode 0 with the keys \['prompt', 'reward', 'text'\]"):
+    with pytest.raises(InputError, match=r"line 1 of .* with the keys \['prompt', 'reward', 'text'\]"):
         read_episodes(path, tokenizer)
 
 

@@ -8,7 +8,7 @@ from itertools import cycle
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TextStreamer
 
 from tokenry import InputError, catalog, decode, generate
 from tokenry.decode.specreason import SMALL_STREAM, Speculation
@@ -600,7 +600,7 @@ def test_the_method_works_alone():
     with pytest.raises(InputError, match="texts or messages, not ids"):
         method.generate(*BASE, decode.encode_prompts(BASE.tokenizer, ["1+1="]))
     with pytest.raises(InputError, match="2 streamers for 1 rows"):
-        method.generate(*BASE, "1+1=", streamers=[None, None])
+        method.generate(*BASE, "1+1=", streamers=[TextStreamer(BASE.tokenizer)] * 2)
 
 
 @pytest.mark.parametrize("threshold", [-1.0, 9.01])

@@ -207,7 +207,8 @@ def test_several_templates_are_averaged(llama, tokenizer):
 def test_stopping_early_gives_what_the_full_forward_gives_there(make_model, tokenizer, kind, method):
     model, ran = make_model(kind), []
     handles = [
-        block.register_forward_hook(lambda m, a, o, i=i: ran.append(i)) for i, block in enumerate(decoder_layers(model))
+        block.self_attn.register_forward_hook(lambda m, a, o, i=i: ran.append(i))
+        for i, block in enumerate(decoder_layers(model))
     ]
     full = PromptEmbedder(model, tokenizer, token_prepending=method).encode_layers(TEXTS)
     for layer in range(5):

@@ -115,6 +115,30 @@ def test_every_valid_division_factor_is_lossless(factor):
     assert torch.allclose(law, p, rtol=0, atol=1e-10)
 
 
+SURVIVORS = [(name, VERIFIERS[name]) for name in SEVERAL] + [(f"kseq {g}", KSeqVerifier(g)) for g in (1, 1.6, 2.5, 9)]
+
+
+@pytest.mark.parametrize(("name", "verifier"), SURVIVORS, ids=[name for name, _ in SURVIVORS])
+@pytest.mark.parametrize("left", [1, 2, 3])
+def test_every_verifier_takes_as_many_drafts_as_are_left(name, verifier, left):
+    """Whatever number it was set up for: fewer may survive, or be drawn after truncation."""
+    for seed in range(8):
+        p, q = random_pair(seed, 4)
+        if drafts_exist(q, left, verifier.sampling):
+            law, passed, _ = enumerated(verifier, p, q, left)
+            assert torch.allclose(law, p, rtol=0, atol=1e-10), seed
+            if left == 1 and name != "naive":
+                assert passed == pytest.approx(float(torch.minimum(p, q).sum()), abs=1e-10)
+
+
+@pytest.mark.parametrize("gamma", [1, 1.6, 2.5, 9])
+def test_whole_drafts_with_a_fixed_division_factor_keep_the_chain(gamma):
+    p, q = chain(3, 3, seed=5)
+    law, _ = completed_law(KSeqVerifier(gamma), p, q, 3, 2, whole_drafts(q, 3, 2, 3))
+    wanted = target_law(p, (), 3)
+    assert max(abs(law[tokens] - wanted[tokens]) for tokens in wanted) < 1e-10
+
+
 def test_disjoint_supports_give_the_target():
     p, q = row(0, 0, 0.25, 0.75), row(0.5, 0.5, 0, 0)
     for name in SEVERAL:
@@ -530,15 +554,15 @@ def test_a_draft_that_could_not_be_drawn_is_refused():
 
 @pytest.mark.parametrize("gamma", [0.5, -1, float("inf"), float("nan"), "best", None])
 def test_a_bad_division_factor_is_refused(gamma):
-    with pytest.raises(InputError, match="give 'optimal' or a number from 1"):
+    with pytest.raises(InputError, match="give 'optimal' or a number >= 1"):
         KSeqVerifier(gamma)
 
 
 def test_a_division_factor_out_of_range_is_refused():
     with pytest.raises(InputError, match=r"gamma=1 is not valid for these distributions: it must be at least 1\.54031"):
-        KSeqVerifier(1).select(P, Q, [0, 1])
+        kseq_acceptance_probability(P, Q, 2, 1)
     with pytest.raises(InputError, match=r"gamma=2\.5 is not valid for 2 drafts; give a number from 1 to 2"):
-        KSeqVerifier(2.5).select(P, Q, [0, 1])
+        kseq_acceptance_probability(P, Q, 2, 2.5)
     with pytest.raises(InputError, match=r"at least 1\.54031"):
         kseq_residual(P, Q, 2, 1.2)
     for f in (kseq_division_factor, kseq_acceptance_probability, kseq_residual):

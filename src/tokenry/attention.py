@@ -2,7 +2,8 @@
 
 sdpa computes the output, always. Consumers see (query, key) after rotary embedding and q/k norm and rebuild
 only the rows they want, in float32; no time x time map exists unless a consumer asks for every row. Editors
-change the mask that sdpa gets. Both nest, and are gone when their context ends, also after an error.
+change the mask that sdpa gets. Both nest, may end in any order, and are gone when their context ends, also after an
+error.
 
     with observe(model, recorder):          # recorder(call) for every attention layer of every forward
         model(input_ids)
@@ -21,11 +22,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .errors import InputError
-from .hooks import Feed, on_feed, text_model
+from .holding import hold, owned
+from .hooks import Feed, decoder_body, decoder_layers, on_feed
+from .masks import OBSERVED as NAME
+from .masks import as_attention_mask
 
 __all__ = ["AttentionCall", "edit_mask", "observe", "suppress", "tree_mask"]
-
-NAME = "tokenry"
 
 
 @dataclass
@@ -108,8 +110,8 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The attention modules that go through transformers' attention interface, by layer."""
-    found = [m for m in text_model(model).modules() if hasattr(m, "layer_idx") and hasattr(m, "q_proj")]
+    """The decoder's attention modules that go through transformers' attention interface, by layer."""
+    found = [m for m in decoder_layers(model).modules() if hasattr(m, "layer_idx") and hasattr(m, "q_proj")]
     if not found:
         raise InputError(
             f"{type(model).__name__} has no attention layers with q_proj; use a Llama- or Gemma-like model"
@@ -124,33 +126,38 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
 
 @contextmanager
 def _installed(model: PreTrainedModel, consumer: Observer | Editor, is_editor: bool) -> Iterator[None]:
-    body = text_model(model)  # an encoder beside it may not have sdpa
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        raise InputError(f"{type(model).__name__} caps its attention scores, which sdpa cannot do; use another model")
+    modules = attention_modules(model)
+    record = (owned(consumer), is_editor)
+    with hold(model) as held, held.shared("attention", lambda: _routed(model)):
+        try:
+            for module in modules:
+                setattr(module, _ACTIVE, (*getattr(module, _ACTIVE, ()), record))
+            yield
+        finally:
+            for module in modules:
+                left = tuple(r for r in getattr(module, _ACTIVE, ()) if r is not record)
+                if left:
+                    setattr(module, _ACTIVE, left)
+                elif hasattr(module, _ACTIVE):
+                    delattr(module, _ACTIVE)
+
+
+@contextmanager
+def _routed(model: PreTrainedModel) -> Iterator[None]:
+    """Attention goes through `_attention`, for as long as anybody listens."""
+    body = decoder_body(model)  # of a model with a vision tower, the half that is observed
     before = body.config._attn_implementation
     if before not in ("sdpa", NAME):
         raise InputError(
             f"attention implementation {before!r} cannot be observed; load the model with attn_implementation='sdpa'"
         )
-    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
-        raise InputError(f"{type(model).__name__} caps its attention scores, which sdpa cannot do; use another model")
-    if hasattr(model, "_orig_mod"):
-        raise InputError("a compiled model bypasses Python hooks; use the model from before torch.compile")
-    modules = attention_modules(model)
-    record = (consumer, is_editor)
+    body.set_attn_implementation(NAME)
     try:
-        for module in modules:
-            setattr(module, _ACTIVE, (*getattr(module, _ACTIVE, ()), record))
-        if before != NAME:
-            body.set_attn_implementation(NAME)
         yield
     finally:
-        for module in modules:
-            left = tuple(r for r in getattr(module, _ACTIVE, ()) if r is not record)
-            if left:
-                setattr(module, _ACTIVE, left)
-            elif hasattr(module, _ACTIVE):
-                delattr(module, _ACTIVE)
-        if before != NAME:
-            body.set_attn_implementation(before)
+        body.set_attn_implementation(before)
 
 
 def observe(model: PreTrainedModel, observer: Observer):
@@ -200,6 +207,11 @@ def suppress(
             return call.mask
         mask = allowed(call).expand(-1, -1 if heads is None else call.heads, -1, -1).clone()
         q_length, k_length = call.query.shape[2], call.key.shape[2]
+        if feeds[0].stop != k_length and getattr(call.module, "_tokenry_cutter", None) is not None:
+            raise InputError(
+                f"layer {call.layer} has lost columns to cache compression, so spans cannot be found in it; leave "
+                "compression out"
+            )
         dropped = feeds[0].stop - k_length  # a sliding layer's cache no longer holds the first columns
         picked = slice(None) if heads is None else heads
         for start, stop in spans:
@@ -228,11 +240,6 @@ def tree_mask(
             same one.
     """
     config = model.config.get_text_config()
-    if config._attn_implementation not in ("sdpa", "eager", NAME):
-        raise InputError(
-            f"attention implementation {config._attn_implementation!r} takes no mask for draft trees; load the model "
-            "with attn_implementation='sdpa'"
-        )
     kinds = set(getattr(config, "layer_types", None) or ())
     unknown = kinds - {"full_attention", "sliding_attention"}
     if unknown:
@@ -240,19 +247,13 @@ def tree_mask(
             f"{type(model).__name__} has layers of {unknown.pop()!r}, for which there is no draft tree; use a model "
             "with full or sliding attention"
         )
+    full = as_attention_mask(model, allowed[:, None])
     near = [layer for layer in cache.layers if getattr(layer, "is_sliding", False)]
-    full = _for_implementation(allowed[:, None], model)
     if not near:
         return full
     layer, new = near[0], allowed.shape[1]
     inside = allowed & (queries[:, :, None] - keys[:, None, :] < layer.sliding_window)
     held = 0 if layer.keys is None else layer.keys.shape[-2]
     visible = min(held, layer.sliding_window - 1) + new  # what such a layer gives to attention
-    sliding = _for_implementation(inside[:, None, :, -visible:], model)
+    sliding = as_attention_mask(model, inside[:, None, :, -visible:])
     return {"full_attention": full, "sliding_attention": sliding} if kinds else sliding
-
-
-def _for_implementation(mask: Tensor, model: PreTrainedModel) -> Tensor:
-    if model.config.get_text_config()._attn_implementation != "eager":
-        return mask
-    return torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)

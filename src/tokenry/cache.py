@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
@@ -19,6 +20,7 @@ from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, 
 from .errors import InputError
 
 __all__ = [
+    "ShortLayer",
     "cache_bytes",
     "gather_columns",
     "held_columns",
@@ -29,8 +31,6 @@ __all__ = [
     "rewind_obstacle",
     "state_argument",
 ]
-
-CROPPABLE = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)  # not what is derived from them: that keeps more
 
 
 def state_argument(model: PreTrainedModel) -> str | None:
@@ -81,7 +81,8 @@ def rewind_obstacle(cache: Cache | None) -> str | None:
     for layer in cache.layers:
         if getattr(layer, "keys", None) is not None and hasattr(layer, "_quantized_keys"):
             return "a quantised cache cannot be shortened"
-        if type(layer) not in CROPPABLE:
+        # not what is derived from them: that keeps more
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, ShortLayer, DummyLayer):
             return f"its {type(layer).__name__} keeps a state that cannot be taken back"
     return None
 
@@ -156,3 +157,61 @@ def keep_of_last(cache: Cache, index: Tensor, count: int) -> None:
             setattr(layer, name, states[:, :, : start + kept])
         if hasattr(layer, "cumulative_length"):
             layer.cumulative_length -= count - kept
+
+
+class ShortLayer(DynamicLayer):
+    """A layer from which columns of the prompt were evicted.
+
+    Its length is how many columns were seen, since positions count from there; masks get the columns that are left. Who
+    hides what is gone opens the layer for the time of a forward; otherwise the model would count from the short cache.
+
+    Attributes:
+        columns: (batch, kept) int64, what is left of the prompt.
+        length: columns of the prompt, left padding included; 0 after a reset.
+        valid: (batch, length) bool, False on padding; None without padding.
+        open: whether a forward may use the layer.
+    """
+
+    def __init__(self, layer: DynamicLayer, columns: Tensor, length: int, valid: Tensor | None) -> None:
+        super().__init__()
+        vars(self).update(vars(layer))
+        self.columns, self.length, self.valid, self.open = columns, length, valid, False
+
+    def get_seq_length(self) -> int:
+        held = super().get_seq_length()
+        return held and held + self.length - self.columns.shape[1]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        self._check_open()
+        return super().get_seq_length() + query_length, 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object):
+        self._check_open()
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def reset(self) -> None:
+        super().reset()
+        self.columns, self.length, self.valid = self.columns[:, :0], 0, None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._take(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._take(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._take(torch.arange(len(self.columns)).repeat_interleave(repeats))
+
+    def _take(self, rows: Tensor) -> None:
+        rows = rows.to(self.columns.device)
+        self.columns, self.valid = self.columns[rows], None if self.valid is None else self.valid[rows]
+
+    def _check_open(self) -> None:
+        if self.length and not self.open:
+            raise InputError(
+                f"a cache that has lost columns of its {self.length} prompt tokens only works where it is compressed; "
+                "continue inside that context, or start with an empty cache"
+            )

@@ -11,23 +11,45 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import re
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from huggingface_hub.errors import StrictDataclassError
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .cache import layer_lengths, remove_last
 from .errors import InputError
+from .files import explained, read_json
+from .masks import sees_both_sides
+from .outputs import write_artifact
+from .schemas import Fields
+from .stored import Header, header_of, read_tensors, with_weights
 
 __all__ = ["DeadEndValueModel", "DeadEndValues", "ValueCache", "vocabulary_hash"]
 
 HEADER, WEIGHTS = "rectifier.json", "rectifier.safetensors"
 FORMAT = 1
+DEPTH = re.compile("(num|n)_(hidden_)?layers?|(en|de)coder_layers")  # what configs call their layers
+
+
+class TrunkConfig(Fields):
+    """The config of the trunk, as transformers writes it."""
+
+    model_type: str
+
+
+class RectifierHeader(Header):
+    """What a saved rectifier says of itself."""
+
+    vocabulary: str
+    special_ids: dict[str, int | None]
+    hidden_mult: int = Field(ge=1, lt=2**16)
+    trunk: TrunkConfig
 
 
 class DeadEndValues(NamedTuple):
@@ -49,6 +71,10 @@ class DeadEndValueModel(nn.Module):
         super().__init__()
         if hidden_mult < 1:
             raise InputError(f"hidden_mult={hidden_mult} is not allowed; give a whole number >= 1")
+        if hasattr(trunk, "get_base_model"):
+            raise InputError("the trunk has adapters, which are not saved with it; call merge_and_unload() first")
+        if trunk.config.is_encoder_decoder or sees_both_sides(trunk):
+            raise InputError(f"{type(trunk).__name__} is bidirectional, but the trunk must be causal; use a decoder")
         self.trunk, self.hidden_mult = trunk.base_model, hidden_mult
         config = trunk.config.get_text_config()
         hidden = hidden_mult * config.hidden_size
@@ -118,8 +144,6 @@ class DeadEndValueModel(nn.Module):
         """Write `rectifier.json` and `rectifier.safetensors` into a folder, which is made."""
         if self.vocabulary is None:
             raise InputError("the rectifier is not bound to a tokenizer; call bind(tokenizer) before save")
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         header = {
             "format": FORMAT,
             "vocabulary": self.vocabulary,
@@ -127,8 +151,7 @@ class DeadEndValueModel(nn.Module):
             "hidden_mult": self.hidden_mult,
             "trunk": json.loads(self.trunk.config.to_json_string(use_diff=False)),
         }
-        (folder / HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
-        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / WEIGHTS)
+        write_artifact(folder, self.state_dict(), header, (WEIGHTS, HEADER))
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> DeadEndValueModel:
@@ -138,26 +161,32 @@ class DeadEndValueModel(nn.Module):
             InputError: no rectifier there, or one that is damaged or of another format.
         """
         folder = Path(folder)
-        try:
-            header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
-            if header["format"] == FORMAT:
-                return cls._restored(header, load_file(folder / WEIGHTS)).to(device).eval()
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise InputError(
-                f"the folder {str(folder)!r} holds no rectifier that can be read ({type(error).__name__}); give one "
-                "written by DeadEndValueModel.save"
-            ) from None
-        raise InputError(
-            f"the rectifier in {str(folder)!r} has the format {header['format']}, this version reads {FORMAT}; train "
-            "it again"
-        )
+        remedy = "give one written by DeadEndValueModel.save"
+        with explained(f"the folder {str(folder)!r} holds no rectifier that can be read", remedy, StrictDataclassError):
+            header = read_json(folder / HEADER)
+            about = header_of(header, RectifierHeader, FORMAT, f"the rectifier in {str(folder)!r}")
+            weights = read_tensors(folder / WEIGHTS)[0]
+            _check_sizes(header["trunk"], len(weights))
+            model = with_weights(lambda: cls(_trunk(header["trunk"]), about.hidden_mult), weights).eval()
+            model(torch.zeros(1, 1, dtype=torch.long))  # a config may be taken and still not work
+        model.vocabulary, model.special_ids = about.vocabulary, about.special_ids
+        return model.to(device)
 
-    @classmethod
-    def _restored(cls, header: dict[str, Any], weights: dict[str, Tensor]) -> DeadEndValueModel:
-        model = cls(AutoModel.from_config(AutoConfig.for_model(**header["trunk"])), header["hidden_mult"])
-        model.load_state_dict(weights)
-        model.vocabulary, model.special_ids = header["vocabulary"], header["special_ids"]
-        return model
+
+def _trunk(config: dict[str, Any]) -> PreTrainedModel:
+    return AutoModel.from_config(AutoConfig.for_model(**config), trust_remote_code=False)
+
+
+def _check_sizes(config: dict[str, Any], tensors: int) -> None:
+    """Refuse a config of more layers than there are tensors, or other absurd sizes, before a model is made of it.
+
+    Raises:
+        ValueError: the first such number.
+    """
+    for name, value in config.items():
+        most = tensors if DEPTH.fullmatch(name) else 2**31
+        if isinstance(value, int) and abs(value) > most:
+            raise ValueError(f"the trunk has {name}={value}, at most {most} is possible")
 
 
 def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -11,22 +11,27 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import InputError
-from .hooks import capture_residual, decoder_layers, fingerprint
+from .files import explained, read_json
+from .hooks import capture_residual, decoder_body, decoder_layers, fingerprint
+from .outputs import write_artifact
+from .positions import check_prompt_fits
+from .prompts import Prompt, listed_prompts, rendered
 from .rows import left_padded, shared_length
+from .schemas import Fields
+from .stored import Header, header_of, read_tensors, with_weights
+from .text import check_encodable
 
 __all__ = ["CLASSES", "DifficultyProbe", "Prompt", "Questions", "prompt_ids", "question_ids", "read_questions"]
 
@@ -35,8 +40,6 @@ FORMAT = 1
 WEIGHTS, HEADER = "probe.safetensors", "probe.json"
 MARK = "\ue000"  # private use: no question and no template has it
 
-Prompt = str | Sequence[Mapping[str, str]]  # a question, or messages that end with one
-
 
 # --- prompts -------------------------------------------------------------------------------------------------------
 
@@ -44,8 +47,10 @@ Prompt = str | Sequence[Mapping[str, str]]  # a question, or messages that end w
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, suffix: str = "", chat: bool = True) -> list[int]:
     """Token ids of a prompt whose last message has `suffix` behind it."""
     messages = _messages(prompt, suffix)
+    for message in messages:
+        check_encodable(message["content"], "the prompt")
     if chat and tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text = rendered(tokenizer, messages, add_generation_prompt=True)
         return tokenizer.encode(text, add_special_tokens=False)
     if len(messages) > 1:
         raise InputError(
@@ -95,11 +100,12 @@ def read_questions(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], chat: bool = True
 ) -> Questions:
     """Read the questions of the prompts in one forward, without the words that a strategy would add."""
-    rows = [question_ids(tokenizer, prompt, chat) for prompt in prompts]
+    rows = [question_ids(tokenizer, prompt, chat) for prompt in listed_prompts(prompts)]
     if not rows or not all(rows):
         raise InputError("there is no question to read; give at least one prompt, each with some text")
+    check_prompt_fits(model, max(map(len, rows)))
     ids, mask = left_padded(rows, model.device, tokenizer.pad_token_id or 0)
-    body, cache = model.get_decoder(), DynamicCache(config=model.config)
+    body, cache = decoder_body(model), DynamicCache(config=model.config)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
     if "position_ids" in inspect.signature(body.forward).parameters:
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -110,6 +116,26 @@ def read_questions(
 
 
 # --- the probe -----------------------------------------------------------------------------------------------------
+
+
+class MadeFor(Fields):
+    """Whose states a probe reads."""
+
+    model: str
+    fingerprint: str
+    layer: int
+    normed: bool
+    template: str
+
+
+class ProbeHeader(Header):
+    """What a saved probe says of itself."""
+
+    hidden_size: int = Field(ge=1, lt=2**24)
+    hidden: int = Field(ge=0, lt=2**24)
+    n_classes: int = Field(ge=2, lt=2**16)
+    held_out_accuracy: float = Field(allow_inf_nan=True)  # nan where no question was held out
+    made_for: MadeFor
 
 
 class DifficultyProbe(nn.Module):
@@ -267,12 +293,9 @@ class DifficultyProbe(nn.Module):
         """
         if self.made_for is None:
             raise InputError("the probe belongs to no model yet; call bind(model, tokenizer) before save")
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / WEIGHTS)
         sizes = {"hidden_size": self.hidden_size, "hidden": self.hidden, "n_classes": self.n_classes}
         header = {"format": FORMAT, **sizes, "held_out_accuracy": self.held_out_accuracy, "made_for": self.made_for}
-        (folder / HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
+        write_artifact(folder, self.state_dict(), header, (WEIGHTS, HEADER))
 
     @classmethod
     def load(cls, folder: str | Path) -> DifficultyProbe:
@@ -282,19 +305,11 @@ class DifficultyProbe(nn.Module):
             InputError: no probe there, a damaged one, or one of a newer version.
         """
         folder = Path(folder)
-        try:
-            header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
-            if header["format"] > FORMAT:
-                raise InputError(
-                    f"the probe in {str(folder)!r} has format {header['format']}, this version reads {FORMAT}; update "
-                    "tokenry"
-                )
-            probe = cls(header["hidden_size"], header["hidden"], header["n_classes"])
-            probe.load_state_dict(load_file(folder / WEIGHTS))
-        except (OSError, KeyError, TypeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            raise InputError(
-                f"there is no probe in {str(folder)!r} ({reason}); give a folder written by DifficultyProbe.save"
-            ) from None
-        probe.held_out_accuracy, probe.made_for = header["held_out_accuracy"], header["made_for"]
+        remedy = "give a folder written by DifficultyProbe.save"
+        with explained(f"there is no probe in {str(folder)!r}", remedy):
+            header = read_json(folder / HEADER)
+            about = header_of(header, ProbeHeader, FORMAT, f"the probe in {str(folder)!r}")
+            sizes = about.hidden_size, about.hidden, about.n_classes
+            probe = with_weights(lambda: cls(*sizes), read_tensors(folder / WEIGHTS)[0])
+        probe.held_out_accuracy, probe.made_for = about.held_out_accuracy, header["made_for"]
         return probe

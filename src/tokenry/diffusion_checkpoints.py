@@ -6,7 +6,6 @@ token from the logits of the position before it.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
+from .checkpoint_files import check_weights, read_config
 from .errors import InputError
 from .masks import make_bidirectional
 
@@ -54,10 +54,9 @@ def load_diffusion_checkpoint(folder: str | Path, dtype: torch.dtype) -> PreTrai
     `config.mask_token_id` and, for Dream, `config.token_shift` say how to sample from it.
 
     Raises:
-        InputError: a LLaDA of another shape than the published one, or weights that are missing.
+        InputError: a broken config, a LLaDA of another shape than the published one, or weights that are not its own.
     """
-    file = Path(folder) / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    config = read_config(folder)
     if config.get("model_type") == "llada":
         return _build(LlamaForCausalLM, _llada_config(config), _renamed(_weights(folder)), dtype)
     if config.get("model_type") == "Dream":
@@ -114,9 +113,14 @@ def _renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _build(kind: type, config: Any, weights: dict[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
     model = kind._from_config(config, dtype=dtype)
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    missing = [name for name in missing if not (config.tie_word_embeddings and name == "lm_head.weight")]
-    if missing or unexpected:
-        names = ", ".join([*missing, *unexpected][:3])
-        raise InputError(f"the checkpoint has not the weights of {kind.__name__}: {names}; give a complete one")
+    wanted = model.state_dict()
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    shapes = [(name, weights[name].shape, wanted[name].shape) for name in wanted.keys() & weights.keys()]
+    found = {
+        "missing_keys": wanted.keys() - weights.keys() - tied,
+        "unexpected_keys": weights.keys() - wanted.keys(),
+        "mismatched_keys": [(name, has, wants) for name, has, wants in shapes if has != wants],
+    }
+    check_weights(found, kind.__name__)
+    model.load_state_dict(weights, strict=False)
     return make_bidirectional(model).eval()

@@ -8,18 +8,21 @@ arXiv 2509.25188.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .errors import InputError
+from .fields import Block, Width, check
+from .files import explained, read_json
 from .hooks import fingerprint
+from .outputs import write_artifact
+from .schemas import Fields
+from .stored import Header, header_of, read_tensors, with_weights
 
 __all__ = ["ConfidenceFilter", "TraceDataset"]
 
@@ -52,6 +55,22 @@ class TraceDataset(NamedTuple):
         return cls(*(torch.cat(values) for values in zip(*parts)))
 
 
+class MadeFor(Fields):
+    """What a filter was trained on."""
+
+    model: str
+    fingerprint: str
+    temperature: float
+
+
+class FilterHeader(Header):
+    """What a saved filter says of itself."""
+
+    block_length: int = Field(ge=1, lt=2**20)
+    hidden: int = Field(ge=1, lt=2**24)
+    made_for: MadeFor
+
+
 class ConfidenceFilter(nn.Module):
     """W2 relu(W1 c + b1) + b2 of the confidences c of a block: for each position, the logit of its being final.
 
@@ -67,6 +86,8 @@ class ConfidenceFilter(nn.Module):
         hidden = block_length if hidden is None else hidden
         if block_length < 1 or hidden < 1:
             raise InputError(f"block_length={block_length} and hidden={hidden} are not allowed; give numbers >= 1")
+        check("block_length", block_length, Block)
+        check("hidden", hidden, Width)
         self.block_length, self.hidden = block_length, hidden
         self.layers = nn.Sequential(nn.Linear(block_length, hidden), nn.ReLU(), nn.Linear(hidden, block_length))
         self.made_for: dict[str, Any] | None = None
@@ -112,16 +133,13 @@ class ConfidenceFilter(nn.Module):
         """
         if self.made_for is None:
             raise InputError("the filter belongs to no model yet; call bind(model) before save")
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / WEIGHTS)
         header = {
             "format": FORMAT,
             "block_length": self.block_length,
             "hidden": self.hidden,
             "made_for": self.made_for,
         }
-        (folder / HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
+        write_artifact(folder, self.state_dict(), header, (WEIGHTS, HEADER))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> ConfidenceFilter:
@@ -131,20 +149,10 @@ class ConfidenceFilter(nn.Module):
             InputError: no filter there, a damaged one, or one of a newer version.
         """
         folder = Path(folder)
-        try:
-            header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
-            if header["format"] > FORMAT:
-                raise InputError(
-                    f"the filter in {str(folder)!r} has format {header['format']}, this version reads {FORMAT}; update "
-                    "tokenry"
-                )
-            made = cls(header["block_length"], header["hidden"])
-            made.load_state_dict(load_file(folder / WEIGHTS))
-            made.made_for = header["made_for"]
-        except (OSError, KeyError, TypeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            raise InputError(
-                f"there is no filter in {str(folder)!r} ({reason}); give a folder written by ConfidenceFilter.save, or "
-                "make one with `tokenry train --method learn2pd`"
-            ) from None
+        remedy = "give a folder written by ConfidenceFilter.save, or make one with `tokenry train --method learn2pd`"
+        with explained(f"there is no filter in {str(folder)!r}", remedy):
+            header = read_json(folder / HEADER)
+            about = header_of(header, FilterHeader, FORMAT, f"the filter in {str(folder)!r}")
+            made = with_weights(lambda: cls(about.block_length, about.hidden), read_tensors(folder / WEIGHTS)[0])
+        made.made_for = header["made_for"]
         return made.eval()

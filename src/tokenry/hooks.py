@@ -1,5 +1,6 @@
 """Inside a forward: watch and edit the residual stream, heads and neurons, skip layers. All are context managers
-that nest and leave nothing behind, also after an error.
+that nest, may end in any order, and leave nothing behind, also after an error. Each belongs to the thread that entered
+it; meanwhile another thread is refused the model (see `holding`).
 
 Layers are numbered as decoder blocks; a block's output has shape (batch, time, width) and comes before any final
 norm. (A `Trace` counts the states between the blocks: its `resid[i + 1]` is the output of block i.)
@@ -12,14 +13,17 @@ import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .cache import held_columns
 from .errors import InputError
+from .holding import hold, hooked, owned
 
 __all__ = [
     "Feed",
@@ -38,27 +42,48 @@ __all__ = [
     "on_feed",
     "patch_resid",
     "skip_layers",
-    "text_model",
 ]
 
 
-def text_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The part of a model that makes final hidden states of tokens: its decoder without the head."""
-    found = (model.get_decoder(), model.base_model, getattr(model, "model", None))
-    return next((m for m in found if isinstance(m, PreTrainedModel) and m is not model), model)
-
-
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of decoder blocks of a causal language model.
+    """The list of decoder blocks of a causal language model; the towers of other senses are not looked at.
 
     Raises:
-        InputError: the model has no list of `num_hidden_layers` blocks.
+        InputError: the decoder has no list of `num_hidden_layers` blocks, or several.
     """
-    count = model.config.get_text_config().num_hidden_layers
-    for module in text_model(model).modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise InputError(f"{type(model).__name__} has no list of {count} decoder layers; use a decoder-only model")
+    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", 0)
+    lists = outermost(decoder_body(model), lambda part: isinstance(part, nn.ModuleList) and len(part) == count)
+    if len(lists) > 1:  # as long as the blocks may be a list of norms or of projections
+        lists = [blocks for blocks in lists if isinstance(blocks[0], GradientCheckpointingLayer)]
+    if len(lists) != 1:
+        how_many = "several lists" if lists else "no list"
+        raise InputError(f"{type(model).__name__} has {how_many} of {count} decoder layers; use a decoder-only model")
+    return lists[0]
+
+
+def decoder_body(model: PreTrainedModel) -> PreTrainedModel:
+    """The decoder without its head, which makes hidden states of ids; adapters of peft stay inside it.
+
+    Raises:
+        InputError: peft puts virtual tokens before the text, which only its own forward knows of.
+    """
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise InputError(
+            f"{type(model).__name__} puts virtual tokens before each text, which hooks do not see; use a LoRA adapter"
+        )
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # OPT calls its decoder without its base model; a head may be called `decoder`, too; Llama 4 names no base model
+    found = (inner.get_decoder(), inner.base_model, getattr(inner, "model", None))
+    return next((part for part in found if isinstance(part, PreTrainedModel) and part is not inner), inner)
+
+
+def outermost(module: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[nn.Module]:
+    """The modules that are wanted, without those inside them (a block may hold as many experts as there are blocks) and
+    without those of other models inside this one, such as a vision tower."""
+    if wanted(module):
+        return [module]
+    parts = [part for part in module.children() if not isinstance(part, PreTrainedModel)]
+    return [found for part in parts for found in outermost(part, wanted)]
 
 
 def hidden_states(output: object) -> Tensor:
@@ -88,14 +113,14 @@ def edit_residual(model: PreTrainedModel, edits: Mapping[int, Callable[[Tensor],
     """Replace the output h of layer i by `edits[i](h)`. Nests; several edits of a layer apply in order."""
     layers = decoder_layers(model)
     _check(layers, edits)
-    with ExitStack() as stack:
+    with hold(model), ExitStack() as stack:
         for index, edit in edits.items():
 
             def hook(module: nn.Module, args: tuple, output: object, edit: Callable = edit) -> object:
                 edited = edit(hidden_states(output))
                 return edited if isinstance(output, Tensor) else (edited, *output[1:])  # older blocks: (hidden, ...)
 
-            stack.callback(layers[index].register_forward_hook(hook).remove)
+            stack.enter_context(hooked(layers[index], hook))
         yield
 
 
@@ -158,7 +183,8 @@ def on_feed(model: PreTrainedModel, begin: Callable[[Feed], None]) -> Iterator[N
     Raises:
         InputError: during a forward whose state does not say how many tokens it has seen.
     """
-    body = text_model(model)
+    body = decoder_body(model)
+    keeps = "past_key_values" in inspect.signature(body.forward).parameters
     seen: list[Tensor] = []  # ids that were given to a module around the body
 
     def given(module: nn.Module, args: tuple, kwargs: dict) -> dict:
@@ -184,11 +210,10 @@ def on_feed(model: PreTrainedModel, begin: Callable[[Feed], None]) -> Iterator[N
         cached = keeps and (cache is not None or inputs.get("use_cache") is not False)
         begin(Feed(ids, inputs.get("attention_mask"), inputs.get("position_ids"), held_columns(cache), new, cached))
 
-    keeps = "past_key_values" in inspect.signature(body.forward).parameters
-    with ExitStack() as stack:
+    with hold(model), ExitStack() as stack:
         for module in {model, model.base_model} - {body}:
-            stack.callback(module.register_forward_pre_hook(remember, with_kwargs=True).remove)
-        stack.callback(body.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            stack.enter_context(hooked(module, remember, before=True, with_kwargs=True))
+        stack.enter_context(hooked(body, hook, before=True, with_kwargs=True))
         yield
 
 
@@ -217,9 +242,9 @@ def patch_resid(model: PreTrainedModel, layer: int, positions: Sequence[int], va
 
 
 @contextmanager
-def edit_inputs(edits: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Replace the input x of each module by `edits[module](x)`."""
-    with ExitStack() as stack:
+def edit_inputs(model: PreTrainedModel, edits: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Replace the input x of each module of `model` by `edits[module](x)`."""
+    with hold(model), ExitStack() as stack:
         for module, edit in edits.items():
 
             def hook(module: nn.Module, args: tuple, kwargs: dict, edit: Callable = edit) -> tuple[tuple, dict]:
@@ -229,20 +254,20 @@ def edit_inputs(edits: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterat
                     raise InputError(f"{type(module).__name__} is called without hidden_states; use another model")
                 return args, kwargs | {"hidden_states": edit(kwargs["hidden_states"])}
 
-            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            stack.enter_context(hooked(module, hook, before=True, with_kwargs=True))
         yield
 
 
 @contextmanager
-def edit_outputs(edits: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Replace the output y of each module by `edits[module](y)`."""
-    with ExitStack() as stack:
+def edit_outputs(model: PreTrainedModel, edits: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Replace the output y of each module of `model` by `edits[module](y)`."""
+    with hold(model), ExitStack() as stack:
         for module, edit in edits.items():
 
             def hook(module: nn.Module, args: tuple, output: Tensor, edit: Callable = edit) -> Tensor:
                 return edit(output)
 
-            stack.callback(module.register_forward_hook(hook).remove)
+            stack.enter_context(hooked(module, hook))
         yield
 
 
@@ -276,7 +301,7 @@ def ablate_heads(model: PreTrainedModel, heads: Mapping[int, Sequence[int]]):
     for layer, chosen in heads.items():
         mixer, head_dim = head_mixer(model, layer)
         edits[mixer] = silence(head_dim, layer, chosen, mixer.in_features // head_dim)
-    return edit_inputs(edits)
+    return edit_inputs(model, edits)
 
 
 class Projection(NamedTuple):
@@ -321,6 +346,50 @@ def gated_mlp(model: PreTrainedModel, layer: int) -> dict[Literal["gate", "up"],
         raise InputError(f"layer {layer} of {type(model).__name__} has no gated MLP; use a Llama- or Phi-3-like model")
     every = slice(0, down.in_features)
     return {"gate": Projection(mlp.gate_proj, every), "up": Projection(mlp.up_proj, every)}
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The layer inside what peft puts around it: for its sizes, not for its weight (see `effective_weight`)."""
+    inner = getattr(module, "original_module", None) or getattr(module, "base_layer", None)
+    return module if inner is None else unwrapped(inner)
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """How many tokens have an embedding."""
+    return unwrapped(model.get_input_embeddings()).num_embeddings
+
+
+def effective_weight(module: nn.Module, what: str) -> Tensor:
+    """The weight (outputs, inputs) that a layer computes with: its own, and the LoRA adapters active on it.
+
+    Args:
+        what: the layer in words.
+
+    Raises:
+        InputError: quantised or offloaded weights, or an adapter whose change is no sum.
+    """
+    parts = module._modules
+    if "modules_to_save" in parts:  # peft: a copy that was trained as a whole
+        off = module.disable_adapters or not module.active_adapters
+        module = module.original_module if off else module.modules_to_save[module.active_adapters[0]]
+    elif "token_adapter" in parts:  # peft: some rows of an embedding
+        module = module.token_adapter
+    weight = unwrapped(module).weight.detach()
+    if not weight.is_floating_point() or weight.itemsize < 2 or weight.dim() != 2:
+        raise InputError(f"{what} holds quantised weights ({weight.dtype}); load the model in bfloat16 or float32")
+    if weight.is_meta:
+        raise InputError(f"{what} is offloaded; load the model on one device")
+    if "base_layer" not in module._modules or module.disable_adapters != module.merged:
+        return weight  # no adapter, or one that is off, or in the weight already
+    for name in module.active_adapters:
+        if module.merged or not hasattr(module, "lora_A") or name in module.lora_variant:  # such as DoRA
+            raise InputError(
+                f"{what} has the adapter {name!r} ({type(module).__name__}), whose change of the weight is not a sum; "
+                "call merge_and_unload() first"
+            )
+        if name in module.scaling:
+            weight = weight + module.get_delta_weight(name).detach().to(weight.dtype)
+    return weight
 
 
 class _Columns:
@@ -403,7 +472,7 @@ def clamp_neurons(
         else:
             up = gated_mlp(model, layer)["up"]
             edits[up.module] = hold(values, up.outputs.start, width)
-    return _during(model, columns, edit_inputs(edits) if side == "product" else edit_outputs(edits))
+    return _during(model, columns, edit_inputs(model, edits) if side == "product" else edit_outputs(model, edits))
 
 
 @contextmanager
@@ -412,53 +481,93 @@ def _during(model: PreTrainedModel, columns: _Columns, edits: AbstractContextMan
         yield
 
 
-class _Skipped(nn.Module):
-    """Stands in for a decoder block that does not run."""
+@cache
+def _skipping(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of what stands in for a decoder block of this kind that does not run.
 
-    def __init__(self, block: nn.Module, switch: LayerSwitch) -> None:
-        super().__init__()
-        self.__dict__.update(block=block, switch=switch)  # not registered as a submodule
+    A stand-in is its block with another forward: it has the block's own attributes, weights and hooks, so that whoever
+    looks for these finds them, and a hook may come and go whether the block is skipped or not.
+    """
 
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.__dict__["block"], name)  # models read attributes such as `attention_type`
+    class Skipped(kind):
+        __slots__ = ("switch",)
 
-    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor | tuple[Tensor]:
-        return hidden_states if self.switch.rest is None else (hidden_states, *self.switch.rest)
+    # Afterwards, since transformers wraps the forward of a subclass; and before what the block itself may have there.
+    Skipped.forward = property(lambda self: self.switch.pass_on)
+    return Skipped
+
+
+def _skipped(block: nn.Module, switch: LayerSwitch) -> nn.Module:
+    stand_in = object.__new__(_skipping(type(block)))
+    object.__setattr__(stand_in, "__dict__", vars(block))
+    object.__setattr__(stand_in, "switch", switch)
+    return stand_in
+
+
+class _Blocks:
+    """The blocks of a model while switches are on: a layer runs where all of them let it."""
+
+    def __init__(self, layers: nn.ModuleList) -> None:
+        self.layers, self.whole = layers, layers._modules
+        self.wanted: list[tuple[LayerSwitch, frozenset[int]]] = []
+
+    def running(self) -> frozenset[int]:
+        return frozenset.intersection(*(executed for _, executed in self.wanted))
+
+    def exchange(self) -> None:
+        """Put in the blocks that run now."""
+        self.layers._modules = self.wanted[-1][0].blocks(self) if self.wanted else self.whole
 
 
 class LayerSwitch:
     """Runs a model with only some of its decoder layers; the others pass their input on and do not touch the cache.
 
     The list of blocks is exchanged as a whole and built once for every set, so that switching costs the same for any
-    number of layers. Hooks on skipped blocks do not fire.
+    number of layers. Hooks on a skipped block see its input as its output; those inside it do not fire.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.layers = decoder_layers(model)
+        self.model, self.layers = model, decoder_layers(model)
         self.looked = False  # at what blocks return; before one has run that is not known
         self.rest: tuple[None, ...] | None = None  # what stands behind the hidden states, if they do not come alone
         self.lists: dict[frozenset[int], dict[str, nn.Module]] = {}
 
     @contextmanager
     def only(self, executed: frozenset[int]) -> Iterator[None]:
-        """Only the layers in `executed` run inside. Restores the model also after an error."""
-        if executed not in self.lists:
-            self.lists[executed] = self._list(executed)
-        before = self.layers._modules
-        watched = {self.layers[min(executed)]: self._look} if not self.looked and executed else {}
-        self.layers._modules = self.lists[executed]
-        try:
-            with edit_outputs(watched) if watched else nullcontext():
-                yield
-        finally:
-            self.layers._modules = before
-
-    def _list(self, executed: frozenset[int]) -> dict[str, nn.Module]:
+        """Only the layers in `executed` run inside, and of them those that other switches let run."""
         _check(self.layers, executed)
-        blocks = self.layers._modules.items()
-        return {name: block if int(name) in executed else _Skipped(block, self) for name, block in blocks}
+        self.pass_on = owned(self._pass_on)
+        with hold(self.model) as held, held.shared("layers", lambda: nullcontext(_Blocks(self.layers))) as blocks:
+            record = (self, executed)
+            blocks.wanted.append(record)
+            try:
+                blocks.exchange()
+                with self._watched(blocks):
+                    yield
+            finally:
+                blocks.wanted = [other for other in blocks.wanted if other is not record]
+                blocks.exchange()
 
-    def _look(self, output: Tensor | tuple) -> Tensor | tuple:
+    def blocks(self, all_blocks: _Blocks) -> dict[str, nn.Module]:
+        """The list of blocks in which those that do not run have stand-ins."""
+        running = all_blocks.running()
+        if running not in self.lists:
+            self.lists[running] = {
+                name: block if int(name) in running else _skipped(block, self)
+                for name, block in all_blocks.whole.items()
+            }
+        return self.lists[running]
+
+    def _pass_on(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor | tuple[Tensor]:
+        return hidden_states if self.rest is None else (hidden_states, *self.rest)
+
+    def _watched(self, blocks: _Blocks) -> AbstractContextManager[None]:
+        running = blocks.running()
+        if self.looked or not running:
+            return nullcontext()
+        return hooked(blocks.whole[str(min(running))], self._look)
+
+    def _look(self, module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
         hidden_states(output)
         rest = () if isinstance(output, Tensor) else output[1:]
         self.looked, self.rest = True, None if isinstance(output, Tensor) else (None,) * len(rest)
@@ -467,7 +576,6 @@ class LayerSwitch:
                 "the layers of this model hand more than hidden states on to the next one, so none can be skipped; "
                 "use another model"
             )
-        return output
 
 
 def _is_attention(part: object) -> bool:
@@ -507,10 +615,10 @@ def mask_layers(model: PreTrainedModel, mask: Tensor) -> Iterator[None]:
         return mix
 
     everywhere = mask.flatten(1).all(1).tolist()
-    with ExitStack() as stack:
+    with hold(model), ExitStack() as stack:
         for layer, keep, whole in zip(layers, mask[..., None], everywhere):
             if not whole:
-                stack.callback(layer.register_forward_hook(hook(keep), with_kwargs=True).remove)
+                stack.enter_context(hooked(layer, hook(keep), with_kwargs=True))
         yield
 
 
@@ -523,4 +631,7 @@ def fingerprint(model: PreTrainedModel) -> str:
         flat = weight.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.bfloat16).float()
         digest.update(name.encode() + sample.numpy().tobytes())
+    for name, module in model.named_modules():
+        if hasattr(module, "active_adapters") and hasattr(module, "base_layer"):
+            digest.update(f"{name} {module.active_adapters} {module.disable_adapters}".encode())
     return digest.hexdigest()[:16]

@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from .cache import is_sliding, rewind_obstacle
 from .errors import InputError
+from .hooks import decoder_body, outermost, vocabulary_size
 
 __all__ = [
     "as_attention_mask",
@@ -25,9 +26,11 @@ __all__ = [
     "draft_mask",
     "make_bidirectional",
     "own_position",
+    "sees_both_sides",
 ]
 
-KERNELS = ("sdpa", "eager")  # attention implementations that take any boolean mask
+OBSERVED = "tokenry"  # what `attention.observe` calls its own implementation, which computes with sdpa
+KERNELS = ("sdpa", "eager", OBSERVED)  # attention implementations that take any boolean mask
 
 
 # --- bidirectional models ------------------------------------------------------------------------------------------
@@ -45,6 +48,17 @@ def own_position(logits: Tensor, shift: bool) -> Tensor:
     With `shift` position i is predicted by the row before it, as in Dream; position 0 then keeps its own row.
     """
     return torch.cat([logits[:, :1], logits[:, :-1]], dim=1) if shift else logits
+
+
+def sees_both_sides(model: PreTrainedModel) -> bool:
+    """Whether tokens see later ones, as the configuration and the attention modules say: BERT, or a denoiser."""
+    config = model.config.get_text_config(decoder=True)
+    if not (getattr(config, "is_causal", True) and getattr(config, "causal", True)):  # the latter is XLM's
+        return True
+    names = ("is_causal", "is_decoder")  # cross-attention is not causal in a decoder either: one that is, suffices
+    parts = outermost(decoder_body(model), lambda part: any(name in vars(part) for name in names))
+    said = [vars(part)[name] for part in parts for name in names if name in vars(part)]
+    return bool(said) and not any(said)
 
 
 @torch.no_grad()
@@ -102,11 +116,11 @@ def as_attention_mask(model: PreTrainedModel, mask: Tensor) -> Tensor:
     Raises:
         InputError: another attention implementation.
     """
-    name = getattr(model.config, "_attn_implementation", "eager")
+    name = model.config.get_text_config()._attn_implementation
     if name not in KERNELS:
         raise InputError(f"{name} does not take a structured mask; load the model with attn_implementation='sdpa'")
     mask = mask.to(model.device)
-    if name == "sdpa":
+    if name != "eager":
         return mask
     return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(
         ~mask, torch.finfo(model.dtype).min
@@ -167,7 +181,7 @@ def check_mask(model: PreTrainedModel, mask: Tensor) -> None:
 
 
 def _probe(model: Any, time: int) -> Tensor:
-    size = model.get_input_embeddings().num_embeddings
+    size = vocabulary_size(model)
     return (torch.arange(time, device=model.device) * 7 % max(1, size - 1))[None]
 
 
@@ -182,5 +196,5 @@ def _changed(model: Any, ids: Tensor, mask: Tensor | None, before: Tensor, sourc
     Both calls have the same shape, so that rows that see nothing new are equal bit by bit.
     """
     other = ids.clone()
-    other[0, source] = model.get_input_embeddings().num_embeddings - 1
+    other[0, source] = vocabulary_size(model) - 1
     return (_logits(model, other, mask) != before).any(-1)

@@ -7,14 +7,15 @@ in what applying the method opens (a context manager, a processor, a monitor).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, ValidationInfo
 
 from .errors import InputError
+from .fields import shown
+from .files import parse_json, read_entries
 
 __all__ = ["Lines", "Method", "Option"]
 
@@ -29,27 +30,27 @@ class Option(NamedTuple):
     description: str
 
 
-def read_lines(value: Any) -> Any:
-    """A list of strings, or the path of a text file with one entry per line (`[...]` is read as JSON)."""
+def read_lines(value: Any, what: str = "entries") -> Any:
+    """A list of strings, or the path of a file with one entry per line or a JSON list (`[...]` itself is JSON too).
+
+    Args:
+        what: the name of the entries, in the plural.
+    """
     if not isinstance(value, str | Path):
         return value
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
-            return json.loads(value)
-        except json.JSONDecodeError as error:
+            return parse_json(value)
+        except ValueError as error:
             raise ValueError(f"this is not a JSON list ({error})") from None
-    path = Path(value)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise ValueError(
-            f"the file {str(path)!r} cannot be read ({reason}); give a text file with one entry per line"
-        ) from None
-    return [line for line in lines if line]
+    return read_entries(value, what)
 
 
-Lines = Annotated[tuple[str, ...], BeforeValidator(read_lines)]
+def _lines(value: Any, info: ValidationInfo) -> Any:
+    return read_lines(value, info.field_name)
+
+
+Lines = Annotated[tuple[str, ...], BeforeValidator(_lines)]
 
 
 class Method(BaseModel):
@@ -60,7 +61,7 @@ class Method(BaseModel):
     anything).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 
     slug: ClassVar[str]
     stage: ClassVar[str]
@@ -69,7 +70,7 @@ class Method(BaseModel):
     claim: ClassVar[str]
     caution: ClassVar[str] = ""
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -89,10 +90,10 @@ class Method(BaseModel):
     def from_strings(cls, pairs: Iterable[str]) -> Method:
         """Build from `name=value` strings, as the command line gives them."""
         values: dict[str, str] = {}
-        for pair in pairs:
+        for pair in [pairs] if isinstance(pairs, str) else pairs:
             name, sign, value = pair.partition("=")
             if not sign:
-                raise InputError(f"option {pair!r} has no value; write -o {pair}=VALUE")
+                raise InputError(f"option {shown(pair)} has no value; write -o {pair[:60]}=VALUE")
             values[name.strip()] = value
         return cls(**values)
 
@@ -103,7 +104,7 @@ def _explain(cls: type[Method], error: ValidationError) -> str:
     options = {option.name: option for option in cls.options()}
     if problem["type"] == "extra_forbidden":
         listed = ", ".join(f"{o.name} ({o.range or o.type})" for o in options.values())
-        return f"{cls.slug} has no option {name!r}; its options are: {listed}"
+        return f"{cls.slug} has no option {shown(name)}; its options are: {listed}"
     if problem["type"] == "missing":
         return f"{cls.slug} needs the option {name!r}: {options[name].description}"
     message = problem["msg"].removeprefix("Value error, ")
@@ -111,7 +112,7 @@ def _explain(cls: type[Method], error: ValidationError) -> str:
         prefix = f"{cls.slug}: " + (f"{name}: " if name else "")
         return prefix + message
     allowed = options[name].range or options[name].type
-    return f"{cls.slug}: {name}={problem['input']!r} is not allowed ({message.lower()}); give {allowed}"
+    return f"{cls.slug}: {name}={shown(problem['input'])} is not allowed ({message.lower()}); give {allowed}"
 
 
 def _show(value: Any) -> str:
@@ -134,6 +135,8 @@ def _type(schema: dict) -> str:
 
 def _range(schema: dict) -> str:
     for s in _variants(schema):
+        if s.get("items", {}).get("type") in ("integer", "number") and len(_variants(schema)) == 1:
+            return _range(s["items"]).replace("a number", "numbers")
         if "enum" in s:
             return "one of " + ", ".join(map(str, s["enum"]))
         if "const" in s:

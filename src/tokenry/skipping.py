@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .errors import InputError
+from .fields import Tokens, check
 from .hooks import mask_layers
 
 __all__ = ["Kind", "SkipSchedule", "skip_forward"]
@@ -73,6 +74,8 @@ class SkipSchedule:
             raise InputError(f"e_min={self.e_min} is not allowed; give {least} (warmup + 1) to e_max={self.e_max}")
         if self.kind not in Kind.__args__:
             raise InputError(f"schedule {self.kind!r} is unknown; use one of {', '.join(Kind.__args__)}")
+        if self.planned_new_tokens > 0:
+            check("planned_new_tokens", self.planned_new_tokens, Tokens)
         for name in ("prompt_len", "planned_new_tokens", "power"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name}={getattr(self, name)} is not allowed; give a number > 0")

@@ -7,7 +7,30 @@ from copy import copy
 
 from transformers import PreTrainedTokenizerBase
 
+from .errors import InputError
+
 REPLACEMENT = "\ufffd"  # what decoding gives for bytes that are not a whole character yet
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """{special token: its id}: what `skip_special_tokens` leaves out of the text."""
+    added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {**added, **dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))}
+
+
+def check_encodable(text: str, name: str) -> None:
+    """Refuse a text that is not Unicode: half a pair of surrogates, which no tokenizer takes.
+
+    Raises:
+        InputError: with the name of the text, and where it is.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{name} has half a surrogate pair, {text[error.start]!r}, at character {error.start}, which is no text; "
+            "read it with errors='replace', or take it out"
+        ) from None
 
 
 class TokenText:

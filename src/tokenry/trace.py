@@ -16,23 +16,64 @@ import json
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import Field, Strict
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .attention import observe
 from .errors import InputError
-from .hooks import capture_residual, decoder_layers, down_projection, edit_inputs, head_mixer, on_feed, text_model
+from .files import explained, parse_json
+from .holding import hold, hooked
+from .hooks import capture_residual, decoder_body, decoder_layers, down_projection, edit_inputs, head_mixer, on_feed
+from .outputs import write_file
 from .recorder import FORMAT, Recorder, head_logits, identity
 from .reducers import Reducer
+from .schemas import Fields
 from .spans import Span, find_spans
+from .stored import Header, check_floats, check_range, check_tensors, header_of, read_tensors
 
 __all__ = ["Captured", "Trace", "capture"]
 
 Rows = slice | Sequence[int] | Tensor | None
+
+
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+Tokens = Annotated[tuple[Count, Count], Strict(False)]
+
+
+class Spans(Fields):
+    """Half-open token spans by role."""
+
+    prompt: list[Tokens]
+    think: list[Tokens]
+    answer: list[Tokens]
+    sentences: list[Tokens]
+
+
+class Setting(Fields):
+    """How the attention maps of a layer are rebuilt."""
+
+    edited: bool
+    scaling: float = Field(gt=0, lt=1e6)
+    window: Count | None
+
+
+class TraceHeader(Header):
+    """What a saved trace says of itself."""
+
+    model: str
+    config: str
+    fingerprint: str
+    tokenizer: str | None
+    dtype: str
+    depth: int = Field(ge=1, lt=2**16)
+    attention: dict[str, Setting]
+    text: str
+    spans: Spans
 
 
 class Trace:
@@ -149,7 +190,8 @@ class Trace:
     def save(self, path: str | Path) -> None:
         """Write one safetensors file with a JSON header."""
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
-        save_file(tensors, path, metadata={"tokenry": json.dumps({**self.header, "spans": self.spans})})
+        metadata = {"tokenry": json.dumps({**self.header, "spans": self.spans})}
+        write_file(path, lambda part: save_file(tensors, part, metadata=metadata))
 
     @classmethod
     def load(cls, path: str | Path, model: PreTrainedModel | None = None) -> Trace:
@@ -158,18 +200,14 @@ class Trace:
         Raises:
             InputError: not a trace, a newer format, or another model.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                header = json.loads((file.metadata() or {}).get("tokenry", "null"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, ValueError) as error:
-            raise InputError(f"{str(path)!r} cannot be read as a trace ({error}); give a file of Trace.save") from None
+        remedy = "give a file written by Trace.save"
+        with explained(f"{str(path)!r} cannot be read as a trace", remedy):
+            tensors, texts = read_tensors(path)
+            header = parse_json(texts.get("tokenry", "null"))
         if header is None:
-            raise InputError(f"{str(path)!r} has no trace header; give a file written by Trace.save")
-        if header["format"] > FORMAT:
-            raise InputError(
-                f"{str(path)!r} has format {header['format']}, this version reads {FORMAT}; update tokenry"
-            )
+            raise InputError(f"{str(path)!r} has no trace header; {remedy}")
+        with explained(f"{str(path)!r} cannot be read as a trace", remedy):
+            _check(tensors, header_of(header, TraceHeader, FORMAT, f"the trace {str(path)!r}"))
         if model is not None and identity(model) != [header["fingerprint"], header["config"]]:
             raise InputError(
                 f"{str(path)!r} was traced on another model than the one given; load {header['model']!r} "
@@ -230,10 +268,8 @@ def capture(
     layers = set(range(depth)) if qk == "all" else set(qk or ())
     if not layers <= set(range(depth)):
         raise InputError(f"qk={sorted(layers)} is not allowed; this model has layers 0 to {depth - 1}")
-    if hasattr(model, "_orig_mod"):
-        raise InputError("a compiled model bypasses Python hooks; use the model from before torch.compile")
     captured, recorder = Captured(), Recorder(model, layers, sorted(set(head_outputs)), reducers)
-    with ExitStack() as stack:
+    with hold(model), ExitStack() as stack:
         stack.enter_context(on_feed(model, recorder.begin))
         caught = stack.enter_context(capture_residual(model, {i - 1 for i in states if i > 0}))
         recorder.columns.update({f"resid.{i + 1}": parts for i, parts in caught.items()})
@@ -242,13 +278,48 @@ def capture(
             edits[head_mixer(model, layer)[0]] = recorder.keep_heads(layer)
         for layer in range(depth) if neurons == "all" else sorted(set(neurons)):
             edits[down_projection(model, layer)] = recorder.keep(f"mlp.{layer}")
-        stack.enter_context(edit_inputs(edits))
+        stack.enter_context(edit_inputs(model, edits))
         if layers or reducers:
             stack.enter_context(observe(model, recorder.attention))
-        stack.callback(text_model(model).register_forward_hook(recorder.final).remove)
-        stack.callback(model.register_forward_hook(recorder.check_logits, with_kwargs=True).remove)
+        stack.enter_context(hooked(decoder_body(model), recorder.final))
+        stack.enter_context(hooked(model, recorder.check_logits, with_kwargs=True))
         yield captured
     captured.traces = [Trace(tensors, header, model) for tensors, header in recorder.sequences(tokenizer)]
+
+
+def _check(tensors: dict[str, Tensor], header: TraceHeader) -> None:
+    """Refuse tensors that do not belong together or to their header.
+
+    Raises:
+        ValueError: the first such tensor.
+    """
+    check_tensors(tensors, {"ids": (None,), "final": (None, None)})
+    total = len(tensors["ids"])
+    check_tensors(tensors, dict.fromkeys(("position_ids", "logprob", "entropy", "lse"), (total,)))
+    inner = {"final": (total, None), "offsets": (total, 2), "positions": (None,)}
+    places = tensors.get("positions", torch.zeros(0))
+    for name in tensors:
+        kind, _, layer = name.partition(".")
+        shape = {"resid": (total, None), "mlp": (total, None), "heads": (len(places), None, None)}.get(kind)
+        if kind in ("q", "k"):
+            shape = (total, None, None)
+            check_tensors(tensors, {f"{'k' if kind == 'q' else 'q'}.{layer}": shape})
+            if layer not in header.attention:
+                raise ValueError(f"the header says nothing of the attention of layer {layer}")
+        inner |= {name: shape} if shape else {}
+    check_tensors(tensors, {name: shape for name, shape in inner.items() if name in tensors})
+    reduced = {name for name in tensors if name.startswith("reduced.")}
+    whole = {"ids", "position_ids", "offsets", "positions"}
+    check_floats(tensors, tensors.keys() - reduced - whole, nan=True)
+    for name in tensors.keys() & whole:
+        check_range(name, tensors[name], 2**31)
+    if "offsets" in tensors:
+        check_range("offsets", tensors["offsets"], len(header.text) + 1)
+    elif header.text:
+        raise ValueError("the tensor 'offsets' is missing")
+    for role, spans in header.spans:
+        if any(not start <= stop <= total for start, stop in spans):
+            raise ValueError(f"a span of {role!r} is not within the {total} tokens")
 
 
 def _index(rows: Rows, total: int) -> Tensor:

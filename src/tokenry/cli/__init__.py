@@ -5,14 +5,20 @@ Nothing heavy is imported before a command needs it, so that `tokenry list` answ
 
 from __future__ import annotations
 
+import errno
+import logging
+import os
+import re
+import sys
 from typing import Any
 
 import click
 
 from .. import __version__
 from ..errors import InputError
+from ..fields import is_unicode, shown
 from . import catalogue, compare, decode, judge, read, represent, select, tokenize, train, zoo
-from .shared import example
+from .shared import SAID, example
 
 __all__ = ["main"]
 
@@ -23,20 +29,41 @@ class Refusal(click.ClickException):
     exit_code = 2
 
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
 class Commands(click.Group):
-    """A group that turns InputError into a refusal."""
+    """Turns InputError, and a standard output that takes no more, into a refusal; what is no UTF-8 gets one, too."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
+        for argument in args:
+            if not is_unicode(argument):
+                raise Refusal(f"the argument {shown(argument)} is not UTF-8; give it in UTF-8, and rename such a file")
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
         except InputError as error:
-            raise Refusal(str(error)) from None
+            raise Refusal(re.sub(r"(\S{80})\S{80,}", r"\1...", str(error))) from None  # a value may be long
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered is flushed once more at exit
+            raise Refusal(f"standard output cannot be written ({error.strerror}); write somewhere else") from None
 
 
 @click.group(cls=Commands, epilog=example("tokenry compare antislop --report report.html"))
 @click.version_option(__version__)
 def main() -> None:
     """Everything that happens to a token in a transformer: methods from the literature, each measured."""
+    logging.getLogger("tokenry.files").addHandler(SAID)  # adding it again changes nothing
+    logging.getLogger("tokenry.files").setLevel(logging.INFO)
 
 
 for command in (

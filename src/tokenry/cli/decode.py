@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any
 
 import click
 
 from ..errors import InputError
+from ..fields import Batch, Portion, Probability, Seed, Temperature, Times, Tokens
+from ..outputs import LineWriter, check_file
 from .shared import (
+    Number,
     as_json,
-    check_writable,
     example,
+    force_option,
     load_model,
     model_options,
     parse_methods,
     progress,
+    read_entries,
     read_text,
+    refuse_unused,
 )
 
 
@@ -25,19 +30,22 @@ from .shared import (
     epilog=example('tokenry decode --method antislop -o phrases=slop.txt "Write a story about a lighthouse"')
 )
 @click.argument("prompt", required=False)
-@click.option("--prompts", "prompts_path", help="File with a prompt a line; prints a JSON line for each.")
+@click.option("--prompts", "prompts_path", help="Prompts, one a line or a JSON list; prints a JSON line for each.")
 @click.option("--method", "slugs", multiple=True, help="A decode method; may be repeated.")
 @click.option("-o", "options", multiple=True, metavar="NAME=VALUE", help="An option of the method.")
-@click.option("--max-new-tokens", default=256, show_default=True)
+@click.option("--max-new-tokens", type=Number(Tokens), default=256, show_default=True)
 @click.option("--greedy", is_flag=True, help="Take the most probable token instead of sampling.")
-@click.option("--temperature", default=1.0, show_default=True)
-@click.option("--min-p", default=0.05, show_default=True)
-@click.option("--top-p", default=1.0, show_default=True)
-@click.option("--top-k", default=0, show_default=True, help="0: no limit.")
-@click.option("--seed", default=0, show_default=True)
-@click.option("--batch-size", default=16, show_default=True, help="Prompts at a time with --prompts.")
+@click.option("--temperature", type=Number(Temperature, ", or use --greedy"), default=1.0, show_default=True)
+@click.option("--min-p", type=Number(Probability), default=0.05, show_default=True)
+@click.option("--top-p", type=Number(Portion), default=1.0, show_default=True)
+@click.option("--top-k", type=Number(Times), default=0, show_default=True, help="0: no limit.")
+@click.option("--seed", type=Number(Seed), default=0, show_default=True)
+@click.option(
+    "--batch-size", type=Number(Batch), default=16, show_default=True, help="Prompts at a time with --prompts."
+)
 @click.option("--raw", is_flag=True, help="Continue the prompt itself, without the chat template.")
 @click.option("--save-pairs", help="Write the rewinds as preference pairs (JSON lines).")
+@force_option
 @model_options
 def decode(
     prompt: str | None,
@@ -54,38 +62,40 @@ def decode(
     batch_size: int,
     raw: bool,
     save_pairs: str | None,
+    force: bool,
     model_name: str,
     dtype: str | None,
     device: str | None,
+    trust_remote_code: bool,
     json_output: bool,
 ) -> None:
     """Generate with decode methods; one prompt streams as it goes. PROMPT '-' reads standard input."""
     methods = parse_methods(slugs, options, "decode")
     prompts = read_prompts(prompt, prompts_path)
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens={max_new_tokens} leaves nothing to generate; give a number >= 1")
-    if batch_size < 1:
-        raise InputError(f"--batch-size {batch_size} is not allowed; give a number >= 1")
+    if greedy:
+        refuse_unused(("--temperature", "--min-p", "--top-p", "--top-k"), "with --greedy")
+    if prompts_path is None:
+        refuse_unused(("--batch-size",), "without --prompts")
     sampling = sampling_options(greedy, temperature, min_p, top_p, top_k)
     if save_pairs:
-        check_writable(save_pairs)
-        Path(save_pairs).write_text("", encoding="utf-8")
+        check_file(save_pairs, force)
     settings = {"methods": methods, "chat": not raw, "max_new_tokens": max_new_tokens, **sampling}
     for method in methods:
         if method.caution:
             click.echo(f"{method.slug}: {method.caution}", err=True)
-    loaded = load_model(model_name, dtype, device)
-    if prompts_path:
-        generate_many(loaded, prompts, settings, seed, batch_size, save_pairs)
-    else:
-        generate_one(loaded, prompts[0], settings, seed, save_pairs, json_output)
+    loaded = load_model(model_name, dtype, device, trust_remote_code)
+    with LineWriter(save_pairs) if save_pairs else nullcontext() as pairs:
+        if prompts_path:
+            generate_many(loaded, prompts, settings, seed, batch_size, pairs)
+        else:
+            generate_one(loaded, prompts[0], settings, seed, pairs, json_output)
 
 
 def read_prompts(prompt: str | None, path: str | None) -> list[str]:
     if (prompt is None) == (path is None):
         raise InputError("give one PROMPT, or a file of them with --prompts")
     if path is not None:
-        prompts = [line for line in read_text(path, "prompts").splitlines() if line.strip()]
+        prompts = [prompt for prompt in read_entries(path, "prompts", "write one a line") if prompt.strip()]
         if not prompts:
             raise InputError(f"the file {path!r} has no prompts; write one a line")
         return prompts
@@ -96,17 +106,16 @@ def read_prompts(prompt: str | None, path: str | None) -> list[str]:
 
 
 def generate_one(
-    loaded: Any, prompt: str, settings: dict[str, Any], seed: int, save_pairs: str | None, json_output: bool
+    loaded: Any, prompt: str, settings: dict[str, Any], seed: int, pairs: LineWriter | None, json_output: bool
 ) -> None:
     """Stream one text, or print it with its repairs as JSON."""
-    from transformers import TextStreamer
-
     from ..decode import generate
 
     model, tokenizer = loaded
-    streamers = [] if json_output else [TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)]
+    streamers = [] if json_output else [screen(tokenizer)]
     output = generate(model, tokenizer, prompt, streamers=streamers, seed=seed, **settings)
-    add_pairs(save_pairs, output)
+    if pairs:
+        pairs.add(output.pairs)
     stats = getattr(output, "stats", None)
     if json_output:
         events = [{k: v for k, v in vars(e).items() if k != "context_ids"} for e in output.events]
@@ -119,8 +128,20 @@ def generate_one(
         click.echo(f"({stats.in_words()})", err=True)
 
 
+def screen(tokenizer: Any) -> Any:
+    """A streamer that shows a text as it grows. It ends a line only if it has begun one: a refusal stands alone."""
+    from transformers import TextStreamer
+
+    class Screen(TextStreamer):
+        def end(self) -> None:
+            if not self.next_tokens_are_prompt:
+                super().end()
+
+    return Screen(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
 def generate_many(
-    loaded: Any, prompts: list[str], settings: dict[str, Any], seed: int, size: int, save_pairs: str | None
+    loaded: Any, prompts: list[str], settings: dict[str, Any], seed: int, size: int, pairs: LineWriter | None
 ) -> None:
     """A JSON line for each prompt as its batch is done; the seed of a batch is `seed` + its first prompt's number."""
     from ..decode import generate
@@ -129,7 +150,8 @@ def generate_many(
         for start in range(0, len(prompts), size):
             batch = prompts[start : start + size]
             output = generate(*loaded, batch, seed=seed + start, **settings)
-            add_pairs(save_pairs, output)
+            if pairs:
+                pairs.add(output.pairs)
             for b, (prompt, text) in enumerate(zip(batch, output.texts)):
                 click.echo(json.dumps({"prompt": prompt, "text": text, **strategy(output, b)}, ensure_ascii=False))
             update(advance=len(batch))
@@ -140,22 +162,8 @@ def strategy(output: Any, row: int) -> dict[str, str]:
     return {"strategy": output.strategy[row]} if "strategy" in output else {}
 
 
-def add_pairs(path: str | None, output: Any) -> None:
-    if path:
-        with Path(path).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in output.pairs)
-
-
 def sampling_options(greedy: bool, temperature: float, min_p: float, top_p: float, top_k: int) -> dict[str, Any]:
-    """Keyword arguments of `generate`, checked."""
+    """Keyword arguments of `generate`."""
     if greedy:
         return {"do_sample": False}
-    for name, value, allowed, text in (
-        ("temperature", temperature, temperature > 0, "a number > 0, or use --greedy"),
-        ("min-p", min_p, 0 <= min_p <= 1, "a number in [0, 1]"),
-        ("top-p", top_p, 0 < top_p <= 1, "a number in (0, 1]"),
-        ("top-k", top_k, top_k >= 0, "a number >= 0"),
-    ):
-        if not allowed:
-            raise InputError(f"--{name} {value} is not allowed; give {text}")
     return {"do_sample": True, "temperature": temperature, "min_p": min_p, "top_p": top_p, "top_k": top_k}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from ..errors import InputError
+from ..files import is_number, records_of
+from ..outputs import check_folder, write_folder
 from .shared import load_model, progress, read_text
 
 if TYPE_CHECKING:
@@ -25,18 +25,20 @@ class Problems(NamedTuple):
 
 def learn_probe(
     method: DifficultyLabels,
-    model_options: Sequence[str | None],
+    model_options: Sequence[Any],
     path: str | None,
     count: int | None,
     marker: str,
     max_new_tokens: int,
     folder: str | None,
+    force: bool,
 ) -> list[Reading]:
     """Train a probe and save it. Returns what the samples say of each class."""
     if (path is None) == (count is None):
         raise InputError("say what to learn from: a file of problems with --problems, or --arithmetic N")
-    if folder is None or (Path(folder).exists() and not Path(folder).is_dir()):
-        raise InputError(f"--save {folder} is no place for the probe; give a folder with --save")
+    if folder is None:
+        raise InputError("there is no place for the probe; give a folder with --save")
+    check_folder(folder, force)
     problems = sums(count) if path is None else read_problems(path, marker)
     model, tokenizer = load_model(*model_options)
     with progress("samples", len(problems.questions)) as update:
@@ -44,7 +46,7 @@ def learn_probe(
         profile = method.profile(model, tokenizer, *problems, max_new_tokens, **options)
     labels = method.labels(profile)
     probe = method.fit(model, tokenizer, problems.questions, labels)
-    probe.save(folder)
+    write_folder(folder, probe.save, force)
     click.echo(f"probe: {folder}; right on {probe.held_out_accuracy:.0%} of the questions held out", err=True)
     return [by_class(profile, labels)]
 
@@ -71,10 +73,9 @@ def read_problems(path: str, marker: str) -> Problems:
     from ..judge.answers import check_marker, find_answer, normalise_answer
 
     check_marker(marker)
-    lines = read_text(path, "file of problems").splitlines()
-    rows = [parse_problem(line, f"line {n} of {path!r}") for n, line in enumerate(lines, 1) if line.strip()]
-    if not rows:
-        raise InputError(f'{path!r} holds no problems; write lines like {{"question": "...", "answer": "..."}}')
+    remedy = 'give both as text, in lines like {"question": "...", "answer": "..."}'
+    text = read_text(path, "file of problems")
+    rows = records_of(text, path, "problems", remedy, problem_of)
 
     def is_correct(index: int, text: str) -> bool:
         span = find_answer(text, marker)
@@ -83,14 +84,9 @@ def read_problems(path: str, marker: str) -> Problems:
     return Problems([question for question, _ in rows], is_correct)
 
 
-def parse_problem(line: str, where: str) -> tuple[str, str]:
+def problem_of(row: dict[str, Any], where: str) -> tuple[str, str]:
     """Question and answer of one line."""
-    try:
-        row = json.loads(line)
-        question, answer = row["question"], row["answer"]
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f'{where} is no problem; write {{"question": "...", "answer": "..."}}') from None
-    texts = isinstance(question, str) and isinstance(answer, str | int | float) and not isinstance(answer, bool)
-    if not texts or not question.strip():
+    question, answer = row.get("question"), row.get("answer")
+    if not isinstance(question, str) or not question.strip() or not (isinstance(answer, str) or is_number(answer)):
         raise InputError(f"{where} has the question {question!r} and the answer {answer!r}; give both as text")
     return question, str(answer)

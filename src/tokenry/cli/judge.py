@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
 from ..errors import InputError
-from .shared import as_json, check_writable, example, load_model, model_options, parse_methods, progress, read_text
+from ..fields import Count, Probability
+from ..files import records_of
+from ..outputs import LineWriter, check_file
+from .shared import (
+    Number,
+    as_json,
+    example,
+    force_option,
+    load_model,
+    model_options,
+    parse_methods,
+    progress,
+    read_text,
+    refuse_unused,
+)
 
 
 @click.command(epilog=example("tokenry judge --method crew -o marker=answer --pairs pairs.jsonl solutions.jsonl"))
@@ -19,9 +31,10 @@ from .shared import as_json, check_writable, example, load_model, model_options,
 @click.option("-o", "options", multiple=True, metavar="NAME=VALUE", help="An option of the method.")
 @click.option("--trace", "traces", is_flag=True, help="The files are traces of solutions (Trace.save).")
 @click.option("--pairs", help="Write preference pairs of right and wrong solutions (JSON lines).")
-@click.option("--top-k", default=10, show_default=True, help="Pairs per prompt.")
-@click.option("--min-gap", type=float, help="Smallest difference of scores in a pair; default: any.")
+@click.option("--top-k", type=Number(Count), default=10, show_default=True, help="Pairs per prompt.")
+@click.option("--min-gap", type=Number(Probability), help="Smallest difference of scores in a pair; default: any.")
 @click.option("--raw", is_flag=True, help="Take the prompts as they are, without the chat template.")
+@force_option
 @model_options
 def judge(
     files: tuple[str, ...],
@@ -32,9 +45,11 @@ def judge(
     top_k: int,
     min_gap: float | None,
     raw: bool,
+    force: bool,
     model_name: str,
     dtype: str | None,
     device: str | None,
+    trust_remote_code: bool,
     json_output: bool,
 ) -> None:
     """Score solutions; for each prompt show the best one and what a vote weighted by the scores says.
@@ -44,8 +59,12 @@ def judge(
     """
     (method,) = parse_methods([slug], options, "judge")
     rows = [] if traces else [row for path in files for row in read_rows(path)]
-    check_pairs(pairs, top_k, traces, rows)
-    model, tokenizer = load_model(model_name, dtype, device)
+    if pairs is None:
+        refuse_unused(("--top-k", "--min-gap"), "without --pairs")
+    if traces:
+        refuse_unused(("--raw",), "with --trace")
+    check_pairs(pairs, traces, rows, force)
+    model, tokenizer = load_model(model_name, dtype, device, trust_remote_code)
     if traces:
         from ..trace import Trace
 
@@ -64,25 +83,15 @@ def judge(
 Row = tuple[str, str, str | None]  # prompt, solution, right answer
 
 
-def read_rows(path: str) -> Iterable[Row]:
+def read_rows(path: str) -> list[Row]:
     """The solutions of a file of JSON lines."""
-    found = []
-    for number, line in enumerate(read_text(path, "file of solutions").splitlines(), 1):
-        if line.strip():
-            found += parse_row(line, f"line {number} of {path!r}")
-    if not found:
-        raise InputError(f'{path!r} holds no solutions; write lines like {{"prompt": "...", "solution": "..."}}')
-    return found
+    remedy = 'write lines like {"prompt": "...", "solution": "..."}'
+    lines = records_of(read_text(path, "file of solutions"), path, "solutions", remedy, solutions_of)
+    return [row for rows in lines for row in rows]
 
 
-def parse_row(line: str, where: str) -> list[Row]:
+def solutions_of(row: dict[str, Any], where: str) -> list[Row]:
     """The solutions of one line."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where} is not JSON ({error}); write one object a line") from None
-    if not isinstance(row, dict):
-        raise InputError(f"{where} is not an object but {line.strip()[:40]!r}; write one object a line")
     prompt, answer = row.get("prompt"), row.get("answer")
     if not isinstance(prompt, str) or not prompt.strip():
         raise InputError(f"{where} has the prompt {prompt!r}; give the question as text")
@@ -98,18 +107,16 @@ def parse_row(line: str, where: str) -> list[Row]:
     return [(prompt, solution, answer) for solution in solutions]
 
 
-def check_pairs(pairs: str | None, top_k: int, traces: bool, rows: Sequence[Row]) -> None:
+def check_pairs(pairs: str | None, traces: bool, rows: Sequence[Row], force: bool) -> None:
     """Refuse --pairs before anything runs, where there will be none."""
     if pairs is None:
         return
-    if top_k < 1:
-        raise InputError(f"--top-k {top_k} keeps no pair; give a number >= 1")
     if traces:
         raise InputError("--pairs needs right answers, which traces do not hold; give JSON lines with 'answer'")
     missing = next((prompt for prompt, _, answer in rows if answer is None), None)
     if missing is not None:
         raise InputError(f"--pairs needs the right answer of every prompt; add 'answer' to {missing[:40]!r}")
-    check_writable(pairs)
+    check_file(pairs, force)
 
 
 def judge_rows(method: Any, model: Any, tokenizer: Any, rows: Sequence[Row], chat: bool) -> list[Any]:
@@ -130,7 +137,8 @@ def write_pairs(judged: Sequence[Any], path: str, top_k: int, min_gap: float | N
     from ..judge import build_crew_pairs
 
     made = build_crew_pairs(judged, top_k, min_gap)
-    Path(path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made), encoding="utf-8")
+    with LineWriter(path) as lines:
+        lines.add(made)
     click.echo(f"{len(made)} pairs: {path}; {made.info.description}", err=True)
 
 

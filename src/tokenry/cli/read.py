@@ -7,8 +7,22 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import InputError
+from ..fields import Count, Layer, Probability, Tokens
+from ..outputs import check_file
 from .difficulty import learn_probe
-from .shared import as_json, check_writable, example, load_model, model_options, parse_methods, progress, read_text
+from .shared import (
+    Number,
+    as_json,
+    console,
+    example,
+    force_option,
+    load_model,
+    model_options,
+    parse_methods,
+    progress,
+    read_text,
+    refuse_unused,
+)
 
 if TYPE_CHECKING:
     from ..read import LMHeadNeurons, NeuronMap, Reading
@@ -20,17 +34,24 @@ if TYPE_CHECKING:
 @click.option("--method", "slug", required=True, help="A read method.")
 @click.option("-o", "options", multiple=True, metavar="NAME=VALUE", help="An option of the method.")
 @click.option("--trace", "trace_path", help="Read a saved trace, captured with neurons, instead of a text.")
-@click.option("--least", default=0.01, show_default=True, help="Probability from which a top token is a name.")
+@click.option(
+    "--least",
+    type=Number(Probability),
+    default=0.01,
+    show_default=True,
+    help="Probability from which a top token is a name.",
+)
 @click.option("--find", "words", multiple=True, help="The neurons of a word; may be repeated.")
-@click.option("--layer", type=int, help="The most specialised neurons of a layer.")
+@click.option("--layer", type=Number(Layer), help="The most specialised neurons of a layer.")
 @click.option("--overlap", "other", metavar="MODEL", help="Share of equal names in another checkpoint.")
 @click.option("--map", "map_path", help="A saved map of the model, instead of making one.")
 @click.option("--save-map", help="Write the map (safetensors).")
 @click.option("--problems", help="Learn difficulty from this file: lines of {question: ..., answer: ...}.")
-@click.option("--arithmetic", type=int, metavar="N", help="Learn difficulty from N sums, for zoo/reasoner.")
+@click.option("--arithmetic", type=Number(Count), metavar="N", help="Learn difficulty from N sums, for zoo/reasoner.")
 @click.option("--marker", default="boxed", show_default=True, help="Answers: boxed, answer, number, or a regex.")
-@click.option("--max-new-tokens", default=256, show_default=True, help="The budget of an answer.")
+@click.option("--max-new-tokens", type=Number(Tokens), default=256, show_default=True, help="The budget of an answer.")
 @click.option("--save", "folder", help="Folder for the difficulty probe.")
+@force_option
 @model_options
 def read(
     text: str | None,
@@ -48,9 +69,11 @@ def read(
     marker: str,
     max_new_tokens: int,
     folder: str | None,
+    force: bool,
     model_name: str,
     dtype: str | None,
     device: str | None,
+    trust_remote_code: bool,
     json_output: bool,
 ) -> None:
     """Name neurons, find them by word, and list those that a text switches on; or learn how difficult a question is.
@@ -63,8 +86,15 @@ def read(
     of_probes = {"--problems": problems, "--arithmetic": arithmetic, "--save": folder}
     learns = slug == "difficulty-probe"
     refuse_given(of_maps if learns else of_probes, slug)
+    how = (dtype, device, trust_remote_code)
+    refuse_unused(("--least",) if learns else ("--marker", "--max-new-tokens"), f"with {slug}")
+    if arithmetic is not None:
+        refuse_unused(("--marker",), "with --arithmetic")
+    if text is None and trace_path is None:
+        refuse_unused(("--least",), "without a text or a trace")
     if learns:
-        found = learn_probe(method, (model_name, dtype, device), problems, arithmetic, marker, max_new_tokens, folder)
+        where = (folder, force)
+        found = learn_probe(method, (model_name, *how), problems, arithmetic, marker, max_new_tokens, *where)
         show(found, json_output)
         return
     if text is not None and trace_path:
@@ -75,14 +105,12 @@ def read(
         text = read_text("-", "text")
     if text is not None and not text.strip():
         raise InputError("the text is empty; give some text to read")
-    if not 0 <= least <= 1:
-        raise InputError(f"--least {least} is not allowed; give a probability in [0, 1]")
     if save_map:
-        check_writable(save_map)
+        check_file(save_map, force)
     from ..read import NeuronMap
     from ..trace import Trace
 
-    model, tokenizer = load_model(model_name, dtype, device)
+    model, tokenizer = load_model(model_name, *how)
     names = NeuronMap.load(map_path, model, tokenizer) if map_path else make_map(method, model, tokenizer, model_name)
     if save_map:
         names.save(save_map)
@@ -90,7 +118,7 @@ def read(
     if layer is not None:
         answers.append(names.table(layer))
     if other:
-        answers.append(compare_maps(names, make_map(method, *load_model(other, dtype, device), other)))
+        answers.append(compare_maps(names, make_map(method, *load_model(other, *how), other)))
     if text is not None or trace_path:
         layers = names.named_layers(least) or "all"
         trace = Trace.load(trace_path, model) if trace_path else traced(model, tokenizer, text, layers)
@@ -136,7 +164,5 @@ def show(answers: list[Reading], json_output: bool) -> None:
     if json_output:
         as_json([{"title": answer.title, "rows": answer.rows} for answer in answers])
         return
-    from rich.console import Console
-
     for answer in answers:
-        Console().print(answer.plot())
+        console().print(answer.plot())

@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import InputError
-from .shared import as_json, check_writable, example, load_model, model_options, parse_methods, progress, read_text
+from ..fields import Batch, Tokens
+from ..outputs import check_file, write_file
+from .shared import (
+    Number,
+    as_json,
+    example,
+    force_option,
+    load_model,
+    model_options,
+    parse_methods,
+    progress,
+    read_entries,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +37,12 @@ SUFFIXES = (".npy", ".parquet")
 @click.option("--method", "slug", help="A represent method; default: the plain prompt.")
 @click.option("-o", "options", multiple=True, metavar="NAME=VALUE", help="An option of the method.")
 @click.option("--output", required=True, help="Where to write: .npy (lines, width), or .parquet (text, embedding).")
-@click.option("--batch-size", default=16, show_default=True)
+@click.option("--batch-size", type=Number(Batch), default=16, show_default=True)
+@click.option(
+    "--max-seq-length", type=Number(Tokens), help="Tokens of a line with its prompt at most; default: the model's."
+)
+@click.option("--truncate", is_flag=True, help="Cut longer lines at their end; without it they are refused.")
+@force_option
 @model_options
 def represent(
     file: str,
@@ -33,25 +50,28 @@ def represent(
     options: tuple[str, ...],
     output: str,
     batch_size: int,
+    force: bool,
+    max_seq_length: int | None,
+    truncate: bool,
     model_name: str,
     dtype: str | None,
     device: str | None,
+    trust_remote_code: bool,
     json_output: bool,
 ) -> None:
     """Embed the sentences of FILE, one a line; '-' reads standard input."""
     if slug is None and options:
         raise InputError(f"the option {options[0]!r} needs a method; add --method token-prepending")
-    (method,) = parse_methods([slug], options, "represent") if slug else (None,)
-    if batch_size < 1:
-        raise InputError(f"--batch-size {batch_size} is not allowed; give a number >= 1")
-    check_output(output)
+    (method,) = parse_methods([slug], options, "represent") if slug is not None else (None,)
+    check_output(output, force)
     texts = read_lines(file)
     from ..represent import PromptEmbedder
 
-    model, tokenizer = load_model(model_name, dtype, device)
+    model, tokenizer = load_model(model_name, dtype, device, trust_remote_code)
     embedder = PromptEmbedder(model, tokenizer) if method is None else method.encoder(model, tokenizer)
+    embedder.max_seq_length, embedder.truncate = max_seq_length, truncate
     vectors = encode(embedder, texts, batch_size)
-    write(output, texts, vectors)
+    write_file(output, lambda part: write(part, texts, vectors))
     if json_output:
         about = {"method": slug, "options": method.model_dump(mode="json") if method else {}}
         as_json(
@@ -61,7 +81,7 @@ def represent(
         click.echo(f"{output}: {vectors.shape[0]} vectors of width {vectors.shape[1]}")
 
 
-def check_output(path: str) -> None:
+def check_output(path: str, force: bool) -> None:
     """Refuse what could not be written, before anything is computed."""
     suffix = Path(path).suffix
     if suffix not in SUFFIXES:
@@ -71,15 +91,14 @@ def check_output(path: str) -> None:
 
         if find_spec("pyarrow") is None:
             raise InputError("Parquet needs pyarrow; run `pip install pyarrow` or give an --output that ends in .npy")
-    check_writable(path)
+    check_file(path, force)
 
 
 def read_lines(file: str) -> list[str]:
     """The lines of a file; vectors and lines must match, so that an empty line is refused."""
-    text = read_text(file, "file").removesuffix("\n")
-    if not text:
+    texts = read_entries(file, "file", "give one sentence a line")
+    if not any(texts):
         raise InputError(f"the file {file!r} is empty; give one sentence a line")
-    texts = text.split("\n")
     for number, text in enumerate(texts, 1):
         if not text.strip():
             raise InputError(f"line {number} of {file!r} is empty; remove it")
@@ -92,8 +111,8 @@ def encode(embedder: PromptEmbedder, texts: Sequence[str], batch_size: int) -> N
         return embedder.encode(texts, batch_size, lambda done, total: update(completed=done)).numpy()
 
 
-def write(path: str, texts: Sequence[str], vectors: NDArray) -> None:
-    if Path(path).suffix == ".npy":
+def write(path: Path, texts: Sequence[str], vectors: NDArray) -> None:
+    if path.suffix == ".npy":
         import numpy as np
 
         np.save(path, vectors)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from ..errors import InputError
-from .shared import as_json, example, load_model, model_options, parse_methods, read_text
+from ..fields import Tokens
+from .shared import Number, as_json, example, load_model, model_options, parse_methods, read_text
 
 
 @click.command(epilog=example('tokenry select --method compresskv -o budget=128 --context FILE "Who opened the door?"'))
@@ -13,7 +14,7 @@ from .shared import as_json, example, load_model, model_options, parse_methods, 
 @click.option("--method", "slug", required=True, help="A select method.")
 @click.option("-o", "options", multiple=True, metavar="NAME=VALUE", help="An option of the method.")
 @click.option("--context", required=True, help="File with the long text; '-' for standard input.")
-@click.option("--max-new-tokens", default=64, show_default=True)
+@click.option("--max-new-tokens", type=Number(Tokens), default=64, show_default=True)
 @model_options
 def select(
     question: str,
@@ -24,6 +25,7 @@ def select(
     model_name: str,
     dtype: str | None,
     device: str | None,
+    trust_remote_code: bool,
     json_output: bool,
 ) -> None:
     """Answer a question about a long text with a compressed cache."""
@@ -31,12 +33,10 @@ def select(
     text = read_text(context, "context")
     if not text.strip() or not question.strip():
         raise InputError("the context or the question is empty; give some text")
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens={max_new_tokens} leaves nothing to generate; give a number >= 1")
     from ..cache import cache_bytes
     from ..decode import generate
 
-    model, tokenizer = load_model(model_name, dtype, device)
+    model, tokenizer = load_model(model_name, dtype, device, trust_remote_code)
     with method(model) as kept:
         output = generate(model, tokenizer, f"{text}\n\n{question}", max_new_tokens=max_new_tokens)
     counts = kept.trace.counts()

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from .. import catalog
 from ..errors import InputError
+from ..fields import allowed, fits, shown
+from ..files import as_text, entries_of, explained
 
 if TYPE_CHECKING:
     from ..method import Method
+
+
+class _Said(logging.Handler):
+    """Shows on standard error what reading a file has found."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(record.getMessage(), err=True)
+
+
+SAID = _Said()
 
 
 def example(text: str) -> str:
@@ -23,20 +36,51 @@ def example(text: str) -> str:
     return "\b\nExample:\n  " + text
 
 
+class Number(click.ParamType):
+    """A number with the bounds that it is declared with, see `tokenry.fields`."""
+
+    def __init__(self, declared: Any, or_else: str = "") -> None:
+        self.declared, self.or_else = declared, or_else
+        self.name = "integer" if get_args(declared)[0] is int else "float"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        try:
+            number = get_args(self.declared)[0](value)
+        except ValueError:
+            number = None
+        if not fits(number, self.declared):
+            given = shown(value) if number is None or len(value) > 20 else number
+            raise InputError(f"{param.opts[0]} {given} is not allowed; give {allowed(self.declared)}{self.or_else}")
+        return number
+
+
 def as_json(value: Any) -> None:
     click.echo(json.dumps(value, ensure_ascii=False, indent=2))
 
 
+def trust_option(command: Any) -> Any:
+    """--trust-remote-code, for verbs that load a model or a tokenizer."""
+    text = "Run Python code that comes with the model or tokenizer."
+    return click.option("--trust-remote-code", is_flag=True, help=text)(command)
+
+
 def model_options(command: Any) -> Any:
-    """--model, --dtype, --device and --json."""
+    """--model, --dtype, --device, --trust-remote-code and --json."""
     for option in (
         click.option("--json", "json_output", is_flag=True, help="Print JSON."),
+        trust_option,
         click.option("--device", help="Where to run; default: cuda where there is one."),
         click.option("--dtype", help="float32, bfloat16 or float16; default: float32 on CPU."),
         click.option("--model", "model_name", default="smollm2", show_default=True, help="Name, folder or hub id."),
     ):
         command = option(command)
     return command
+
+
+def force_option(command: Any) -> Any:
+    """--force, for verbs that write."""
+    text = "Write also where there is something that tokenry did not write."
+    return click.option("--force", is_flag=True, help=text)(command)
 
 
 def parse_methods(slugs: Sequence[str], pairs: Sequence[str], stage: str) -> list[Method]:
@@ -59,6 +103,15 @@ def parse_methods(slugs: Sequence[str], pairs: Sequence[str], stage: str) -> lis
     return [cls.from_strings(own[slug]) for slug, cls in classes.items()]
 
 
+def refuse_unused(names: Sequence[str], reason: str) -> None:
+    """Refuse options that were given on the command line and would not be looked at."""
+    context, typed = click.get_current_context(), click.core.ParameterSource.COMMANDLINE
+    given = {o for p in context.command.params if context.get_parameter_source(p.name) is typed for o in p.opts}
+    unused = [name for name in names if name in given]
+    if unused:
+        raise InputError(f"{', '.join(unused)} would have no effect {reason}; leave it out")
+
+
 def quiet() -> None:
     """No warnings and progress bars of transformers."""
     from transformers.utils import logging
@@ -67,33 +120,39 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
-def load_model(name: str, dtype: str | None, device: str | None) -> Any:
+def load_model(name: str, dtype: str | None, device: str | None, trust_remote_code: bool = False) -> Any:
     """Load quietly."""
     from ..models import load
 
     quiet()
-    return load(name, dtype, device)
+    return load(name, dtype, device, trust_remote_code)
 
 
 def read_text(path: str, what: str) -> str:
     """The text of a file, or of standard input for '-'."""
-    try:
-        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise InputError(f"the {what} {path!r} cannot be read ({reason}); give a text file") from None
+    with explained(f"the {what} {path!r} cannot be read", "give a text file"):
+        if path == "-" and sys.stdin is None:
+            raise ValueError("standard input is closed")
+        return as_text(sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes())
 
 
-def check_writable(path: str) -> None:
-    from ..measure.report import check_writable
+def read_entries(path: str, what: str, remedy: str) -> list[str]:
+    """The entries of a user's file or of standard input, blank ones too."""
+    text = read_text(path, what)
+    with explained(f"the {what} {path!r} cannot be read", remedy):
+        return entries_of(text)
 
-    check_writable(path)
+
+def console(**options: Any) -> Any:
+    """A rich console that takes text as it is: names and paths may hold what looks like markup or :emoji:."""
+    from rich.console import Console
+
+    return Console(markup=False, emoji=False, **options)
 
 
 @contextmanager
 def progress(what: str, total: int | None) -> Iterator[Callable[..., None]]:
     """A bar on standard error; yields `update(advance=1)`, which also takes completed, total and description."""
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -103,7 +162,7 @@ def progress(what: str, total: int | None) -> Iterator[Callable[..., None]]:
         TimeRemainingColumn,
     )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda **fields: bar.update(task, **fields)

@@ -9,7 +9,21 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import InputError
-from .shared import as_json, check_writable, example, parse_methods, progress, quiet, read_text
+from ..fields import Probability
+from ..outputs import check_file, check_folder, write_folder, write_text
+from .shared import (
+    Number,
+    as_json,
+    console,
+    example,
+    force_option,
+    parse_methods,
+    progress,
+    quiet,
+    read_text,
+    refuse_unused,
+    trust_option,
+)
 
 if TYPE_CHECKING:
     from ..method import Method
@@ -24,6 +38,8 @@ SHOWN_IN_PAGE = 5000
 @click.pass_context
 def tokenize(ctx: click.Context, slug: str) -> None:
     """Train a tokenizer on text of a domain, and see what it and others make of a text."""
+    if ctx.invoked_subcommand != "train":
+        refuse_unused(("--method",), f"on `tokenize {ctx.invoked_subcommand}`")
     ctx.obj = slug
 
 
@@ -31,20 +47,18 @@ def tokenize(ctx: click.Context, slug: str) -> None:
 @click.argument("files", nargs=-1, required=True)
 @click.option("--output", required=True, help="Folder to save the tokenizer in.")
 @click.option("-o", "options", multiple=True, metavar="NAME=VALUE", help="An option of the method.")
+@force_option
 @click.option("--json", "json_output", is_flag=True, help="Print JSON.")
 @click.pass_obj
-def train(slug: str, files: tuple[str, ...], output: str, options: tuple[str, ...], json_output: bool) -> None:
+def train(
+    slug: str, files: tuple[str, ...], output: str, options: tuple[str, ...], force: bool, json_output: bool
+) -> None:
     """Train on FILES: text files, one document each, or folders, read with all that is in them (*.txt and *.md)."""
     (method,) = parse_methods([slug], options, "tokenize")
     paths = text_files(files)
-    folder = Path(output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"the folder {output!r} cannot be made ({error.strerror}); choose another one") from None
-    check_writable(str(folder / "tokenizer.json"))
+    check_folder(output, force)
     tokenizer = train_shown(method, paths)
-    tokenizer.save_pretrained(folder)
+    write_folder(output, tokenizer.save_pretrained, force)
     if json_output:
         as_json({"folder": output, "vocabulary": len(tokenizer), "files": len(paths)})
     else:
@@ -81,15 +95,14 @@ def train_shown(method: Method, paths: Sequence[Path]) -> Any:
 @tokenize.command(epilog=example('tokenry tokenize encode --tokenizer smollm2 "The Licensee shall not sublicense."'))
 @click.argument("text")
 @click.option("--tokenizer", "name", required=True, help="Folder with tokenizer.json, smollm2 or hub id.")
+@trust_option
 @click.option("--json", "json_output", is_flag=True, help="Print ids and pieces as JSON.")
-def encode(text: str, name: str, json_output: bool) -> None:
+def encode(text: str, name: str, trust_remote_code: bool, json_output: bool) -> None:
     """Show the tokens of TEXT in colour; '-' reads standard input."""
     text = read_text("-", "text") if text == "-" else text
     if not text:
         raise InputError("the text is empty; give some to encode")
-    (tokenizer,) = load_tokenizers([name]).values()
-    from rich.console import Console
-
+    (tokenizer,) = load_tokenizers([name], trust_remote_code).values()
     from ..tokenize.report import coloured, token_pieces
 
     pieces = token_pieces(tokenizer, text)
@@ -97,9 +110,9 @@ def encode(text: str, name: str, json_output: bool) -> None:
     if json_output:
         as_json({"ids": ids, "pieces": [piece._asdict() for piece in pieces]})
         return
-    console = Console()
-    if console.is_terminal:
-        console.print(coloured(pieces), soft_wrap=True)
+    screen = console()
+    if screen.is_terminal:
+        screen.print(coloured(pieces), soft_wrap=True)
     else:
         click.echo("|".join(piece.text for piece in pieces))
     click.echo(f"({len(ids)} tokens, {len(ids) / len(text):.3f} per character)", err=True)
@@ -108,38 +121,52 @@ def encode(text: str, name: str, json_output: bool) -> None:
 @tokenize.command(epilog=example("tokenry tokenize report tokenizer/ smollm2 --text contract.txt --html report.html"))
 @click.argument("tokenizers", nargs=-1, required=True)
 @click.option("--text", "path", required=True, help="File with the text to compare on; '-' for standard input.")
-@click.option("--error-rate", default=0.05, show_default=True, help="Recognition errors per character, for stability.")
+@click.option(
+    "--error-rate",
+    type=Number(Probability),
+    default=0.05,
+    show_default=True,
+    help="Recognition errors per character, for stability.",
+)
 @click.option("--html", help="Write a self-contained HTML page.")
+@force_option
+@trust_option
 @click.option("--json", "json_output", is_flag=True, help="Print JSON.")
-def report(tokenizers: tuple[str, ...], path: str, error_rate: float, html: str | None, json_output: bool) -> None:
+def report(
+    tokenizers: tuple[str, ...],
+    path: str,
+    error_rate: float,
+    html: str | None,
+    force: bool,
+    trust_remote_code: bool,
+    json_output: bool,
+) -> None:
     """Compare TOKENIZERS on a text: folders with tokenizer.json, smollm2, or hub ids. Savings are against the first."""
     text = read_text(path, "text")
     if html:
-        check_writable(html)
-    loaded = load_tokenizers(tokenizers)
-    from rich.console import Console
-
+        check_file(html, force)
+    loaded = load_tokenizers(tokenizers, trust_remote_code)
     from ..tokenize.report import render, report_table, token_pieces, tokenizer_report
 
-    with Console(stderr=True).status("counting"):
+    with console(stderr=True).status("counting"):
         reports = tokenizer_report(loaded, text, error_rate)
     if html:
         pieces = {name: token_pieces(tokenizer, text[:SHOWN_IN_PAGE]) for name, tokenizer in loaded.items()}
-        Path(html).write_text(render(reports, pieces), encoding="utf-8")
+        write_text(html, render(reports, pieces))
     if json_output:
         as_json([found.to_dict() for found in reports])
         return
-    console = Console()
-    console.print(report_table(reports))
-    console.print(side_by_side(loaded, text[:SHOWN]))
+    screen = console()
+    screen.print(report_table(reports))
+    screen.print(side_by_side(loaded, text[:SHOWN]))
 
 
-def load_tokenizers(names: Sequence[str]) -> dict[str, Any]:
+def load_tokenizers(names: Sequence[str], trust_remote_code: bool) -> dict[str, Any]:
     """Load quietly; a name that was given twice is loaded once."""
     from ..tokenize import load_tokenizer
 
     quiet()
-    return {name: load_tokenizer(name) for name in names}
+    return {name: load_tokenizer(name, trust_remote_code) for name in names}
 
 
 def side_by_side(tokenizers: dict[str, Any], text: str) -> Any:

@@ -9,7 +9,9 @@ from typing import Any
 import click
 
 from ..errors import InputError
-from .shared import as_json, example, load_model, model_options, parse_methods, progress
+from ..fields import Share
+from ..outputs import check_folder, write_folder
+from .shared import Number, as_json, example, force_option, load_model, model_options, parse_methods, progress
 
 
 @click.command(epilog=example("tokenry train --method ftpo --data pairs.jsonl --output smollm2-without-slop"))
@@ -17,7 +19,10 @@ from .shared import as_json, example, load_model, model_options, parse_methods, 
 @click.option("-o", "options", multiple=True, metavar="NAME=VALUE", help="An option of the method.")
 @click.option("--data", required=True, help="What it learns from, a JSON line each: pairs, episodes or prompts.")
 @click.option("--output", required=True, help="New folder for what is trained.")
-@click.option("--hold-out", default=0.1, show_default=True, help="Share of the data that is only measured.")
+@click.option(
+    "--hold-out", type=Number(Share), default=0.1, show_default=True, help="Share of the data that is only measured."
+)
+@force_option
 @model_options
 def train(
     slug: str,
@@ -25,28 +30,28 @@ def train(
     data: str,
     output: str,
     hold_out: float,
+    force: bool,
     model_name: str,
     dtype: str | None,
     device: str | None,
+    trust_remote_code: bool,
     json_output: bool,
 ) -> None:
     """Train on pairs, episodes or prompts, and show what is measured at held-out ones before and after."""
     (method,) = parse_methods([slug], options, "train")
-    folder = Path(output)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"the output {output!r} exists and is not an empty folder; give a new one")
-    if not 0 <= hold_out < 1:
-        raise InputError(f"--hold-out {hold_out} is not allowed; give a share in [0, 1)")
+    if not force and Path(output).is_dir() and any(Path(output).iterdir()):
+        raise InputError(f"the output {output!r} exists and is not an empty folder; give a new one, or add --force")
+    check_folder(output, force)
     if not Path(data).is_file():
         raise InputError(f"the {method.examples} {data!r} cannot be read (no such file); give a file of JSON lines")
-    model, tokenizer = load_model(model_name, dtype, device)
+    model, tokenizer = load_model(model_name, dtype, device, trust_remote_code)
     kept, held = split(method.read(data, tokenizer), hold_out)
     with progress(slug, None) as update, TemporaryDirectory() as scratch:
         trainer = method.trainer(model, tokenizer, kept, scratch, progress=update)
         before = measure(method, trainer, held or kept)
         trained = trainer.train()
     after = measure(method, trainer, held or kept)
-    method.save(trainer, folder)
+    write_folder(output, lambda part: method.save(trainer, part), force)
     summary = {
         method.examples: len(kept),
         "held_out": len(held),

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from .shared import as_json, example, progress, quiet
+from ..fields import Seed
+from .shared import Number, as_json, example, force_option, progress, quiet
 
 
 @click.group(epilog=example("tokenry zoo build reasoner"))
@@ -52,9 +53,10 @@ def show(name: str, json_output: bool) -> None:
 @zoo.command(epilog=example("tokenry zoo build reasoner --output my-reasoner"))
 @click.argument("name")
 @click.option("--output", help="Folder; default: where --model zoo/NAME finds it.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", type=Number(Seed), default=0, show_default=True)
+@force_option
 @click.option("--json", "json_output", is_flag=True, help="Print JSON.")
-def build(name: str, output: str | None, seed: int, json_output: bool) -> None:
+def build(name: str, output: str | None, seed: int, force: bool, json_output: bool) -> None:
     """Train a model from its recipe, check what it reaches, and save it."""
     from ..zoo.recipes import build, find_recipe
 
@@ -66,6 +68,7 @@ def build(name: str, output: str | None, seed: int, json_output: bool) -> None:
             output,
             seed,
             lambda done, total, loss: update(completed=done, total=total, description=f"loss {loss:.3f}"),
+            force,
         )
     if json_output:
         as_json({**about(recipe), "folder": str(folder)})

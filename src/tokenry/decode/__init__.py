@@ -62,7 +62,7 @@ _HOMES = {
     "reflection_token_ids": "thinking",
     "triangular_wave": "cyclicreflex",
     "TransformersEngine": "engine",
-    "encode_prompts": "api",
+    "encode_prompts": ".prompts",
     "eos_confidence": "daedal",
     "generate": "api",
     "loop": "api",

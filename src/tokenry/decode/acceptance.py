@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..words import listed
 from .verifiers import (
     SAMPLINGS,
     VERIFIERS,
@@ -133,6 +134,7 @@ def verifier_acceptance(
     n: int,
     verifier: str = "kseq",
     *,
+    sampling: Sampling | None = None,
     explicit: bool = False,
     monte_carlo: int | None = None,
     generator: torch.Generator | None = None,
@@ -142,11 +144,14 @@ def verifier_acceptance(
     Args:
         p, q: target and draft probabilities (..., vocabulary).
         verifier: a name of `VERIFIERS`.
+        sampling: how the drafts are drawn, for "naive" alone, which is lossless for all of `SAMPLINGS`; the others have
+            one way of their own.
         explicit: count only drafts that pass a test, not residual draws that land on a draft.
         monte_carlo: number of random paths for "rrs-without", whose exact recursion grows like vocabulary^(n - 1).
 
     Raises:
-        InputError: bad rows, an unknown verifier, drafts that cannot be drawn, an exact recursion that is too large.
+        InputError: bad rows, an unknown verifier, another verifier's sampling, drafts that cannot be drawn, an exact
+            recursion that is too large.
     """
     if verifier not in VERIFIERS:
         raise InputError(f"there is no verifier {verifier!r}; use one of {', '.join(VERIFIERS)}")
@@ -154,14 +159,17 @@ def verifier_acceptance(
         raise InputError(f"the verifier 'single' takes one draft, not {n}; use 'kseq', 'rrs' or 'greedy' for several")
     if monte_carlo is not None and (verifier != "rrs-without" or monte_carlo < 1):
         raise InputError(f"monte_carlo={monte_carlo} is a number of paths >= 1 for 'rrs-without'; the others are exact")
+    own = VERIFIERS[verifier].sampling
+    if verifier != "naive" and sampling not in (None, own):
+        raise InputError(f"sampling={sampling!r} is not how {verifier!r} draws; leave it out, or use 'naive'")
     p, q = check_rows(p, q)
-    check_drafts(q, n, VERIFIERS[verifier].sampling)
+    check_drafts(q, n, sampling or own)
     if verifier == "kseq":
         return kseq_acceptance_probability(p, q, n)
     if verifier == "greedy":
         return torch.minimum(p, _last_draft(q, n)[1]).sum(-1) if explicit else _greedy(p, q, n)
     if verifier == "naive":
-        return torch.zeros_like(p[..., 0]) if explicit else (p * -torch.expm1(n * torch.log1p(-q))).sum(-1)
+        return torch.zeros_like(p[..., 0]) if explicit else (p * _drafted(q, n, sampling or own)).sum(-1)
     if verifier == "rrs-without":
         rows = zip(p.reshape(-1, p.shape[-1]), q.reshape(-1, q.shape[-1]))
         return torch.stack([_rrs_without(*row, n, monte_carlo, generator) for row in rows]).reshape(p.shape[:-1])
@@ -172,6 +180,33 @@ def verifier_acceptance(
         failed = failed * chance
         p = torch.where(chance[..., None] > 0, rest / chance[..., None], p)
     return 1 - failed
+
+
+def _drafted(q: Tensor, n: int, sampling: Sampling) -> Tensor:
+    """The chance (..., vocabulary) that a token is among `n` drafts."""
+    if sampling == "with" or n == 1:
+        return -torch.expm1(n * torch.log1p(-q))
+    if sampling == "greedy":
+        top, rest = _last_draft(q, n)
+        return rest.scatter(-1, top, 1)
+    rows = [_drafted_without(row, n) for row in q.reshape(-1, q.shape[-1])]
+    return torch.stack(rows).reshape(q.shape)
+
+
+def _drafted_without(q: Tensor, n: int) -> Tensor:
+    """The same without replacement, for one row: all drafts lie in the set of the other tokens, or not."""
+    some = q > 0
+    found = torch.zeros_like(q)
+    if int(some.sum()) == n:
+        return found.masked_fill(some, 1)
+    times = _nodes(float(q[some].min()), n).to(q)
+    pieces, none = _pieces(q[some], 1, times, n), torch.ones_like(times)[None]
+    before, after = (_running(none, law, n)[:, :-1] for law in (pieces, pieces.flip(1)))
+    start = torch.zeros_like(before[:, :1])
+    start[0] = 1
+    others = _product(torch.cat([start, before], 1), torch.cat([start, after], 1).flip(1), n)
+    found[some] = 1 - _chance(others, q[some], times)
+    return found
 
 
 def _rrs_without(p: Tensor, q: Tensor, n: int, paths: int | None, generator: torch.Generator | None) -> Tensor:
@@ -245,7 +280,7 @@ def acceptance_report(
         ceilings = {scheme: optimal_acceptance(p, q, count, scheme) for scheme in SAMPLINGS}
         for scheme, ceiling in ceilings.items():
             rows.append(AcceptanceRow(count, "ceiling", scheme, *_mean(ceiling), 0.0))
-        for name in verifiers:
+        for name in listed(verifiers, "verifier"):
             paths = monte_carlo if name == "rrs-without" else None
             reached = verifier_acceptance(p, q, count, name, monte_carlo=paths, generator=generator)
             scheme = VERIFIERS[name].sampling

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import lru_cache, reduce
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import (
-    AutoTokenizer,
-    BatchEncoding,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from ..checkpoint_files import read_tokenizer, reading
 from ..errors import InputError
+from ..fields import Temperature, Tokens, TorchSeed, check
+from ..hooks import vocabulary_size
+from ..masks import sees_both_sides
+from ..positions import check_prompt_fits, context_window, fixed_positions
+from ..prompts import Prompts, encode_prompts
+from ..words import listed
 from .core import WARPERS, DecodeLoop, DecodeOutput, Monitor
 from .engine import LayerPolicy, TransformersEngine
 from .method import DecodeMethod, Plugins
+from .options import AfterPrompt, check_config, check_processors, ending, kept_by_generate
 
-__all__ = ["encode_prompts", "generate", "loop"]
+__all__ = ["generate", "loop"]
 
 
 def loop(
@@ -41,7 +45,7 @@ def loop(
     token_streamers: Sequence[BaseStreamer] = (),
     processing_class: PreTrainedTokenizerBase | None = None,
     seed: int | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     rewind: str = "auto",
     budgets: Sequence[int] | None = None,
     speculation: Any = None,
@@ -53,62 +57,84 @@ def loop(
 
     `generate` prepares the configuration, logits processors and cache as always. `processing_class` is the
     tokenizer; without it the one saved beside the model is used. `caps` are logits processors that act last, after
-    temperature and truncation. `token_streamers` has one streamer per row
-    (`generate` does not pass its own `streamer` on). `budgets` are the most new tokens of each row, where that is less
+    temperature and truncation. `token_streamers` has one streamer per row; `streamer` of `generate` is for one row.
+    All of them end, also when something fails. `budgets` are the most new tokens of each row, where that is less
     than `max_new_tokens`. `speculation` drafts several tokens per step (see `speculative`). `past_key_values` may hold
     the first columns of the prompt. Returns ids, or a `DecodeOutput` with `return_dict_in_generate=True`.
+
+    Strings that end a text are given as `stop`: before it gets here, `generate` refuses `stop_strings` and loses the
+    `tokenizer` that it asks for.
+
+    Raises:
+        InputError: an option of `generate` that the loop would have to ignore (beams, assistants, scores, ...), what
+            does not fit together, a prompt beyond the context window.
     """
-    if generation_config.num_beams > 1:
-        raise InputError("the decode loop has no beams; leave num_beams at 1")
-    if not getattr(model.config.get_text_config(), "is_causal", True):
-        raise InputError(
-            "the model sees both sides and cannot write from left to right; use a method for masked-diffusion models, "
-            "such as masked-diffusion"
+    kept = kept_by_generate("streamer", "assistant_model", "synced_gpus")
+    with ending([*token_streamers, *([AfterPrompt(kept["streamer"])] if "streamer" in kept else [])]) as streamers:
+        if "streamer" in kept and len(streamers) != len(input_ids):
+            raise InputError(
+                f"streamer shows one row, here are {len(input_ids)} rows, {len(token_streamers)} token_streamers; "
+                "give token_streamers alone, one per row"
+            )
+        check_config(generation_config, **kept)
+        if seed is not None:
+            check("seed", seed, TorchSeed)
+        if generation_config.do_sample and generation_config.temperature is not None:
+            check("temperature", generation_config.temperature, Temperature)
+        mask = model_kwargs.pop("attention_mask", None)
+        _check_model(model)
+        _check_inputs(model, input_ids, mask, model_kwargs)
+        if monitors or stop:
+            processing_class = processing_class or _tokenizer_of(model.name_or_path)
+        rewinds = bool(monitors) or speculation is not None
+        if rewinds:
+            check_processors(logits_processor)
+        processors, warpers = _split(logits_processor)
+        eos = {i for c in stopping_criteria if isinstance(c, EosTokenCriteria) for i in c.eos_token_id.tolist()}
+        others = [c for c in stopping_criteria if not isinstance(c, EosTokenCriteria | MaxLengthCriteria)]
+        longest = [c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
+        max_new_tokens = min([generation_config.max_length, *longest]) - input_ids.shape[1]
+        caches = [model_kwargs.pop(name, None) for name in ("past_key_values", "cache_params")]
+        cache = next((cache for cache in caches if cache is not None), None)
+        for name in ("logits_to_keep", "use_cache"):
+            model_kwargs.pop(name, None)
+        engine = TransformersEngine(model, cache, layer_policy, rewinds, rewind, model_kwargs, max_new_tokens)
+        runner = (DecodeLoop if speculation is None else speculation.loop)(
+            engine,
+            processing_class,
+            processors=processors,
+            warpers=warpers,
+            caps=caps,
+            monitors=monitors,
+            steerers=steerers,
+            streamers=streamers,
+            do_sample=generation_config.do_sample,
+            seed=seed,
         )
-    if monitors or token_streamers or stop:
-        processing_class = processing_class or _tokenizer_of(model.name_or_path)
-    _check_context(model, input_ids.shape[1])
-    processors, warpers = _split(logits_processor)
-    eos = [c.eos_token_id.tolist() for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
-    others = [c for c in stopping_criteria if not isinstance(c, EosTokenCriteria | MaxLengthCriteria)]
-    mask = model_kwargs.pop("attention_mask", None)
-    caches = [model_kwargs.pop(name, None) for name in ("past_key_values", "cache_params")]
-    cache = next((cache for cache in caches if cache is not None), None)
-    for name in ("position_ids", "logits_to_keep", "use_cache", "synced_gpus", "streamer", "tokenizer"):
-        model_kwargs.pop(name, None)
-    max_new_tokens = generation_config.max_length - input_ids.shape[1]
-    rewinds = bool(monitors) or speculation is not None
-    engine = TransformersEngine(model, cache, layer_policy, rewinds, rewind, model_kwargs, max_new_tokens)
-    runner = (DecodeLoop if speculation is None else speculation.loop)(
-        engine,
-        processing_class,
-        processors=processors,
-        warpers=warpers,
-        caps=caps,
-        monitors=monitors,
-        steerers=steerers,
-        streamers=token_streamers,
-        do_sample=generation_config.do_sample,
-        seed=seed,
-    )
-    pad = generation_config._pad_token_tensor
-    output = runner.generate(
-        input_ids,
-        mask,
-        max_new_tokens=max_new_tokens,
-        budgets=budgets,
-        eos_ids=eos[0] if eos else (),
-        pad_id=None if pad is None else int(pad),
-        stop=stop,
-        stopping_criteria=others,
-    )
+        pad = generation_config._pad_token_tensor
+        room = _room(model, input_ids, mask, max_new_tokens)
+        output = runner.generate(
+            input_ids,
+            mask,
+            max_new_tokens=max_new_tokens,
+            budgets=budgets if room is None else list(map(min, room, budgets or room)),
+            eos_ids=tuple(eos),
+            pad_id=None if pad is None else int(pad),
+            stop=stop,
+            stopping_criteria=[StoppingCriteriaList(others)] if others else (),
+        )
+    wanted = [min(max_new_tokens, one) for one in budgets or [max_new_tokens] * len(input_ids)]
+    output.stop_reasons = [
+        _stop_reason(ids, most, most if room is None else room[row], eos)
+        for row, (ids, most) in enumerate(zip(output.new_ids, wanted))
+    ]
     return output if generation_config.return_dict_in_generate else output.sequences
 
 
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: str | Sequence[str] | BatchEncoding,
+    prompts: Prompts,
     *,
     methods: Sequence[DecodeMethod] = (),
     processors: Sequence[LogitsProcessor] = (),
@@ -119,7 +145,7 @@ def generate(
     speculation: Any = None,
     streamers: Sequence[BaseStreamer] = (),
     seed: int | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     chat: bool = True,
     max_new_tokens: int = 256,
     **options: Any,
@@ -127,67 +153,143 @@ def generate(
     """Continue one or several prompts with any combination of methods and plug-ins.
 
     Args:
-        prompts: texts, or `input_ids` and `attention_mask` as `encode_prompts` makes them.
+        prompts: a prompt or several, see `encode_prompts`.
         methods: decode methods; their plug-ins come before the ones given here. One that reads the prompts first has a
             `generate` of its own, which gets all the rest.
         caps: logits processors that act last, after temperature and truncation.
         speculation: drafts several tokens per step, see `loop`.
         seed: makes sampling repeatable, row by row; None uses torch's global generator.
         chat: put each prompt through the chat template where the tokenizer has one.
-        options: anything `model.generate` takes, such as do_sample, temperature, min_p.
+        options: what `model.generate` takes, such as do_sample, temperature, min_p, stop_strings, streamer. With
+            `generation_config` it is that which says whether to sample.
 
     Raises:
-        InputError: empty prompt, prompt beyond the context window, max_new_tokens < 1.
+        InputError: empty prompt, one with half a surrogate pair, a chat template that fails, a prompt beyond the
+            context window, a number of tokens, temperature or seed out of range, an option of `model.generate` that the
+            loop would have to ignore.
     """
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens={max_new_tokens} leaves nothing to generate; give a number >= 1")
-    plugins = Plugins(processors, monitors, layer_policy, steerers, caps, speculation)
-    readers = [method for method in methods if hasattr(method, "generate")]
-    for method in reversed([method for method in methods if not hasattr(method, "generate")]):
-        plugins = method.plugins(model, tokenizer) + plugins
-    if readers:
-        rest = {"streamers": streamers, "seed": seed, "stop": stop, "chat": chat, "max_new_tokens": max_new_tokens}
-        reader = reduce(lambda one, other: one.beside(other), readers)
-        return reader.generate(model, tokenizer, prompts, **vars(plugins), **rest, **options)
-    if isinstance(prompts, BatchEncoding):
-        inputs = prompts
-    else:
-        inputs = encode_prompts(tokenizer, [prompts] if isinstance(prompts, str) else prompts, chat)
-    _check_context(model, inputs["input_ids"].shape[1])
-    return model.generate(
-        **inputs.to(model.device),
-        custom_generate=loop,
-        logits_processor=LogitsProcessorList(plugins.processors),
-        monitors=plugins.monitors,
-        layer_policy=plugins.layer_policy,
-        steerers=plugins.steerers,
-        caps=plugins.caps,
-        speculation=plugins.speculation,
-        token_streamers=streamers,
-        processing_class=tokenizer,
-        seed=seed,
-        stop=stop,
-        max_new_tokens=max_new_tokens,
-        return_dict_in_generate=True,
-        **{"do_sample": False, **options},
+    single = options.pop("streamer", None)
+    with ending([*streamers, *([] if single is None else [single])]) as streamers:
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens={max_new_tokens} leaves nothing to generate; give a number >= 1")
+        check("max_new_tokens", max_new_tokens, Tokens)
+        if options.get("temperature") is not None:
+            check("temperature", options["temperature"], Temperature)
+        if seed is not None:
+            check("seed", seed, TorchSeed)
+        options, own, stop = _taken(model, options, stop)
+        plugins = Plugins((*processors, *own), monitors, layer_policy, steerers, caps, speculation)
+        readers = [method for method in methods if hasattr(method, "generate")]
+        for method in reversed([method for method in methods if not hasattr(method, "generate")]):
+            plugins = method.plugins(model, tokenizer) + plugins
+        if readers:
+            rest = {"streamers": streamers, "seed": seed, "stop": stop, "chat": chat, "max_new_tokens": max_new_tokens}
+            reader = reduce(lambda one, other: one.beside(other), readers)
+            return reader.generate(model, tokenizer, prompts, **vars(plugins), **rest, **options)
+        return model.generate(
+            **encode_prompts(tokenizer, prompts, chat).to(model.device),
+            custom_generate=loop,
+            logits_processor=LogitsProcessorList(plugins.processors),
+            monitors=plugins.monitors,
+            layer_policy=plugins.layer_policy,
+            steerers=plugins.steerers,
+            caps=plugins.caps,
+            speculation=plugins.speculation,
+            token_streamers=streamers,
+            processing_class=tokenizer,
+            seed=seed,
+            stop=stop,
+            max_new_tokens=max_new_tokens,
+            return_dict_in_generate=True,
+            **{"do_sample": False, "use_cache": True, **options},
+        )
+
+
+ELSEWHERE = {  # arguments of `model.generate` that `generate` has in another place
+    "inputs": "give the prompts as third argument",
+    "input_ids": "give the prompts as third argument",
+    "inputs_embeds": "the decode loop starts from tokens; give texts or ids as third argument",
+    "attention_mask": "give a mapping with input_ids and attention_mask as third argument",
+    "custom_generate": "give methods or plug-ins",
+    "max_length": "give max_new_tokens",
+    "return_dict_in_generate": "the result is always a DecodeOutput; leave it out",
+    "monitors": "give it to one call only",
+    "token_streamers": "give streamers",
+    "processing_class": "the tokenizer is the second argument",
+}
+
+
+def _taken(
+    model: PreTrainedModel, options: dict[str, Any], stop: str | Sequence[str]
+) -> tuple[dict[str, Any], Sequence[LogitsProcessor], Sequence[str]]:
+    """Options that can be handed to `model.generate`, the logits processors among them, and all stop strings."""
+    for name, remedy in ELSEWHERE.items():
+        if options.get(name) is not None:
+            raise InputError(f"{name} is not an option of tokenry.generate; {remedy}")
+    if options.get("cache_implementation") == "paged":
+        raise InputError("cache_implementation='paged' leaves the decode loop out; choose another one")
+    config = options.get("generation_config")
+    check_config(config or GenerationConfig(), **options)
+    rest = {name: value for name, value in options.items() if name not in ("logits_processor", "stop_strings")}
+    if config is not None:
+        if config.max_new_tokens is not None or config.max_length is not None:
+            raise InputError(
+                "the generation_config says how long the text may be; give max_new_tokens beside it instead"
+            )
+        rest.setdefault("do_sample", bool(config.do_sample))
+    known = [options.get("stop_strings"), getattr(config, "stop_strings", None), model.generation_config.stop_strings]
+    strings = next((one for one in known if one is not None), ())
+    if strings:  # `model.generate` would ask for a tokenizer that it does not hand on
+        rest["stop_strings"] = None
+    return rest, options.get("logits_processor") or (), (*listed(stop, "stop string"), *listed(strings, "stop string"))
+
+
+# --- small pieces --------------------------------------------------------------------------------------------------
+
+
+def _check_model(model: PreTrainedModel) -> None:
+    if sees_both_sides(model):
+        raise InputError(
+            "the model sees both sides and cannot write from left to right; use a method for masked-diffusion models, "
+            "such as masked-diffusion"
+        )
+
+
+def _check_inputs(model: PreTrainedModel, ids: Tensor, mask: Tensor | None, further: dict[str, Any]) -> None:
+    """Refuse a prompt that the loop would read in another way than it is meant. Takes `position_ids` out."""
+    if further.get("inputs_embeds") is not None:
+        raise InputError("the decode loop starts from tokens and does not take inputs_embeds; give input_ids")
+    size = vocabulary_size(model)
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+        raise InputError(f"input_ids run from {int(ids.min())} to {int(ids.max())}; this model has ids 0 to {size - 1}")
+    if mask is not None and not bool(mask[:, -1].all()):
+        raise InputError("a prompt is padded on the right, where tokens will follow; pad it with padding_side='left'")
+    positions = further.pop("position_ids", None)
+    live = torch.ones_like(ids) if mask is None else mask.long()
+    if positions is not None and bool(((positions[..., : ids.shape[1]] - live.cumsum(-1) + 1) * live).any()):
+        raise InputError("position_ids do not count the tokens of the prompt one by one; leave them to the decode loop")
+    check_prompt_fits(model, int(live.sum(-1).max()))
+
+
+def _room(model: PreTrainedModel, ids: Tensor, mask: Tensor | None, wanted: int) -> list[int] | None:
+    """How many tokens each row may get, if positions end before `wanted` of them; None if that is no limit."""
+    window = context_window(model)
+    lengths = [ids.shape[1]] * len(ids) if mask is None else mask.sum(-1).tolist()
+    if window is None or max(lengths) + wanted <= window:
+        return None
+    ends = fixed_positions(model) is not None
+    warnings.warn(
+        f"the text may come to {max(lengths) + wanted} tokens, the model's context window is {window}: "
+        + ("it ends there" if ends else "beyond it the model writes what it was not made for"),
+        stacklevel=3,
     )
+    return [min(wanted, window - length) for length in lengths] if ends else None
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], chat: bool = True) -> Any:
-    """Left-padded `input_ids` and `attention_mask` of the prompts."""
-    if not prompts or any(not p.strip() for p in prompts):
-        raise InputError("the prompt is empty; give some text to continue")
-    if chat and tokenizer.chat_template:
-        turns = [[{"role": "user", "content": p}] for p in prompts]
-        texts = [tokenizer.apply_chat_template(t, add_generation_prompt=True, tokenize=False) for t in turns]
-        return tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-    return tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left")
-
-
-def _check_context(model: PreTrainedModel, length: int) -> None:
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if window is not None and 0 <= window <= length:  # XLNet says -1: any number
-        raise InputError(f"the prompt has {length} tokens, the model's context window {window}; shorten the prompt")
+def _stop_reason(ids: Sequence[int], wanted: int, room: int, eos: set[int]) -> str:
+    if len(ids) < min(wanted, room) or ids[-1] in eos:
+        return "finished"
+    return "context" if room < wanted else "budget"
 
 
 def _split(processors: LogitsProcessorList) -> tuple[list[LogitsProcessor], list[LogitsProcessor]]:
@@ -199,5 +301,6 @@ def _split(processors: LogitsProcessorList) -> tuple[list[LogitsProcessor], list
 @lru_cache(maxsize=4)
 def _tokenizer_of(name: str) -> PreTrainedTokenizerBase:
     if not name or not Path(name).is_dir():
-        raise InputError("monitors and streamers read text; pass processing_class=tokenizer to generate")
-    return AutoTokenizer.from_pretrained(name)
+        raise InputError("monitors and stop strings read text; pass processing_class=tokenizer to generate")
+    with reading(name, "tokenizer"):
+        return read_tokenizer(name)

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
+from ..fields import Times, TokenId, Tokens
 from .core import Row, Violation
 from .method import DecodeMethod, Plugins
 from .thinking import checked_ids, end_think_ids, read_ids, read_none, require
@@ -19,7 +20,7 @@ from .thinking import checked_ids, end_think_ids, read_ids, read_none, require
 __all__ = ["BudgetForcing", "BudgetForcingMonitor"]
 
 IGNORED, AGAIN, CLOSED = "budget:ignore", "budget:again", "budget:close"  # rules of the monitor
-Limit = Annotated[int | None, BeforeValidator(read_none)]
+Limit = Annotated[Tokens | None, BeforeValidator(read_none)]
 
 
 class BudgetForcingMonitor:
@@ -110,12 +111,12 @@ class BudgetForcing(DecodeMethod):
     paper: ClassVar[str] = "s1: Simple test-time scaling, arXiv 2501.19393"
     claim: ClassVar[str] = "Longer thinking, forced by 'Wait', solves more problems; a limit keeps the length in hand."
 
-    end_think: Annotated[str | tuple[int, ...], BeforeValidator(read_ids)] = Field(
+    end_think: Annotated[str | tuple[TokenId, ...], BeforeValidator(read_ids)] = Field(
         "</think>", description="mark that ends thinking: text, or token ids"
     )
-    min_ignores: int = Field(1, ge=0, description="how often the end of thinking is ignored")
+    min_ignores: Times = Field(1, description="how often the end of thinking is ignored")
     ignore_text: str = Field("Wait", description="what stands in place of an ignored end")
-    max_thinking_tokens: Limit = Field(None, ge=1, description="tokens of thinking after which it is closed, or none")
+    max_thinking_tokens: Limit = Field(None, description="tokens of thinking after which it is closed, or none")
     close_text: str = Field("</think>\nFinal Answer:", description="what closes it")
 
     def plugins(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Plugins:

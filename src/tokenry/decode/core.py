@@ -7,7 +7,8 @@ Plug-ins do not know of each other:
 * caps: logits processors that act last, on what the warpers have left, and so on the very distribution that is drawn
   from; their `begin` also gets the attention mask (batch, prompt). A rewind asks them again for the shorter row;
 * monitors: `check(row) -> Violation | None` and `hold(row) -> tokens from the earliest place where a problem may have
-  begun, None = all`;
+  begun, None = all`, which depends on the row's tokens alone; `begin(tokenizer)` is called before a generation where
+  a monitor has it;
 * a layer policy and steerers (context managers), which act inside the engine's forward;
 * streamers: one `transformers` streamer per row, fed only with tokens that no rewind can remove.
 
@@ -18,23 +19,30 @@ that plug-ins that do nothing give exactly the tokens of `model.generate` at the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.generation import logits_process
-from transformers.generation.logits_process import LogitsProcessor
+from transformers.generation.logits_process import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    LogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from ..errors import InputError
 from ..rows import left_padded
-from ..text import TokenText
+from ..text import TokenText, special_tokens
+from ..words import listed
 from .engine import Engine
 
 __all__ = ["DecodeLoop", "DecodeOutput", "Monitor", "RewindEvent", "Row", "Violation"]
@@ -44,9 +52,24 @@ WARPERS = tuple(
     for name in ("Temperature", "TopP", "TopK", "TopH", "MinP", "Typical", "Epsilon", "Eta")
     if hasattr(logits_process, f"{name}LogitsWarper")
 )
+KEPT_BY_ROW = {  # what processors of transformers keep for each row of the batch
+    RepetitionPenaltyLogitsProcessor: "prompt_ignore_length",
+    EncoderRepetitionPenaltyLogitsProcessor: "encoder_input_ids",
+    EncoderNoRepeatNGramLogitsProcessor: "generated_ngrams",
+}
 CANDIDATES = 20  # alternatives recorded with every rewind
 FULL_ROWS = 32  # newest positions whose scores are kept whole when a monitor may rewind without bound
 COMPACT_ROW = 1024  # best scores kept of older positions in that case
+
+
+class Note(Protocol):
+    """What a monitor knows of a row's text, so that it need not read it again from the start."""
+
+    def truncate(self, size: int) -> None:
+        """The text has only its first `size` characters left."""
+
+
+N = TypeVar("N", bound=Note)
 
 
 @dataclass(frozen=True)
@@ -111,6 +134,8 @@ class Row:
         self.forced: list[tuple[int, int, str]] = []  # (start, stop, rule) of forced tokens
         self.scores: dict[int, Tensor | tuple[Tensor, Tensor]] = {}
         self.tries: dict[int, int] = {}
+        self.settled: dict[int, int] = {}  # by length: how many of that many first tokens no rewind can remove
+        self.notes: dict[Hashable, Any] = {}
         self.fed = 0
         self.emitted = 0
 
@@ -128,6 +153,12 @@ class Row:
         """The generated token that character `char` of `text` belongs to."""
         return self.decoded.token_at(char)
 
+    def note(self, key: Hashable, make: Callable[[], N]) -> N:
+        """What is kept of this row under `key`, made where there is none yet; every rewind truncates it."""
+        if key not in self.notes:
+            self.notes[key] = make()
+        return self.notes[key]
+
     def append(self, token: int) -> None:
         self.ids.append(token)
         if self.decoded:
@@ -138,25 +169,31 @@ class Row:
         part = copy(self)
         part.ids = self.ids[:count]
         part.decoded = self.decoded and self.decoded.prefix(count)
+        part.notes = {}
         return part
 
     def truncate(self, count: int) -> None:
+        gone = range(count + 1, len(self.ids) + 1)
         del self.ids[count:]
         if self.decoded:
             self.decoded.truncate(count)
+        for note in self.notes.values():
+            note.truncate(len(self.text))
         self.checked = min(self.checked, len(self.text))
         self.ignored = {key for key in self.ignored if key[0] < count}
         self.forced = [span for span in self.forced if span[1] <= count]
-        for store in (self.scores, self.tries):
-            for index in [i for i in store if i > count]:
-                del store[index]
+        for store in (self.scores, self.tries, self.settled):
+            for index in gone:
+                store.pop(index, None)
         self.finished = False
 
 
 @dataclass
 class DecodeOutput(ModelOutput):
     """Result of the loop. `sequences` (batch, prompt + new) is padded on the right as `generate` pads; `new_ids` and
-    `prompt_ids` are the same without any padding, a list per row."""
+    `prompt_ids` are the same without any padding, a list per row. `stop_reasons` says why each row ended: "finished" by
+    itself or a stop string, "budget" after as many tokens as were asked for, or "context": the model has no more
+    positions."""
 
     sequences: Tensor | None = None
     new_ids: list[list[int]] | None = None
@@ -166,6 +203,7 @@ class DecodeOutput(ModelOutput):
     forward_calls: int | None = None
     token_forwards: int | None = None
     past_key_values: Any | None = None
+    stop_reasons: list[str] | None = None
 
     @property
     def pairs(self) -> list[dict[str, Any]]:
@@ -240,23 +278,44 @@ class Chooser:
         return [w for w in self.warpers if not type(w).__name__.startswith(order)] if level else self.warpers
 
 
-def held_tokens(row: Row, monitors: Sequence[Monitor]) -> int:
+def of_row(processor: LogitsProcessor, row: int, batch: int) -> LogitsProcessor:
+    """The processor for one row of the batch that comes alone: some know rows by their number."""
+    if batch == 1:
+        return processor
+    if isinstance(processor, PrefixConstrainedLogitsProcessor):
+        allowed = processor._prefix_allowed_tokens_fn
+        return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), 1)
+    kept = getattr(processor, KEPT_BY_ROW.get(type(processor), ""), None)
+    if kept is None or isinstance(kept, int):
+        return processor
+    own, place = copy(processor), row * len(kept) // batch  # several rows may continue one prompt
+    setattr(own, KEPT_BY_ROW[type(processor)], kept[place : place + 1])
+    own.batch_size = 1
+    return own
+
+
+def held_tokens(row: Row, monitors: Sequence[Monitor], known: dict[int, int] | None = None) -> int:
     """How many of the row's newest tokens a rewind may still take back.
 
     What one rewind takes back can be followed by other tokens than now, so that a pattern that begins before them
     comes alive again: the question is asked once more for the tokens before, until nothing more is held.
+
+    Args:
+        known: {length: tokens that are settled}, answers for beginnings of the row; new ones are added.
     """
-    held, view = 0, row
-    while view.ids:
-        asked = [monitor.hold(view) for monitor in monitors]
-        if None in asked:
-            return len(row.ids)
-        more = max(asked, default=0)
+    known = {} if known is None else known
+    asked, count = [], len(row.ids)
+    while count > 0 and count not in known:
+        asked.append(count)
+        view = row if count == len(row.ids) else row.prefix(count)
+        held = [monitor.hold(view) for monitor in monitors]
+        more = count if None in held else max(held, default=0)
         if more == 0:
-            break
-        held = min(held + more, len(row.ids))
-        view = row.prefix(len(row.ids) - held)
-    return held
+            known[count] = count
+        count = max(count - more, 0)
+    settled = known.get(count, 0)
+    known.update(dict.fromkeys(asked, settled))
+    return len(row.ids) - settled
 
 
 def row_seed(seed: int, row: int) -> int:
@@ -294,8 +353,8 @@ class DecodeLoop:
         self.processors, self.warpers, self.caps = list(processors), list(warpers), list(caps)
         self.monitors, self.steerers, self.streamers = list(monitors), list(steerers), list(streamers)
         self.do_sample, self.seed = do_sample, seed
-        if tokenizer is None and (self.monitors or self.streamers):
-            raise InputError("monitors and streamers read text; pass processing_class=tokenizer")
+        if tokenizer is None and self.monitors:
+            raise InputError("monitors read text; pass processing_class=tokenizer")
 
     def generate(
         self,
@@ -306,12 +365,13 @@ class DecodeLoop:
         budgets: Sequence[int] | None = None,
         eos_ids: Sequence[int] = (),
         pad_id: int | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         stopping_criteria: Sequence[Callable] = (),
     ) -> DecodeOutput:
         """Continue `input_ids` (batch, prompt), padding where `attention_mask` is 0; its last column has none.
 
-        `budgets` (batch,) are limits of single rows below `max_new_tokens`.
+        `budgets` (batch,) are limits of single rows below `max_new_tokens`. `stop` are texts, or special tokens, that
+        end a row.
         """
         self._prepare(input_ids, attention_mask, max_new_tokens, budgets, eos_ids, stop, stopping_criteria)
         if self.streamers:
@@ -363,7 +423,7 @@ class DecodeLoop:
         limit: int,
         budgets: Sequence[int] | None,
         eos_ids: Sequence[int],
-        stop: Sequence[str],
+        stop: str | Sequence[str],
         criteria: Sequence[Callable],
     ) -> None:
         batch, self.prompt_length = input_ids.shape
@@ -373,12 +433,11 @@ class DecodeLoop:
             raise InputError(f"max_new_tokens={limit} leaves nothing to generate; give a number >= 1")
         if self.streamers and len(self.streamers) != batch:
             raise InputError(f"{len(self.streamers)} streamers for {batch} rows; give one streamer per row")
-        if any(not text for text in stop):
-            raise InputError("an empty stop string would end every row at once; remove it")
+        stop, stop_ids = self._stops(stop)
         if budgets is not None and (len(budgets) != batch or min(budgets) < 1):
             raise InputError(f"budgets={list(budgets)} is not allowed for {batch} rows; give a number >= 1 for each")
         self.limits = [min(limit, budget) for budget in budgets or [limit] * batch]
-        self.eos, self.stop, self.criteria = set(eos_ids), tuple(stop), list(criteria)
+        self.eos, self.stop, self.criteria = {*eos_ids, *stop_ids}, stop, list(criteria)
         self.batch, self.device = batch, input_ids.device
         self.ids = torch.zeros(batch, self.prompt_length + limit + 64, dtype=torch.long, device=self.device)
         self.ids[:, : self.prompt_length] = input_ids
@@ -387,6 +446,9 @@ class DecodeLoop:
         masks = mask.tolist() if mask is not None else [[1] * self.prompt_length] * batch
         live = [[t for t, m in zip(p, k) if m] for p, k in zip(prompts, masks)]
         self.rows = [Row(b, live[b], self.tokenizer if needs_text else None) for b in range(batch)]
+        for monitor in self.monitors:
+            if hasattr(monitor, "begin"):
+                monitor.begin(self.tokenizer)
         for monitor in self.monitors if self.streamers else ():
             if monitor.hold(self.rows[0]) is None:
                 name = type(monitor).__name__
@@ -394,6 +456,19 @@ class DecodeLoop:
         self.active = set(range(batch))
         self.events: list[RewindEvent] = []
         self.chooser = Chooser(self.warpers, self.do_sample, self.seed, batch, self.device, self.caps)
+
+    def _stops(self, stop: str | Sequence[str]) -> tuple[list[str], list[int]]:
+        """Stop strings, and the ids of those that are special tokens: the text does not have them."""
+        stop = listed(stop, "stop string")
+        if not all(stop):
+            raise InputError("an empty stop string would end every row at once; remove it")
+        if stop and self.tokenizer is None:
+            raise InputError("stop strings read text; pass processing_class=tokenizer")
+        special = special_tokens(self.tokenizer) if stop else {}
+        texts = [text for text in stop if text not in special]
+        for text, token in ((text, token) for text in texts for token in special if token in text):
+            raise InputError(f"the stop string {text!r} holds the special token {token!r}; give {token!r} alone")
+        return texts, [special[text] for text in stop if text in special]
 
     def _choose(self, logits: Tensor) -> None:
         """Score and draw for every row at once, or one by one after rewinds have left rows of unequal length."""
@@ -428,15 +503,18 @@ class DecodeLoop:
         row.finished = (
             row.ids[-1] in self.eos
             or len(row.ids) >= self.limits[row.number]
-            or any(s in row.text[-len(s) - 64 :] for s in self.stop)
+            or any(row.text.find(s, max(0, row.starts[-1] - len(s))) >= 0 for s in self.stop)
             or any(bool(criterion(self._row_ids(row), None)[0]) for criterion in self.criteria)
         )
 
     def _score(self, row: Row, logits: Tensor) -> Tensor:
-        scores = logits[None]
+        return self._processed(row, self._row_ids(row), logits[None])[0]
+
+    def _processed(self, row: Row, ids: Tensor, scores: Tensor) -> Tensor:
+        """What the processors make of the scores (1, vocabulary) after `ids` (1, columns) of one row."""
         for processor in self.processors:
-            scores = processor(self._row_ids(row), scores)
-        return scores[0]
+            scores = of_row(processor, row.number, self.batch)(ids, scores)
+        return scores
 
     def _extend_ids(self, column: int, tokens: Tensor) -> None:
         if column < self.ids.shape[1]:
@@ -462,6 +540,7 @@ class DecodeLoop:
                 break
             self._apply(row, min(found, key=lambda v: v.index))
         row.checked = len(row.text)
+        held_tokens(row, self.monitors, row.settled)  # asked while the row is as long as this, to be known later
 
     def _apply(self, row: Row, violation: Violation) -> None:
         index = violation.index
@@ -559,14 +638,13 @@ class DecodeLoop:
 
     def _emit(self, row: Row) -> None:
         """Stream what no rewind can remove any more, and forget the scores that kept it removable."""
-        settled = len(row.ids) - (0 if row.finished else held_tokens(row, self.monitors))
-        for index in [i for i in row.scores if i < settled]:
-            del row.scores[index]
+        settled = len(row.ids) - (0 if row.finished else held_tokens(row, self.monitors, row.settled))
+        for index in range(row.emitted, settled):
+            row.scores.pop(index, None)
+            if self.streamers:
+                self.streamers[row.number].put(torch.tensor([row.ids[index]]))
         self._shrink_old_scores(row)
-        if self.streamers and settled > row.emitted:
-            for token in row.ids[row.emitted : settled]:
-                self.streamers[row.number].put(torch.tensor([token]))
-            row.emitted = settled
+        row.emitted = max(row.emitted, settled)
 
     def _shrink_old_scores(self, row: Row) -> None:
         old = len(row.ids) - FULL_ROWS - 1

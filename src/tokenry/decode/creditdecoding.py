@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from ..errors import InputError
+from ..fields import Entries, Portion, Share, Weight
 from .diffusion import LogitsTransform
 from .diffusion_method import DiffusionMethod, DiffusionParts
 from .diffusion_state import DiffusionState, Edit
@@ -103,7 +104,8 @@ class CreditFusion(LogitsTransform):
         # A vocabulary is long: only the columns are looked at where some row may earn or use credit.
         columns = where.any(0).nonzero()
         span = slice(int(columns[0]), int(columns[-1]) + 1)
-        self._add(logits[:, span].float(), (where & state.masked)[:, span], state.working, span)
+        earning = where & state.masked & state.working[:, None]
+        self._add(logits[:, span].float(), earning[:, span], state.working, span)
         boost = self._part(self.values, span).log1p().mul_(self.alpha).masked_fill_(~where[:, span, None], 0.0)
         fused = logits.clone()
         if self.ids is None:
@@ -156,7 +158,7 @@ class CreditFusion(LogitsTransform):
         return slot
 
 
-Slots = Annotated[int | None, BeforeValidator(read_none)]
+Slots = Annotated[Entries | None, BeforeValidator(read_none)]
 
 
 class CreditDecoding(DiffusionMethod):
@@ -173,11 +175,11 @@ class CreditDecoding(DiffusionMethod):
         "been the best for some steps get a bonus."
     )
 
-    alpha: float = Field(0.7, ge=0, allow_inf_nan=False, description="weight of the credit; 0 is threshold decoding")
-    gamma: float = Field(0.2, gt=0, le=1, description="exponent on the probability of the best token")
-    beta: float = Field(0.8, ge=0, lt=1, description="what is left of the credit after a step")
-    threshold: float = Field(0.9, gt=0, le=1, description="tokens at least this probable are committed")
-    slots: Slots = Field(None, ge=1, description="tokens that a position remembers; none for the whole vocabulary")
+    alpha: Weight = Field(0.7, description="weight of the credit; 0 is threshold decoding")
+    gamma: Portion = Field(0.2, description="exponent on the probability of the best token")
+    beta: Share = Field(0.8, description="what is left of the credit after a step")
+    threshold: Portion = Field(0.9, description="tokens at least this probable are committed")
+    slots: Slots = Field(None, description="tokens that a position remembers; none for the whole vocabulary")
     scope: Scope = Field("block", description="credit begins anew with each block, or lasts for the whole window")
 
     def parts(self, max_new_tokens: int) -> DiffusionParts:

@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, Field, field_validator
 from torch import Tensor
 
 from ..errors import InputError
+from ..fields import Logits, Share
 from .thinking import BiasLogitsProcessor, ReflectionMethod, read_none, require
 
 __all__ = [
@@ -48,7 +49,7 @@ def triangular_wave(t: Any, A: Any, C: Any, s: Any = 0.0) -> Any:
     """
     if not any(isinstance(x, Tensor) for x in (t, A, C, s)):
         t, A, C, s = (np.asarray(x, dtype=float) for x in (t, A, C, s))
-    require(A >= 0, "amplitude", A, "a number >= 0")
+    require((A >= 0) & (A <= 1e30), "amplitude", A, "a number in [0, 1e30], which float32 holds")
     require(C > 0, "period", C, "a number of tokens > 0")
     require((s >= 0) & (s < 1), "shift", s, "a fraction of a period in [0, 1)")
     return A * (abs(4 * ((t / C + s - 0.25) % 1) - 2) - 1)
@@ -136,9 +137,9 @@ class CyclicReflex(ReflectionMethod):
         "discouraged by turns."
     )
 
-    amplitude: float = Field(3.0, ge=0, allow_inf_nan=False, description="height of the wave in logits; 0 does nothing")
-    period: float = Field(600.0, gt=0, allow_inf_nan=False, description="length of one wave in tokens")
-    shift: float = Field(0.0, ge=0, lt=1, description="start of the wave, as a fraction of a period")
+    amplitude: Logits = Field(3.0, description="height of the wave in logits; 0 does nothing")
+    period: float = Field(600.0, ge=0.01, le=2**20, description="length of one wave in tokens")
+    shift: Share = Field(0.0, description="start of the wave, as a fraction of a period")
     windows: Windows = Field(None, description="positions where the wave acts, as START:END,START:END; none for all")
 
     @field_validator("windows")

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ..errors import InputError
+from ..fields import Portion, Probability, Share, Tokens
 from .diffusion import LengthPolicy, MaskedDiffusionModel
 from .diffusion_method import DiffusionMethod, DiffusionParts
 from .diffusion_state import FRESH, DiffusionState, Edit, Prediction
@@ -209,20 +210,20 @@ class Daedal(DiffusionMethod):
 
     policy: ClassVar[type[DaedalLength]] = DaedalLength
 
-    initial_gen_length: int = Field(64, ge=1, description="width of the window at first")
-    max_gen_length: int = Field(2048, ge=1, description="widest window; max_new_tokens limits it, too")
-    expansion_factor: int = Field(8, ge=2, description="masks that come at a time")
-    high_conf_threshold: float = Field(0.9, gt=0, le=1, description="tokens at least this probable are committed")
-    low_conf_threshold: float = Field(
-        0.1, ge=0, lt=1, description="a mask whose best token is less probable may give way to several; 0: never"
+    initial_gen_length: Tokens = Field(64, description="width of the window at first")
+    max_gen_length: Tokens = Field(2048, description="widest window; max_new_tokens limits it, too")
+    expansion_factor: int = Field(8, ge=2, le=4096, description="masks that come at a time")
+    high_conf_threshold: Portion = Field(0.9, description="tokens at least this probable are committed")
+    low_conf_threshold: Share = Field(
+        0.1, description="a mask whose best token is less probable may give way to several; 0: never"
     )
-    eos_confidence_threshold: float = Field(
-        0.5, ge=0, le=1, description="the window grows at first while its end is less certain; 0: not at all"
+    eos_confidence_threshold: Probability = Field(
+        0.5, description="the window grows at first while its end is less certain; 0: not at all"
     )
-    expand_eos_confidence_threshold: float = Field(
-        0.9, ge=0, le=1, description="masks are inserted while its end is less certain"
+    expand_eos_confidence_threshold: Probability = Field(
+        0.9, description="masks are inserted while its end is less certain"
     )
-    eos_check_tokens: int = Field(32, ge=1, description="end-of-text tokens that make a certain end")
+    eos_check_tokens: Tokens = Field(32, description="end-of-text tokens that make a certain end")
     tail: Tail = Field(
         "eos", description="what comes after a window that has grown, half of eos_check_tokens: eos, mask, or none"
     )

@@ -7,7 +7,6 @@ soon. The question is read once; what a strategy adds to the prompt comes after 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,11 @@ from ..difficulty import (
     read_questions,
 )
 from ..errors import InputError
+from ..fields import Probability, Temperature, check
+from ..files import explained, read_json
+from ..prompts import listed_prompts
 from ..rows import left_padded, shared_length
+from ..schemas import Fields, checked
 from .api import generate
 from .core import DecodeOutput
 from .method import DecodeMethod
@@ -61,6 +64,7 @@ class Strategy:
             raise InputError(
                 f"temperature={self.temperature} of strategy {self.name!r} is not allowed; give a number > 0"
             )
+        check(f"temperature of strategy {self.name!r}", self.temperature, Temperature)
         if not 0 < self.budget <= 1:
             raise InputError(f"budget={self.budget} of strategy {self.name!r} is not allowed; give a share in (0, 1]")
 
@@ -134,10 +138,13 @@ def generate_by_strategy(
     Raises:
         InputError: not one strategy for each prompt, a temperature in `options`, and what `tokenry.generate` refuses.
     """
+    prompts = listed_prompts(prompts)
     if len(prompts) != len(strategies):
         raise InputError(f"{len(strategies)} strategies for {len(prompts)} prompts; give one strategy for each prompt")
     if options.get("temperature", 1.0) != 1.0:
         raise InputError(f"temperature={options['temperature']} is the strategy's to say; set it there")
+    if options.get("num_return_sequences") not in (None, 1):
+        raise InputError("num_return_sequences is not possible with budgets of single prompts; repeat the prompts")
     rows = [prompt_ids(tokenizer, prompt, one.suffix, chat) for prompt, one in zip(prompts, strategies)]
     ids, mask, cache = _lay_out(rows, questions, tokenizer.pad_token_id or 0, model.device)
     own = TemperatureByRow(ids, [strategy.temperature for strategy in strategies])
@@ -176,6 +183,18 @@ def _lay_out(
     return torch.cat([questions.ids, ids], 1), torch.cat([mask, after], 1), questions.cache
 
 
+class StrategyRow(Fields):
+    """A strategy in a file."""
+
+    name: str
+    suffix: str = ""
+    temperature: float = 0.8
+    budget: float = 1.0
+
+    def strategy(self) -> Strategy:
+        return Strategy(self.name, self.suffix, self.temperature, self.budget)
+
+
 def _read_probe(value: Any) -> Any:
     return DifficultyProbe.load(value) if isinstance(value, str | Path) else value
 
@@ -184,11 +203,11 @@ def _read_strategies(value: Any) -> Any:
     """Strategies from a JSON file: a list of objects with name, suffix, temperature and budget. Other values pass."""
     if not isinstance(value, str | Path):
         return value
-    try:
-        return json.loads(Path(value).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ValueError(f"the file {str(value)!r} is no JSON list of strategies ({reason})") from None
+    problem = f"the file {str(value)!r} is no JSON list of strategies"
+    remedy = "give objects with name, suffix, temperature and budget"
+    with explained(problem, remedy):
+        found = read_json(value)
+        return tuple(checked(StrategyRow, one, problem, remedy).strategy() for one in found)
 
 
 class DiffAdapt(DecodeMethod):
@@ -211,8 +230,8 @@ class DiffAdapt(DecodeMethod):
         DEFAULT_STRATEGIES,
         description="for easy, normal and hard: a JSON file, a list of objects with name, suffix, temperature, budget",
     )
-    min_confidence: float = Field(
-        0.0, ge=0, le=1, description="questions whose best class is less probable are treated as normal"
+    min_confidence: Probability = Field(
+        0.0, description="questions whose best class is less probable are treated as normal"
     )
 
     @field_validator("probe")
@@ -281,11 +300,7 @@ class DiffAdapt(DecodeMethod):
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, BatchEncoding):
-        raise InputError("diffadapt puts words behind questions before they are encoded; give the questions as text")
-    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], Mapping)):
-        return [prompts]
-    return list(prompts)
+    return listed_prompts(prompts, texts_only="diffadapt puts words behind questions before they are encoded")
 
 
 def oracle_strategy(table: Mapping[str, tuple[Sequence[bool], Sequence[float]]]) -> list[str]:

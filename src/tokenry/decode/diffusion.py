@@ -27,6 +27,8 @@ from transformers.generation.logits_process import (
 )
 
 from ..errors import InputError
+from ..fields import Temperature, TorchSeed, check
+from ..hooks import vocabulary_size
 from ..masks import check_bidirectional, own_position
 from .core import DecodeOutput
 from .diffusion_cache import DiffusionCache
@@ -75,7 +77,7 @@ class MaskedDiffusionModel:
         self.eos_token_id = _first(eos_token_id, _id(config, "eos_token_id"), _id(tokenizer, "eos_token_id"))
         self.pad_token_id = _first(_id(config, "pad_token_id"), _id(tokenizer, "pad_token_id"), self.eos_token_id)
         self.shift = bool(_first(shift, getattr(config, "token_shift", None), False))
-        size = model.get_input_embeddings().num_embeddings
+        size = vocabulary_size(model)
         if self.mask_token_id is None:
             raise InputError("the model has no mask token; give mask_token_id, an id that never occurs in text")
         if not 0 <= self.mask_token_id < size:
@@ -111,10 +113,13 @@ class MaskedDiffusionModel:
 
     def predict(self, state: DiffusionState, cache: DiffusionCache | None = None, rows: Tensor | None = None) -> Tensor:
         """`logits` of a state, counted as a forward of these rows (batch,); by default of those with masks to fill."""
-        first, last = cache.begin(state, self.shift) if cache else (0, state.x.shape[1])
-        logits = self.logits(state.x, state.present, cache)
-        state.count(first, last, state.working if rows is None else rows)
-        return logits
+        rows = state.working if rows is None else rows
+        if cache is None:
+            state.count(0, state.x.shape[1], rows)
+        else:
+            cache.begin(state, self.shift)
+            state.count(cache.first, cache.last, rows, cache.calls)
+        return self.logits(state.x, state.present, cache)
 
 
 def _first(*values: Any) -> Any:
@@ -164,32 +169,28 @@ def sampling_warpers(
         return None
     if not temperature > 0:
         raise InputError(f"temperature={temperature} is not allowed; give a number > 0, or do_sample=False")
+    check("temperature", temperature, Temperature)
     warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(float(temperature))]
     warpers += [TopKLogitsWarper(top_k)] if top_k else []
     warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
     return warpers + ([MinPLogitsWarper(min_p)] if min_p else [])
 
 
-class _Draw:
-    """Tokens from logits. Each row has a generator of its own, so that a batch does not change a row."""
+def _predict(logits: Tensor, warpers: Sequence[LogitsProcessor] | None, state: DiffusionState) -> Prediction:
+    """The most likely tokens, or with warpers drawn ones where a row works."""
+    tokens = logits.argmax(-1)
+    if warpers is not None:
+        for row in state.working.nonzero().flatten().tolist():
+            window = slice(state.start, int(state.end[row]))
+            tokens[row, window] = _sample(logits[row, window], warpers, state.generators.rows[row])
+    chosen = logits.gather(-1, tokens[..., None])[..., 0]
+    return Prediction(logits, tokens, (chosen - logits.logsumexp(-1)).exp())
 
-    def __init__(self, warpers: Sequence[LogitsProcessor] | None, seed: int, batch: int, device: torch.device) -> None:
-        self.warpers = warpers
-        self.generators = [torch.Generator(device).manual_seed(seed) for _ in range(batch)]
 
-    def __call__(self, logits: Tensor, state: DiffusionState) -> Prediction:
-        tokens = logits.argmax(-1)
-        if self.warpers is not None:
-            for row, width in enumerate(state.gen_length.tolist()):
-                window = slice(state.start, state.start + width)
-                tokens[row, window] = self._sample(logits[row, window], self.generators[row])
-        chosen = logits.gather(-1, tokens[..., None])[..., 0]
-        return Prediction(logits, tokens, (chosen - logits.logsumexp(-1)).exp())
-
-    def _sample(self, logits: Tensor, generator: torch.Generator) -> Tensor:
-        for warper in self.warpers:
-            logits = warper(None, logits)
-        return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+def _sample(logits: Tensor, warpers: Sequence[LogitsProcessor], generator: torch.Generator | None) -> Tensor:
+    for warper in warpers:
+        logits = warper(None, logits)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
 # --- the result ----------------------------------------------------------------------------------------------------
@@ -267,7 +268,7 @@ def diffusion_generate(
     length: LengthPolicy | None = None,
     cache: str = "none",
     warpers: Sequence[LogitsProcessor] | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> DiffusionOutput:
     """Fill a window after each prompt.
@@ -281,7 +282,7 @@ def diffusion_generate(
         cache: "none"; "prefix" keeps keys and values of what is before the block, "dual" also of what is after it. Both
             are approximate, and computed anew at the start of each block.
         warpers: truncation and temperature of drawn tokens, see `sampling_warpers`; None: the most likely ones.
-        seed: each row draws as if it were alone.
+        seed: makes all that is drawn repeatable, tokens and positions, row by row; None uses torch's global generator.
         tokenizer: gives the texts.
 
     Raises:
@@ -289,15 +290,16 @@ def diffusion_generate(
             model's context.
     """
     start = time.perf_counter()
+    if seed is not None:
+        check("seed", seed, TorchSeed)
     present = _check_prompts(model, input_ids, attention_mask)
-    state = DiffusionState.begin(model, input_ids.to(model.device), present, gen_length, block_length)
+    state = DiffusionState.begin(model, input_ids.to(model.device), present, gen_length, block_length, seed)
     if length is None and gen_length > state.block_length and gen_length % state.block_length:
         raise InputError(
             f"gen_length={gen_length} is not a multiple of block_length={block_length}; change one of them"
         )
     unmask, length = unmask or FixedCount(), length or LengthPolicy()
     columns = DiffusionCache.named(cache)
-    draw = _Draw(warpers, seed, len(input_ids), model.device)
     length.initial(model, state)
     for transform in transforms:
         transform.model = model
@@ -307,7 +309,7 @@ def diffusion_generate(
         logits = model.predict(state, columns)
         for transform in transforms:
             logits = transform(logits, state)
-        prediction = draw(logits, state)
+        prediction = _predict(logits, warpers, state)
         commit = unmask.select(prediction, state)
         edit = length.edit(prediction, commit, state)
         state.commit(prediction, commit)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ..errors import InputError
@@ -20,18 +21,21 @@ CACHES = ("none", "prefix", "dual")
 
 
 class DiffusionCache:
-    """Keys, values and logits of all columns, of which each forward computes the columns [first, last) anew.
+    """Keys, values and logits of all columns, of which each forward computes a row's columns [first, last) anew.
 
-    All rows must be in the same block. With models whose logits predict the next position (`shift`) the column before
-    the block is computed too, since it predicts the first one of the block.
+    All rows must be in the same block. Those that need a whole forward get one; the others do without, since what a
+    neighbor needs must not change them. Rows that wait are not computed. With models whose logits predict the next
+    position (`shift`) the column before the block is computed too, since it predicts the first one of the block.
     """
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self.kept: list[tuple[Tensor, Tensor]] = []  # keys and values of each layer (batch, heads, columns, size)
+        self.kept: list[list[Tensor]] = []  # keys and values of each layer (batch, heads, columns, size)
         self.raw: Tensor | None = None  # logits (batch, time, vocabulary), unshifted
-        self.valid = 0  # columns from the first one that are kept
-        self.first = self.last = 0
+        self.valid: Tensor | None = None  # (batch,) columns from the first one that are kept
+        self.first: Tensor | None = None  # (batch,) what the next forward computes of each row
+        self.last: Tensor | None = None
+        self.groups: list[Tensor] = []  # rows (batch,) that are computed together
 
     @classmethod
     def named(cls, name: str) -> DiffusionCache | None:
@@ -40,57 +44,68 @@ class DiffusionCache:
             raise InputError(f"cache={name!r} is unknown; use one of {', '.join(CACHES)}")
         return None if name == "none" else cls(name)
 
-    def begin(self, state: DiffusionState, shift: bool) -> tuple[int, int]:
-        """The columns [first, last) that the next forward computes."""
-        width = state.x.shape[1]
-        working = state.working
-        fresh = bool((state.block_step[working] == 0).any())
-        first = max(0, int(state.block_start[working].min()) - int(shift))
-        last = int(state.block_end[working].max()) if self.kind == "dual" else width
-        if fresh or first > self.valid or (last < width and self.valid < width):
-            first, last = 0, width
-        self.first, self.last = first, last
-        return first, last
+    @property
+    def calls(self) -> int:
+        """How often the next forward calls the model."""
+        return len(self.groups)
+
+    def begin(self, state: DiffusionState, shift: bool) -> None:
+        """Choose the columns [first, last) that the next forward computes of each row."""
+        valid = torch.zeros_like(state.end) if self.valid is None else self.valid
+        first = (state.block_start - int(shift)).clamp(min=0)
+        last = state.block_end if self.kind == "dual" else state.end
+        stale = (first > valid) | ((last < state.end) & (valid < state.end))
+        whole = stale | (state.block_step == 0)
+        self.valid = valid
+        self.first, self.last = first.masked_fill(whole, 0), torch.where(whole, state.end, last)
+        groups = (state.working & whole, state.working & ~whole)
+        self.groups = [rows for rows in groups if bool(rows.any())]
 
     def run(self, model: PreTrainedModel, x: Tensor, present: Tensor, positions: Tensor) -> Tensor:
         """Logits (batch, time, vocabulary), unshifted, those outside the computed columns from an earlier forward."""
-        first, last = self.first, self.last
-        cache = DynamicCache(config=model.config)
-        for layer, (keys, values) in enumerate(self.kept if first else ()):
-            cache.update(keys[:, :, :first], values[:, :, :first], layer)
-        if last < x.shape[1]:
-            # What is after the block goes before it: attention does not mind the order of keys, positions are inside.
-            for layer, (keys, values) in enumerate(self.kept):
-                cache.update(keys[:, :, last:], values[:, :, last:], layer)
-        seen = torch.cat([present[:, :first], present[:, last:], present[:, first:last]], 1)
-        mask = None if seen.all() else as_attention_mask(model, seen[:, None, None].expand(-1, 1, last - first, -1))
-        out = model(
-            input_ids=x[:, first:last],
-            attention_mask=mask,
-            position_ids=positions[:, first:last],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        self._keep(cache, out.logits.float(), x.shape[1])
+        for rows in self.groups:
+            first, last = int(self.first[rows].min()), int(self.last[rows].max())
+            cache = self._around(rows, first, last, model)
+            seen = present[rows]
+            seen = torch.cat([seen[:, :first], seen[:, last:], seen[:, first:last]], 1)
+            mask = None if seen.all() else as_attention_mask(model, seen[:, None, None].expand(-1, 1, last - first, -1))
+            out = model(
+                input_ids=x[rows, first:last],
+                attention_mask=mask,
+                position_ids=positions[rows, first:last],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            self._keep(rows, first, last, cache, out.logits.float(), x.shape)
         return self.raw
 
-    def _keep(self, cache: Cache, logits: Tensor, width: int) -> None:
-        first, last = self.first, self.last
-        after = width - last
+    def _around(self, rows: Tensor, first: int, last: int, model: PreTrainedModel) -> DynamicCache:
+        """What these rows keep outside [first, last).
 
-        def in_order(t: Tensor) -> Tensor:
-            return torch.cat([t[:, :, :first], t[:, :, first + after :], t[:, :, first : first + after]], 2)
+        What is after the block goes before it: attention does not mind the order of keys, positions are inside.
+        """
+        cache = DynamicCache(config=model.config)
+        for layer, kept in enumerate(self.kept):
+            outside = [torch.cat([t[rows, :, :first], t[rows, :, last:]], 2) for t in kept]
+            if outside[0].shape[2]:
+                cache.update(*outside, layer)
+        return cache
 
-        self.kept = [(in_order(layer.keys), in_order(layer.values)) for layer in cache.layers]
-        whole = logits if self.raw is None or last - first == width else self.raw.clone()
-        if whole is not logits:
-            whole[:, first:last] = logits
-        self.raw, self.valid = whole, width
+    def _keep(self, rows: Tensor, first: int, last: int, cache: Cache, logits: Tensor, shape: torch.Size) -> None:
+        """What a forward has computed of these rows; it stands last in its cache."""
+        if self.raw is None:
+            self.raw = logits.new_zeros(*shape, logits.shape[-1])
+            pairs = [(layer.keys, layer.values) for layer in cache.layers]
+            self.kept = [[t.new_zeros(shape[0], t.shape[1], shape[1], t.shape[3]) for t in pair] for pair in pairs]
+        self.raw[rows, first:last] = logits
+        for kept, layer in zip(self.kept, cache.layers):
+            for whole, new in zip(kept, (layer.keys, layer.values)):
+                whole[rows, :, first:last] = new[:, :, first - last :]
+        self.valid[rows] = shape[1]
 
     def reindex(self, edit: Edit) -> None:
-        """What is kept stays good up to the first column that has moved; positions inside later keys are wrong."""
-        self.valid = min(self.valid, edit.first_change)
-        width = edit.source_index.shape[1]  # of a narrower window the rest must not be seen
-        self.kept = [(keys[:, :, :width], values[:, :, :width]) for keys, values in self.kept]
-        if self.raw is not None:
-            self.raw = edit.take(self.raw, 0.0)
+        """What a row keeps stays good up to its first column that has moved; positions in later keys are wrong."""
+        self.valid = torch.minimum(self.valid, edit.first_change)
+        more = edit.source_index.shape[1] - self.raw.shape[1]
+        self.kept = [[F.pad(t, (0, 0, 0, more)) for t in pair] for pair in self.kept]
+        self.raw = edit.take(self.raw, 0.0)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import InputError
-from .api import encode_prompts
+from ..fields import Tokens
+from ..prompts import Prompts, encode_prompts
 from .diffusion import (
     DiffusionOutput,
     LengthPolicy,
@@ -22,6 +23,7 @@ from .diffusion import (
     sampling_warpers,
 )
 from .method import DecodeMethod
+from .options import ending
 from .unmask import Threshold, UnmaskPolicy
 
 __all__ = ["DiffusionMethod", "DiffusionMethods", "DiffusionParts"]
@@ -106,7 +108,7 @@ class DiffusionMethods:
         self,
         model: PreTrainedModel | MaskedDiffusionModel,
         tokenizer: PreTrainedTokenizerBase,
-        prompts: str | Sequence[str] | BatchEncoding,
+        prompts: Prompts,
         *,
         max_new_tokens: int = 256,
         chat: bool = True,
@@ -120,7 +122,7 @@ class DiffusionMethods:
         **plugins: Any,
     ) -> DiffusionOutput:
         """See `DiffusionMethod.generate`."""
-        foreign = [name for name, value in plugins.items() if value]
+        foreign = [name for name, value in plugins.items() if not _asks_nothing(value)]
         if foreign:
             raise InputError(
                 f"{self.slug} does not write from left to right and has no use for {foreign[0]}; leave it out"
@@ -130,28 +132,35 @@ class DiffusionMethods:
             model = MaskedDiffusionModel(model, tokenizer)
         for method in self.methods:
             method.check(model, do_sample)
-        if not isinstance(prompts, BatchEncoding):
-            prompts = encode_prompts(tokenizer, [prompts] if isinstance(prompts, str) else prompts, chat)
-        output = diffusion_generate(
-            model,
-            **prompts.to(model.device),
-            warpers=sampling_warpers(do_sample, temperature, top_k, top_p, min_p),
-            seed=seed or 0,
-            tokenizer=tokenizer,
-            **options,
-        )
-        for row, streamer in enumerate(streamers):
-            streamer.put(torch.tensor(output.prompt_ids[row]))
-            streamer.put(torch.tensor(output.new_ids[row]))
-            streamer.end()
+        inputs = encode_prompts(tokenizer, prompts, chat).to(model.device)
+        rows = len(inputs["input_ids"])
+        if streamers and len(streamers) != rows:
+            raise InputError(f"{len(streamers)} streamers for {rows} rows; give one streamer per row")
+        with ending(streamers) as streamers:
+            output = diffusion_generate(
+                model,
+                inputs["input_ids"],
+                inputs.get("attention_mask"),
+                warpers=sampling_warpers(do_sample, temperature, top_k, top_p, min_p),
+                seed=seed,
+                tokenizer=tokenizer,
+                **options,
+            )
+            for row, streamer in enumerate(streamers):
+                streamer.put(torch.tensor(output.prompt_ids[row]))
+                streamer.put(torch.tensor(output.new_ids[row]))
         return output
+
+
+def _asks_nothing(value: Any) -> bool:
+    return value is None or value is False or (isinstance(value, Sized) and len(value) == 0)
 
 
 class DiffusionMethod(DecodeMethod):
     """A decode method that needs a masked-diffusion model. It has no plug-ins for the other loop, which goes from left
     to right, but `parts` for this one, and a `generate` of its own."""
 
-    block_length: int = Field(32, ge=1, description="tokens of a block; the window is filled block by block")
+    block_length: Tokens = Field(32, description="tokens of a block; the window is filled block by block")
     cache: Cache = Field("none", description="keys and values kept within a block")
 
     def parts(self, max_new_tokens: int) -> DiffusionParts:
@@ -169,15 +178,15 @@ class DiffusionMethod(DecodeMethod):
         self,
         model: PreTrainedModel | MaskedDiffusionModel,
         tokenizer: PreTrainedTokenizerBase,
-        prompts: str | Sequence[str] | BatchEncoding,
+        prompts: Prompts,
         **options: Any,
     ) -> DiffusionOutput:
         """Fill a window of `max_new_tokens` after each prompt.
 
         Args:
-            prompts: texts, or `input_ids` and `attention_mask` as `encode_prompts` makes them.
-            options: as in `tokenry.generate`: max_new_tokens, chat, do_sample, temperature, top_k, top_p, min_p; seed,
-                with which each row draws as if it were alone; streamers, one per row, which get their row when it is
+            prompts: a prompt or several, see `encode_prompts`.
+            options: as in `tokenry.generate`: max_new_tokens, chat, do_sample, temperature, top_k, top_p, min_p; seed
+                of all that is drawn, tokens and positions; streamers, one per row, which get their row when it is
                 finished, since it does not grow from left to right.
 
         Raises:

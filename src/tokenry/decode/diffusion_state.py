@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..fields import Tokens, check
+from .core import row_seed
 
 __all__ = ["FRESH", "DiffusionState", "Edit", "Prediction"]
 
@@ -52,13 +54,13 @@ class Edit(NamedTuple):
         return values.gather(1, index).masked_fill(new, fresh)
 
     @property
-    def first_change(self) -> int:
-        """The first column that is not what it was, in any row; the new width if all are. Padding does not count."""
+    def first_change(self) -> Tensor:
+        """(batch,) the first column that is not what it was; the new width if all are. Padding does not count."""
         width = self.source_index.shape[1]
         columns = torch.arange(width, device=self.source_index.device)
         padding = columns >= (width - self.gen_length.max() + self.gen_length)[:, None]
-        moved = ((self.source_index != columns) & ~padding).any(0)
-        return int(moved.long().argmax()) if bool(moved.any()) else len(columns)
+        moved = (self.source_index != columns) & ~padding
+        return torch.where(moved.any(1), moved.long().argmax(1), width)
 
     def after(self, start: int) -> Edit:
         """The same for values that begin at column `start`, before which nothing moves."""
@@ -87,12 +89,28 @@ class Edit(NamedTuple):
         return cls(torch.where(inside & kept, source, FRESH), gen_length)
 
 
+# --- random numbers ------------------------------------------------------------------------------------------------
+
+
+class RowGenerators:
+    """Where each row's random numbers come from: with a seed, a generator for each row, that of `row_seed`; without
+    one, torch's own for all rows."""
+
+    def __init__(self, seed: int | None, batch: int, device: torch.device) -> None:
+        self.rows: list[torch.Generator | None] = [None] * batch
+        if seed is not None:
+            self.rows = [torch.Generator(device).manual_seed(row_seed(seed, row)) for row in range(batch)]
+
+
 # --- the state -----------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class DiffusionState:
     """All rows of a generation. A window begins at column `start` in every row, since prompts are padded on the left.
+
+    A row that is not `working` has finished its block: it waits for the others, or is done. Nothing may happen to it,
+    and nothing be drawn for it, that would not happen if it were alone.
 
     Attributes:
         x: ids (batch, time).
@@ -105,6 +123,7 @@ class DiffusionState:
         nfe, token_forwards: (batch,) and forward_calls: see `DiffusionStats`.
         commit_step, commit_confidence: (batch, time), see `DiffusionStats`; -1 and 0 where nothing is committed.
         mask_token_id: what a mask is.
+        generators: where all that is drawn in this generation comes from, tokens and positions alike.
     """
 
     x: Tensor
@@ -120,12 +139,19 @@ class DiffusionState:
     commit_confidence: Tensor
     mask_token_id: int
     pad_token_id: int
+    generators: RowGenerators
     context: int | None = None
     forward_calls: int = 0
 
     @classmethod
     def begin(
-        cls, model: Any, prompts: Tensor, present: Tensor, gen_length: int, block_length: int | None
+        cls,
+        model: Any,
+        prompts: Tensor,
+        present: Tensor,
+        gen_length: int,
+        block_length: int | None,
+        seed: int | None = None,
     ) -> DiffusionState:
         """Prompts (batch, time), each followed by a window of masks for a `MaskedDiffusionModel`.
 
@@ -137,6 +163,7 @@ class DiffusionState:
             raise InputError(
                 f"gen_length={gen_length} and block_length={block_length} are not allowed; give numbers >= 1"
             )
+        check("gen_length", gen_length, Tokens)
         batch, start = prompts.shape
         device = prompts.device
         window = torch.full((batch, gen_length), model.mask_token_id, device=device)
@@ -156,6 +183,7 @@ class DiffusionState:
             commit_confidence=torch.zeros(shape, device=device),
             mask_token_id=model.mask_token_id,
             pad_token_id=model.pad_token_id or 0,
+            generators=RowGenerators(seed, batch, device),
             context=getattr(model.model.config.get_text_config(), "max_position_embeddings", None),
         )
         state.check_context()
@@ -216,13 +244,24 @@ class DiffusionState:
         """(batch,) rows with masks in their block; the others are done, or wait for the batch."""
         return self.candidates.any(1)
 
+    def uniform(self) -> Tensor:
+        """(batch, time) drawn numbers in [0, 1) for the windows of the rows that work, 0 elsewhere."""
+        values = torch.zeros(self.x.shape, device=self.x.device)
+        for row in self.working.nonzero().flatten().tolist():
+            end = int(self.end[row])
+            values[row, self.start : end] = torch.rand(
+                end - self.start, generator=self.generators.rows[row], device=values.device
+            )
+        return values
+
     # --- what changes it -------------------------------------------------------------------------------------------
 
-    def count(self, first: int, last: int, rows: Tensor) -> None:
-        """One forward of these rows (batch,) over the columns [first, last)."""
-        self.forward_calls += 1
+    def count(self, first: Tensor | int, last: Tensor | int, rows: Tensor, calls: int = 1) -> None:
+        """One forward of these rows (batch,) over each one's columns [first, last), in `calls` of the model."""
+        fed = (self.columns >= _column(first)) & (self.columns < _column(last)) & self.present
+        self.forward_calls += calls
         self.nfe = self.nfe + rows
-        self.token_forwards = self.token_forwards + self.present[:, first:last].sum(1) * rows
+        self.token_forwards = self.token_forwards + fed.sum(1) * rows
 
     def commit(self, prediction: Prediction, commit: Tensor) -> None:
         """Write the chosen predictions (batch, time)."""
@@ -242,7 +281,7 @@ class DiffusionState:
         Raises:
             InputError: a change of the prompt, a window without tokens or beyond the model's context.
         """
-        if edit.first_change < self.start:
+        if bool((edit.first_change < self.start).any()):
             raise InputError("an edit changes the prompt; only windows can be edited")
         if bool((edit.gen_length < 1).any()):
             raise InputError("an edit leaves a window without tokens; keep at least one")
@@ -267,3 +306,8 @@ class DiffusionState:
                 return
             self.block_start = torch.where(moving, self.block_start + self.block_length, self.block_start)
             self.block_step = self.block_step.masked_fill(moving, 0)
+
+
+def _column(number: Tensor | int) -> Tensor | int:
+    """A number for each row, beside the columns of the row."""
+    return number[:, None] if isinstance(number, Tensor) else number

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import InputError
 from ..hooks import decoder_layers, skip_layers
 from ..models import load
+from ..positions import fixed_positions
 from ..rows import left_padded, shared_length
 from .engine import TransformersEngine
 from .tree import ROOT, DraftTree
@@ -32,6 +33,8 @@ __all__ = [
     "check_same_tokens",
     "make_drafter",
 ]
+
+MOST_SHARED = 0.98  # share of ids that two paddings of one vocabulary have in common at least
 
 Context = list[int] | None
 
@@ -165,15 +168,20 @@ class NGramDrafter(_ContextDrafter):
 
 
 class ModelDrafter:
-    """A smaller model with the same vocabulary and a cache of its own, which follows what the target accepts."""
+    """A smaller model with the same vocabulary and a cache of its own, which follows what the target accepts.
+
+    Its logits may be padded to another width than the target's: drafts are tokens that both have.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
     def begin(self, target: PreTrainedModel, rows: int, distinct: bool) -> None:
         mine, wanted = (m.config.get_text_config().vocab_size for m in (self.model, target))
-        if mine != wanted:
+        if min(mine, wanted) < MOST_SHARED * max(mine, wanted):
             raise InputError(f"draft vocabulary {mine} != target {wanted}; the ids must mean the same tokens")
+        self.known, self.vocabulary = mine, wanted
+        self.positions = fixed_positions(self.model)
         self.engine = TransformersEngine(self.model, rewinds=True)
         self.engine.check_tree()
         self.engine.cache.activate_past_recording()  # the first block ends with a token that may be taken back
@@ -186,7 +194,7 @@ class ModelDrafter:
         pending = [ids[len(fed) :] if ids else [] for ids, fed in zip(contexts, self.fed)]
         self.fed = [fed + new for fed, new in zip(self.fed, pending)]
         tokens, mask = left_padded(pending, self.model.device)
-        return self.engine.feed(tokens, None if bool(mask.all()) else mask)
+        return self._shared(self.engine.feed(self._read(tokens), None if bool(mask.all()) else mask))
 
     def extend(self, trees: Sequence[DraftTree], nodes: Sequence[Sequence[int]]) -> list[Tensor]:
         if not self.columns:
@@ -202,8 +210,16 @@ class ModelDrafter:
                 parents[row, i] = place.get(tree.parents[node], ROOT)
             place.update({node: self.open + i for i, node in enumerate(new, width - len(new))})
         self.open += width
-        logits = self.engine.feed_tree(tokens, mask, parents)
+        logits = self._shared(self.engine.feed_tree(self._read(tokens), mask, parents))
         return [logits[row, width - len(new) :] for row, new in enumerate(nodes)]
+
+    def _read(self, tokens: Tensor) -> Tensor:
+        """The tokens as this model has them; one that only the target has is read as the last one."""
+        return tokens.clamp(max=self.known - 1)
+
+    def _shared(self, logits: Tensor) -> Tensor:
+        """Logits (..., target's vocabulary): what the target does not have is gone, what is missing not drafted."""
+        return torch.nn.functional.pad(logits, (0, self.vocabulary - self.known), value=-torch.inf)
 
     def _follow(self, contexts: Sequence[Context]) -> None:
         """Bring the cache to the rows as they are now: keep the nodes they have gone along, take back what was rewound.
@@ -280,7 +296,7 @@ def make_drafter(drafter: str | PreTrainedModel | Drafter, target: PreTrainedMod
         return EarlyExitDrafter(layers)
     if isinstance(drafter, str):
         return ModelDrafter(_loaded(drafter, target.device, target.dtype)[0])
-    if isinstance(drafter, PreTrainedModel):
+    if isinstance(drafter, PreTrainedModel) or hasattr(drafter, "get_base_model"):  # or one of peft
         return ModelDrafter(drafter)
     if not all(hasattr(drafter, name) for name in ("begin", "root", "extend")):
         raise InputError(

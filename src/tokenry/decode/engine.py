@@ -410,7 +410,7 @@ class TransformersEngine:
 
     def _adopt(self, tokens: Tensor, mask: Tensor | None, held: int) -> tuple[Tensor, Tensor | None]:
         """The cache holds the first columns of the prompt already: take them over and return the rest."""
-        lengths = layer_lengths(self.cache)
+        lengths = [layer.get_seq_length() for layer in self.cache.layers if hasattr(layer, "get_seq_length")]
         rows = next(keys.shape[0] for layer in self.cache.layers if (keys := getattr(layer, "keys", None)) is not None)
         if held >= tokens.shape[1] or rows != self.batch:
             raise InputError(

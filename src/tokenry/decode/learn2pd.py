@@ -19,8 +19,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
+from ..fields import Block, Probability, Tokens
 from ..filtering import ConfidenceFilter, TraceDataset
-from .api import encode_prompts
+from ..prompts import encode_prompts
+from ..words import listed
 from .diffusion import LengthPolicy, MaskedDiffusionModel, diffusion_generate
 from .diffusion_method import DiffusionMethod, DiffusionParts
 from .diffusion_state import DiffusionState, Edit, Prediction
@@ -78,7 +80,8 @@ class LearnedFilter(UnmaskPolicy):
         self.filter, self.accept_threshold, self.min_per_step = filter.eval(), accept_threshold, min_per_step
 
     def reset(self, state: DiffusionState) -> None:
-        length = min(state.block_length, int(state.gen_length.max()))  # the window may be one block
+        lengths = state.gen_length.clamp(max=state.block_length)  # the window may be one block
+        length = int(lengths[(lengths != self.filter.block_length).long().argmax()])
         if self.filter.block_length not in (state.block_length, length):
             raise InputError(
                 f"the filter was trained for blocks of {self.filter.block_length}, the window has blocks of "
@@ -228,6 +231,7 @@ def collect_egp_traces(
         raise InputError(
             f"gen_length={gen_length} is not a multiple of block_length={block_length}; change one of them"
         )
+    prompts = listed(prompts, "prompt")
     if not prompts:
         raise InputError("there are no prompts to collect traces from; give some")
     if not isinstance(model, MaskedDiffusionModel):
@@ -264,11 +268,11 @@ class Learn2PD(DiffusionMethod):
     filter: str = Field(description="folder of a filter; `tokenry train --method learn2pd` makes one")
     accept_threshold: float = Field(0.96, gt=0, lt=1, description="tokens more probably final than this are committed")
     eotp: bool = Field(True, description="cut the window after the predicted end of the text")
-    eotp_min_confidence: float = Field(
-        0.0, ge=0, le=1, description="least confidence of an end that is not committed; 0.9 is the safe choice"
+    eotp_min_confidence: Probability = Field(
+        0.0, description="least confidence of an end that is not committed; 0.9 is the safe choice"
     )
-    min_per_step: int = Field(1, ge=1, description="most confident tokens that are committed in any case")
-    block_length: int = Field(32, ge=1, description="tokens of a block; that of the filter")
+    min_per_step: Tokens = Field(1, description="most confident tokens that are committed in any case")
+    block_length: Block = Field(32, description="tokens of a block; that of the filter")
 
     @model_validator(mode="before")
     @classmethod

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator
 
+from ..fields import Portion, Positive, Probability, Temperature, Tokens, Weight, check
 from .diffusion_method import DiffusionMethod, DiffusionParts
 from .diffusion_transforms import Guidance
 from .thinking import read_none
@@ -31,19 +32,22 @@ class MaskedDiffusion(DiffusionMethod):
     policy: Literal["fixed", "threshold", "factor", "runs", "chance"] = Field(
         "threshold", description="what is committed in a step"
     )
-    steps: Annotated[int | None, BeforeValidator(read_none)] = Field(
-        None, ge=1, description="forward passes with fixed and chance; none: one for every token"
+    steps: Annotated[Tokens | None, BeforeValidator(read_none)] = Field(
+        None, description="forward passes with fixed and chance; none: one for every token"
     )
     confidence: Confidence = Field("probability", description="what the best tokens are, with fixed")
-    position_temperature: float = Field(
-        0.0, ge=0, allow_inf_nan=False, description="above 0 the positions are drawn, with fixed"
-    )
-    threshold: float = Field(0.9, gt=0, le=1, description="least probability, with threshold and runs")
-    low: float = Field(0.4, ge=0, le=1, description="least probability of the best of a run of masks, with runs")
-    factor: float = Field(1.0, gt=0, allow_inf_nan=False, description="the larger, the more at once, with factor")
-    guidance: float = Field(
-        0.0, ge=0, allow_inf_nan=False, description="classifier-free guidance; doubles the forwards"
-    )
+    position_temperature: float = Field(0.0, ge=0, le=10_000, description="above 0 the positions are drawn, with fixed")
+    threshold: Portion = Field(0.9, description="least probability, with threshold and runs")
+    low: Probability = Field(0.4, description="least probability of the best of a run of masks, with runs")
+    factor: Positive = Field(1.0, description="the larger, the more at once, with factor")
+    guidance: Weight = Field(0.0, description="classifier-free guidance; doubles the forwards")
+
+    @field_validator("position_temperature")
+    @classmethod
+    def _draws(cls, temperature: float) -> float:
+        if temperature:
+            check("position_temperature", temperature, Temperature)
+        return temperature
 
     def parts(self, max_new_tokens: int) -> DiffusionParts:
         guidance = (Guidance(self.guidance),) if self.guidance else ()

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from ..fields import Drafts
 from .spectr import Spectr
 
 __all__ = ["OptimalMDSD"]
@@ -29,4 +30,4 @@ class OptimalMDSD(Spectr):
     verifier: Literal["single", "naive", "rrs", "rrs-without", "kseq", "greedy"] = Field(
         "greedy", description="how the token is selected among the drafts"
     )
-    num_drafts: int = Field(4, ge=1, description="drafts per position")
+    num_drafts: Drafts = Field(4, description="drafts per position")

@@ -21,6 +21,7 @@ from transformers.generation.logits_process import LogitsProcessor
 
 from ..dead_end import DeadEndValueModel, ValueCache
 from ..errors import InputError
+from ..fields import Portion, Share
 from .method import DecodeMethod, Plugins
 
 __all__ = ["Rectification", "RectifierLogitsProcessor", "cap_distribution", "cap_top_tokens", "iterate_caps"]
@@ -272,10 +273,10 @@ class Rectification(DecodeMethod):
     )
 
     rectifier: str = Field(description="folder of a rectifier; `tokenry train --method rectifier` makes one")
-    eps: float = Field(0.1, ge=0, lt=1, description="taken off every cap; larger is stricter")
+    eps: Share = Field(0.1, description="taken off every cap; larger is stricter")
     mode: Literal["project", "iterate"] = Field("project", description="caps met exactly, or the published two passes")
-    p_min: float = Field(1e-7, gt=0, le=1, description="smallest cap")
-    p_max: float = Field(1.0, gt=0, le=1, description="largest cap")
+    p_min: float = Field(1e-7, ge=1e-30, le=1, description="smallest cap")
+    p_max: Portion = Field(1.0, description="largest cap")
 
     @model_validator(mode="after")
     def _bounds_in_order(self) -> Rectification:

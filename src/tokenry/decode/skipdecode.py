@@ -17,7 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
-from ..hooks import Feed, LayerSwitch, decoder_layers, on_feed, text_model
+from ..fields import Layers, Multiple, Positive, Tokens
+from ..holding import hooked
+from ..hooks import Feed, LayerSwitch, decoder_body, decoder_layers, on_feed
 from ..skipping import SkipSchedule, skip_forward
 from .engine import layers_needed
 from .method import DecodeMethod, Plugins
@@ -25,7 +27,7 @@ from .thinking import read_ids
 
 __all__ = ["SkipDecode", "SkipPolicy", "SkipSchedule", "skip_forward"]
 
-Depths = Annotated[tuple[int, ...] | None, BeforeValidator(read_ids)]
+Depths = Annotated[tuple[Layers, ...] | None, BeforeValidator(read_ids)]
 
 
 class SkipDecode(DecodeMethod):
@@ -50,20 +52,20 @@ class SkipDecode(DecodeMethod):
         "quality before you trust the speed"
     )
 
-    e_min: int | None = Field(None, ge=2, description="layers of the last planned token; none: half of the layers")
-    e_max: int | None = Field(None, ge=2, description="layers of the prompt and the first token; none: all")
-    warmup: int = Field(2, ge=1, description="first layers that always run")
+    e_min: int | None = Field(
+        None, ge=2, le=1024, description="layers of the last planned token; none: half of the layers"
+    )
+    e_max: int | None = Field(None, ge=2, le=1024, description="layers of the prompt and the first token; none: all")
+    warmup: Layers = Field(2, description="first layers that always run")
     schedule: Literal["linear", "constant", "power"] = Field(
         "linear", description="how depth falls behind the prompt; constant: e_min at once"
     )
-    power: float = Field(2.0, gt=0, allow_inf_nan=False, description="exponent of the schedule 'power'")
-    planned_new_tokens: int | None = Field(
-        None, ge=1, description="new tokens after which e_min is reached; none: max_new_tokens"
+    power: Positive = Field(2.0, description="exponent of the schedule 'power'")
+    planned_new_tokens: Tokens | None = Field(
+        None, description="new tokens after which e_min is reached; none: max_new_tokens"
     )
-    target_speedup: float | None = Field(
+    target_speedup: Multiple | None = Field(
         None,
-        ge=1,
-        allow_inf_nan=False,
         description="times fewer layers, instead of e_min: 2 runs half of them on average",
     )
     depths: Depths = Field(None, description="layers of each new token, instead of e_min and a schedule: 30,28,26")
@@ -100,13 +102,9 @@ class SkipDecode(DecodeMethod):
         if model.config.is_encoder_decoder:
             raise InputError(f"{type(model).__name__} has an encoder; skipdecode takes decoder-only models")
         follower = _Follower(SkipPolicy(self, model), LayerSwitch(model))
-        done = text_model(model).register_forward_hook(lambda *_: follower.running.close(), always_call=True)
-        try:
-            with on_feed(model, follower.begin):
-                yield
-        finally:
-            done.remove()
-            follower.running.close()
+        done = hooked(decoder_body(model), lambda *_: follower.running.close(), always_call=True)
+        with follower.running, on_feed(model, follower.begin), done:
+            yield
 
 
 class SkipPolicy:

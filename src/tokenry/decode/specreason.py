@@ -7,7 +7,6 @@ of the base model. The base model reads many tokens at a time where it would hav
 
 from __future__ import annotations
 
-import json
 import math
 import time
 import warnings
@@ -19,13 +18,17 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator
-from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import InputError
+from ..fields import Times, Tokens
+from ..files import explained, parse_json, read_json, shown
 from ..models import LoadedModel, load
+from ..prompts import listed_prompts
 from .core import DecodeOutput
 from .method import DecodeMethod, Plugins
+from .options import ending
 from .step_models import PRESETS, Draft, Messages, StepModel, StepPrompts, prompts_for
 from .step_scores import HIGHEST, LOWEST, DigitScorer, LikelihoodScorer, StepScore, StepScorer
 
@@ -241,6 +244,7 @@ class Speculation:
     """A batch of problems, round by round: propose, judge, keep or rewrite."""
 
     def __init__(self, reasoner: SpeculativeReasoner, problems: Sequence[Messages], seed: int | None) -> None:
+        problems = listed_prompts(problems)
         if not problems:
             raise InputError("there are no problems; give at least one")
         self.reasoner, self.prompts = reasoner, reasoner.prompts
@@ -397,24 +401,32 @@ class SpecReasonOutput(DecodeOutput):
     results: list[ReasoningResult] | None = None
 
 
+KINDS = "texts, for answers a list of texts, and for chat true or false"
+FIELD_TYPES = {
+    "answers": lambda value: isinstance(value, list) and all(isinstance(text, str) for text in value),
+    "chat": lambda value: isinstance(value, bool),
+}
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
 def _read_prompts(value: Any) -> Any:
     """Prompts from a name, or from JSON: a file, or an object with the fields of `StepPrompts`. Other values pass."""
     if not isinstance(value, str | Path):
         return value
     if value in PRESETS:
         return PRESETS[value]
-    try:
-        text = str(value) if str(value).lstrip().startswith("{") else Path(value).read_text(encoding="utf-8")
-        given = json.loads(text)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ValueError(
-            f"{str(value)!r} is neither {' nor '.join(PRESETS)} nor JSON ({reason}); give a file or an object"
-        ) from None
+    with explained(f"{str(value)!r} is neither {' nor '.join(PRESETS)} nor JSON", "give a file or an object"):
+        given = parse_json(str(value)) if str(value).lstrip().startswith("{") else read_json(value)
     known = [f.name for f in fields(StepPrompts)]
     unknown = [name for name in given if name not in known] if isinstance(given, dict) else [given]
     if unknown:
         raise ValueError(f"prompts have no field {unknown[0]!r}; the fields are {', '.join(known)}")
+    wrong = [name for name, text in given.items() if not FIELD_TYPES.get(name, _is_text)(text)]
+    if wrong:
+        raise ValueError(f"the field {wrong[0]!r} of the prompts is {shown(given[wrong[0]])}; give {KINDS}")
     return StepPrompts(**given)
 
 
@@ -435,14 +447,16 @@ class SpecReason(DecodeMethod):
         "zoo/speculator",
         description="the small model: a name or folder as for --model, or in Python what tokenry.load returns",
     )
-    threshold: float = Field(7.0, description="lowest score of 0 to 9 at which a step of the small model is kept")
+    threshold: float = Field(
+        7.0, ge=-100, le=100, description="lowest score of 0 to 9 at which a step of the small model is kept"
+    )
     score_method: Literal["greedy", "average", "digits", "likelihood"] = Field(
         "greedy",
         description="the score: the likeliest token where a digit is asked for, the mean of likely digits or of all "
         "digits; or 9 times the probability of the step's least probable token",
     )
-    first_n_base_steps: int = Field(0, ge=0, description="steps at the beginning that the base model writes")
-    max_step_tokens: int = Field(512, ge=1, description="most tokens of a step")
+    first_n_base_steps: Times = Field(0, description="steps at the beginning that the base model writes")
+    max_step_tokens: Tokens = Field(512, description="most tokens of a step")
     prompts: Annotated[StepPrompts | None, BeforeValidator(_read_prompts), WithJsonSchema({"type": "string"})] = Field(
         None, description="the words around the steps: chat, lines (zoo/reasoner) or JSON; none for what fits the model"
     )
@@ -486,6 +500,20 @@ class SpecReason(DecodeMethod):
             streamers: one per row; they get whole steps.
             options: what `generate` takes. Plug-ins and other methods are refused.
         """
+        with ending(streamers) as streamers:
+            return self._generate(model, tokenizer, prompts, max_new_tokens, chat, seed, streamers, options)
+
+    def _generate(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Messages | Sequence[Messages],
+        max_new_tokens: int,
+        chat: bool,
+        seed: int | None,
+        streamers: Sequence[BaseStreamer],
+        options: dict[str, Any],
+    ) -> SpecReasonOutput:
         for name in ("methods", "processors", "monitors", "layer_policy", "steerers", "caps", "speculation", "stop"):
             if options.pop(name, None):
                 raise InputError(f"specreason writes with two models and takes no {name}; leave them out")
@@ -503,19 +531,8 @@ class SpecReason(DecodeMethod):
             prompts=words,
             **options,
         )
-        problems = _as_list(prompts)
-        speculation = reasoner.run(problems, seed, _streaming(streamers, tokenizer, words, problems))
-        for streamer in streamers:
-            streamer.end()
-        return _output(speculation)
-
-
-def _as_list(prompts: Messages | Sequence[Messages]) -> list[Messages]:
-    if isinstance(prompts, BatchEncoding):
-        raise InputError("specreason reads prompts with two tokenizers; give it texts or messages, not ids")
-    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], Mapping)):
-        return [prompts]
-    return list(prompts)
+        problems = listed_prompts(prompts, texts_only="specreason reads prompts with two tokenizers")
+        return _output(reasoner.run(problems, seed, _streaming(streamers, tokenizer, words, problems)))
 
 
 def _loaded(small: Any, model: PreTrainedModel) -> LoadedModel:
@@ -567,5 +584,6 @@ def _output(speculation: Speculation) -> SpecReasonOutput:
         forward_calls=base.engine.calls + speculation.small.engine.calls,
         token_forwards=base.engine.token_forwards + speculation.small.engine.token_forwards,
         past_key_values=base.engine.cache,
+        stop_reasons=[result.stop_reason for result in results],
         results=results,
     )

@@ -10,7 +10,6 @@ distribution of the target, under the same processors and warpers.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import InputError
+from ..fields import Drafts, Layers, Multiple, check
 from ..rows import left_padded
 from .api import loop
 from .core import DecodeLoop, DecodeOutput, Monitor, Row
@@ -112,6 +112,7 @@ class Speculation:
         for name in ("num_drafts", "draft_length"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} is not allowed; give a number >= 1")
+            check(name, getattr(self, name), Drafts)
         if isinstance(self.verifier, SingleDraftVerifier) and self.num_drafts > 1:
             raise InputError(
                 f"the verifier 'single' takes one draft, not {self.num_drafts}; set num_drafts=1, or use 'kseq', "
@@ -186,7 +187,9 @@ class SpeculativeLoop(DecodeLoop):
         """Grow a tree for each row, level by level. The last token of a row's budget needs no draft."""
         trees = [DraftTree() for _ in self.rows]
         depths = [
-            min(self.speculation.draft_length, self._room(row) - 1) if row.number in self.active else 0
+            max(0, min(self.speculation.draft_length, self._room(row) - 1, self._drafter_room(row)))
+            if row.number in self.active
+            else 0
             for row in self.rows
         ]
         if not any(depths):
@@ -197,7 +200,10 @@ class SpeculativeLoop(DecodeLoop):
         level = [[ROOT] if depth else [] for depth in depths]
         for depth in range(max(depths)):
             grown = [self._branch(row, trees[row.number], level[row.number], scores[row.number]) for row in self.rows]
-            level = [nodes if depth + 1 < most else [] for nodes, most in zip(grown, depths)]
+            level = [
+                [node for node in nodes if tree.tokens[node] not in self.eos] if depth + 1 < most else []
+                for nodes, tree, most in zip(grown, trees, depths)
+            ]
             if not any(level):
                 break
             scores = self.drafter.extend(trees, level)
@@ -214,19 +220,25 @@ class SpeculativeLoop(DecodeLoop):
             counts = slots([tree.weights[node] for node in nodes], laws, self.speculation.num_drafts)
         grown: list[int] = []
         for node, law, count, most in zip(nodes, laws, counts, laws.amax(-1).tolist()):
-            if math.isnan(most):
-                raise InputError("the drafter's scores are not numbers (NaN); give logits or log-probabilities")
             if count and most > 0:
                 grown += tree.add(node, self._draw(row, law, count), law)
         return grown
 
     def _laws(self, row: Row, paths: list[list[int]], scores: Tensor) -> Tensor:
         """The distributions (paths, vocabulary) that drafts are drawn from; zeros where there is nothing to draw."""
-        alive, warped = torch.isfinite(scores).any(-1, keepdim=True), []
-        for path, logits in zip(paths, scores):  # one by one: some processors tell the rows of a batch by their number
-            ids = torch.cat([self._row_ids(row), torch.tensor([path], dtype=torch.long, device=self.device)], 1)
-            warped.append(self.chooser.warp(ids, self._processed(ids, logits[None])))
-        return torch.where(alive, torch.cat(warped).softmax(-1), 0.0)
+        if bool(torch.isnan(scores).any()):
+            raise InputError("the drafter's scores are not numbers (NaN); give logits or log-probabilities")
+        return torch.stack([self._law(row, path, one) for path, one in zip(paths, scores)])
+
+    def _law(self, row: Row, path: list[int], scores: Tensor) -> Tensor:
+        """The distribution (vocabulary,) of drafts after a path. Processors may leave nothing of it, if they forbid
+        the only token that a drafter proposes, or no number where -inf meets inf: then that is not drafted."""
+        if not bool((scores > -torch.inf).any()):
+            return torch.zeros_like(scores)
+        ids = torch.cat([self._row_ids(row), torch.tensor([path], dtype=torch.long, device=self.device)], 1)
+        processed = _finite(self._processed(row, ids, scores[None]))
+        warped = _finite(self.chooser.warp(ids, processed))[0]
+        return warped.softmax(-1).nan_to_num(nan=0.0)
 
     def _draw(self, row: Row, law: Tensor, count: int) -> list[int]:
         if not self.do_sample:
@@ -243,7 +255,7 @@ class SpeculativeLoop(DecodeLoop):
         node, end, room = ROOT, self.prompt_length + len(row.ids), self._room(row)
         while True:
             ids = self.ids[row.number : row.number + 1, : end + len(steps)]
-            scores = self._processed(ids, logits[node + 1][None])
+            scores = self._processed(row, ids, logits[node + 1][None])
             token = self._select(row, self.chooser.warp(ids, scores)[0], tree, node, len(steps))
             steps.append(Step(token, scores[0]))
             node = tree.child(node, token)
@@ -285,13 +297,13 @@ class SpeculativeLoop(DecodeLoop):
 
     # --- small pieces --------------------------------------------------------------------------------------
 
-    def _processed(self, ids: Tensor, scores: Tensor) -> Tensor:
-        for processor in self.processors:
-            scores = processor(ids, scores)
-        return scores
-
     def _room(self, row: Row) -> int:
         return self.limits[row.number] - len(row.ids)
+
+    def _drafter_room(self, row: Row) -> float:
+        """How deep the drafter can draft after this row before it runs out of positions."""
+        positions = getattr(self.drafter, "positions", None)
+        return float("inf") if positions is None else positions + 1 - len(row.prompt) - len(row.ids)
 
     def _generator(self, row: Row) -> torch.Generator | None:
         return self.chooser.generators[row.number] if self.chooser.generators else None
@@ -304,6 +316,11 @@ class SpeculativeLoop(DecodeLoop):
                 f"the drafter returned {shape} and no scores of shape {(self.batch, size)}; a verifier needs the "
                 "distribution that drafts are drawn from"
             )
+
+
+def _finite(scores: Tensor) -> Tensor:
+    """Scores of drafts without what no softmax can take."""
+    return scores.nan_to_num(nan=-torch.inf, posinf=torch.finfo(scores.dtype).max, neginf=-torch.inf)
 
 
 def block_parents(pending: Sequence[Sequence[int]], trees: Sequence[DraftTree], width: int) -> np.ndarray:
@@ -351,7 +368,7 @@ def speculative(
     token_streamers: Sequence[BaseStreamer] = (),
     processing_class: PreTrainedTokenizerBase | None = None,
     seed: int | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     budgets: Sequence[int] | None = None,
     **model_kwargs: Any,
 ) -> DecodeOutput | Tensor:
@@ -399,13 +416,13 @@ class Spectr(DecodeMethod):
     verifier: Literal["single", "naive", "rrs", "rrs-without", "kseq", "greedy"] = Field(
         "kseq", description="how the token is selected among the drafts"
     )
-    num_drafts: int = Field(8, ge=1, description="drafts per position")
-    draft_length: int = Field(4, ge=1, description="tokens that are drafted ahead")
-    gamma: Annotated[float, Field(ge=1)] | Literal["optimal"] = Field(
-        "optimal", description="division factor of kseq, at most num_drafts, or optimal"
+    num_drafts: Drafts = Field(8, description="drafts per position")
+    draft_length: Drafts = Field(4, description="tokens that are drafted ahead")
+    gamma: Multiple | Literal["optimal"] = Field(
+        "optimal", description="division factor of kseq, moved into what is valid at a position, or optimal"
     )
-    exit_layers: Annotated[int | None, BeforeValidator(read_none)] = Field(
-        None, ge=1, description="layers of early-exit; none: two thirds"
+    exit_layers: Annotated[Layers | None, BeforeValidator(read_none)] = Field(
+        None, description="layers of early-exit; none: two thirds"
     )
 
     def plugins(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Plugins:

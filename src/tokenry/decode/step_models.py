@@ -13,19 +13,47 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.logits_process import LogitsProcessorList
-from transformers.generation.stopping_criteria import EosTokenCriteria
+from transformers.generation.logits_process import (
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    WatermarkLogitsProcessor,
+)
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from ..errors import InputError
 from ..models import LoadedModel, zoo_folders
+from ..prompts import rendered
 from ..rows import left_padded, shared_length
-from ..text import TokenText
-from .core import Chooser
+from ..text import TokenText, check_encodable
+from ..words import listed
+from .core import WARPERS, Chooser
 from .engine import TransformersEngine
+from .options import check_config, kept_by_generate
 
 __all__ = ["PRESETS", "Draft", "Messages", "StepModel", "StepPrompts", "prompts_for"]
 
 Messages = str | Sequence[Mapping[str, str]]  # a problem, or a conversation whose last turn asks it
+STEPWISE = (  # processors of transformers that look at the ids alone, and not at where the prompt ended
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    MinLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    WatermarkLogitsProcessor,
+)
+LIBRARY = LogitsProcessor.__module__
+GENERATES_OWN = {"attention_mask", "logits_to_keep", "past_key_values", "position_ids", "use_cache"}
 MARK = "(the steps stand here)"
 
 
@@ -62,7 +90,7 @@ class StepPrompts:
     chat: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "answers", tuple(self.answers))
+        object.__setattr__(self, "answers", tuple(listed(self.answers, "answer")))
         if not self.separator:
             raise InputError("the separator is empty, so no step would ever end; give some text, for example '\\n\\n'")
         if "{problem}" not in self.instruction:
@@ -95,11 +123,13 @@ class StepPrompts:
         self, tokenizer: PreTrainedTokenizerBase, problem: Messages, steps: Sequence[str], candidate: str
     ) -> str:
         """The text after which the score of the candidate stands."""
-        body = "".join(step + self.separator for step in (*steps, candidate))
+        body = "".join(step + self.separator for step in (*listed(steps, "step"), candidate))
         return self.begin(tokenizer, problem) + body + self.turn(tokenizer, problem)
 
     def _asked(self, problem: Messages) -> list[dict[str, str]]:
         messages = [{"role": "user", "content": problem}] if isinstance(problem, str) else [dict(m) for m in problem]
+        for message in messages:
+            check_encodable(message.get("content", ""), "the problem")
         if not messages or messages[-1].get("role") != "user" or not messages[-1]["content"].strip():
             raise InputError("the problem is empty; give a text, or messages of which the last is the user's")
         messages[-1]["content"] = self.instruction.replace("{problem}", messages[-1]["content"])
@@ -126,7 +156,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str
             f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; use StepPrompts(chat=False), which "
             "puts the texts one after the other"
         )
-    return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    return rendered(tokenizer, messages, **options)
 
 
 @dataclass(frozen=True)
@@ -161,6 +191,7 @@ class StepModel:
     ) -> None:
         self.model, self.tokenizer = loaded
         self.special = special
+        starts = listed(starts, "start")
         processors, config, self.eos = prepared(self.model, options or {})
         device = self.model.device
         self.chooser = Chooser(processors, config.do_sample, seed, len(starts), device)
@@ -245,11 +276,33 @@ def prepared(
         logits_processor: LogitsProcessorList,
         stopping_criteria: Sequence[Any],
         generation_config: GenerationConfig,
-        **_: Any,
+        **further: Any,
     ) -> tuple[LogitsProcessorList, GenerationConfig, set[int]]:
+        kept = kept_by_generate("streamer", "assistant_model", "synced_gpus")
+        check_config(generation_config, **kept)
+        check_stepwise(logits_processor, stopping_criteria, generation_config, {*kept, *further})
         ends = [c.eos_token_id.tolist() for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
         return logits_processor, generation_config, {token for ids in ends for token in ids}
 
+    if options.get("stop_strings"):
+        raise InputError("stop_strings are not possible here: steps end with their separator; leave them out")
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     ones = torch.ones_like(ids)
-    return model.generate(ids, attention_mask=ones, custom_generate=take, **{**options, "max_new_tokens": 1})
+    return model.generate(
+        ids, attention_mask=ones, custom_generate=take, **{"use_cache": True, **options, "max_new_tokens": 1}
+    )
+
+
+def check_stepwise(
+    processors: Sequence[LogitsProcessor], criteria: Sequence[Any], config: GenerationConfig, given: set[str]
+) -> None:
+    """Refuse what counts from the beginning of a text, or ends one: texts are written step by step, in turns."""
+    others = [p for p in processors if not isinstance(p, WARPERS + STEPWISE) and type(p).__module__ == LIBRARY]
+    others += [c for c in criteria if not isinstance(c, EosTokenCriteria | MaxLengthCriteria)]
+    names = [type(one).__name__ for one in others] + sorted(given - GENERATES_OWN)
+    if config.num_return_sequences > 1:
+        names.append("num_return_sequences")
+    if config.cache_implementation is not None:
+        names.append("cache_implementation")
+    if names:
+        raise InputError(f"{names[0]} is not possible where models write step by step; leave it out")

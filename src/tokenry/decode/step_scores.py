@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
+from ..positions import check_prompt_fits
+from ..words import listed
 from .step_models import Messages, StepPrompts, prompts_for
 
 __all__ = ["DigitScorer", "LikelihoodScorer", "StepScore", "StepScorer"]
@@ -68,6 +70,7 @@ class DigitScorer:
     def score(self, problem: Messages, steps: Sequence[str], candidate: str) -> StepScore:
         text = self.prompts.judging(self.tokenizer, problem, steps, candidate)
         ids = self.tokenizer.encode(text, add_special_tokens=not self.prompts.chat, return_tensors="pt")
+        check_prompt_fits(self.model, ids.shape[1] - 1)
         return self.read(self.model(ids.to(self.model.device), use_cache=False).logits[0, -1])
 
     def read(self, logits: Tensor) -> StepScore:
@@ -105,10 +108,12 @@ class LikelihoodScorer:
     @torch.no_grad()
     def score(self, problem: Messages, steps: Sequence[str], candidate: str) -> StepScore:
         separator, special = self.prompts.separator, not self.prompts.chat
-        before = self.prompts.begin(self.tokenizer, problem) + "".join(step + separator for step in steps)
+        body = "".join(step + separator for step in listed(steps, "step"))
+        before = self.prompts.begin(self.tokenizer, problem) + body
         known = self.tokenizer.encode(before, add_special_tokens=special)
         whole = self.tokenizer.encode(before + candidate + separator, add_special_tokens=special)
         first = next((i for i, (a, b) in enumerate(zip(known, whole)) if a != b), len(known))
+        check_prompt_fits(self.model, len(whole) - 1)
         ids = torch.tensor([whole], device=self.model.device)
         logits = self.model(ids[:, :-1], use_cache=False).logits[0, first - 1 :].float()
         probs = logits.softmax(-1).gather(1, ids[0, first:, None])

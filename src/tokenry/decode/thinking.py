@@ -20,7 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import LogitsProcessor
 
 from ..errors import InputError
+from ..fields import TokenId
 from ..method import Lines
+from ..words import listed
 from .method import DecodeMethod, Plugins
 
 __all__ = ["REFLECTION_WORDS", "BiasLogitsProcessor", "ReflectionMethod", "end_think_ids", "reflection_token_ids"]
@@ -44,6 +46,7 @@ def reflection_token_ids(
     Raises:
         InputError: no words, or a form that is not exactly one token; its pieces are shown.
     """
+    words = listed(words, "reflection word")
     check_words(words)
     forms = [form for word in words for form in ((word, " " + word) if leading_space and word[0] != " " else (word,))]
     ids: dict[int, None] = {}
@@ -216,8 +219,8 @@ def read_none(value: Any) -> Any:
     return None if isinstance(value, str) and value.strip().lower() == "none" else value
 
 
-TokenIds = Annotated[tuple[int, ...] | None, BeforeValidator(read_ids)]
-EndThink = Annotated[str | tuple[int, ...] | None, BeforeValidator(read_ids)]
+TokenIds = Annotated[tuple[TokenId, ...] | None, BeforeValidator(read_ids)]
+EndThink = Annotated[str | tuple[TokenId, ...] | None, BeforeValidator(read_ids)]
 
 
 class ReflectionMethod(DecodeMethod):

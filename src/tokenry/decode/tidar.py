@@ -27,6 +27,8 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import InputError
+from ..fields import Probability, TokenId
+from ..hooks import vocabulary_size
 from ..masks import as_attention_mask, check_full_attention, check_mask, draft_mask
 from .api import loop
 from .core import DecodeOutput, Monitor, Row
@@ -186,7 +188,7 @@ class TiDARLoop(SpeculativeLoop):
 
 def check_model(model: PreTrainedModel, mask_token_id: int) -> None:
     """Refuse a model that has no place for guesses; the forwards that this needs are done once for a model."""
-    size = model.get_input_embeddings().num_embeddings
+    size = vocabulary_size(model)
     if not 0 <= mask_token_id < size:
         raise InputError(f"mask_token_id={mask_token_id} is outside the vocabulary of {size}; choose an unused token")
     check_full_attention(model)
@@ -217,7 +219,7 @@ def tidar_generate(
     token_streamers: Sequence[BaseStreamer] = (),
     processing_class: PreTrainedTokenizerBase | None = None,
     seed: int | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     **model_kwargs: Any,
 ) -> DecodeOutput | Tensor:
     """TiDAR as a `custom_generate` callable; the arguments are those of `TiDAR` and of the decode loop.
@@ -257,11 +259,14 @@ class TiDAR(DecodeMethod):
     )
 
     block_size: Annotated[int | None, BeforeValidator(read_none)] = Field(
-        None, ge=2, description="tokens checked in a forward, and masks of a replica; none: what the model learnt, or 8"
+        None,
+        ge=2,
+        le=1024,
+        description="tokens checked in a forward, and masks of a replica; none: what the model learnt, or 8",
     )
-    beta: float = Field(1.0, ge=0, le=1, description="trust in the causal rows; with 1 the text is exactly theirs")
-    mask_token_id: Annotated[int | None, BeforeValidator(read_none)] = Field(
-        None, ge=0, description="an id that never occurs in text; none: that of the model"
+    beta: Probability = Field(1.0, description="trust in the causal rows; with 1 the text is exactly theirs")
+    mask_token_id: Annotated[TokenId | None, BeforeValidator(read_none)] = Field(
+        None, description="an id that never occurs in text; none: that of the model"
     )
 
     def plugins(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Plugins:

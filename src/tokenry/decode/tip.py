@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..fields import Logits
 from .thinking import BiasLogitsProcessor, ReflectionMethod, require
 
 __all__ = ["ThoughtSwitchPenalty", "ThoughtSwitchPenaltyLogitsProcessor"]
@@ -41,7 +42,7 @@ class ThoughtSwitchPenaltyLogitsProcessor(BiasLogitsProcessor):
         end_think_ids: Sequence[int] | None = None,
     ) -> None:
         super().__init__(token_ids, end_think_ids)
-        require(alpha >= 0, "alpha", alpha, "a number >= 0")
+        require(0 <= alpha <= 1e30, "alpha", alpha, "a number in [0, 1e30], which float32 holds")
         require(beta >= 0, "beta", beta, "a number of tokens >= 0")
         self.alpha, self.beta, self.per_thought = alpha, beta, per_thought
 
@@ -66,8 +67,8 @@ class ThoughtSwitchPenalty(ReflectionMethod):
     paper: ClassVar[str] = "Thoughts Are All Over the Place: On the Underthinking of o1-Like LLMs, arXiv 2501.18585"
     claim: ClassVar[str] = "Reasoning models solve more problems when they are kept from switching thoughts too early."
 
-    alpha: float = Field(3.0, ge=0, allow_inf_nan=False, description="penalty in logits; 0 does nothing")
-    beta: float = Field(600, ge=0, allow_inf_nan=False, description="tokens of a thought that it lasts; 0 does nothing")
+    alpha: Logits = Field(3.0, description="penalty in logits; 0 does nothing")
+    beta: float = Field(600, ge=0, le=2**20, description="tokens of a thought that it lasts; 0 does nothing")
     per_thought: bool = Field(True, description="start again at every switch word; false: only at the first token")
 
     def _build(self, token_ids: Sequence[int], end_think_ids: Sequence[int] | None) -> BiasLogitsProcessor:

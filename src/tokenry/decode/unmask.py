@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .. import fields
 from ..errors import InputError
 from .diffusion_state import DiffusionState, Edit, Prediction
 
@@ -65,7 +66,6 @@ class FixedCount(UnmaskPolicy):
         confidence: what "best" means: the probability of the token, its lead over the second ("margin"), the negative
             entropy of the distribution ("entropy"), or nothing ("random").
         temperature: above 0 the positions are drawn, in proportion to exp(confidence / temperature) (Dream's alg_temp).
-        seed: of "random" and of drawn positions.
 
     Raises:
         InputError: steps that cannot be shared out among the blocks, an unknown confidence, temperature < 0.
@@ -76,7 +76,6 @@ class FixedCount(UnmaskPolicy):
         steps: int | None = None,
         confidence: Confidence = "probability",
         temperature: float = 0.0,
-        seed: int = 0,
     ) -> None:
         if confidence not in CONFIDENCES:
             raise InputError(f"confidence={confidence!r} is unknown; use one of {', '.join(CONFIDENCES)}")
@@ -84,13 +83,15 @@ class FixedCount(UnmaskPolicy):
             raise InputError(f"steps={steps} is not allowed; give a number >= 1, or None for one token per step")
         if not 0 <= temperature < float("inf"):
             raise InputError(f"temperature={temperature} is not allowed; give a number >= 0")
-        self.steps, self.confidence, self.temperature, self.seed = steps, confidence, temperature, seed
-        self.steps_per_block: int | None = None
-        self.draw: RowDraws | None = None
+        if temperature:
+            fields.check("temperature", temperature, fields.Temperature)
+        if steps is not None:
+            fields.check("steps", steps, fields.Tokens)
+        self.steps, self.confidence, self.temperature = steps, confidence, temperature
+        self.steps_per_block: Tensor | None = None  # (batch,)
 
     def reset(self, state: DiffusionState) -> None:
         self.steps_per_block = None if self.steps is None else steps_per_block(self.steps, state)
-        self.draw = RowDraws(self.seed, state)
 
     def select(self, prediction: Prediction, state: DiffusionState) -> Tensor:
         candidates = state.candidates
@@ -102,14 +103,14 @@ class FixedCount(UnmaskPolicy):
         scores = self._score(prediction, state)
         if self.temperature:
             # The best n of scores with Gumbel noise are n draws without replacement.
-            scores = scores / self.temperature - self.draw(state).log().neg().log()
+            scores = scores / self.temperature - state.uniform().log().neg().log()
         return candidates & (best_first(scores, candidates) < count[:, None])
 
     def _score(self, prediction: Prediction, state: DiffusionState) -> Tensor:
         if self.confidence == "probability":
             return prediction.confidence
         if self.confidence == "random":
-            return self.draw(state)
+            return state.uniform()
         p = prediction.logits.softmax(-1)
         if self.confidence == "margin":
             first, second = p.topk(2, -1).values.unbind(-1)
@@ -117,25 +118,12 @@ class FixedCount(UnmaskPolicy):
         return (p * (p + 1e-10).log()).sum(-1)
 
 
-class RowDraws:
-    """Uniform numbers for each column, from a generator for each row, so that a batch does not change a row."""
-
-    def __init__(self, seed: int, state: DiffusionState) -> None:
-        self.generators = [torch.Generator(state.x.device).manual_seed(seed) for _ in range(len(state.x))]
-
-    def __call__(self, state: DiffusionState) -> Tensor:
-        """(batch, time), 0 outside the windows."""
-        values = torch.zeros(state.x.shape, device=state.x.device)
-        for row, (n, generator) in enumerate(zip(state.gen_length.tolist(), self.generators)):
-            values[row, state.start : state.start + n] = torch.rand(n, generator=generator, device=values.device)
-        return values
-
-
-def steps_per_block(steps: int, state: DiffusionState) -> int:
-    """Steps for each block, of `steps` for the window."""
-    blocks = -(-int(state.gen_length.max()) // state.block_length)
-    if steps % blocks:
-        raise InputError(f"steps={steps} is not a multiple of the {blocks} blocks; give one that is")
+def steps_per_block(steps: int, state: DiffusionState) -> Tensor:
+    """Steps (batch,) for each block of a row, of `steps` for its window."""
+    blocks = -(-state.gen_length // state.block_length)
+    if bool((steps % blocks).any()):
+        uneven = int(blocks[steps % blocks != 0][0])
+        raise InputError(f"steps={steps} is not a multiple of the {uneven} blocks; give one that is")
     return steps // blocks
 
 
@@ -149,24 +137,27 @@ class Chance(UnmaskPolicy):
         InputError: steps < 1, or that cannot be shared out among the blocks.
     """
 
-    def __init__(self, steps: int, last: float = 1e-3, seed: int = 0) -> None:
+    def __init__(self, steps: int, last: float = 1e-3) -> None:
         if steps < 1:
             raise InputError(f"steps={steps} is not allowed; give a number >= 1")
+        fields.check("steps", steps, fields.Tokens)
         if not 0 < last < 1:
             raise InputError(f"last={last} is not allowed; give a time in (0, 1)")
-        self.steps, self.last, self.seed = steps, last, seed
-        self.times: Tensor | None = None
-        self.draw: RowDraws | None = None
+        self.steps, self.last = steps, last
+        self.steps_per_block: Tensor | None = None  # (batch,)
 
     def reset(self, state: DiffusionState) -> None:
-        self.times = torch.linspace(1, self.last, steps_per_block(self.steps, state) + 1, device=state.x.device)
-        self.times[-1] = 0  # everything
-        self.draw = RowDraws(self.seed, state)
+        self.steps_per_block = steps_per_block(self.steps, state)
 
     def select(self, prediction: Prediction, state: DiffusionState) -> Tensor:
-        step = state.block_step.clamp(max=len(self.times) - 2)
-        kept = self.times[step + 1] / self.times[step]
-        return state.candidates & (self.draw(state) >= kept[:, None])
+        step = torch.minimum(state.block_step, self.steps_per_block - 1)  # those after the last are like it
+        kept = self._time(step + 1) / self._time(step)
+        return state.candidates & (state.uniform() >= kept[:, None])
+
+    def _time(self, step: Tensor) -> Tensor:
+        """The time (batch,) before a step of a block, and 0 after the last one, which commits everything."""
+        time = 1 - (1 - self.last) * step / self.steps_per_block
+        return time.masked_fill(step == self.steps_per_block, 0.0)
 
 
 class Threshold(UnmaskPolicy):
@@ -202,6 +193,7 @@ class Factor(UnmaskPolicy):
     def __init__(self, factor: float = 1.0) -> None:
         if not factor > 0:
             raise InputError(f"factor={factor} is not allowed; give a number > 0")
+        fields.check("factor", factor, fields.Positive)
         self.factor = factor
 
     def select(self, prediction: Prediction, state: DiffusionState) -> Tensor:

@@ -172,25 +172,27 @@ class KSeqVerifier(_Verifier):
     """K-SEQ (arXiv 2310.15141): every draft is tested with min(1, p / (gamma q)), then comes a corrected residual.
 
     Args:
-        gamma: the division factor, or "optimal" for the one with the most acceptance.
+        gamma: the division factor, or "optimal" for the one with the most acceptance, gamma*. What is allowed depends
+            on the position, [gamma*, drafts that are left], and the given one is moved into that: what comes out has
+            the target's law in any case.
     """
 
     sampling = "with"
 
     def __init__(self, gamma: float | Literal["optimal"] = "optimal") -> None:
         if gamma != "optimal" and not (isinstance(gamma, int | float) and 1 <= gamma < float("inf")):
-            raise InputError(
-                f"gamma={gamma!r} is not allowed; give 'optimal' or a number from 1 to the number of drafts"
-            )
+            raise InputError(f"gamma={gamma!r} is not allowed; give 'optimal' or a number >= 1")
         self.gamma = gamma
 
     def steps(self, target: Tensor, draft: Tensor, tokens: Sequence[int]) -> Iterator[Trial | Tensor]:
-        k, given = len(tokens), None if self.gamma == "optimal" else float(self.gamma)
-        gamma = _division_factor(target, draft, k, given)
+        k = len(tokens)
+        gamma = least = _division_factor(target, draft, k, None)
+        if self.gamma != "optimal":
+            gamma = torch.maximum(least, least.new_tensor(min(self.gamma, k)))
         raised = gamma * draft
         for token in tokens:
             yield Trial(token, _ratio(target, raised, token))
-        yield _kseq_residual(target, draft, k, gamma, given is None)
+        yield _kseq_residual(target, draft, k, gamma, bool(gamma == least))
 
 
 class GreedyDraftVerifier(_Verifier):

@@ -6,7 +6,7 @@ for a model's own solutions the probabilities are in the `Trace` of their genera
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
@@ -17,8 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
 from ..method import Method
+from ..prompts import listed_prompts, rendered
 from ..spans import text_offsets
+from ..text import check_encodable
 from ..trace import Trace
+from ..words import listed
 from .answers import Marker, answer_tokens, check_marker, find_answer, normalise_answer
 
 __all__ = ["CRew", "CRewScorer", "Judged", "Solution"]
@@ -124,7 +127,7 @@ class CRew(Method):
     def judge(self, samples: Iterable[Trace | Solution], gold: Sequence[str | None] | None = None) -> list[Judged]:
         """Answer and score of each sample, and whether the answer is the same as its `gold` one."""
         solutions = [Solution.from_trace(s) if isinstance(s, Trace) else s for s in samples]
-        golden = [None] * len(solutions) if gold is None else gold
+        golden = [None] * len(solutions) if gold is None else [gold] if isinstance(gold, str) else gold
         return [self._judge(solution, right) for solution, right in zip(solutions, golden, strict=True)]
 
     def _judge(self, solution: Solution, gold: str | None) -> Judged:
@@ -202,6 +205,10 @@ class CRewScorer:
         Raises:
             InputError: an empty prompt, a prompt and solution beyond the context window, or lists of unequal length.
         """
+        for name, given in (("prompts", prompts), ("solutions", solutions)):
+            if isinstance(given, Mapping):
+                raise InputError(f"{name} are a {type(given).__name__}; give a list with one for each solution")
+        prompts, solutions = listed_prompts(prompts), listed(solutions, "solution")
         whole = [True] * len(solutions) if finished is None else finished
         if not len(prompts) == len(solutions) == len(whole):
             raise InputError(f"{len(prompts)} prompts for {len(solutions)} solutions; give one of each, and `finished`")
@@ -215,6 +222,8 @@ class CRewScorer:
         """The tokens to feed. Prompt and solution are tokenized apart, as they are in generation."""
         if not prompt or (isinstance(prompt, str) and not prompt.strip()):
             raise InputError("the prompt is empty; give the question that the solution answers")
+        for text in (solution, *([prompt] if isinstance(prompt, str) else [])):
+            check_encodable(text, "a prompt or solution")
         shown, start = self._prompt(prompt)
         ids = self.tokenizer(solution, add_special_tokens=False).input_ids
         window = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -235,7 +244,7 @@ class CRewScorer:
         if isinstance(prompt, str) and not (self.chat and self.tokenizer.chat_template):
             return prompt, self.tokenizer(prompt).input_ids
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        text = rendered(self.tokenizer, turns, add_generation_prompt=True)
         shown = prompt if isinstance(prompt, str) else text
         return shown, self.tokenizer(text, add_special_tokens=False).input_ids
 

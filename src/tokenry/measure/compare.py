@@ -6,17 +6,21 @@ averaging over seeds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..hooks import fingerprint
+from .kept import tokenizer_hash
 from .statistics import Interval, bootstrap_statistic, paired_bootstrap
 from .store import RunStore
 from .task import COSTS, Experiment, Outcome, Sample, Statistic
 
-__all__ = ["Comparison", "Interrupted", "compare"]
+__all__ = ["Comparison", "Interrupted", "compare", "identity", "made_of"]
 
 Progress = Callable[[int, int, str], None]
 
@@ -31,11 +35,12 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass
 class Comparison:
-    """All outcomes of an experiment: {(subject, sample, seed): outcome}."""
+    """All outcomes of an experiment, {(subject, sample, seed): outcome}, and what identifies the run."""
 
     experiment: Experiment
     samples: Sequence[Sample]
     outcomes: dict[tuple[str, str, int], Outcome]
+    identity: dict[str, Any] = field(default_factory=dict)
 
     @property
     def subjects(self) -> list[str]:
@@ -118,6 +123,24 @@ class Comparison:
         }
 
 
+def made_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """What identifies a model whatever it is called: its weights and its tokenizer."""
+    return {"weights": fingerprint(model), "tokenizer": tokenizer_hash(tokenizer)}
+
+
+def identity(experiment: Experiment, about: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Everything that would change the numbers of a run, but for its samples and seeds, which are stored one by one."""
+    return {
+        "experiment": experiment.slug,
+        "revision": experiment.revision,
+        "tokenry": version("tokenry"),
+        "task": {"name": experiment.task.slug, **getattr(experiment.task, "setting", {})},
+        "subjects": {s.name: s.setting for s in experiment.subjects},
+        "models": {name: fingerprint(model) for name, model in experiment.models.items()},
+        **(about or {}),
+    }
+
+
 def compare(
     experiment: Experiment,
     store: RunStore | None = None,
@@ -130,22 +153,22 @@ def compare(
     finished, or extended by more samples or seeds.
 
     Args:
-        about: what identifies the run beside the experiment itself (model, options).
+        about: what identifies the run beside the experiment itself: the model, its `made_of`, options.
         progress: called with (done, total, what is running).
 
     Raises:
         Interrupted: on Ctrl-C, after the current state has been stored.
     """
     samples = list(experiment.task.samples())
-    identity = {
-        "experiment": experiment.slug,
-        "task": experiment.task.slug,
-        "subjects": {s.name: s.setting for s in experiment.subjects},
-        **(about or {}),
+    known = identity(experiment, about)
+    run = store.begin(known, resume) if store else None
+    wanted = {
+        (s.name, x.key, seed): (s.name, x.id, seed)
+        for s in experiment.subjects
+        for x in samples
+        for seed in experiment.seeds
     }
-    run = store.begin(identity, resume) if store else None
-    wanted = {(s.name, x.id, seed) for s in experiment.subjects for x in samples for seed in experiment.seeds}
-    outcomes = {key: o for key, o in store.outcomes(run).items() if key in wanted} if store else {}
+    outcomes = {wanted[key]: o for key, o in store.outcomes(run).items() if key in wanted} if store else {}
     total = len(wanted)
     try:
         for seed in experiment.seeds:
@@ -158,15 +181,15 @@ def compare(
                     if not todo:
                         continue
                     measured = experiment.task.run(subject, batch, seed)
-                    rows = [(subject.name, s.id, seed, o) for s, o in zip(batch, measured, strict=True)]
+                    rows = list(zip(batch, measured, strict=True))
                     if store:
-                        store.add(run, rows)
-                    outcomes.update({(name, sample, seed): o for name, sample, seed, o in rows})
+                        store.add(run, [(subject.name, s.key, seed, o) for s, o in rows])
+                    outcomes.update({(subject.name, s.id, seed): o for s, o in rows})
     except KeyboardInterrupt:
         raise Interrupted(len(outcomes), total) from None
     if progress:
         progress(total, total, "done")
-    return Comparison(experiment, samples, outcomes)
+    return Comparison(experiment, samples, outcomes, known)
 
 
 def _compute(statistic: Statistic, table: dict[str, np.ndarray], pick: np.ndarray) -> float:

@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..decode.api import encode_prompts
+from ..decode.core import row_seed
 from ..decode.diffusion import DiffusionOutput, MaskedDiffusionModel, diffusion_generate
 from ..problems import Problem, Split, VerifiableTask, draw_problems
+from ..prompts import encode_prompts
 from ..puzzles import PUZZLES, kind_of
 from .compare import Comparison
 from .statistics import Interval, bootstrap_statistic
@@ -27,7 +28,8 @@ class PuzzleTask:
 
     A subject's `apply` is a function of the width that gives arguments of `diffusion_generate`, new ones for each
     batch, such as `DiffusionMethods([...]).options`. The window is one block, unless they say otherwise. Decoding takes
-    the most likely tokens, so seeds differ in their problems alone. The rows of a batch share its seconds.
+    the most likely tokens, so seeds differ in their problems, and in the positions that a rule draws. The rows of a
+    batch share its seconds.
     """
 
     slug: ClassVar[str] = "puzzles"
@@ -49,6 +51,7 @@ class PuzzleTask:
     ) -> None:
         self.model, self.tokenizer, self.width = MaskedDiffusionModel(model, tokenizer), tokenizer, width
         each = -(-count // len(kinds))
+        self.setting = {"width": width, "kinds": [kind.name for kind in kinds], "split": split}
         drawn = {seed: [draw_problems(task, each, seed, split) for task in kinds] for seed in seeds}
         self.problems = {
             seed: [problems[i % len(kinds)][i // len(kinds)] for i in range(count)] for seed, problems in drawn.items()
@@ -65,7 +68,8 @@ class PuzzleTask:
         problems = [self.problems[seed][sample.data["index"]] for sample in samples]
         inputs = encode_prompts(self.tokenizer, [problem.question for problem in problems])
         options = {"gen_length": self.width, "block_length": None, **subject.apply(self.width)}
-        output = diffusion_generate(self.model, **inputs, tokenizer=self.tokenizer, **options)
+        own = row_seed(seed, samples[0].data["index"])  # so that each sample draws the same in every batch
+        output = diffusion_generate(self.model, **inputs, seed=own, tokenizer=self.tokenizer, **options)
         stats, outcomes = output.stats, []
         for row, problem in enumerate(problems):
             quality = self.quality(problem, output, row)

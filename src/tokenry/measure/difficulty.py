@@ -53,6 +53,7 @@ class DifficultyTask:
 
     def __init__(self, task: VerifiableTask, problems: Sequence[Problem]) -> None:
         self.task, self.problems = task, problems
+        self.setting = {"problems": task.name}
 
     def samples(self) -> list[Sample]:
         return [Sample(problem.id, problem.question, {"index": i}) for i, problem in enumerate(self.problems)]

@@ -35,6 +35,7 @@ def evidence(
         "findings": [{"statement": f.statement, "holds": bool(f.holds), "numbers": f.numbers} for f in findings],
         "model": model,
         "task": experiment.task.slug,
+        "identity": {name: value for name, value in comparison.identity.items() if name != "subjects"},
         "baseline": experiment.baseline,
         "subjects": [{"name": s.name, "role": s.role, "setting": s.setting} for s in experiment.subjects],
         "metrics": {m.name: {"better": m.better, "description": m.description} for m in experiment.qualities},

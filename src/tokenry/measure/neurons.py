@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
-from ..hooks import decoder_layers, down_projection, edit_inputs, edit_outputs, gated_mlp
+from ..hooks import decoder_layers, down_projection, edit_inputs, edit_outputs, effective_weight, gated_mlp
 from ..read.directions import neuron_rows, top_tokens, unembedding
 from ..read.lm_head_neurons import LMHeadNeurons
 from .task import Metric, Outcome, Sample, Subject
@@ -86,6 +86,7 @@ class ClampTask:
         value: float = 20.0,
     ) -> None:
         self.model, self.tokenizer, self.value = model, tokenizer, value
+        self.setting = {"value": value}
         self.named = list(named)
         self._plain: dict[int, Plain] = {}
 
@@ -157,7 +158,7 @@ class ClampTask:
             watch = {
                 decoder_layers(self.model)[i].mlp: lambda x, i=i: inputs.update({i: x[0].detach()}) or x for i in layers
             }
-            with edit_inputs(watch):
+            with edit_inputs(self.model, watch):
                 logprobs = self._next(ids)[0]
             self._plain[seed] = Plain(ids, logprobs, inputs)
         return self._plain[seed]
@@ -170,7 +171,8 @@ class ClampTask:
     def _first_order(self, target: Target, plain: Plain) -> float:
         mlp = decoder_layers(self.model)[target.layer].mlp
         activate = getattr(mlp, "act_fn", None) or mlp.activation_fn  # the second is Phi-3's
-        column = down_projection(self.model, target.layer).weight[:, target.neuron]
+        down = effective_weight(down_projection(self.model, target.layer), "mlp.down_proj")
+        column = down[:, target.neuron]
         gate = activate(self._side("gate", target, plain)[-1])
         return self.value * float(gate) * float(unembedding(self.model)[target.token].float() @ column.float())
 
@@ -189,7 +191,8 @@ class ClampTask:
             return edit
 
         ups = {layer: gated_mlp(self.model, layer)["up"] for layer in {t.layer for t in targets}}
-        with edit_outputs({up.module: hold(layer, up.outputs.start) for layer, up in ups.items()}):
+        edits = {up.module: hold(layer, up.outputs.start) for layer, up in ups.items()}
+        with edit_outputs(self.model, edits):
             return self._next(ids.expand(len(targets), -1))
 
     def _next(self, ids: Tensor) -> Tensor:

@@ -72,6 +72,12 @@ class ReasoningTask:
         self.model, self.tokenizer, self.task, self.problems = model, tokenizer, task, problems
         self.reflection_ids, self.end_ids = set(reflection_ids), list(end_think_ids(tokenizer, END_THINK))
         self.max_new_tokens, self.budgets = max_new_tokens, tuple(budgets)
+        self.setting = {
+            "problems": task.name,
+            "reflection_ids": sorted(self.reflection_ids),
+            "max_new_tokens": max_new_tokens,
+            "budgets": list(budgets),
+        }
         self.metrics: Sequence[Metric] = (
             Metric("accuracy", "higher", f"share of problems solved rightly within {max_new_tokens} tokens"),
             *(Metric(f"accuracy_{n}", "higher", f"the same within {n} tokens") for n in self.budgets),

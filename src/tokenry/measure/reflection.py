@@ -74,6 +74,7 @@ class ReflectionTask:
         self.model, self.tokenizer = model, tokenizer
         self.token_ids = np.array(token_ids)
         self.period = period
+        self.setting = {"token_ids": self.token_ids.tolist(), "period": period}
         self.prompts = REFLECTION_PROMPTS[:count]
 
     def samples(self) -> list[Sample]:

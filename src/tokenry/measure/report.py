@@ -6,42 +6,24 @@ import json
 import math
 from collections.abc import Sequence
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
-from ..errors import InputError
 from .compare import Comparison
 from .statistics import Interval
 from .task import COSTS, Finding
 
-__all__ = ["check_writable", "format_number", "render", "tables"]
+__all__ = ["format_number", "render", "tables"]
 
 ARROWS = {"higher": "↑", "lower": "↓", None: ""}
 MEGABYTES = ("peak_bytes", "cache_bytes")
 ACROSS = 4  # metrics side by side in a terminal
 PLOT_SAMPLES = 64  # texts shown; the table always covers all
-
-
-def check_writable(path: str | Path) -> Path:
-    """Refuse an output path that cannot be written, before anything runs."""
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"the output {str(path)!r} is a folder; give a file name")
-    try:
-        with path.open("a"):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"the output {str(path)!r} cannot be written ({error.strerror}); choose another path"
-        ) from None
-    if path.stat().st_size == 0:
-        path.unlink()
-    return path
 
 
 def columns(comparison: Comparison) -> list[tuple[str, str, str]]:
@@ -87,7 +69,7 @@ def tables(comparison: Comparison) -> list[Table]:
     return [*made, _table(comparison, "cost per sample", [label(c) for c in comparison.costs()], rows)]
 
 
-def _table(comparison: Comparison, title: str, headings: Sequence[str], rows: dict[str, list[str]]) -> Table:
+def _table(comparison: Comparison, title: str, headings: Sequence[str], rows: dict[str, list[str | Text]]) -> Table:
     grid = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     grid.add_column("subject", no_wrap=True)
     for heading in headings:
@@ -97,13 +79,13 @@ def _table(comparison: Comparison, title: str, headings: Sequence[str], rows: di
     return grid
 
 
-def _cell(comparison: Comparison, subject: str, name: str, base: str) -> str:
+def _cell(comparison: Comparison, subject: str, name: str, base: str) -> str | Text:
     mean = format_number(name, comparison.mean(subject, name))
     if subject == base:
         return mean
     difference = comparison.difference(subject, base, name)
     shown = format_difference(name, difference).replace(" [", "\n[", 1)
-    return f"{mean}\n[dim]{shown.replace('[', chr(92) + '[')}[/dim]"
+    return Text.assemble(mean, ("\n" + shown, "dim"))
 
 
 def render(

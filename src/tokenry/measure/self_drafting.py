@@ -106,6 +106,7 @@ class SelfDraftingTask:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], once: int) -> None:
         self.tokenizer, self.once, self.task = tokenizer, once, Arithmetic()
+        self.setting = {"once": once}
         self.problems = {problem.id: problem for problem in problems}
 
     def samples(self) -> list[Sample]:

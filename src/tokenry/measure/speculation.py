@@ -19,6 +19,7 @@ from ..decode.api import generate, loop
 from ..decode.spectr import Speculation, SpeculativeOutput
 from ..decode.verifiers import Selection, Verifier
 from ..problems import Arithmetic, Problem, draw_problems
+from ..prompts import rendered
 from .cost import Meter
 from .task import Metric, Outcome, Sample, Statistic, Subject
 from .texts import generation_cost
@@ -86,6 +87,7 @@ class SpeculationTask:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, draws: int, prefix: list[int]
     ) -> None:
         self.model, self.tokenizer, self.prefix, self.task = model, tokenizer, prefix, Arithmetic()
+        self.setting = {"prefix": prefix}
         self.problems = {problem.id: problem for problem in draw_problems(self.task, count)}
         self.draws = -(-draws // ROWS)
 
@@ -106,9 +108,7 @@ class SpeculationTask:
 
     def _solve(self, plan: Speculation | None, problem: Problem, seed: int) -> Outcome:
         options = {**SAMPLING, "max_new_tokens": MAX_NEW_TOKENS, "seed": seed, "return_dict_in_generate": True}
-        prompt = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": problem.question}], add_generation_prompt=True, tokenize=False
-        )
+        prompt = rendered(self.tokenizer, [{"role": "user", "content": problem.question}], add_generation_prompt=True)
         inputs = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(self.model.device)
         recorder = RecordingVerifier(plan.verifier) if plan else None
         if plan:

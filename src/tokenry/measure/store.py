@@ -1,7 +1,7 @@
 """The run store: one SQLite file that survives a kill at any moment and takes several writers.
 
-Every outcome is committed as soon as it is measured. A run is identified by what would change its numbers (task,
-model, subjects' settings); resuming continues the latest run with the same signature.
+Every outcome is committed as soon as it is measured. A run is identified by what would change its numbers (see
+`compare.identity`); resuming continues the latest run with the same signature.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..files import explained, shown
 from .task import Outcome
 
 __all__ = ["RunStore", "signature"]
@@ -28,6 +29,13 @@ CREATE TABLE IF NOT EXISTS outcomes (
 """
 
 
+def _object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds {shown(value)} where an object is due")
+    return value
+
+
 def signature(about: Mapping[str, Any]) -> str:
     """A hash of everything that identifies a run."""
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
@@ -37,19 +45,21 @@ class RunStore:
     """Outcomes of comparisons in one file. Use as a context manager, or `close()` it."""
 
     def __init__(self, path: str | Path) -> None:
+        self.problem = f"the run store {str(path)!r} cannot be read"
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             self.db = sqlite3.connect(path, timeout=60)
             self.db.execute("PRAGMA journal_mode=WAL")
             self.db.executescript(SCHEMA)
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, ValueError, sqlite3.Error) as error:
             raise InputError(f"the run store {str(path)!r} cannot be opened ({error}); choose another path") from None
 
     def begin(self, about: Mapping[str, Any], resume: bool = False) -> int:
         """The number of a new run, or with `resume` of the latest one with the same signature."""
         key = signature(about)
         if resume:
-            row = self.db.execute("SELECT max(id) FROM runs WHERE signature = ?", (key,)).fetchone()
+            with explained(self.problem, "choose another path", sqlite3.Error):
+                row = self.db.execute("SELECT max(id) FROM runs WHERE signature = ?", (key,)).fetchone()
             if row[0] is not None:
                 return row[0]
         with self.db:
@@ -70,10 +80,10 @@ class RunStore:
 
     def outcomes(self, run: int) -> dict[tuple[str, str, int], Outcome]:
         """Everything measured in a run: {(subject, sample, seed): outcome}."""
-        rows = self.db.execute(
-            "SELECT subject, sample, seed, metrics, cost, detail FROM outcomes WHERE run = ?", (run,)
-        )
-        return {(s, x, seed): Outcome(json.loads(m), json.loads(c), json.loads(d)) for s, x, seed, m, c, d in rows}
+        columns = "subject, sample, seed, metrics, cost, detail"
+        with explained(self.problem, "choose another path", sqlite3.Error):
+            rows = self.db.execute(f"SELECT {columns} FROM outcomes WHERE run = ?", (run,)).fetchall()
+            return {tuple(row[:3]): Outcome(*map(_object, row[3:])) for row in rows}
 
     def close(self) -> None:
         self.db.close()

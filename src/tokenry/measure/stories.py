@@ -55,6 +55,7 @@ class StoriesTask:
         self.detector = PhraseBan(patterns)
         self.prompts = dict(list(enumerate(story_prompts()))[first : first + count])
         self.max_new_tokens = max_new_tokens
+        self.setting = {"patterns": list(patterns), "max_new_tokens": max_new_tokens}
 
     def samples(self) -> list[Sample]:
         return [Sample(f"story-{i:02d}", prompt) for i, prompt in self.prompts.items()]

@@ -66,7 +66,7 @@ def load_minilm() -> Callable[[Sequence[str]], Tensor]:
         raise InputError("sentence-transformers is not installed; run `pip install 'tokenry[represent]'`")
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(str(folder / "model"), device="cpu")
+    model = SentenceTransformer(str(folder / "model"), device="cpu", trust_remote_code=False)
     return lambda texts: model.encode(list(texts), convert_to_tensor=True, show_progress_bar=False)
 
 

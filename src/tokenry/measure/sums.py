@@ -59,6 +59,7 @@ class SumsTask:
         seed: int = 0,
     ) -> None:
         self.model, self.tokenizer, self.drawn = model, tokenizer, drawn
+        self.setting = {"drawn": drawn, "seed": seed}
         self.reader = CRew(marker="number")
         self.prefixes: dict[str, tuple[Tensor, DynamicCache]] = {}
         self._last: tuple[tuple, list[list[Solution]]] | None = None

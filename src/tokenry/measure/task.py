@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -50,6 +52,12 @@ class Sample:
     prompt: str
     data: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def key(self) -> str:
+        """Its name in the run store: the id, and a hash of what it holds, so that another sample is another one."""
+        text = json.dumps([self.prompt, self.data], sort_keys=True, default=repr)
+        return f"{self.id} {hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:12]}"
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -74,7 +82,11 @@ class Outcome:
 
 
 class Task(Protocol):
-    """Samples and how to run and score a subject on them."""
+    """Samples and how to run and score a subject on them.
+
+    What would change the numbers and is in no sample (a width, a number of draws) is in the task's `setting`, a dict of
+    JSON values as that of a `Subject`; a task whose samples say everything needs none.
+    """
 
     slug: str
     stage: str
@@ -102,6 +114,9 @@ class Experiment:
 
     `judge` turns a finished `Comparison` into findings. The verdict is `reproduced` if all hold,
     `direction only` if the first one holds, else `not reproduced`.
+
+    `models` are those that the numbers depend on beside the measured one (a drafter, a twin). `revision` goes up with a
+    change of the experiment that changes numbers and is in no setting: a run is resumed by the same revision alone.
     """
 
     slug: str
@@ -114,6 +129,8 @@ class Experiment:
     batch: int = 1
     notes: str = ""
     statistics: Sequence[Statistic] = ()
+    models: Mapping[str, Any] = field(default_factory=dict)
+    revision: int = 1
 
     @property
     def qualities(self) -> list[Metric | Statistic]:

@@ -65,6 +65,7 @@ class TokensTask:
             for name in sample.data["sets"]:
                 lengths.setdefault(name, []).append(len(sample.prompt))
         self.characters = {name: float(np.mean(of_set)) for name, of_set in lengths.items()}
+        self.setting = {"error_rate": error_rate, "characters": self.characters}
 
     def samples(self) -> Sequence[Sample]:
         return self._samples

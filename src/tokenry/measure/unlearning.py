@@ -66,6 +66,7 @@ class UnlearningTask:
     ) -> None:
         self.model, self.tokenizer, self.pairs = model, tokenizer, list(pairs)
         self.stories = StoriesTask(model, tokenizer, patterns, stories, first=TUNED_ON)
+        self.setting = {**self.stories.setting, "max_length": max_length}
         self.passages = ordinary_texts(passages)
         self.collator = FTPOCollator(tokenizer.pad_token_id, max_length)
         self.known: dict[str, dict[str, Outcome]] = {}  # of each subject: what no seed changes

@@ -20,7 +20,10 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 
 from ..difficulty import CLASSES, DifficultyProbe, Prompt, prompt_ids, read_questions
 from ..errors import InputError
+from ..fields import Count, Probability, Rate, Temperature, Weight
 from ..method import Method
+from ..positions import check_prompt_fits
+from ..prompts import listed_prompts
 from .reading import Reading
 
 __all__ = [
@@ -160,6 +163,7 @@ def entropy_profile(
     Raises:
         InputError: n_samples < 2, temperature <= 0, no prompts, max_new_tokens < 1.
     """
+    prompts = listed_prompts(prompts)
     for name, value, good, allowed in (
         ("n_samples", n_samples, n_samples >= 2, "a number >= 2"),
         ("temperature", temperature, temperature > 0, "a number > 0, since samples must differ"),
@@ -171,6 +175,7 @@ def entropy_profile(
     at_a_time, rows = max(1, batch_size // n_samples), []
     for start in range(0, len(prompts), at_a_time):
         batch = [prompt_ids(tokenizer, prompt, chat=chat) for prompt in prompts[start : start + at_a_time]]
+        check_prompt_fits(model, max(map(len, batch)), max_new_tokens)
         drawn = _draw(model, tokenizer, batch, n_samples, temperature, max_new_tokens, seed + start)
         for i in range(len(batch)):
             own = drawn[i * n_samples : (i + 1) * n_samples]
@@ -268,6 +273,7 @@ def question_states(
     batch_size: int = 32,
 ) -> Tensor:
     """The states (questions, width) a probe reads, see `read_questions`."""
+    prompts = listed_prompts(prompts)
     parts = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
     return torch.cat([read_questions(model, tokenizer, part, chat).states.cpu() for part in parts])
 
@@ -283,16 +289,16 @@ class DifficultyLabels(Method):
     )
     claim: ClassVar[str] = "The state of a question's last token tells how hard the model will find it."
 
-    n_samples: int = Field(10, ge=2, description="samples drawn of each question")
-    temperature: float = Field(0.8, gt=0, allow_inf_nan=False, description="of these samples")
-    alpha: float = Field(0.7, ge=0, le=1, description="correctness from which a question is solved")
-    beta: float | None = Field(
-        None, ge=0, description="entropy in nats up to which a solved question is normal; none: 60 % of them"
+    n_samples: int = Field(10, ge=2, le=10_000, description="samples drawn of each question")
+    temperature: Temperature = Field(0.8, description="of these samples")
+    alpha: Probability = Field(0.7, description="correctness from which a question is solved")
+    beta: Weight | None = Field(
+        None, description="entropy in nats up to which a solved question is normal; none: 60 % of them"
     )
-    gamma: float = Field(0.3, ge=0, le=1, description="correctness below which a question is hard")
-    hidden: int = Field(256, ge=0, description="width of the probe's hidden layer; 0 for a linear probe")
-    learning_rate: float = Field(1e-3, gt=0, description="of AdamW")
-    epochs: int = Field(100, ge=1, description="passes over the questions")
+    gamma: Probability = Field(0.3, description="correctness below which a question is hard")
+    hidden: int = Field(256, ge=0, le=2**16, description="width of the probe's hidden layer; 0 for a linear probe")
+    learning_rate: Rate = Field(1e-3, description="of AdamW")
+    epochs: Count = Field(100, description="passes over the questions")
 
     @model_validator(mode="after")
     def _in_order(self) -> DifficultyLabels:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import InputError
-from ..hooks import decoder_layers, down_projection, gated_mlp
+from ..hooks import decoder_body, decoder_layers, down_projection, effective_weight, gated_mlp, unwrapped
 
 __all__ = ["Side", "Spread", "TopTokens", "neuron_rows", "top_tokens", "unembedding"]
 
@@ -41,31 +41,22 @@ def neuron_rows(model: PreTrainedModel, layer: int, side: Side = "up", fold_norm
     """
     gated = gated_mlp(model, layer)
     if side == "down":
-        rows = _weight(down_projection(model, layer), f"mlp.down_proj of layer {layer}").T
-        norm = getattr(model.base_model, "norm", None)
+        rows = effective_weight(down_projection(model, layer), f"mlp.down_proj of layer {layer}").T
+        norm = getattr(decoder_body(model), "norm", None)
     else:
-        rows = _weight(gated[side].module, f"the {side}-projection of layer {layer}")[gated[side].outputs]
+        rows = effective_weight(gated[side].module, f"the {side}-projection of layer {layer}")[gated[side].outputs]
         norm = _norm_before_mlp(decoder_layers(model)[layer])
     rows = rows.float()
     if fold_norm:
         if norm is None:
             raise InputError(f"{type(model).__name__} has no norm to fold in there; give fold_norm=False")
         rows = rows * norm_gain(norm, rows.shape[1]).to(rows.device)
-    return rows.to(unembedding(model).device)
+    return rows.to(unwrapped(model.get_output_embeddings()).weight.device)
 
 
 def unembedding(model: PreTrainedModel) -> Tensor:
     """The weight (vocabulary, width) of the output head."""
-    return _weight(model.get_output_embeddings(), "the output head")
-
-
-def _weight(module: nn.Module, what: str) -> Tensor:
-    weight = module.weight.detach()
-    if not weight.is_floating_point() or weight.itemsize < 2 or weight.dim() != 2:
-        raise InputError(f"{what} holds quantised weights ({weight.dtype}); load the model in bfloat16 or float32")
-    if weight.is_meta:
-        raise InputError(f"{what} is offloaded; load the model on one device")
-    return weight
+    return effective_weight(model.get_output_embeddings(), "the output head")
 
 
 def _norm_before_mlp(block: nn.Module) -> nn.Module | None:

@@ -16,9 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
+from ..fields import Count, Entries
 from ..hooks import clamp_neurons
 from ..method import Method
 from ..trace import Trace
+from ..words import listed
 from .directions import Side, neuron_rows, top_tokens, unembedding
 from .neuron_map import NeuronMap, Progress
 from .reading import Reading
@@ -51,8 +53,8 @@ class LMHeadNeurons(Method):
 
     side: Side = Field("up", description="weights to decode: what a neuron reads (up, gate) or writes (down)")
     fold_norm: bool = Field(False, description="multiply by the gain of the norm between the residual and the weights")
-    top_k: int = Field(10, ge=1, description="tokens kept per neuron; at most the vocabulary")
-    chunk: int = Field(512, ge=1, description="neurons decoded at a time")
+    top_k: Entries = Field(10, description="tokens kept per neuron; at most the vocabulary")
+    chunk: Count = Field(512, description="neurons decoded at a time")
     bottom: bool = Field(False, description="also the tokens a neuron points away from, for negative activations")
 
     def map(
@@ -163,6 +165,7 @@ def clamp_effect(
         InputError: no such neuron, no prompts or values, an empty prompt, a value that is not finite.
     """
     layer, index = neuron
+    prompts = listed(prompts, "prompt")
     if not prompts or not values or not all(isfinite(v) for v in values):
         raise InputError(f"{len(prompts)} prompts and values {list(values)} measure nothing; give finite numbers")
     clamp_neurons(model, {layer: {index: 0.0}}, side="up")  # refuses a neuron that does not exist

@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
+from ..files import explained, parse_json
 from ..hooks import decoder_layers, fingerprint
+from ..outputs import write_file
+from ..stored import Header, check_floats, check_range, check_tensors, header_of, read_tensors
 from .directions import TILE, Side, Spread, neuron_rows, top_tokens, unembedding
 from .reading import Reading
 
@@ -33,6 +36,18 @@ class Overlap:
     share: float
     chance: float
     by_layer: list[tuple[float, float]]  # (share, chance) of each layer
+
+
+class MapHeader(Header):
+    """What a saved map says of itself."""
+
+    model: str
+    fingerprint: str
+    side: Side
+    fold_norm: bool
+    top_k: int = Field(ge=1, lt=2**31)
+    vocabulary: int = Field(ge=1, lt=2**31)
+    texts: dict[str, str]
 
 
 class NeuronMap:
@@ -286,7 +301,8 @@ class NeuronMap:
     def save(self, path: str | Path) -> None:
         """Write one safetensors file with a JSON header."""
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
-        save_file(tensors, path, metadata={"tokenry_neurons": json.dumps(self.header, ensure_ascii=False)})
+        metadata = {"tokenry_neurons": json.dumps(self.header, ensure_ascii=False)}
+        write_file(path, lambda part: save_file(tensors, part, metadata=metadata))
 
     @classmethod
     def load(
@@ -300,21 +316,14 @@ class NeuronMap:
         Raises:
             InputError: not a map, a newer format, or another model.
         """
-        header = None
-        try:
-            with safe_open(path, "pt") as file:
-                header = json.loads((file.metadata() or {}).get("tokenry_neurons", "null"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, ValueError) as error:
-            raise InputError(
-                f"{str(path)!r} cannot be read as a map ({error}); give a file of NeuronMap.save"
-            ) from None
+        remedy = "give a file written by NeuronMap.save"
+        with explained(f"{str(path)!r} cannot be read as a map", remedy):
+            tensors, texts = read_tensors(path)
+            header = parse_json(texts.get("tokenry_neurons", "null"))
         if header is None:
-            raise InputError(f"{str(path)!r} has no header of a neuron map; give a file written by NeuronMap.save")
-        if header["format"] > FORMAT:
-            raise InputError(
-                f"{str(path)!r} has format {header['format']}, this version reads {FORMAT}; update tokenry"
-            )
+            raise InputError(f"{str(path)!r} has no header of a neuron map; {remedy}")
+        with explained(f"{str(path)!r} cannot be read as a map", remedy):
+            _check(tensors, header_of(header, MapHeader, FORMAT, f"the map {str(path)!r}"))
         found = cls(tensors, header, model, tokenizer)
         if model is not None:
             found.check(fingerprint(model))
@@ -327,6 +336,29 @@ class NeuronMap:
                 f"this map was made for {self.header['model']!r} (weights {self.header['fingerprint']}), not for the "
                 f"weights {weights}; map that model with LMHeadNeurons().map(model, tokenizer)"
             )
+
+
+def _check(tensors: dict[str, Tensor], header: MapHeader) -> None:
+    """Refuse tensors that do not belong together or to their header.
+
+    Raises:
+        ValueError: the first such tensor.
+    """
+    check_tensors(tensors, {"lse": (None, None)})
+    stored = min(max(header.top_k, 2), header.vocabulary)
+    shapes = {"deviation": tuple(tensors["lse"].shape)}
+    for ids, logits in (("ids", "logits"), ("bottom_ids", "bottom_logits")):
+        if ids == "ids" or ids in tensors:
+            shapes |= {name: (*tensors["lse"].shape, stored) for name in (ids, logits)}
+    check_tensors(tensors, shapes)
+    check_floats(tensors, tensors.keys() - {"ids", "bottom_ids"})
+    for name in tensors.keys() & {"ids", "bottom_ids"}:
+        check_range(name, tensors[name], header.vocabulary)
+        unnamed = [i for i in map(str, tensors[name].unique().tolist()) if i not in header.texts]
+        if unnamed:
+            raise ValueError(f"the header has no text of token {unnamed[0]}")
+    if not all(text.isdecimal() and text.isascii() for text in header.texts):
+        raise ValueError("the header has texts of tokens that are no numbers")
 
 
 def _agreement(a: Tensor, b: Tensor) -> tuple[float, float]:

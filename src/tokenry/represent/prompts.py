@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Protocol
 
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
-from ..hooks import decoder_layers, edit_inputs, skip_layers
+from ..hooks import decoder_body, decoder_layers, edit_inputs, skip_layers
+from ..text import check_encodable
 
 __all__ = ["PROMPTS", "PromptEmbedder", "clean_up", "last_states", "last_tokens", "leads_with_bos", "read_prompt"]
 
@@ -99,7 +100,7 @@ def last_states(model: PreTrainedModel, ids: Tensor, mask: Tensor, wanted: Seque
     Returns:
         (batch, len(wanted), width).
     """
-    layers, body, caught = decoder_layers(model), model.base_model, {}
+    layers, body, caught = decoder_layers(model), decoder_body(model), {}
     count, deepest = len(layers), max(wanted)
     rows = torch.arange(len(ids), device=ids.device)
     last = last_tokens(mask)
@@ -117,7 +118,7 @@ def last_states(model: PreTrainedModel, ids: Tensor, mask: Tensor, wanted: Seque
     with ExitStack() as stack:
         if deepest < count:
             stack.enter_context(skip_layers(model, range(deepest)))
-        stack.enter_context(edit_inputs({layers[k]: keep(k) for k in wanted if k < count}))
+        stack.enter_context(edit_inputs(model, {layers[k]: keep(k) for k in wanted if k < count}))
         final = body(input_ids=ids, attention_mask=mask, use_cache=False, **extra).last_hidden_state
     keep(count)(final)
     device = final.device
@@ -137,9 +138,12 @@ class PromptEmbedder(nn.Module):
             -1 the one after the final norm. Layers behind it do not run.
         add_bos: put the BOS token first; None does what the tokenizer does by itself.
         normalize: scale every embedding to length 1.
+        max_seq_length: tokens of a text with its prompt at most; None is what the model takes. Can be set later.
+        truncate: cut a longer text at its end, the prompt stays whole; else it is refused, and nothing is embedded.
 
     Raises:
-        InputError: a bad prompt, an output layer the model does not have, or a BOS token the tokenizer does not have.
+        InputError: a bad prompt, a max_seq_length out of range, an output layer the model does not have, or a BOS token
+            the tokenizer does not have.
     """
 
     def __init__(
@@ -152,13 +156,16 @@ class PromptEmbedder(nn.Module):
         output_layer: int = -1,
         add_bos: bool | None = None,
         normalize: bool = False,
+        max_seq_length: int | None = None,
+        truncate: bool = False,
     ) -> None:
         super().__init__()
         self.model, self.tokenizer, self.token_prepending = model, tokenizer, token_prepending
-        self.prompt, self.add_bos, self.normalize = prompt, add_bos, normalize
+        self.prompt, self.add_bos, self.normalize, self.truncate = prompt, add_bos, normalize, truncate
         self.templates = read_prompt(prompt)
         self.layers = len(decoder_layers(model))
         self.limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.max_seq_length = max_seq_length
         self.output_layer = self._layer(output_layer)
         self.slot_token_id = None
         if token_prepending is not None:
@@ -176,26 +183,65 @@ class PromptEmbedder(nn.Module):
             )
         return index % (self.layers + 1)
 
+    @property
+    def max_seq_length(self) -> int | None:
+        """Tokens of a text with its prompt at most; None where neither the model nor the user has a limit."""
+        return self.limit if self._longest is None else self._longest
+
+    @max_seq_length.setter
+    def max_seq_length(self, tokens: int | None) -> None:
+        if tokens is not None and not 1 <= tokens <= (self.limit or tokens):
+            raise InputError(
+                f"max_seq_length={tokens} is not allowed; give a number of tokens from 1 to what the model takes, "
+                f"{self.limit or 'which has no limit'}, or None for that"
+            )
+        self._longest = tokens
+
     # --- texts to ids ------------------------------------------------------------------------------------------
 
     def rows(self, texts: Sequence[str]) -> list[list[list[int]]]:
         """Token ids of every text in every template: rows[text][template]."""
+        texts = [texts] if isinstance(texts, str) else texts
         for i, text in enumerate(texts):
             if not isinstance(text, str):
                 raise InputError(f"text {i} is a {type(text).__name__}; give a list of strings")
             if SLOT in text:
                 raise InputError(f"text {i} contains {SLOT!r}, which marks the slot in templates; remove it")
+            check_encodable(text, f"text {i}")
         cleaned = [clean_up(text) for text in texts]
         if not all(cleaned):
             warnings.warn(f"text {cleaned.index('')} is empty and becomes a pair of empty quotes", stacklevel=3)
-        made = list(zip(*(self._fill(template, cleaned) for template in self.templates)))
+        made, most = self._variants(cleaned), self.max_seq_length
         for i, variants in enumerate(made):
             longest = max(map(len, variants))
-            if self.limit is not None and longest > self.limit:
+            if most is None or longest <= most:
+                continue
+            if not self.truncate:
+                where = "the model takes" if self._longest is None else "max_seq_length is"
                 raise InputError(
-                    f"text {i} has {longest} tokens with its prompt, the model takes {self.limit}; shorten it"
+                    f"text {i} has {longest} tokens with its prompt, {where} {most}; shorten it, or cut long texts "
+                    "with truncate=True (--truncate)"
                 )
+            made[i] = self._cut(cleaned[i], most)
         return made
+
+    def _variants(self, texts: Sequence[str]) -> list[tuple[list[int], ...]]:
+        """Each text in every template."""
+        return list(zip(*(self._fill(template, texts) for template in self.templates)))
+
+    def _cut(self, text: str, most: int) -> tuple[list[int], ...]:
+        """The beginning of a text, as long as it fits into every template with at most so many tokens."""
+        fits, fails, found = 0, len(text), None
+        while fails - fits > 1:
+            middle = (fits + fails) // 2
+            (variants,) = self._variants([clean_up(text[:middle])])
+            if max(map(len, variants)) <= most:
+                fits, found = middle, variants
+            else:
+                fails = middle
+        if found is None:
+            raise InputError(f"max_seq_length={most} leaves no room for a text in its prompt; raise it")
+        return found
 
     def _fill(self, template: str, texts: Sequence[str]) -> list[list[int]]:
         # The halves around the slot are tokenised on their own, as a tokenizer does around an added token.
@@ -260,7 +306,7 @@ class PromptEmbedder(nn.Module):
             InputError: a single string, no sentences, a batch size below 1, a layer the model does not have, or a
                 text that does not fit.
         """
-        if isinstance(sentences, str) or not len(sentences):
+        if isinstance(sentences, str | Mapping | Tensor) or not len(sentences):
             raise InputError(f"sentences={sentences!r} is no list of texts; give a list with at least one")
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size} is not allowed; give a number >= 1")

@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ..checkpoint_files import read_tokenizer, reading
 from ..errors import InputError
+from ..models import load_causal
+from ..words import listed
 from .prompts import PromptEmbedder
 from .token_prepending import TokenPrepending
 
@@ -41,7 +43,7 @@ class TokenPrependingTransformer(InputModule):
 
     def preprocess(self, inputs: Sequence[str], prompt: str | None = None, **kwargs: Any) -> dict[str, Tensor]:
         """Token ids of the texts, each in its template; a `prompt` goes before every text."""
-        return self.embedder.tokenize([(prompt or "") + text for text in inputs])
+        return self.embedder.tokenize([(prompt or "") + text for text in listed(inputs, "text")])
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         embedding = self.embedder(features["input_ids"], features["attention_mask"])
@@ -52,12 +54,17 @@ class TokenPrependingTransformer(InputModule):
 
     @property
     def max_seq_length(self) -> int | None:
-        """Tokens that the model takes, prompt included."""
-        return self.embedder.limit
+        """Tokens of a text at most, prompt included; longer ones are cut or refused (the embedder's `truncate`)."""
+        return self.embedder.max_seq_length
+
+    @max_seq_length.setter
+    def max_seq_length(self, tokens: int | None) -> None:
+        self.embedder.max_seq_length = tokens
 
     def get_config_dict(self) -> dict[str, Any]:
         embedder, method = self.embedder, self.embedder.token_prepending
-        own = {name: getattr(embedder, name) for name in ("prompt", "output_layer", "add_bos", "normalize")}
+        names = ("prompt", "output_layer", "add_bos", "normalize", "max_seq_length", "truncate")
+        own = {name: getattr(embedder, name) for name in names}
         return {**own, "token_prepending": method.model_dump(mode="json") if method else None}
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
@@ -78,14 +85,20 @@ class TokenPrependingTransformer(InputModule):
         model_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Self:
-        """Read what `save` wrote; `model_kwargs` go to the model's `from_pretrained`."""
+        """Read what `save` wrote; `model_kwargs` go to the model's `from_pretrained`.
+
+        The `trust_remote_code` of `SentenceTransformer` is about this class; code in the folder needs it in
+        `model_kwargs`.
+        """
         place = {"subfolder": subfolder, "token": token, "revision": revision, "local_files_only": local_files_only}
         config = cls.load_config(model_name_or_path, cache_folder=cache_folder, **place)
         if not config:
             raise InputError(f"{model_name_or_path!r} has no {cls.config_file_name}; give what this module has saved")
         place["cache_dir"] = cache_folder
-        model = AutoModelForCausalLM.from_pretrained(model_name_or_path, **place, **(model_kwargs or {}))
-        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, padding_side="left", **place)
+        options = {"trust_remote_code": False, **(model_kwargs or {})}
+        with reading(model_name_or_path):
+            model = load_causal(model_name_or_path, **place, **options)
+            tokenizer = read_tokenizer(model_name_or_path, options["trust_remote_code"], padding_side="left", **place)
         settings = config.pop("token_prepending")
         method = TokenPrepending(**settings) if settings else None
         return cls(PromptEmbedder(model.eval(), tokenizer, token_prepending=method, **config))

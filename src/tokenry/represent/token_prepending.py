@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
-from ..hooks import Feed, decoder_layers, edit_inputs, on_feed
+from ..fields import Layer, Layers, Seed
+from ..holding import hold, hooked
+from ..hooks import Feed, decoder_layers, edit_inputs, effective_weight, on_feed, unwrapped, vocabulary_size
+from ..masks import sees_both_sides
 from ..method import Method
 from .prompts import PromptEmbedder, last_tokens, read_prompt
 
@@ -42,21 +45,25 @@ class Prepending:
         self.model, self.slot_token_id, self.layers, self.vector = model, slot_token_id, layers, vector
         self._is_slot: Tensor | None = None  # from the start of a forward to its embedding
         self._slot = self._last = torch.empty(0)
-        self._stack = ExitStack()
+        self._stack: ExitStack | None = None
 
     def __enter__(self) -> Self:
+        if self._stack is not None:
+            raise InputError("this context of token prepending is open already; leave it first, or make another one")
         blocks, embedding = decoder_layers(self.model), self.model.get_input_embeddings()
         self._is_slot = None
         with ExitStack() as stack:  # whatever was opened is closed again when a later step fails
+            stack.enter_context(hold(self.model))
             stack.enter_context(on_feed(self.model, self._find_slot))
-            stack.enter_context(edit_inputs({embedding: self._known_ids}))
-            stack.callback(embedding.register_forward_hook(self._put_vector).remove)
-            stack.enter_context(edit_inputs({blocks[layer]: self._overwrite for layer in self.layers}))
+            stack.enter_context(edit_inputs(self.model, {embedding: self._known_ids}))
+            stack.enter_context(hooked(embedding, self._put_vector))
+            stack.enter_context(edit_inputs(self.model, {blocks[layer]: self._overwrite for layer in self.layers}))
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._stack.close()
+        stack, self._stack = self._stack, None
+        stack.close()
 
     def _find_slot(self, feed: Feed) -> None:
         if feed.ids is None:
@@ -126,7 +133,7 @@ class TokenPrepending(Method):
         TokenPrepending(exit_layer=2).encoder(model, tokenizer).encode(sentences)     # (sentences, width)
 
         with TokenPrepending(exit_layer=2)(model) as run:      # ids of your own, with run.slot_token_id in each row
-            states = model.base_model(ids).last_hidden_state[:, -1]
+            states = model.get_decoder()(ids).last_hidden_state[:, -1]
 
     The prompt, the output layer and the BOS token concern the encoder only.
     """
@@ -143,11 +150,13 @@ class TokenPrepending(Method):
         "sentence embeddings without training."
     )
 
-    start_layer: int = Field(1, ge=0, description="first layer before which the slot is overwritten")
-    exit_layer: int = Field(
-        2, ge=1, description="first layer before which it no longer is; above start_layer, 7 suits 7B models"
+    start_layer: Layer = Field(1, description="first layer before which the slot is overwritten")
+    exit_layer: Layers = Field(
+        2, description="first layer before which it no longer is; above start_layer, 7 suits 7B models"
     )
-    output_layer: int = Field(-1, description="layers run before the embedding is read; -1: all, and the final norm")
+    output_layer: int = Field(
+        -1, ge=-1024, le=1024, description="layers run before the embedding is read; -1: all, and the final norm"
+    )
     prompt: str = Field(
         "prompteol", description="prompteol, cot, ke, metaeol, or a template with one {slot} and one {text}"
     )
@@ -156,7 +165,7 @@ class TokenPrepending(Method):
         "normal", description="embedding of the slot: drawn from N(0, 1), zeros, or the mean of all embeddings"
     )
     overwrite: bool = Field(True, description="false leaves the slot alone: the control")
-    seed: int = Field(0, ge=0, description="seed of the slot's embedding")
+    seed: Seed = Field(0, description="seed of the slot's embedding")
 
     @field_validator("prompt")
     @classmethod
@@ -186,11 +195,7 @@ class TokenPrepending(Method):
                 a filled cache, inputs_embeds, or a mask that is not 2-D.
         """
         layers = decoder_layers(model)
-        both_sides = not getattr(model.config, "causal", True)  # XLM
-        names = ("is_causal", "is_decoder")
-        said = [vars(module)[name] for module in layers.modules() for name in names if name in vars(module)]
-        both_sides |= bool(said) and not any(said)  # cross-attention is not causal in a decoder either
-        if model.config.is_encoder_decoder or both_sides:
+        if model.config.is_encoder_decoder or sees_both_sides(model):
             raise InputError(f"{type(model).__name__} is bidirectional, but TP needs causal attention; use a decoder")
         if reads_ids(model):
             raise InputError(
@@ -203,19 +208,26 @@ class TokenPrepending(Method):
             )
         edited = range(self.start_layer, min(self.exit_layer, len(layers)) if self.overwrite else self.start_layer)
         embedding = model.get_input_embeddings()
-        slot = embedding.num_embeddings if slot_token_id is None else slot_token_id
+        slot = vocabulary_size(model) if slot_token_id is None else slot_token_id
         return Prepending(model, slot, edited, self._vector(embedding))
 
     def _vector(self, embedding: nn.Embedding) -> Tensor:
         """The slot's embedding, scaled as the embedding scales its rows (Gemma)."""
-        scale = float(getattr(embedding, "embed_scale", 1.0))
+        scale, width = float(getattr(unwrapped(embedding), "embed_scale", 1.0)), unwrapped(embedding).embedding_dim
         if self.slot_init == "mean":
-            return scale * embedding.weight.detach().float().mean(0)
+            return scale * effective_weight(embedding, "the embedding").float().mean(0)
         if self.slot_init == "zeros":
-            return torch.zeros(embedding.embedding_dim)
-        return scale * torch.randn(embedding.embedding_dim, generator=torch.Generator().manual_seed(self.seed))
+            return torch.zeros(width)
+        return scale * torch.randn(width, generator=torch.Generator().manual_seed(self.seed))
 
-    def encoder(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PromptEmbedder:
+    def encoder(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_seq_length: int | None = None,
+        truncate: bool = False,
+    ) -> PromptEmbedder:
         """An `nn.Module` with `encode(sentences)`. Raises InputError as `PromptEmbedder` does."""
         return PromptEmbedder(
             model,
@@ -224,4 +236,6 @@ class TokenPrepending(Method):
             token_prepending=self,
             output_layer=self.output_layer,
             add_bos=self.add_bos,
+            max_seq_length=max_seq_length,
+            truncate=truncate,
         )

@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..attention import AttentionCall, observe
 from ..errors import InputError
+from ..fields import Block, Count, Multiple, Seed, Tokens
 from ..hooks import fingerprint
 from .core import CacheCutter, LayerView, full_attention_layers
 from .method import SelectMethod
@@ -195,7 +196,7 @@ def _output_error(call: AttentionCall, length: int, kept: Tensor, window: int, e
 
     def output(rows: Tensor) -> Tensor:
         mixed = (rows @ values).transpose(1, 2).flatten(2)
-        return project(mixed.to(project.weight.dtype)).float()
+        return project(mixed.to(call.value.dtype)).float()
 
     whole = output(full)
     return float(((output(short) - whole).norm(dim=-1) / (whole.norm(dim=-1) + eps)).sum())
@@ -252,17 +253,21 @@ class CompressKV(SelectMethod):
     profile: Annotated[
         HeadProfile | None, BeforeValidator(_read_profile), WithJsonSchema({"type": "string"}, mode="validation")
     ] = Field(None, description="head profile (JSON) made for the model; the embedded model brings its own")
-    budget: int = Field(256, ge=2, description="cache entries per layer, mean over layers; more than the window")
-    window: int = Field(8, ge=1, description="newest prompt tokens, which vote and are always kept")
-    kernel: int = Field(5, ge=1, description="width of the average over neighbouring tokens; odd")
-    top_heads: int = Field(4, ge=1, description="voting heads per layer; at most the model's heads")
+    budget: int = Field(
+        256, ge=2, le=2**20, description="cache entries per layer, mean over layers; more than the window"
+    )
+    window: Tokens = Field(8, description="newest prompt tokens, which vote and are always kept")
+    kernel: Block = Field(5, description="width of the average over neighbouring tokens; odd")
+    top_heads: Count = Field(4, description="voting heads per layer; at most the model's heads")
     adaptive: bool = Field(True, description="give layers that suffer more from a short cache a larger budget")
-    min_tokens: int = Field(12, ge=2, description="smallest layer budget; above the window, at most the budget")
-    max_factor: float = Field(3.0, ge=1, description="largest layer budget, as a multiple of the budget")
+    min_tokens: int = Field(
+        12, ge=2, le=2**20, description="smallest layer budget; above the window, at most the budget"
+    )
+    max_factor: Multiple = Field(3.0, description="largest layer budget, as a multiple of the budget")
     heads: Literal["retrieval", "random", "lowest", "all"] = Field(
         "retrieval", description="which heads vote; the others are controls"
     )
-    seed: int = Field(0, ge=0, description="seed of the random heads")
+    seed: Seed = Field(0, description="seed of the random heads")
 
     @model_validator(mode="after")
     def _fits_together(self) -> CompressKV:

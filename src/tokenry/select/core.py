@@ -8,7 +8,6 @@ of tokens; `PerLayerMask` gives each its own mask, because transformers sizes on
 from __future__ import annotations
 
 import inspect
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -20,9 +19,10 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from ..attention import AttentionCall, attention_modules, observe
-from ..cache import held_columns, new_cache, state_argument
+from ..cache import ShortLayer, held_columns, layer_lengths, new_cache, state_argument
 from ..errors import InputError
-from ..hooks import text_model
+from ..holding import hold, hooked
+from ..hooks import decoder_body
 from .scores import allocate_proportional, keep_topk, stage_counts
 
 __all__ = [
@@ -252,8 +252,9 @@ class CacheCutter:
     """Context manager: shorten each layer's cache right after prefill.
 
     A prefill is a forward whose cache is empty when it starts, so every new `generate` call is compressed anew.
-    Position ids keep counting from the prompt's full length, also in a bare `model(ids, past_key_values=cache)`.
-    The short cache is for use inside the context: outside, nothing knows which columns are missing.
+    Position ids keep counting from the prompt's full length, also in a bare `model(ids, past_key_values=cache)`, and so
+    does the cache: its length is what was seen. The short cache is for use inside such a context, this one or a later
+    one: outside, where nothing hides what is missing, it is refused.
 
     Args:
         scorer: what each token is worth.
@@ -271,50 +272,56 @@ class CacheCutter:
             raise InputError(f"{type(model).__name__} has an encoder; cache compression takes decoder-only models")
         self.model, self.scorer, self.budgets, self.protect_last = model, scorer, dict(budgets), protect_last
         self.trace: KeepMap | None = None
-        self._maps: weakref.WeakKeyDictionary[Cache, KeepMap] = weakref.WeakKeyDictionary()
         self._call: AttentionCall | None = None
         self._mask: PerLayerMask | None = None
+        self._open: list[ShortLayer] = []
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        decoder = text_model(self.model)
+        decoder = decoder_body(self.model)
         implementation = decoder.config._attn_implementation
         if implementation not in ("eager", "sdpa", "tokenry"):
             raise InputError(
                 f"attention implementation {implementation!r} takes no mask per layer; "
                 "load the model with attn_implementation='sdpa'"
             )
+        if getattr(self.model.config.get_text_config(), "is_causal", True) is False:
+            raise InputError("a model that reads both ways computes its prompt again and again; compress a causal one")
         names = list(inspect.signature(decoder.forward).parameters)
         if "position_ids" not in names:
             raise InputError(
                 f"{type(self.model).__name__} takes no position_ids, so its positions cannot keep counting"
             )
         modules = attention_modules(self.model)
-        unnamed = [
-            m
-            for m in modules
-            if m.layer_idx in self.budgets and "past_key_values" not in inspect.signature(m.forward).parameters
-        ]
+        cut = [module for module in modules if module.layer_idx in self.budgets]
+        unnamed = [module for module in cut if "past_key_values" not in inspect.signature(module.forward).parameters]
         if unnamed:
             raise InputError(
                 f"{type(unnamed[0]).__name__} does not get its cache as past_key_values, so it cannot be cut; use "
                 "another model"
             )
-        if any(isinstance(getattr(m, "_tokenry_cutter", None), CacheCutter) for m in modules):
-            raise InputError("the cache of this model is already being compressed; leave the other context first")
         with ExitStack() as stack:  # whatever was opened is closed again when a later step fails
+            stack.enter_context(hold(self.model))
+            if any(isinstance(getattr(m, "_tokenry_cutter", None), CacheCutter) for m in modules):
+                raise InputError("the cache of this model is already being compressed; leave the other context first")
             if self.scorer.reads_attention and implementation != "eager":
                 stack.enter_context(observe(self.model, self._remember))
-            hook = decoder.register_forward_pre_hook(
-                lambda module, args, kwargs: self._before_model(dict(zip(names, args)) | kwargs), with_kwargs=True
+            begin = hooked(
+                decoder,
+                lambda module, args, kwargs: self._before_model(dict(zip(names, args)) | kwargs),
+                before=True,
+                with_kwargs=True,
             )
-            stack.callback(hook.remove)
+            stack.enter_context(begin)
+            stack.enter_context(hooked(decoder, self._after_model, always_call=True))
+            masked = {*full_attention_layers(self.model), *self.budgets}  # the model sizes masks by layers that are cut
             for module in modules:
+                if module.layer_idx in masked:
+                    stack.enter_context(hooked(module, self._before_layer, before=True, with_kwargs=True))
                 if module.layer_idx in self.budgets:
                     module._tokenry_cutter = self
                     stack.callback(delattr, module, "_tokenry_cutter")
-                    stack.callback(module.register_forward_pre_hook(self._before_layer, with_kwargs=True).remove)
-                    stack.callback(module.register_forward_hook(self._after_layer, with_kwargs=True).remove)
+                    stack.enter_context(hooked(module, self._after_layer, with_kwargs=True))
             self._stack = stack.pop_all()
         return self
 
@@ -331,8 +338,8 @@ class CacheCutter:
         keep = self.trace = KeepMap(next(iter(calls.values())).query.shape[2])
         for layer in self.budgets:
             store = cache.layers[layer]
-            self._cut(LayerView(layer, store.keys, store.values, None, _newest_rows(calls[layer])), store, keep)
-        self._maps[cache] = keep
+            view = LayerView(layer, store.keys, store.values, None, _newest_rows(calls[layer]))
+            cache.layers[layer] = self._cut(view, store, keep)
         return keep
 
     def _remember(self, call: AttentionCall) -> None:
@@ -348,26 +355,35 @@ class CacheCutter:
         if held_columns(cache) == 0:
             self.trace = KeepMap(q_length, self._check_prompt(cache, mask))
             return (), kwargs
-        keep = self._maps.get(cache)
-        if keep is None or not keep.cut:
+        keep = _kept(cache)
+        if keep is None:
             return (), kwargs
         # a layer policy may have skipped layers lately: the longest one has seen everything
-        later = max(cache.layers[i].get_seq_length() - c.shape[1] for i, c in keep.columns.items())
-        if later < 0:
+        seen = max(cache.layers[i].get_seq_length() for i in keep.columns)
+        if seen < keep.length:
             raise InputError(
                 "the cache was cropped into the compressed prompt, as assisted generation does with its first draft; "
                 "generate without an assistant or prompt lookup"
             )
-        seen = keep.length + later
         if mask is not None and (mask.dim() != 2 or mask.shape[1] != seen + q_length):
             raise InputError(
                 f"attention_mask has shape {tuple(mask.shape)}, but {seen + q_length} tokens were seen; "
                 "give a 2-D mask with one entry for every token, evicted ones included"
             )
-        self._mask = PerLayerMask(keep, None if mask is None else mask.bool())
-        if kwargs.get("position_ids") is None:  # the model would count from the short cache
+        if kwargs.get("position_ids") is None:
             kwargs["position_ids"] = torch.arange(seen, seen + q_length, device=tokens.device)[None]
+        else:
+            _check_positions(kwargs["position_ids"], keep, mask, seen)
+        self._mask = PerLayerMask(keep, None if mask is None else mask.bool())
+        self._open = [layer for layer in cache.layers if isinstance(layer, ShortLayer)]
+        for layer in self._open:
+            layer.open = True
         return (), kwargs
+
+    def _after_model(self, *_: object) -> None:
+        for layer in self._open:
+            layer.open = False
+        self._open = []
 
     def _check_prompt(self, cache: Cache | None, mask: Tensor | None) -> Tensor | None:
         """The prompt's padding as (batch, T) bool, or None. Refuses what cannot be cut."""
@@ -382,7 +398,10 @@ class CacheCutter:
                 "made for each layer; use a model of text alone"
             )
         if not isinstance(mask, Tensor) or mask.dim() != 2:
-            raise InputError("cache compression reads a 2-D attention_mask (batch, tokens); do not pass a 4-D one")
+            raise InputError(
+                "cache compression reads a 2-D attention_mask (batch, tokens); do not pass a 4-D one, and leave it out "
+                "where a method needs one, as tidar and draft trees do"
+            )
         valid = mask.bool()
         if bool(valid.all()):
             return None
@@ -391,12 +410,12 @@ class CacheCutter:
         return valid
 
     def _before_layer(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        if self._mask is None:
+        if self._mask is None or module.layer_idx not in self._mask.keep.columns:
             return None
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        held = kwargs["past_key_values"].layers[module.layer_idx].get_seq_length()
+        held = layer_lengths(kwargs["past_key_values"])[module.layer_idx]
         mask = self._mask.build(module.layer_idx, held, hidden.shape[1])
-        if mask is not None and text_model(self.model).config._attn_implementation == "eager":  # which adds its mask
+        if mask is not None and decoder_body(self.model).config._attn_implementation == "eager":  # which adds its mask
             mask = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(~mask, torch.finfo(hidden.dtype).min)
         return args, kwargs | {"attention_mask": mask}
 
@@ -411,22 +430,22 @@ class CacheCutter:
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         if store.get_seq_length() != hidden.shape[1]:
             return  # a later forward on a cache that was short enough to stay whole
-        self._maps[cache] = keep
 
         def of_eager(w: int, heads: Sequence[int]) -> Tensor:  # which gives every row
             return output[1][:, list(heads), -w:].float()
 
         attention = of_eager if call is None else _newest_rows(call)
-        self._cut(LayerView(layer, store.keys, store.values, keep.valid, attention), store, keep)
+        cache.layers[layer] = self._cut(LayerView(layer, store.keys, store.values, keep.valid, attention), store, keep)
 
-    def _cut(self, view: LayerView, store: DynamicLayer, keep: KeepMap) -> None:
-        batch, kv_heads, length, _ = view.keys.shape
+    def _cut(self, view: LayerView, store: DynamicLayer, keep: KeepMap) -> DynamicLayer:
+        """The layer as it goes on: shortened, or as it is where no layer is."""
+        _, kv_heads, length, _ = view.keys.shape
         per_head = sum(t.shape[-1] * t.element_size() for t in (view.keys, view.values))
         keep.column_bytes[view.layer] = kv_heads * per_head
         budget = self.budgets[view.layer]
         if budget >= length:
-            keep.columns[view.layer] = torch.arange(length, device=view.keys.device).expand(batch, length)
-            return
+            columns = keep.columns[view.layer] = _every_column(view.keys, length)
+            return ShortLayer(store, columns, length, keep.valid) if min(self.budgets.values()) < length else store
         scores = self.scorer.score(view).float()
         if view.valid is not None:
             scores = scores.masked_fill(~view.valid, float("-inf"))
@@ -436,6 +455,41 @@ class CacheCutter:
         store.keys = view.keys.gather(2, index.expand(-1, kv_heads, -1, view.keys.shape[-1]))
         store.values = view.values.gather(2, index.expand(-1, kv_heads, -1, view.values.shape[-1]))
         keep.columns[view.layer], keep.scores[view.layer] = columns, scores
+        return ShortLayer(store, columns, length, keep.valid)
+
+
+def _every_column(keys: Tensor, count: int) -> Tensor:
+    """(batch, count) column numbers for keys (batch, kv_heads, columns, head_dim)."""
+    return torch.arange(count, device=keys.device).expand(len(keys), -1)
+
+
+def _kept(cache: Cache) -> KeepMap | None:
+    """What is left of the prompt in each layer that holds all later tokens; None where nothing was cut."""
+    short = [layer for layer in cache.layers if isinstance(layer, ShortLayer) and layer.length]
+    if not short:
+        return None
+    keep = KeepMap(short[0].length, short[0].valid)
+    for i, layer in enumerate(cache.layers):
+        if isinstance(layer, ShortLayer):
+            keep.columns[i] = layer.columns
+        elif type(layer) is DynamicLayer and layer.keys is not None:
+            keep.columns[i] = _every_column(layer.keys, keep.length)
+    return keep
+
+
+def _check_positions(given: Tensor, keep: KeepMap, mask: Tensor | None, seen: int) -> None:
+    """Refuse positions (batch or 1, new) that do not go on from all tokens that were seen, with or without padding."""
+    if given.dim() != 2:  # several for a token, as vision-language models have them
+        return
+    columns = torch.arange(seen, seen + given.shape[1], device=given.device)[None]
+    padding = 0 if keep.valid is None else (~keep.valid).sum(1, keepdim=True).to(given.device)
+    places = columns - padding if mask is None else mask.long().cumsum(1)[:, seen:] - 1
+    hidden = torch.zeros_like(columns, dtype=torch.bool) if mask is None else ~mask[:, seen:].bool()
+    if not any(bool(((given == right) | hidden).all()) for right in (columns, places)):
+        raise InputError(
+            f"a token is given position {int(given[0, 0])} after {seen} that were seen; count those that were evicted "
+            "too, or leave position_ids out"
+        )
 
 
 def _newest_rows(call: AttentionCall) -> Callable[[int, Sequence[int]], Tensor]:

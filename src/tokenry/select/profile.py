@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import InputError
+from ..files import explained, read_json
+from ..outputs import write_text
+from ..schemas import unmet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,25 +39,22 @@ class HeadProfile(BaseModel):
         error: per layer, the share of the damage that a tiny cache does (L), or None when it was not measured.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: str
     fingerprint: str | None = None
-    layers: int
-    heads: int
-    kv_heads: int
+    layers: int = Field(ge=1)
+    heads: int = Field(ge=1)
+    kv_heads: int = Field(ge=1)
     order: tuple[tuple[int, ...], ...]
     scores: tuple[tuple[float, ...], ...] = ()
     error: tuple[float, ...] | None = None
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
-            problem = error.errors(include_url=False)[0]
-            where = ".".join(map(str, problem["loc"]))
-            why = problem["msg"].removeprefix("Value error, ")
-            raise InputError(f"head profile: {where + ': ' if where else ''}{why}") from None
+            raise InputError(f"head profile: {unmet(error)}; {REMEDY}") from None
 
     def model_post_init(self, context: object) -> None:
         if len(self.order) != self.layers:
@@ -64,6 +64,8 @@ class HeadProfile(BaseModel):
             if wrong or len(set(heads)) != len(heads) or not heads:
                 what = f"head {wrong[0]}, the model has 0 to {self.heads - 1}" if wrong else "no heads or a head twice"
                 raise InputError(f"layer {layer} of the head order names {what}; {REMEDY}")
+        if self.scores and [len(row) for row in self.scores] != [self.heads] * self.layers:
+            raise InputError(f"the scores are not {self.layers} layers of {self.heads} heads; {REMEDY}")
         if self.error is not None and len(self.error) != self.layers:
             raise InputError(f"the layer error has {len(self.error)} entries for {self.layers} layers; {REMEDY}")
         if self.error is not None and (min(self.error) < 0 or sum(self.error) <= 0):
@@ -93,16 +95,13 @@ class HeadProfile(BaseModel):
 
     def save(self, path: str | Path) -> None:
         """Write JSON."""
-        Path(path).write_text(json.dumps(self.model_dump(mode="json")) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(self.model_dump(mode="json")) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> HeadProfile:
         """Read what `save` wrote; anything else is refused."""
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            why = getattr(error, "strerror", None) or "not JSON"
-            raise InputError(f"the head profile {str(path)!r} cannot be read ({why}); {REMEDY}") from None
+        with explained(f"the head profile {str(path)!r} cannot be read", REMEDY):
+            values = read_json(path)
         if not isinstance(values, dict):
             raise InputError(f"the file {str(path)!r} is no head profile; {REMEDY}")
         return cls(**values)

@@ -17,7 +17,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from ..errors import InputError
+from ..fields import Count
 from ..method import Method, read_lines
+from ..text import check_encodable
+from ..words import listed
 from .custom import GROUPS, custom_tokens
 
 __all__ = ["KL3M", "SPECIAL_TOKENS", "train_char_bpe", "train_domain_bpe"]
@@ -43,6 +46,7 @@ ROLES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")  # of the first speci
 BYTES = frozenset(pre_tokenizers.ByteLevel.alphabet())
 OFFICIAL_ALPHABET = frozenset(map(chr, range(255)))
 LONGEST_RUN = 16  # longer whitespace padding is dead weight
+LONGEST_WORD = 1024  # bytes without a break that merges are learnt from at once; their cost goes with the square
 NORMALIZERS = {
     "nfc": normalizers.NFC,
     "nfd": normalizers.NFD,
@@ -73,7 +77,7 @@ def train_domain_bpe(
         InputError: no text, documents that are not text, a vocabulary without room for special tokens, bytes and
             custom tokens, or a custom token that could never match or would decode to something else.
     """
-    chosen = tuple(GROUPS) if custom_tokens == "default" else tuple(custom_tokens)
+    chosen = tuple(GROUPS) if custom_tokens == "default" else tuple(listed(custom_tokens, "custom token"))
     return KL3M(
         kind="domain",
         vocab_size=vocab_size,
@@ -128,7 +132,7 @@ def _read_custom(value: Any) -> Any:
         parts = [part.strip() for part in value.split(",")]
         if all(part in GROUPS for part in parts):
             return tuple(parts)
-    return read_lines(value)
+    return read_lines(value, "custom tokens")
 
 
 class KL3M(Method):
@@ -148,13 +152,16 @@ class KL3M(Method):
 
     kind: Literal["domain", "char"] = Field("domain", description="domain, or char for short tokens and no custom ones")
     vocab_size: int | None = Field(
-        None, ge=282, description="entries before padding, with room for custom ones; none is 32768, char 4096"
+        None,
+        ge=282,
+        le=2**20,
+        description="entries before padding, with room for custom ones; none is 32768, char 4096",
     )
-    min_frequency: int = Field(2, ge=1, description="a pair seen less often is never merged")
+    min_frequency: Count = Field(2, description="a pair seen less often is never merged")
     normalization: Normalization = Field("nfkc", description="Unicode normal form of the input; nfc keeps ½, ™ and ²")
     lowercase: bool = Field(False, description="lower-case the input")
     max_chars: int | None = Field(
-        None, ge=2, description="kind=char: longest token, in byte-level characters; none is 3"
+        None, ge=2, le=1024, description="kind=char: longest token, in byte-level characters; none is 3"
     )
     custom_tokens: Annotated[tuple[str, ...], BeforeValidator(_read_custom)] = Field(
         tuple(GROUPS), description="kind=domain: groups, further tokens, or a file with one a line; none for no tokens"
@@ -184,7 +191,8 @@ class KL3M(Method):
         return self
 
     def train(self, texts: Iterable[str]) -> PreTrainedTokenizerFast:
-        """Train on documents, read once.
+        """Train on documents, read once. What has no break in more than LONGEST_WORD bytes (a picture in base64, genes)
+        is learnt from in pieces of that length; no word is as long, so this changes no vocabulary of ordinary text.
 
         Raises:
             InputError: no text at all, or a document that is not text.
@@ -200,7 +208,10 @@ class KL3M(Method):
             max_token_length=None if self.kind == "domain" else (self.max_chars or 3) + 1,  # the trainer means "below"
             show_progress=False,
         )
+        whole = tokenizer.pre_tokenizer
+        tokenizer.pre_tokenizer = _shortened(whole)
         tokenizer.train_from_iterator(_documents(texts), trainer)
+        tokenizer.pre_tokenizer = whole
         self._add_custom(tokenizer, custom)
         if self.pad_to_power_of_two:
             _pad(tokenizer)
@@ -232,6 +243,7 @@ class KL3M(Method):
         own = {token for token in self.custom_tokens if token not in GROUPS}
         normalizer, decoder = self._untrained().normalizer, decoders.ByteLevel()
         for token in sorted(own):
+            check_encodable(token, "a custom token")
             self._check(token, normalizer.normalize_str(token) if normalizer else token, decoder.decode([token]))
         groups = [name for name in self.custom_tokens if name in GROUPS]
         return sorted(own.union(custom_tokens(groups, self.lowercase)))
@@ -280,8 +292,14 @@ def _checked(texts: Iterable[str]) -> Iterator[str]:
             raise InputError(
                 f"document {number} is of type {type(text).__name__}, not text; give strings, not token ids or bytes"
             )
+        check_encodable(text, f"document {number}")
         if text:
             yield text
+
+
+def _shortened(words: pre_tokenizers.PreTokenizer) -> pre_tokenizers.PreTokenizer:
+    """The same words, cut where they are longer than LONGEST_WORD."""
+    return pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(LONGEST_WORD)])
 
 
 def _pad(tokenizer: Tokenizer) -> None:

@@ -10,6 +10,7 @@ from functools import lru_cache
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError
+from ..text import check_encodable
 
 __all__ = [
     "boundary_stability",
@@ -24,9 +25,11 @@ __all__ = [
 
 def token_counts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:
     """Tokens of each text, without special tokens: some tokenizers add two to everything."""
-    texts = list(texts)
+    texts = _listed(texts)
     if not all(isinstance(text, str) for text in texts):
         raise InputError("texts holds something that is not text; give a list of strings, not token ids")
+    for number, text in enumerate(texts):
+        check_encodable(text, f"text {number}")
     if not texts:
         return []
     return [len(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False).input_ids]
@@ -70,6 +73,7 @@ def token_offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[i
     """
     if not tokenizer.is_fast:
         raise InputError(f"{type(tokenizer).__name__} gives no offsets; use the fast tokenizer of that model")
+    check_encodable(text, "the text")
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return encoded["input_ids"], [tuple(span) for span in encoded["offset_mapping"]]
 
@@ -85,6 +89,8 @@ def boundary_stability(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple
     Raises:
         InputError: no pairs, or a tokenizer without offsets.
     """
+    if any(isinstance(pair, str) for pair in pairs):
+        raise InputError(f"pairs={pairs!r} holds texts; give a list of pairs, for example [(wrong, right)]")
     if not pairs:
         raise InputError("there are no pairs to compare; give at least one (wrong, right) pair of texts")
     shares = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,8 +15,9 @@ import jinja2
 import numpy as np
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from ..checkpoint_files import read_tokenizer, reading
 from ..errors import InputError
 from ..models import DEFAULT, load
 from .measures import boundary_stability, token_counts, token_offsets, token_size_profile
@@ -74,26 +76,23 @@ class Piece(NamedTuple):
     ids: tuple[int, ...]
 
 
-def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """A tokenizer by name: a folder with tokenizer.json, "smollm2" or a hub id.
 
     Raises:
-        InputError: a folder without a tokenizer, an unknown name, or a hub out of reach.
+        InputError: a folder without a tokenizer, one that is broken or brings code that is not trusted, an unknown
+            name, or a hub out of reach.
     """
     if name == DEFAULT:
         return load(DEFAULT).tokenizer
-    folder = Path(name).expanduser()
-    if folder.is_dir() and not (folder / "tokenizer.json").is_file():
+    folder = Path(os.path.expanduser(name))
+    known = os.path.isdir(folder)  # as Path.is_dir, but False for a name that is too long
+    if known and not (folder / "tokenizer.json").is_file():
         raise InputError(f"the folder {str(name)!r} has no tokenizer.json; give one that save_pretrained has written")
-    if not folder.is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)):
+    if not known and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)):
         raise InputError(f"there is no tokenizer {str(name)!r}; give a folder that exists, {DEFAULT!r} or a hub id")
-    try:
-        return AutoTokenizer.from_pretrained(folder if folder.is_dir() else str(name))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"the tokenizer {str(name)!r} cannot be loaded ({str(error).splitlines()[0]}); give a folder with "
-            f"tokenizer.json, {DEFAULT!r}, or a hub id that is cached or can be reached"
-        ) from None
+    with reading(str(name), "tokenizer"):
+        return read_tokenizer(folder if known else str(name), trust_remote_code)
 
 
 def tokenizer_report(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
 from ..errors import InputError
+from ..hooks import vocabulary_size
 from ..masks import check_bidirectional, make_bidirectional, own_position
 
 __all__ = ["MaskedDiffusionTrainer", "hide_tokens", "masked_diffusion_loss"]
@@ -97,7 +98,7 @@ class MaskedDiffusionTrainer(Trainer):
     def __init__(
         self, model: PreTrainedModel, *args: Any, mask_token_id: int, shift: bool = False, eps: float = 1e-3, **kw: Any
     ) -> None:
-        size = model.get_input_embeddings().num_embeddings
+        size = vocabulary_size(model)
         if not 0 <= mask_token_id < size:
             raise InputError(
                 f"mask_token_id={mask_token_id} is outside the vocabulary of {size}; choose an unused token"

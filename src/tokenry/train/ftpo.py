@@ -20,6 +20,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
 from ..errors import InputError
+from ..fields import (
+    Batch,
+    Count,
+    Layers,
+    Passes,
+    Positive,
+    Probability,
+    Rate,
+    Seed,
+    Share,
+    Temperature,
+    Tokens,
+    Weight,
+    Width,
+)
 from ..hooks import decoder_layers, edit_inputs, skip_layers
 from .lora import lora_last_layers, merged, save_adapter, with_adapter
 from .losses import choice_win, final_token_dpo_loss, ftpo_loss, others, target_ids
@@ -226,12 +241,12 @@ class FTPOTrainer(Trainer):
         plain = self.accelerator.unwrap_model(model)
         first = decoder_layers(plain)[self.frozen]
         shared: list[Tensor] = []
-        with edit_inputs({first: lambda hidden: shared.append(hidden) or hidden}):
+        with edit_inputs(plain, {first: lambda hidden: shared.append(hidden) or hidden}):
             logits = last_logits(model, inputs)
         executed = range(self.frozen, len(decoder_layers(plain)))
         with torch.no_grad(), ExitStack() as stack:
             stack.enter_context(plain.disable_adapter())
-            stack.enter_context(edit_inputs({first: lambda hidden: shared[0].detach()}))
+            stack.enter_context(edit_inputs(plain, {first: lambda hidden: shared[0].detach()}))
             stack.enter_context(skip_layers(plain, executed))
             return logits, last_logits(plain, inputs)
 
@@ -241,10 +256,12 @@ class FTPOTrainer(Trainer):
         return loss.detach(), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the mean of every part since the last log."""
-        wanted = {n for n in self.parts if n.startswith("eval_") == any(k.startswith("eval_") for k in logs)}
-        for name in wanted:
-            logs[name] = float(torch.stack(self.parts.pop(name)).mean())
+        """Adds the mean of every part since the last log, over all processes, so that all of them stop together."""
+        evaluated = any(key.startswith("eval_") for key in logs)
+        wanted = sorted(name for name in self.parts if name.startswith("eval_") == evaluated)  # everywhere in one order
+        if wanted:
+            means = torch.stack([torch.stack(self.parts.pop(name)).mean() for name in wanted])
+            logs |= zip(wanted, self.accelerator.gather(means[None]).mean(0).tolist())
         super().log(logs, start_time)
 
 
@@ -319,31 +336,31 @@ class FTPO(TrainMethod):
     }
     next_step: ClassVar[str] = "tokenry decode --model {output} PROMPT"
 
-    margin: float = Field(2.0, gt=0, description="logits by which a chosen token must beat the rejected one")
-    lambda_nontarget: float = Field(0.4, ge=0, description="weight on the drift of all other logits")
-    lambda_target: float = Field(0.05, ge=0, description="weight on the drift of chosen and rejected logits")
-    tau_target: float = Field(1.0, ge=0, description="drift of these that costs nothing, in logits")
-    lambda_aggregate: float = Field(0.0, ge=0, description="weight on the drift of their mean")
-    tau_aggregate: float = Field(2.0, ge=0, description="drift of the mean that costs nothing, in logits")
-    temperature: float = Field(1.0, gt=0, description="softness of the preference term")
-    early_stop_choice_win: float = Field(0.85, gt=0, description="stop at this choice_win; above 1 never")
-    min_chosen: int = Field(4, ge=1, description="pairs with fewer chosen tokens are dropped")
-    rejected_balance: float = Field(0.8, ge=0, le=1, description="how far frequent rejected tokens are held back")
-    max_examples: int = Field(1000, ge=1, description="most pairs to train on")
+    margin: Positive = Field(2.0, description="logits by which a chosen token must beat the rejected one")
+    lambda_nontarget: Weight = Field(0.4, description="weight on the drift of all other logits")
+    lambda_target: Weight = Field(0.05, description="weight on the drift of chosen and rejected logits")
+    tau_target: Weight = Field(1.0, description="drift of these that costs nothing, in logits")
+    lambda_aggregate: Weight = Field(0.0, description="weight on the drift of their mean")
+    tau_aggregate: Weight = Field(2.0, description="drift of the mean that costs nothing, in logits")
+    temperature: Temperature = Field(1.0, description="softness of the preference term")
+    early_stop_choice_win: Positive = Field(0.85, description="stop at this choice_win; above 1 never")
+    min_chosen: Count = Field(4, description="pairs with fewer chosen tokens are dropped")
+    rejected_balance: Probability = Field(0.8, description="how far frequent rejected tokens are held back")
+    max_examples: Count = Field(1000, description="most pairs to train on")
     function_words: bool = Field(False, description="keep pairs that reject a word such as ' the'")
-    rank: int = Field(128, ge=1, description="rank of LoRA, and its alpha")
-    last_layers: int = Field(6, ge=1, description="blocks that are trained, from the top")
+    rank: Width = Field(128, description="rank of LoRA, and its alpha")
+    last_layers: Layers = Field(6, description="blocks that are trained, from the top")
     lm_head: bool = Field(True, description="train the unembedding too")
-    dropout: float = Field(0.05, ge=0, lt=1, description="dropout of LoRA")
-    learning_rate: float | None = Field(None, gt=0, description="none: by the paper's rule from pairs, batch and rank")
-    batch_size: int = Field(16, ge=1, description="pairs in a step")
-    epochs: float = Field(1.0, gt=0, description="passes over the pairs")
-    max_length: int = Field(2048, ge=1, description="context tokens kept, from the right")
-    seed: int = Field(3407, ge=0, description="of the choice of pairs, of LoRA and of the order")
+    dropout: Share = Field(0.05, description="dropout of LoRA")
+    learning_rate: Rate | None = Field(None, description="none: by the paper's rule from pairs, batch and rank")
+    batch_size: Batch = Field(16, description="pairs in a step")
+    epochs: Passes = Field(1.0, description="passes over the pairs")
+    max_length: Tokens = Field(2048, description="context tokens kept, from the right")
+    seed: Seed = Field(3407, description="of the choice of pairs, of LoRA and of the order")
 
     def read(self, path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[Pair]:
         """The balanced training pairs in a file, see `read_pairs`."""
-        return self.pairs(read_pairs(path), tokenizer)
+        return self.pairs(read_pairs(path, tokenizer), tokenizer)
 
     def pairs(self, rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[Pair]:
         """The balanced training pairs from rewinds, pairs of ids or pairs of text."""

@@ -23,8 +23,11 @@ from transformers.trainer_utils import TrainOutput
 
 from .. import catalog
 from ..errors import InputError
+from ..fields import Batch, Block, Count, Rate, Seed, Tokens, Width
+from ..files import read_records
 from ..filtering import ConfidenceFilter, TraceDataset
-from .method import TrainMethod, read_rows
+from ..words import listed
+from .method import TrainMethod
 
 __all__ = ["FilterTrainer", "Learn2PDFilter", "filter_report", "split_traces", "train_filter"]
 
@@ -231,17 +234,17 @@ class Learn2PDFilter(TrainMethod):
     }
     next_step: ClassVar[str] = "tokenry decode --method learn2pd -o filter={output} --model {model} --greedy PROMPT"
 
-    block_length: int = Field(32, ge=1, description="tokens of a block; the filter is tied to it")
-    gen_length: int = Field(32, ge=1, description="width of the windows of the traces, a multiple of the block")
-    hidden: int | None = Field(None, ge=1, description="width of the filter's hidden layer; default: as the block")
-    epochs: int = Field(2000, ge=1, description="most passes over the traces; it stops when validation does")
-    lr: float = Field(3e-3, gt=0, description="learning rate")
+    block_length: Block = Field(32, description="tokens of a block; the filter is tied to it")
+    gen_length: Tokens = Field(32, description="width of the windows of the traces, a multiple of the block")
+    hidden: Width | None = Field(None, description="width of the filter's hidden layer; default: as the block")
+    epochs: Count = Field(2000, description="most passes over the traces; it stops when validation does")
+    lr: Rate = Field(3e-3, description="learning rate")
     split_by: SplitBy = Field("prompt", description="validation has prompts of its own, or steps of the same ones")
     mask_loss: bool = Field(False, description="learn from masked positions alone")
     accept_threshold: float = Field(0.96, gt=0, lt=1, description="at which false positives and negatives are counted")
     chat: bool = Field(True, description="put the prompts into the chat template")
-    batch_size: int = Field(32, ge=1, description="prompts decoded at a time")
-    seed: int = Field(0, ge=0, description="of the order, the split and the first weights")
+    batch_size: Batch = Field(32, description="prompts decoded at a time")
+    seed: Seed = Field(0, description="of the order, the split and the first weights")
 
     @model_validator(mode="after")
     def _whole_blocks(self) -> Learn2PDFilter:
@@ -255,11 +258,13 @@ class Learn2PDFilter(TrainMethod):
     def read(self, path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """The shuffled prompts in a file, a JSON object with "prompt" a line."""
         remedy = 'write lines like {"prompt": "..."}'
-        rows = read_rows(path, "prompts", remedy)
-        for number, row in enumerate(rows, 1):
+
+        def check(row: dict[str, Any], where: str) -> str:
             if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-                raise InputError(f"line {number} of {str(path)!r} has no prompt; {remedy}")
-        prompts = [row["prompt"] for row in rows]
+                raise InputError(f"{where} has no prompt; {remedy}")
+            return row["prompt"]
+
+        prompts = read_records(path, "prompts", remedy, check)
         random.Random(self.seed).shuffle(prompts)
         return prompts
 
@@ -283,13 +288,13 @@ class Learn2PDFilter(TrainMethod):
         collect = cache(partial(self.traces, model, tokenizer))
         names = {"epochs", "lr", "split_by", "mask_loss", "hidden", "accept_threshold", "seed"}
         options = {"progress": progress, "collect": collect, **self.model_dump(include=names)}
-        trainer = FilterTrainer(collect(tuple(prompts)), **options)
+        trainer = FilterTrainer(collect(tuple(listed(prompts, "prompt"))), **options)
         trainer.filter.bind(model)
         return trainer
 
     def score(self, trainer: FilterTrainer, prompts: Sequence[str]) -> dict[str, float]:
         """See `filter_report`."""
-        traces = trainer.collect(tuple(prompts))
+        traces = trainer.collect(tuple(listed(prompts, "prompt")))
         return filter_report(trainer.filter, traces, self.accept_threshold, self.mask_loss)
 
     def save(self, trainer: FilterTrainer, folder: Path) -> None:

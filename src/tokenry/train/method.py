@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,10 +9,9 @@ from typing import Any, ClassVar
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from ..errors import InputError
 from ..method import Method
 
-__all__ = ["TrainMethod", "read_rows", "report_progress"]
+__all__ = ["TrainMethod", "report_progress"]
 
 
 class TrainMethod(Method):
@@ -54,31 +52,6 @@ class TrainMethod(Method):
     def save(self, trainer: Trainer, folder: Path) -> None:
         """Write what was trained into a folder."""
         raise NotImplementedError
-
-
-def read_rows(path: str | Path, what: str, remedy: str) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one a line; at least one.
-
-    Args:
-        what: the rows' name in refusals, in the plural; `remedy`: where they come from.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise InputError(f"the {what} {str(path)!r} cannot be read ({reason}); {remedy}") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"line {number} of {str(path)!r} is not JSON ({error}); write one object a line") from None
-        if not isinstance(row, dict):
-            raise InputError(f"line {number} of {str(path)!r} is a {type(row).__name__}; write one object a line")
-        rows.append(row)
-    if not rows:
-        raise InputError(f"{str(path)!r} holds no {what}; {remedy}")
-    return rows
 
 
 def report_progress(trainer: Trainer, progress: Callable[..., None]) -> None:

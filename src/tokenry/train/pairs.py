@@ -11,13 +11,16 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BeforeValidator, Field, Strict
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError
-from ..words import STOP_WORDS, content_words, is_word_character
-from .method import read_rows
+from ..files import read_records
+from ..ngrams import NGrams
+from ..schemas import Fields, checked
+from ..words import fold, inside_word, words
 
 __all__ = ["balance_pairs", "check_pairs", "pairs_from_rewinds", "pairs_from_text", "read_pairs"]
 
@@ -25,23 +28,93 @@ Pair = dict[str, Any]
 MOST_PROBABLE = 50  # candidates looked at, best first
 MOST_CHOSEN = 20  # of these, kept from the least probable up
 TAIL = 40  # tokens of context in which a candidate might complete a banned pattern
+FUNCTION_WORDS = frozenset(  # the 49 of the official data loader
+    """a an and are at be been being but by can could did do does else for had has have how if in is may might must of
+    on or shall should that the then these this those to was were what when where who whom why will would""".split()
+)
 
 
-def read_pairs(path: str | Path) -> list[dict[str, Any]]:
-    """The JSON lines of a file: rewinds, pairs of ids, or pairs of text."""
-    return read_rows(path, "pairs", "make them with tokenry decode --save-pairs, banning what does occur")
+# --- files ---------------------------------------------------------------------------------------------------------
+
+TokenId = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class RewindRow(Fields):
+    """What a decode run saves of a rewind."""
+
+    context_ids: list[TokenId]
+    rejected: TokenId
+    rejected_text: str | None = None
+    rule: str
+    candidates: list[Annotated[tuple[TokenId, float], Strict(False)]]
+
+
+class IdRow(Fields):
+    """A pair of token ids."""
+
+    prompt_ids: list[TokenId] = Field(min_length=1)
+    chosen_ids: list[TokenId]
+    rejected_id: TokenId
+
+
+class TextRow(Fields):
+    """A pair of texts."""
+
+    prompt: str = Field(min_length=1)
+    chosen: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+    rejected: str
+
+
+FORMS: dict[str, type[Fields]] = {"context_ids": RewindRow, "prompt_ids": IdRow, "prompt": TextRow}
+REMEDY = (
+    "give rewinds (context_ids, rejected, rule, candidates), ids (prompt_ids, chosen_ids, rejected_id) or text "
+    "(prompt, chosen, rejected), all lines alike"
+)
+
+
+def read_pairs(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> list[dict[str, Any]]:
+    """The JSON lines of a file: rewinds, pairs of ids, or pairs of text, as the first line is.
+
+    Args:
+        tokenizer: of the model to train; with it, texts that are not one token are refused by line too.
+
+    Raises:
+        InputError: a file without pairs, or the first line with a field that is missing or wrong.
+    """
+    forms: list[str] = []
+
+    def check(row: dict[str, Any], where: str) -> dict[str, Any]:
+        forms.append(forms[0] if forms else _form(row, where))
+        found = checked(FORMS[forms[0]], row, where, REMEDY).model_dump()
+        if tokenizer is not None:
+            _check_words(found, where, tokenizer)
+        return found
+
+    return read_records(path, "pairs", "make them with tokenry decode --save-pairs, banning what does occur", check)
+
+
+def _form(row: Mapping[str, Any], where: str) -> str:
+    for key in FORMS:
+        if key in row:
+            return key
+    raise InputError(f"{where} with the keys {sorted(row)} is not understood; {REMEDY}")
+
+
+def _check_words(row: dict[str, Any], where: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse words that are other tokens here than they are taken for."""
+    try:
+        if "rejected_text" in row:
+            _check_tokenizer(tokenizer, row)
+        elif "prompt" in row:
+            pairs_from_text([row], tokenizer)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
 
 
 def to_pairs(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[Pair]:
     """Pairs of ids from any of the three forms, which is told by the keys of the first row."""
-    forms = {"context_ids": pairs_from_rewinds, "prompt_ids": lambda found, _: [dict(r) for r in found]}
-    for key, convert in {**forms, "prompt": pairs_from_text}.items():
-        if key in rows[0]:
-            return convert(rows, tokenizer)
-    raise InputError(
-        f"a pair with the keys {sorted(rows[0])} is not understood; give rewinds (context_ids, rejected, candidates), "
-        "ids (prompt_ids, chosen_ids, rejected_id) or text (prompt, chosen, rejected)"
-    )
+    convert = {"context_ids": pairs_from_rewinds, "prompt": pairs_from_text}.get(_form(rows[0], "a pair"))
+    return [dict(row) for row in rows] if convert is None else convert(rows, tokenizer)
 
 
 # --- from rewinds --------------------------------------------------------------------------------------------------
@@ -98,27 +171,36 @@ class _Patterns:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, rules: set[str]) -> None:
         self.tokenizer = tokenizer
         split = [rule.partition(":") for rule in rules]
-        self.phrases = {text.lower() for kind, _, text in split if kind == "phrase"}
-        self.ngrams = {tuple(text.split()) for kind, _, text in split if kind == "ngram"}
-        starts = self.phrases | {ngram[0] for ngram in self.ngrams}
+        self.phrases = {fold(text) for kind, _, text in split if kind == "phrase"}
+        ngrams = [text.split() for kind, _, text in split if kind == "ngram"]
+        self.ngrams = NGrams(ngrams)
+        starts = self.phrases | {ngram[0] for ngram in ngrams}
         self.prefixes = {text[:n] for text in starts for n in range(2, len(text) + 1)}
 
     def allow(self, context: tuple[int, ...], token: int) -> bool:
-        text = self.tokenizer.decode([token])
-        word = text.strip().lower()
+        word = fold(self.tokenizer.decode([token]).strip())
         if len(word) < 2 or "*" in word or not any(map(str.isalnum, word)) or word in self.prefixes:
             return False
-        tail = self.tokenizer.decode([*context[-TAIL:], token]).lower()
-        return not any(self._ends(tail, phrase) for phrase in self.phrases) and not self._completes(tail)
+        before = self.tokenizer.decode(context[-TAIL:])
+        text = self.tokenizer.decode([*context[-TAIL:], token])
+        known = len(fold(before))
+        return not any(self._ends(fold(text), phrase, known) for phrase in self.phrases) and not self._completes(text)
 
     @staticmethod
-    def _ends(text: str, phrase: str) -> bool:
-        before = text[-len(phrase) - 1 : -len(phrase)]
-        return text.endswith(phrase) and not (is_word_character(phrase[0]) and before and is_word_character(before))
+    def _ends(text: str, phrase: str, known: int) -> bool:
+        """Whether the phrase ends after the first `known` characters of the folded text."""
+        start = text.find(phrase, max(0, known - len(phrase) + 1))
+        while start >= 0:
+            if not inside_word(text, start) and not inside_word(text, start + len(phrase)):
+                return True
+            start = text.find(phrase, start + 1)
+        return False
 
     def _completes(self, text: str) -> bool:
-        words = tuple(word for word, _, _ in content_words(text)) if self.ngrams else ()
-        return any(words[-len(ngram) :] == ngram for ngram in self.ngrams)
+        begun, found = [], []
+        for word in words(text) if self.ngrams.root.children else ():
+            begun, found = self.ngrams.step(begun, word)
+        return bool(found)
 
 
 # --- from text -----------------------------------------------------------------------------------------------------
@@ -158,6 +240,9 @@ def _one_token(tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_ids: list
 def check_pairs(pairs: Iterable[Pair], vocab_size: int) -> None:
     """Refuse pairs that cannot be learnt from, naming the first one."""
     for number, pair in enumerate(pairs, 1):
+        missing = [name for name in IdRow.model_fields if name not in pair]
+        if missing:
+            raise InputError(f"pair {number} has no {missing[0]!r}; give {', '.join(IdRow.model_fields)}")
         chosen, rejected = pair["chosen_ids"], pair["rejected_id"]
         if not pair["prompt_ids"]:
             raise InputError(f"pair {number} has an empty context; give at least one token")
@@ -236,7 +321,7 @@ def _fill(rows: list[Pair], share: Mapping[int, float], total: int) -> list[Pair
 
 def without_function_words(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> list[Pair]:
     """The pairs whose rejected token is not a function word such as " the", which no text can do without."""
-    kept = [p for p in pairs if tokenizer.decode([p["rejected_id"]]).strip().lower() not in STOP_WORDS]
+    kept = [p for p in pairs if tokenizer.decode([p["rejected_id"]]).strip().lower() not in FUNCTION_WORDS]
     if pairs and not kept:
         raise InputError(
             f"all {len(pairs)} pairs reject a function word; ban patterns that begin with another word, or set "

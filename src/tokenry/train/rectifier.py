@@ -11,10 +11,10 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 from transformers import (
     LlamaConfig,
@@ -28,7 +28,11 @@ from transformers import (
 
 from ..dead_end import DeadEndValueModel
 from ..errors import InputError
-from .method import TrainMethod, read_rows, report_progress
+from ..fields import Batch, Layers, Passes, Portion, Rate, Seed, Times
+from ..files import is_number, read_records
+from ..schemas import Fields, checked
+from .method import TrainMethod, report_progress
+from .pairs import TokenId
 
 __all__ = [
     "Rectifier",
@@ -107,22 +111,42 @@ def read_episodes(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[
 
     A text is encoded as it stands: a mark such as `<eos>` that ended it, and a chat template, must be written out.
     """
-    remedy = "give a line for each text, with prompt, continuation and reward"
-    return [_episode(row, tokenizer, n) for n, row in enumerate(read_rows(path, "episodes", remedy))]
+    return read_records(path, "episodes", REMEDY, lambda row, where: _episode(row, where, tokenizer))
 
 
-def _episode(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, number: int) -> Episode:
-    for names in (("prompt", "continuation", "reward"), ("prompt_ids", "continuation_ids", "reward")):
-        if set(names) <= set(row):
-            prompt, continuation, reward = (row[name] for name in names)
-            if names[0] == "prompt":
-                prompt = tokenizer.encode(prompt)
-                continuation = tokenizer.encode(continuation, add_special_tokens=False)
-            return {"prompt_ids": prompt, "continuation_ids": continuation, "reward": reward}
-    raise InputError(
-        f"episode {number} with the keys {sorted(row)} is not understood; give prompt, continuation (texts) and "
-        "reward, or prompt_ids, continuation_ids and reward"
-    )
+REMEDY = "write lines with prompt, continuation (texts) and reward, or with prompt_ids, continuation_ids and reward"
+
+
+def _check_reward(reward: Any) -> Any:
+    each = reward if isinstance(reward, list) else [reward]
+    if not all(is_number(r) and -1 <= r <= 0 for r in each):
+        raise ValueError("it should be a number in [-1, 0], or a list of one for each token")
+    return reward
+
+
+class TextEpisode(Fields):
+    """An episode in words."""
+
+    prompt: str
+    continuation: str
+    reward: Annotated[Any, AfterValidator(_check_reward)]
+
+
+class IdEpisode(Fields):
+    """An episode in tokens."""
+
+    prompt_ids: list[TokenId]
+    continuation_ids: list[TokenId]
+    reward: Annotated[Any, AfterValidator(_check_reward)]
+
+
+def _episode(row: dict[str, Any], where: str, tokenizer: PreTrainedTokenizerBase) -> Episode:
+    if "prompt_ids" in row:
+        return checked(IdEpisode, row, where, REMEDY).model_dump(include=set(IdEpisode.model_fields))
+    found = checked(TextEpisode, row, f"{where} with the keys {sorted(row)}", REMEDY)
+    prompt = tokenizer.encode(found.prompt)
+    continuation = tokenizer.encode(found.continuation, add_special_tokens=False)
+    return {"prompt_ids": prompt, "continuation_ids": continuation, "reward": found.reward}
 
 
 def check_episodes(episodes: Sequence[Episode], vocabulary: int) -> None:
@@ -310,17 +334,17 @@ class Rectifier(TrainMethod):
         "tokenry decode --method rectification -o rectifier={output} --model {model} --raw PROMPT"
     )
 
-    layers: int = Field(4, ge=1, description="blocks of the trunk, a new Llama with 4 heads")
-    width: int = Field(192, ge=8, multiple_of=8, description="its width, a multiple of 8")
-    hidden_mult: int = Field(2, ge=1, description="width of the head's hidden layer, in widths of the trunk")
-    gamma: float = Field(1.0, gt=0, le=1, description="discount from one token to the next")
-    target_update: float = Field(0.1, gt=0, le=1, description="share of the head that the averaged head takes over")
-    learning_rate: float = Field(3e-4, gt=0, description="highest learning rate")
-    warmup_steps: int = Field(500, ge=0, description="steps until it is reached")
-    batch_size: int = Field(64, ge=1, description="episodes in a step")
-    epochs: float = Field(3.0, gt=0, description="passes over the episodes")
-    max_length: int = Field(1024, ge=2, description="tokens of an episode kept, from the right")
-    seed: int = Field(0, ge=0, description="of the first weights and of the order")
+    layers: Layers = Field(4, description="blocks of the trunk, a new Llama with 4 heads")
+    width: int = Field(192, ge=8, le=2**14, multiple_of=8, description="its width, a multiple of 8")
+    hidden_mult: int = Field(2, ge=1, le=64, description="width of the head's hidden layer, in widths of the trunk")
+    gamma: Portion = Field(1.0, description="discount from one token to the next")
+    target_update: Portion = Field(0.1, description="share of the head that the averaged head takes over")
+    learning_rate: Rate = Field(3e-4, description="highest learning rate")
+    warmup_steps: Times = Field(500, description="steps until it is reached")
+    batch_size: Batch = Field(64, description="episodes in a step")
+    epochs: Passes = Field(3.0, description="passes over the episodes")
+    max_length: int = Field(1024, ge=2, le=2**20, description="tokens of an episode kept, from the right")
+    seed: Seed = Field(0, description="of the first weights and of the order")
 
     def read(self, path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[Episode]:
         """The shuffled episodes in a file, see `read_episodes`."""

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, Trainer
 
 from ..errors import InputError
+from ..hooks import vocabulary_size
 from ..masks import as_attention_mask, block_diffusion_mask, check_full_attention, check_mask
 
 __all__ = ["TiDARLoss", "TiDARTrainer", "tidar_loss"]
@@ -113,7 +114,7 @@ class TiDARTrainer(Trainer):
         alpha: float = 1.0,
         **kw: Any,
     ) -> None:
-        size = model.get_input_embeddings().num_embeddings
+        size = vocabulary_size(model)
         if not 0 <= mask_token_id < size:
             raise InputError(
                 f"mask_token_id={mask_token_id} is outside the vocabulary of {size}; choose an unused token"

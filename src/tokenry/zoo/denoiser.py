@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from ..decode.api import encode_prompts
 from ..decode.diffusion import MaskedDiffusionModel, diffusion_generate
 from ..problems import draw_problems, split_of
+from ..prompts import encode_prompts
 from ..puzzles import EMPTY, PUZZLES
 from ..train.diffusion import masked_diffusion_loss
 from .training import Progress, batches_by_length, character_tokenizer, fit, untrained_llama

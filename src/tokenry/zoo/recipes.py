@@ -10,8 +10,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
-import shutil
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +21,10 @@ from typing import Any
 import torch
 
 from ..errors import InputError
+from ..files import explained, read_json
 from ..models import LoadedModel, load, zoo_folders
+from ..outputs import check_folder, write_folder
+from ..schemas import Fields, checked
 from .training import Progress
 
 __all__ = ["RECIPES", "Recipe", "build", "find_recipe", "record_of"]
@@ -133,46 +134,60 @@ def find_recipe(name: str) -> Recipe:
     raise InputError(f"there is no recipe {name!r}; {hint}")
 
 
+class Record(Fields):
+    """What building has left beside a model."""
+
+    measures: dict[str, float]
+
+
 def record_of(name: str) -> dict[str, Any] | None:
     """What building zoo/`name` has measured, or None where it is not there."""
     for folder in zoo_folders(name):
         if (folder / RECORD).is_file():
-            return json.loads((folder / RECORD).read_text(encoding="utf-8"))
+            problem, remedy = f"the record {str(folder / RECORD)!r} cannot be read", f"run `tokenry zoo build {name}`"
+            with explained(problem, remedy):
+                record = read_json(folder / RECORD)
+            return checked(Record, record, problem, remedy).model_dump()
     return None
 
 
-def build(name: str, output: str | Path | None = None, seed: int = 0, progress: Progress | None = None) -> Path:
+def build(
+    name: str,
+    output: str | Path | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    force: bool = False,
+) -> Path:
     """Train the model from its recipe, measure it, and keep it if it reaches what it must.
 
     Args:
         output: the folder; by default where `tokenry.load("zoo/...")` finds it.
         progress: called with (steps done, steps, loss).
+        force: write also into a folder with other files, which stay.
 
     Returns:
         The folder, complete: it is written beside its place and renamed.
 
     Raises:
-        InputError: unknown recipe, a model that it needs is missing, or a measure outside its range.
+        InputError: unknown recipe, a model that it needs is missing, a measure outside its range, or a folder that
+            cannot be written.
     """
     recipe = find_recipe(name)
     for needed in recipe.needs:
         load(f"zoo/{needed}")
-    target = Path(output) if output else zoo_folders(recipe.name)[1]
-    target.parent.mkdir(parents=True, exist_ok=True)
+    force = force or output is None
+    target = check_folder(output or zoo_folders(recipe.name)[1], force)
     module, start = recipe.load(), time.perf_counter()
     model, tokenizer = module.train(seed, progress)
     seconds = time.perf_counter() - start
-    work = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
-    try:
+
+    def fill(work: Path) -> None:
         save(LoadedModel(model, tokenizer), work)
         measures = module.measure(*load(work, device="cpu"))
         (work / RECORD).write_text(json.dumps(_record(recipe, seed, seconds, model, measures), indent=1) + "\n")
         check(recipe, measures)
-        shutil.rmtree(target, ignore_errors=True)
-        work.chmod(0o755)
-        work.rename(target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+
+    write_folder(target, fill, force)
     return target
 
 

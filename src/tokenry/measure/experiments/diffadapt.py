@@ -22,14 +22,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...decode.api import generate
 from ...decode.diffadapt import DiffAdapt, Strategy, generate_by_strategy, oracle_strategy
 from ...difficulty import CLASSES, DifficultyProbe
-from ...hooks import fingerprint
-from ...models import cache_folder
+from ...files import read_json
 from ...problems import Arithmetic, Problem, Split, draw_problems
 from ...read.difficulty_probe import DifficultyLabels, EntropyProfile, question_states
 from ..compare import Comparison
 from ..cost import Meter
 from ..difficulty import Answer, Answering, DifficultyTask, answers
-from ..kept import write
+from ..kept import digest, kept_folder, read, write
 from ..statistics import Interval, bootstrap_statistic
 from ..task import Experiment, Finding, Subject
 
@@ -141,8 +140,8 @@ def profiled(
     task = Arithmetic()
     problems = by_length(draw_problems(task, count, seed, split))
     questions = [problem.question for problem in problems]
-    name = f"profile-{split}-{seed}-{count}-{labelling.n_samples}-{labelling.temperature}-{MAX_NEW_TOKENS}.json"
-    path = cache_folder() / "diffadapt" / fingerprint(model) / name
+    setting = [questions, labelling.n_samples, labelling.temperature, MAX_NEW_TOKENS]
+    path = kept_folder("diffadapt", model, tokenizer) / f"profile-{split}-{seed}-{digest(setting)}.json"
     if not path.exists():
         with tqdm(desc=f"sampling the {split} questions", total=count) as bar:
             found = labelling.profile(
@@ -155,7 +154,7 @@ def profiled(
             )
         text = json.dumps({name: values.tolist() for name, values in vars(found).items()})
         write(path, lambda part: part.write_text(text, encoding="utf-8"))
-    kept = {name: np.array(values) for name, values in json.loads(path.read_text(encoding="utf-8")).items()}
+    kept = {name: np.array(values) for name, values in read(path, read_json).items()}
     return Profiled(questions, [problem.difficulty for problem in problems], EntropyProfile(**kept))
 
 

@@ -22,13 +22,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...decode.antislop import Antislop
 from ...decode.api import generate
 from ...errors import InputError
-from ...hooks import fingerprint
-from ...models import cache_folder
+from ...outputs import write_folder
 from ...train.ftpo import FTPO, FinalTokenDPOTrainer, FTPOTrainer
 from ...train.lora import save_adapter, without_adapter
 from ...train.pairs import read_pairs
 from ..compare import Comparison
-from ..kept import digest, write
+from ..kept import digest, kept_folder, write
 from ..statistics import Interval, bootstrap_statistic
 from ..stories import SAMPLING
 from ..task import Experiment, Finding, Subject
@@ -78,7 +77,7 @@ def build(
         raise InputError("this comparison needs the package peft; run `pip install tokenry[train]`") from None
     method = FTPO(**{**DEFAULT, **(method.model_dump(exclude_unset=True) if method else {})})
     words = lines("slop_words_smollm2.txt")
-    folder = cache_folder() / "ftpo" / fingerprint(model)
+    folder = kept_folder("ftpo", model, tokenizer)
     pairs = method.pairs(read_pairs(sample_rewinds(model, tokenizer, words, folder)), tokenizer)
     held, kept = pairs[:HELD_OUT], pairs[HELD_OUT:]
     if len(kept) < len(held):
@@ -142,10 +141,11 @@ def sample_rewinds(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, words: Sequence[str], folder: Path
 ) -> Path:
     """The file of rewinds under a ban of `words` on the training prompts; sampled where it is not there yet."""
-    path = folder / f"rewinds-{digest(list(words))}.jsonl"
+    prompts, ban, found = lines("training_prompts.txt"), Antislop(phrases=words), []
+    setting = [ban.model_dump(mode="json"), prompts, SAMPLING, ROUNDS, BATCH, NEW_TOKENS]
+    path = folder / f"rewinds-{digest(setting)}.jsonl"
     if path.exists():
         return path
-    prompts, ban, found = lines("training_prompts.txt"), Antislop(phrases=words), []
     starts = [(r, i) for r in range(ROUNDS) for i in range(0, len(prompts), BATCH)]
     for r, i in tqdm(starts, desc="sampling rewinds"):
         batch = prompts[i : i + BATCH]
@@ -174,7 +174,7 @@ def train_adapter(
 
             trainer = method.trainer(model, tokenizer, pairs, scratch, trainer_class, progress=advance)
             trainer.train()
-        write(path, partial(save_adapter, trainer.model))
+        write_folder(path, partial(save_adapter, trainer.model))
         without_adapter(trainer.model)
     return path
 

@@ -15,24 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...decode.diffusion import MaskedDiffusionModel, diffusion_generate
 from ...decode.diffusion_state import DiffusionState, Prediction
 from ...decode.learn2pd import EndOfTextTruncation, Learn2PD, LearnedFilter, OraclePolicy, collect_egp_traces
-from ...decode.unmask import FixedCount, RowDraws, Threshold, UnmaskPolicy, best_first
+from ...decode.unmask import FixedCount, Threshold, UnmaskPolicy, best_first
 from ...errors import InputError
 from ...filtering import ConfidenceFilter, TraceDataset
-from ...hooks import fingerprint
-from ...models import cache_folder
 from ...problems import draw_problems
 from ...puzzles import PUZZLES
+from ...stored import read_tensors
 from ...train.learn2pd import FilterTrainer, filter_report
 from ..compare import Comparison
 from ..denoising import PuzzleTask, cost_ratio
-from ..kept import digest, write
+from ..kept import digest, kept_folder, read, write
 from ..statistics import Interval
 from ..task import Experiment, Finding, Subject
 
@@ -85,12 +84,9 @@ class AtRandom(UnmaskPolicy):
     def __init__(self, share: float) -> None:
         self.share = share
 
-    def reset(self, state: DiffusionState) -> None:
-        self.draw = RowDraws(SEED, state)
-
     def select(self, prediction: Prediction, state: DiffusionState) -> Tensor:
         candidates = state.candidates
-        return candidates & ((self.draw(state) < self.share) | (best_first(prediction.confidence, candidates) == 0))
+        return candidates & ((state.uniform() < self.share) | (best_first(prediction.confidence, candidates) == 0))
 
 
 class PlainOracle(OraclePolicy):
@@ -125,7 +121,7 @@ def build(
     """
     if method is not None:
         raise InputError("this comparison trains its own filters and sweeps their thresholds; give no options")
-    folder, seeds = cache_folder() / "learn2pd" / fingerprint(model), tuple(seeds or (0, 1, 2))
+    folder, seeds = kept_folder("learn2pd", model, tokenizer), tuple(seeds or (0, 1, 2))
     traces = training_traces(model, tokenizer, folder)
     made = {kind: train(kind, traces, folder) for kind in KINDS}
     reports = {kind: report_of(one, traces) for kind, one in made.items()}
@@ -155,7 +151,7 @@ def training_traces(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         prompts = [problem.question for problems in drawn for problem in problems]
         found = collect_egp_traces(model, tokenizer, prompts, gen_length=WIDTH, block_length=BLOCK, batch_size=100)
         write(path, partial(save_file, {name: values.contiguous() for name, values in found._asdict().items()}))
-    return TraceDataset(**load_file(path))
+    return read(path, lambda kept: TraceDataset(**read_tensors(kept)[0]))
 
 
 class OwnTrainer(FilterTrainer):
@@ -181,7 +177,7 @@ def train(kind: str, traces: TraceDataset, folder: Path) -> ConfidenceFilter:
     if not path.exists():
         made.train()
         write(path, partial(save_file, made.filter.state_dict()))
-    made.filter.load_state_dict(load_file(path))
+    read(path, lambda kept: made.filter.load_state_dict(read_tensors(kept)[0]))
     return made.filter.eval()
 
 

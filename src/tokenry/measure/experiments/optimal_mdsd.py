@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...decode.acceptance import optimal_acceptance, verifier_acceptance
 from ...decode.api import generate
-from ...decode.drafters import Drafter, make_drafter
+from ...decode.drafters import Drafter, ModelDrafter, make_drafter
 from ...decode.optimal_mdsd import OptimalMDSD
 from ...decode.verifiers import SAMPLINGS, VERIFIERS, Selection, Verifier, sample_drafts
 from ...problems import Arithmetic, draw_problems
@@ -59,11 +59,12 @@ def build(
     subjects = [
         Subject(SINGLE, "plain", {}, Reach(partial(verifier_acceptance, verifier=SINGLE), VERIFIERS[SINGLE], 1))
     ]
+    drafts = {"drafter": settings.drafter, "exit_layers": settings.exit_layers}
     for name in SEVERAL:
         options = {"monte_carlo": paths} if name == WITHOUT else {}
         rate = partial(verifier_acceptance, verifier=name, **options)
         role = "control" if name == NAIVE else "method"
-        subjects.append(Subject(name, role, {"drafter": settings.drafter}, Reach(rate, VERIFIERS[name])))
+        subjects.append(Subject(name, role, drafts, Reach(rate, VERIFIERS[name])))
     subjects.append(Subject(ANY, "control", {}, Reach(lambda p, q, n: p.new_ones(len(p)), AnyDraft())))
     for scheme in SAMPLINGS:
         subjects.append(Subject(ceiling(scheme), "control", {}, Reach(partial(optimal_acceptance, scheme=scheme))))
@@ -71,6 +72,7 @@ def build(
         slug=OptimalMDSD.slug,
         claim=OptimalMDSD.claim,
         task=task,
+        models={"drafter": drafter.model} if type(drafter) is ModelDrafter else {},  # others are in the settings
         subjects=subjects,
         baseline=SINGLE,
         judge=judge,

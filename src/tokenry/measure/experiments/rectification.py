@@ -6,6 +6,7 @@ after openings of the split "train"; the strength of the bias is chosen on "dev"
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections import Counter
@@ -24,13 +25,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...decode.api import generate
 from ...decode.rectification import Rectification, RectifierLogitsProcessor
 from ...errors import InputError
-from ...hooks import fingerprint
-from ...models import cache_folder
+from ...files import read_json
 from ...train.rectifier import Rectifier
 from ...zoo import teller
 from ..compare import Comparison
 from ..discourse import SAMPLING, DiscourseTask
-from ..kept import digest, write
+from ..kept import digest, kept_folder, read, write
 from ..statistics import Interval, bootstrap_statistic
 from ..task import Experiment, Finding, Subject
 
@@ -75,7 +75,7 @@ def build(
         samples: openings for each subject and seed; default 200.
         method: settings that replace the defaults; its `rectifier` is a folder used instead of training one.
     """
-    folder = cache_folder() / "rectification" / fingerprint(model)
+    folder = kept_folder("rectification", model, tokenizer)
     episodes = sample_episodes(model, tokenizer, folder)
     method = method or Rectification(rectifier=str(train_rectifier(model, tokenizer, episodes, folder)))
     words = characteristic_words(tokenizer, episodes)
@@ -120,7 +120,7 @@ def build(
 
 def sample_episodes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[dict[str, Any]]:
     """Stories of the model after training openings, with their rewards; sampled where they are not there yet."""
-    path = folder / f"episodes-{digest([EPISODES, SEED, SAMPLING])}.json"
+    path = folder / f"episodes-{digest([EPISODES, BATCH, SEED, SAMPLING])}.json"
     if not path.exists():
         prompts, found = teller.openings(EPISODES, "train", SEED), []
         for start in tqdm(range(0, EPISODES, BATCH), desc="sampling stories"):
@@ -130,7 +130,7 @@ def sample_episodes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
                 reward = -float(teller.undesired(f"{prompt} {text}"))
                 found.append({"prompt_ids": before, "continuation_ids": ids, "reward": reward})
         write(path, lambda part: part.write_text(json.dumps(found), encoding="utf-8"))
-    episodes = json.loads(path.read_text(encoding="utf-8"))
+    episodes = read(path, read_json)
     if len({e["reward"] for e in episodes}) < 2:
         raise InputError("the model's stories are all desired or all undesired; use the model zoo/teller")
     return episodes
@@ -178,9 +178,9 @@ def tune_bias(
     folder: Path,
 ) -> float:
     """The bias on the words at which dev stories have the nats per token that rectification has there."""
-    path = folder / f"bias-{digest([_setting(method), list(words)])}.json"
+    path = folder / f"bias-{digest([_setting(method), list(words), DEV, SEED, STRENGTHS, HALVINGS, SAMPLING])}.json"
     if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read(path, read_json)
     task = DiscourseTask(model, tokenizer, DEV, "dev")
 
     def cost(apply: dict[str, Any]) -> float:
@@ -196,7 +196,9 @@ def tune_bias(
 
 
 def _setting(method: Rectification) -> dict[str, Any]:
-    return {**method.model_dump(mode="json"), "rectifier": Path(method.rectifier).name}
+    folder = Path(method.rectifier)
+    weights = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in folder.glob("*.safetensors")}
+    return {**method.model_dump(mode="json"), "rectifier": folder.name, "weights": weights}
 
 
 # --- afterwards ----------------------------------------------------------------------------------------------------

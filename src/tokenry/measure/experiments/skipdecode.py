@@ -18,14 +18,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...decode.skipdecode import SkipDecode
 from ...errors import InputError
-from ...hooks import decoder_layers, fingerprint
-from ...models import LoadedModel, cache_folder, load
+from ...hooks import decoder_layers
+from ...models import LoadedModel, load
+from ...outputs import write_folder
 from ...problems import Arithmetic, draw_problems
+from ...prompts import rendered
 from ...skipping import SkipSchedule
 from ...zoo.reasoner import solution
 from ..compare import Comparison
 from ..depth import LEVELS, PLANNED, PROBLEM_DEPTHS, TEXT_DEPTHS, DepthTask, EarlyExit, RandomLayers, smallest_depth
-from ..kept import digest, write
+from ..kept import digest, kept_folder
 from ..statistics import Interval, bootstrap_statistic
 from ..task import Experiment, Finding, Subject
 
@@ -94,6 +96,7 @@ def build(
         baseline=PLAIN,
         judge=judge,
         batch=count,
+        models={"reasoner": reasoner.model},
         notes=f"Texts: the model as it is. Sums: zoo/reasoner, {len(decoder_layers(reasoner.model))} layers, levels "
         f"{LEVELS[0]} to {LEVELS[-1]}, depth planned to fall over {PLANNED} tokens. Training: {steps} steps of {BATCH} "
         f"solutions, AdamW at {RATE}, the smallest depth drawn for every step, for all alike; '{PLAIN}' is trained on "
@@ -130,7 +133,7 @@ def solutions(reasoner: LoadedModel, count: int) -> list[dict[str, list[int]]]:
     tokenizer, rng, rows = reasoner.tokenizer, random.Random("solutions for skipdecode"), []
     for problem in draw_problems(Arithmetic(), count, seed=7, split="train", levels=LEVELS):
         turn = [{"role": "user", "content": problem.question}]
-        text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        text = rendered(tokenizer, turn, add_generation_prompt=True)
         prompt = tokenizer.encode(text, add_special_tokens=False)
         answer = [*tokenizer.encode(solution(problem, rng), add_special_tokens=False), tokenizer.eos_token_id]
         rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
@@ -141,11 +144,13 @@ def train(reasoner: LoadedModel, made: Callable[..., SkipSchedule], steps: int) 
     """The reasoner trained with this schedule; from the cache folder where it has been before."""
     settings = [describe(made), steps, BATCH, RATE, LEVELS, PLANNED, PROBLEM_DEPTHS]
     name = digest(settings)
-    folder = cache_folder() / "skipdecode" / fingerprint(reasoner.model) / name
+    folder = kept_folder("skipdecode", *reasoner) / name
     if not folder.exists():
         trainer = make_trainer(reasoner, made, steps)
         trainer.train()
-        write(folder, lambda part: (trainer.model.save_pretrained(part), reasoner.tokenizer.save_pretrained(part)))
+        write_folder(
+            folder, lambda part: (trainer.model.save_pretrained(part), reasoner.tokenizer.save_pretrained(part))
+        )
     return load(folder, device=reasoner.model.device).model
 
 

@@ -78,6 +78,7 @@ def build(
         judge=partial(judge, times=times, way=chosen[0]),
         seeds=tuple(seeds or (0, 1)),
         batch=64,
+        models={"small": pair.small.model},
         notes=f"Levels {LEVELS[0]} to {LEVELS[-1]}, at most {BUDGET} tokens, temperature 0.6, top-p 0.95. Judge and "
         f"threshold, {chosen[0]} {chosen[1]:g}, were chosen on {len(dev)} problems of the dev split: the fewest base "
         f"tokens at an accuracy no more than {TOLERANCE:.0%} below the base model alone. The paper asks the judge for "

@@ -56,7 +56,8 @@ def build(
         role = "control" if name in (SINGLE, NAIVE) else "method"
         subjects.append(Subject(name, role, settings.model_dump(mode="json"), speculation))
     drafter = plans[SINGLE][1].drafter
-    share = drafter.model.num_parameters() / model.num_parameters() if isinstance(drafter, ModelDrafter) else 0.0
+    own = {"drafter": drafter.model} if type(drafter) is ModelDrafter else {}  # other drafters are in the settings
+    share = sum(one.num_parameters() for one in own.values()) / model.num_parameters()
     return Experiment(
         slug=Spectr.slug,
         claim=Spectr.claim,
@@ -66,6 +67,7 @@ def build(
         judge=partial(judge, law=continuation_law(model, prefix), share=share, given=given),
         seeds=tuple(seeds or (0,)),
         batch=1,
+        models=own,
         notes=f"Temperature 1. The draft model has {share:.1%} of the target's parameters. The trees of all verifiers "
         f"but `single` have {given['num_drafts']} drafts at each of {given['draft_length']} depths at most. Without "
         "replacement and with the greedy draft they are spread over the nodes of a depth where they are worth most. "

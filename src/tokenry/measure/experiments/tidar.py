@@ -70,6 +70,7 @@ def build(
         judge=partial(judge, tokenizer=tokenizer, twins=twins, rows=rows_of(plan)),
         seeds=seeds,
         batch=1,
+        models=twins,
         notes=f"Blocks of {plan.block_size}: a forward has {rows_of(plan)} rows, and checks {plan.block_size - 1} "
         f"guesses. Greedy subjects run once, sampled ones (temperature {TEMPERATURE}) with every seed. Guesses of "
         f"other kinds go through the same rows; bigrams are those of {LESSONS} lessons. Prompt lookup checks as many "

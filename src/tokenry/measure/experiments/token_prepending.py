@@ -10,16 +10,19 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...errors import InputError
+from ...files import explained, read_json
 from ...hooks import decoder_layers, fingerprint
+from ...outputs import write_text
 from ...represent.prompts import PromptEmbedder, leads_with_bos
 from ...represent.token_prepending import TokenPrepending
+from ...schemas import Fields, checked
 from ..statistics import Interval, bootstrap_statistic
 from ..sts import Pair, STSTask, load_minilm, load_pairs, similarities, spearman, spread
 from ..task import Experiment, Finding, Subject
@@ -60,6 +63,23 @@ class Row:
         return int(np.nanargmax(self.layers)) + 1
 
 
+class SavedRow(Fields):
+    """A saved `Row`."""
+
+    exit_layer: int = Field(ge=0)
+    add_bos: bool
+    layers: list[Annotated[float, Field(allow_inf_nan=True)]] = Field(min_length=1)
+
+
+class SavedScores(Fields):
+    """Saved `DevScores`."""
+
+    model: str
+    fingerprint: str
+    pairs: int = Field(ge=1)
+    rows: list[SavedRow]
+
+
 @dataclass(frozen=True)
 class DevScores:
     """What every setting scores on dev. Made once per model, bound to its weights."""
@@ -79,18 +99,17 @@ class DevScores:
 
     def save(self, path: str | Path) -> None:
         """Write JSON."""
-        Path(path).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(asdict(self)) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> DevScores:
         """Read what `save` wrote; anything else is refused."""
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-            rows = tuple(Row(r["exit_layer"], r["add_bos"], tuple(map(float, r["layers"]))) for r in values["rows"])
-            return cls(str(values["model"]), str(values["fingerprint"]), int(values["pairs"]), rows)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            why = getattr(error, "strerror", None) or "other fields than expected"
-            raise InputError(f"the dev scores {str(path)!r} cannot be read ({why}); {REMEDY}") from None
+        problem = f"the dev scores {str(path)!r} cannot be read"
+        with explained(problem, REMEDY):
+            values = read_json(path)
+        found = checked(SavedScores, values, problem, REMEDY)
+        rows = tuple(Row(row.exit_layer, row.add_bos, tuple(row.layers)) for row in found.rows)
+        return cls(found.model, found.fingerprint, found.pairs, rows)
 
 
 def score_on_dev(

@@ -1,0 +1,190 @@
+"""A text where a list of texts is expected: a list of one, or refused; never a list of its letters."""
+
+import importlib
+import inspect
+import pkgutil
+import re
+
+import pytest
+import torch
+
+import tokenry
+from tokenry import InputError
+from tokenry.decode import (
+    Antislop,
+    NGramBan,
+    PhraseBan,
+    RegexBan,
+    acceptance_report,
+    encode_prompts,
+    loop,
+    reflection_token_ids,
+)
+from tokenry.decode.step_models import StepModel, StepPrompts
+from tokenry.difficulty import read_questions
+from tokenry.judge import CRewScorer, Reference, SlopProfile
+from tokenry.judge.slop import Pattern
+from tokenry.models import LoadedModel
+from tokenry.read.difficulty_probe import question_states
+from tokenry.read.lm_head_neurons import clamp_effect
+from tokenry.represent import PromptEmbedder
+from tokenry.represent.sentence_transformer import TokenPrependingTransformer
+from tokenry.tokenize import KL3M, train_char_bpe, train_domain_bpe
+from tokenry.tokenize.measures import boundary_stability, term_lengths, token_counts, tokens_per_character
+
+TEXT = "the old lighthouse"
+PROFILE = SlopProfile(words=[Pattern(TEXT, 3, 1.0), Pattern("t", 3, 1.0)])
+
+
+def write(model, tokenizer, stop):
+    inputs = encode_prompts(tokenizer, [TEXT])
+    options = {"custom_generate": loop, "processing_class": tokenizer, "pad_token_id": 1, "max_new_tokens": 12}
+    return model.generate(**inputs, stop=stop, **options)
+
+
+ONE = {  # a single text is a list of one
+    "PhraseBan.phrases": lambda m, t, x: PhraseBan(x).written,
+    "RegexBan.patterns": lambda m, t, x: [p.pattern for p in RegexBan(x).patterns],
+    "NGramBan.ngrams": lambda m, t, x: [sorted(n.root.children) for n in [NGramBan(x).ngrams]],
+    "loop.stop": lambda m, t, x: write(m, t, x),
+    "generate.stop": lambda m, t, x: tokenry.generate(m, t, TEXT, stop=x, max_new_tokens=9, pad_token_id=1).new_ids,
+    "generate.prompts": lambda m, t, x: tokenry.generate(m, t, x, max_new_tokens=4, pad_token_id=1).new_ids,
+    "encode_prompts.prompts": lambda m, t, x: encode_prompts(t, x)["input_ids"],
+    "read_questions.prompts": lambda m, t, x: read_questions(m, t, x).states,
+    "question_states.prompts": lambda m, t, x: question_states(m, t, x),
+    "clamp_effect.prompts": lambda m, t, x: [row["prompt"] for row in clamp_effect(m, t, x, (0, 0), [0.0]).rows],
+    "CRewScorer.read": lambda m, t, x: [s.text for s in CRewScorer(m, t).read(x, x)],
+    "StepPrompts.judging": lambda m, t, x: StepPrompts(chat=False, think="").judging(t, TEXT, x, "so"),
+    "StepModel.starts": lambda m, t, x: StepModel(LoadedModel(m, t), x).starts,
+    "Reference.count": lambda m, t, x: Reference.count("x", x),
+    "SlopProfile.fit": lambda m, t, x: SlopProfile.fit(x, Reference("x", 1, {}, {}), 1),
+    "SlopProfile.ban_list": lambda m, t, x: PROFILE.ban_list(whitelist=x),
+    "PromptEmbedder.rows": lambda m, t, x: PromptEmbedder(m, t).rows(x),
+    "PromptEmbedder.tokenize": lambda m, t, x: PromptEmbedder(m, t).tokenize(x)["input_ids"],
+    "preprocess": lambda m, t, x: TokenPrependingTransformer(PromptEmbedder(m, t)).preprocess(x)["input_ids"],
+    "train_domain_bpe.custom_tokens": lambda m, t, x: len(train_domain_bpe([TEXT], 512, custom_tokens=x)),
+}
+REFUSED = {  # one text cannot be what is meant
+    "PromptEmbedder.encode": lambda m, t, x: PromptEmbedder(m, t).encode(x),
+    "train_domain_bpe.texts": lambda m, t, x: train_domain_bpe(x),
+    "train_char_bpe.texts": lambda m, t, x: train_char_bpe(x),
+    "KL3M.train": lambda m, t, x: KL3M().train(x),
+    "token_counts": lambda m, t, x: token_counts(t, x),
+    "tokens_per_character": lambda m, t, x: tokens_per_character(t, x),
+    "term_lengths": lambda m, t, x: term_lengths(t, x),
+    "boundary_stability": lambda m, t, x: boundary_stability(t, ("ab", "cd")),
+    "Antislop.phrases": lambda m, t, x: Antislop(phrases=x),  # a path
+    "from_strings": lambda m, t, x: Antislop.from_strings(x),
+}
+
+
+@pytest.mark.parametrize("case", ONE)
+def test_a_text_is_a_list_of_one(llama, tokenizer, case):
+    one, many = (ONE[case](llama, tokenizer, given) for given in (TEXT, [TEXT]))
+    assert torch.equal(one, many) if isinstance(one, torch.Tensor) else one == many
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_or_it_is_refused(llama, tokenizer, case):
+    with pytest.raises(InputError):
+        REFUSED[case](llama, tokenizer, TEXT)
+
+
+def test_short_ones(tokenizer):
+    assert reflection_token_ids(tokenizer, " the") == reflection_token_ids(tokenizer, [" the"])
+    assert StepPrompts(answers="boxed") == StepPrompts(answers=["boxed"])
+    p = torch.tensor([[0.5, 0.5]])
+    assert acceptance_report(p, p, (1,), "naive") == acceptance_report(p, p, (1,), ["naive"])
+
+
+@pytest.mark.parametrize("make", [PhraseBan, RegexBan, NGramBan])
+def test_what_is_no_text_is_named(make):
+    with pytest.raises(InputError, match="2 is of type int, not text"):
+        make([TEXT, 5] if make is not NGramBan else [[TEXT, 5]])
+
+
+def test_a_prompt_that_is_none_is_named(tokenizer):
+    with pytest.raises(InputError, match="prompt 2 is of type float, not text"):
+        encode_prompts(tokenizer, [TEXT, 5.0])
+
+
+LIST_OF_TEXTS = re.compile(r"(Sequence|Iterable|list)\[(str\b|Prompt\b|Messages\b|tuple\[str, str\])")
+KNOWN = {  # function: parameters; those without a case above hand on to one that has
+    "acceptance_report": {"verifiers"},
+    "NGramBan.__init__": {"ngrams"},
+    "PhraseBan.__init__": {"phrases"},
+    "RegexBan.__init__": {"patterns"},
+    "generate": {"stop"},
+    "loop": {"stop"},
+    "speculative": {"stop"},
+    "tidar_generate": {"stop"},
+    "DecodeLoop.generate": {"stop"},
+    "DiffAdapt.generate": {"prompts"},
+    "generate_by_strategy": {"prompts"},
+    "Learn2PD.traces": {"prompts"},
+    "collect_egp_traces": {"prompts"},
+    "SpecReason.generate": {"prompts"},
+    "SpeculativeReasoner.generate_many": {"problems"},
+    "SpeculativeReasoner.run": {"problems"},
+    "StepModel.__init__": {"starts"},
+    "StepPrompts.judging": {"steps"},
+    "DigitScorer.score": {"steps"},
+    "LikelihoodScorer.score": {"steps"},
+    "StepScorer.score": {"steps"},
+    "reflection_token_ids": {"words"},
+    "read_questions": {"prompts"},
+    "CRew.judge": {"gold"},
+    "CRewScorer.score_batch": {"prompts", "solutions"},
+    "CRewScorer.read": {"prompts", "solutions"},
+    "Reference.count": {"texts"},
+    "SlopProfile.fit": {"texts"},
+    "SlopProfile.ban_list": {"whitelist"},
+    "Method.from_strings": {"pairs"},
+    "DifficultyLabels.profile": {"prompts"},
+    "DifficultyLabels.fit": {"prompts"},
+    "entropy_profile": {"prompts"},
+    "question_states": {"prompts"},
+    "clamp_effect": {"prompts"},
+    "PromptEmbedder.rows": {"texts"},
+    "PromptEmbedder.tokenize": {"texts"},
+    "PromptEmbedder.encode": {"sentences"},
+    "PromptEmbedder.encode_layers": {"sentences"},
+    "TokenPrependingTransformer.preprocess": {"inputs"},
+    "custom_tokens": {"groups"},
+    "KL3M.train": {"texts"},
+    "train_char_bpe": {"texts"},
+    "train_domain_bpe": {"texts", "custom_tokens"},
+    "token_counts": {"texts"},
+    "tokens_per_character": {"texts"},
+    "term_lengths": {"terms"},
+    "boundary_stability": {"pairs"},
+    "Learn2PDFilter.traces": {"prompts"},
+    "Learn2PDFilter.trainer": {"prompts"},
+    "Learn2PDFilter.score": {"prompts"},
+}
+
+
+def public_functions():
+    for info in pkgutil.walk_packages(tokenry.__path__, "tokenry."):
+        if info.ispkg or re.search(r"\.(cli|measure|zoo|__main__|kvpress)\b", info.name):
+            continue
+        module = importlib.import_module(info.name)
+        for name in getattr(module, "__all__", ()):
+            value = getattr(module, name)
+            if inspect.isfunction(value) and value.__module__ == info.name:
+                yield name, value
+            elif inspect.isclass(value) and value.__module__ == info.name and not re.search("Config$|Output$", name):
+                for method, inner in vars(value).items():
+                    inner = getattr(inner, "__func__", inner)
+                    if inspect.isfunction(inner) and not re.match("_(?!_init__)", method):
+                        yield f"{name}.{method}", inner
+
+
+def test_every_public_parameter_that_takes_texts_is_known():
+    """A new one gets a case above, then a line in KNOWN."""
+    found = {}
+    for name, function in public_functions():
+        for parameter, kind in function.__annotations__.items():
+            if parameter != "return" and LIST_OF_TEXTS.search(str(kind)):
+                found.setdefault(name, set()).add(parameter)
+    assert found == KNOWN

@@ -1,0 +1,59 @@
+"""Training on two processes: what one of them decides, all do."""
+
+import json
+import os
+import subprocess
+import sys
+
+SCRIPT = """
+import copy
+import json
+import sys
+from pathlib import Path
+import torch
+from torch.utils.data import SequentialSampler
+from transformers import LlamaConfig, LlamaForCausalLM
+from peft import LoraConfig
+from tokenry.train.ftpo import FTPOConfig, FTPOTrainer
+
+class InOrder(FTPOTrainer):
+    def _get_train_sampler(self, dataset=None):
+        return SequentialSampler(self.train_dataset)
+
+torch.manual_seed(0)
+model = LlamaForCausalLM(LlamaConfig(vocab_size=40, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                     num_attention_heads=2, pad_token_id=1))
+logits = model(torch.tensor([[5]])).logits[0, -1]
+best, worst = int(logits.argmax()), int(logits.argmin())
+won = {"prompt_ids": [5], "chosen_ids": [best], "rejected_id": worst}
+lost = {"prompt_ids": [5], "chosen_ids": [worst], "rejected_id": best}
+found = {}
+for threshold in (0.75, 0.5):
+    args = FTPOConfig(sys.argv[1], use_cpu=True, per_device_train_batch_size=1, num_train_epochs=1, logging_steps=1,
+                      learning_rate=1e-9, early_stop_choice_win=threshold, disable_tqdm=True, ddp_timeout=30)
+    lora = LoraConfig(r=2, target_modules=["v_proj"], task_type="CAUSAL_LM")
+    trainer = InOrder(copy.deepcopy(model), args, [won, lost] * 3, [won, lost], peft_config=lora)
+    trainer.train()
+    logged = [entry["choice_win"] for entry in trainer.state.log_history if "choice_win" in entry]
+    found[threshold] = [trainer.state.global_step, logged, trainer.evaluate()["eval_choice_win"]]
+Path(sys.argv[1], f"rank{args.process_index}.json").write_text(json.dumps(found))
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_ranks_stop_together(tmp_path):
+    """One rank has won pairs alone, the other lost ones: half of all are won, which is not enough, and then enough."""
+    (tmp_path / "train.py").write_text(SCRIPT)
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    arguments = [*run, str(tmp_path / "train.py"), str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        _, error = process.communicate(timeout=150)
+    finally:
+        process.terminate()  # and with it the ranks, should they hang
+        process.wait(30)
+    assert process.returncode == 0, error[-3000:]
+    told = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert told == [{"0.75": [3, [0.5] * 3, 0.5], "0.5": [1, [0.5], 0.5]}] * 2
