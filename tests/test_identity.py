@@ -1,7 +1,9 @@
 """What a run is: other weights, another tokenizer, task, setting, version or revision is another run."""
 
 import copy
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -12,6 +14,7 @@ from test_measure import experiment as roots
 
 from tokenry.cli import main
 from tokenry.decode.diffusion import MaskedDiffusionModel
+from tokenry.hooks import fingerprint
 from tokenry.measure import compare as measured
 from tokenry.measure.compare import compare, identity, made_of
 from tokenry.measure.denoising import PuzzleTask
@@ -179,14 +182,17 @@ def test_the_window_of_puzzles_is_part_of_what_they_are():
     assert len(made) == 4
 
 
-def test_the_command_line_measures_other_weights_again(tmp_path, llama, other, tokenizer):
-    """A folder of the same name, whose weights have changed in between."""
-    folder, store = tmp_path / "model", tmp_path / "runs.sqlite"
+def test_the_command_line_measures_other_weights_again(tmp_path, monkeypatch, llama, other, tokenizer):
+    """A folder of the same name, whose weights have changed in between. The record says which they were."""
+    monkeypatch.chdir(tmp_path)
+    folder, store, weights = tmp_path / "model", tmp_path / "runs.sqlite", []
     command = ["compare", "antislop", "--samples", "1", "--model", str(folder), "--store", str(store), "--resume"]
     for model in (llama, llama, other):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        result = CliRunner().invoke(main, command)
+        result = CliRunner().invoke(main, [*command, "--record"])
         assert result.exit_code == 0, result.output
+        weights.append(json.loads(Path("docs/evidence/antislop.json").read_text())["identity"]["weights"])
+    assert weights == [fingerprint(llama), fingerprint(llama), fingerprint(other)]
     with RunStore(store) as kept:
         assert [row[0] for row in kept.db.execute("SELECT count(*) FROM runs")] == [2]

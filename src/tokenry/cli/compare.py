@@ -171,7 +171,7 @@ def publish(
         write_text(picture, draw(comparison, findings, verdict))
     if evidence_path:
         entry = evidence(comparison, findings, verdict, model=model, command=command)
-        write_text(evidence_path, json.dumps(entry, ensure_ascii=False, indent=1) + "\\n")
+        write_text(evidence_path, json.dumps(entry, ensure_ascii=False, indent=1) + "\n")
         screen.print(f"evidence: {evidence_path}")
 
 
