@@ -10,7 +10,7 @@ does not say how many tokens it has seen.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from .errors import InputError
 __all__ = [
     "ShortLayer",
     "cache_bytes",
+    "forward_arguments",
     "gather_columns",
     "held_columns",
     "keep_of_last",
@@ -33,13 +34,19 @@ __all__ = [
 ]
 
 
+def forward_arguments(model: PreTrainedModel) -> Collection[str]:
+    """The names that the model's forward takes; an adapter of peft hands on whatever it is given."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inspect.signature(inner.forward).parameters
+
+
 def state_argument(model: PreTrainedModel) -> str | None:
     """The argument of the model's forward that carries the text so far; None if the model keeps nothing.
 
     Raises:
         InputError: it is one that cannot be carried from one forward to the next here.
     """
-    accepted = inspect.signature(model.forward).parameters
+    accepted = forward_arguments(model)
     for name in ("mems", "past_buckets_states"):
         if name in accepted:
             raise InputError(

@@ -6,7 +6,6 @@ The loop knows nothing about caches, masks or positions. `TransformersEngine` ke
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
@@ -19,6 +18,7 @@ from transformers import Cache, PreTrainedModel
 
 from ..attention import tree_mask
 from ..cache import (
+    forward_arguments,
     gather_columns,
     held_columns,
     is_sliding,
@@ -85,7 +85,7 @@ def layers_needed(model: PreTrainedModel) -> frozenset[int]:
 def position_obstacle(model: PreTrainedModel) -> str | None:
     """Why a token's position is the number of its column, whatever one says; None if it is not."""
     name, config = type(model).__name__, model.config.get_text_config()
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    if "position_ids" not in forward_arguments(model):
         return f"{name} takes no position_ids"
     if getattr(config, "alibi", False):
         return f"{name} has ALiBi, which counts columns"
@@ -174,7 +174,7 @@ class TransformersEngine:
             raise InputError(f"{type(model).__name__} has an encoder; the decode loop takes decoder-only models")
         if rewind not in ("auto", "reprefill"):
             raise InputError(f"rewind={rewind!r} is unknown; use 'auto' or 'reprefill'")
-        accepted = inspect.signature(model.forward).parameters
+        accepted = forward_arguments(model)
         self.model = model
         self.carrier = state_argument(model)
         self.masks_later = later_inputs(model).get("attention_mask") is not None  # Mamba masks its prompt alone
