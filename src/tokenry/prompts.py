@@ -111,7 +111,7 @@ def _listed(prompts: Any) -> list[Any]:
         return [prompts]
     if not isinstance(prompts, Sequence):
         raise InputError(
-            f"prompts are a {type(prompts).__name__}; give texts, conversations (lists of messages), or token ids"
+            f"prompts are of type {type(prompts).__name__}; give texts, conversations (lists of messages), or token ids"
         )
     if len(prompts) and isinstance(prompts[0], Mapping):
         return [prompts]

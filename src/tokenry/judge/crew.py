@@ -207,7 +207,7 @@ class CRewScorer:
         """
         for name, given in (("prompts", prompts), ("solutions", solutions)):
             if isinstance(given, Mapping):
-                raise InputError(f"{name} are a {type(given).__name__}; give a list with one for each solution")
+                raise InputError(f"{name} are of type {type(given).__name__}; give a list with one for each solution")
         prompts, solutions = listed_prompts(prompts), listed(solutions, "solution")
         whole = [True] * len(solutions) if finished is None else finished
         if not len(prompts) == len(solutions) == len(whole):
