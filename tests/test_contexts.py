@@ -52,8 +52,12 @@ KEPT[2, 10:] = False
 
 @contextmanager
 def captured(model, seen):
-    with capture(model, hidden=[2], qk="all") as run:
-        yield
+    try:
+        with capture(model, hidden=[2], qk="all") as run:
+            yield
+    except InputError as refusal:  # a layer was skipped for some of the tokens
+        seen.append(str(refusal))
+        return
     if run.traces:
         seen += [("ids", run.trace.tensors["ids"].tolist()), ("hidden", run.trace.hidden(2).tolist())]
 

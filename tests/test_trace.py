@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenry.attention import suppress
 from tokenry.errors import InputError
-from tokenry.hooks import decoder_layers
+from tokenry.hooks import decoder_layers, edit_residual
 from tokenry.recorder import head_logits
 from tokenry.reducers import Entropy, SentenceMean, TopKeys
 from tokenry.spans import find_spans, text_offsets
@@ -504,3 +504,26 @@ def test_learned_positions_and_a_body_inside_the_body(make_model, tokenizer):
             expected = model(ids).logits[0]
         assert trace.ids.tolist() == ids[0].tolist()
         assert torch.allclose(trace.logits(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("capturing", [{"qk": "all"}, {"head_outputs": [0, 4]}])
+@torch.no_grad()
+def test_a_forward_that_came_to_no_end_leaves_nothing_in_the_trace(llama, capturing):
+    ids = torch.arange(5, 13)[None]
+
+    def fails(hidden):
+        raise ZeroDivisionError
+
+    with capture(llama, hidden=[1, 3], **capturing) as cap:
+        cache = llama(ids[:, :6]).past_key_values
+        with pytest.raises(ZeroDivisionError), edit_residual(llama, {2: fails}):
+            llama(ids[:, 6:7], past_key_values=copy.deepcopy(cache))
+        llama(ids[:, 6:], past_key_values=cache)
+        with pytest.raises(ZeroDivisionError), edit_residual(llama, {2: fails}):
+            llama(ids[:, :1], past_key_values=cache)
+    with capture(llama, hidden=[1, 3], **capturing) as plain:
+        cache = llama(ids[:, :6]).past_key_values
+        llama(ids[:, 6:], past_key_values=cache)
+    assert cap.trace.tensors.keys() == plain.trace.tensors.keys()
+    for name, tensor in plain.trace.tensors.items():
+        torch.testing.assert_close(cap.trace.tensors[name], tensor, rtol=0, atol=0, equal_nan=True)

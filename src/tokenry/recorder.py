@@ -37,12 +37,14 @@ class Recorder:
         self.valid = torch.zeros(0, 0, dtype=torch.bool)  # (batch, columns): not padding
         self.prompt = 0
         self.feed: Feed | None = None
+        self.unfinished = False  # a forward has begun; still so afterwards if it was refused or failed on its way
 
     # --- during a forward ------------------------------------------------------------------------------------
 
     def begin(self, feed: Feed) -> None:
         if feed.ids is None:
             raise InputError("a forward with inputs_embeds has no token ids; call the model with input_ids")
+        self._forget_unfinished()
         held, device = self.valid.shape[1], feed.ids.device
         if feed.start > held:
             raise InputError(f"the cache holds {feed.start} tokens, {held} were traced; capture from the first forward")
@@ -51,7 +53,7 @@ class Recorder:
         if self.valid.shape[1] == 0:
             self.settings, self.prompt = {}, feed.new
             self.live = [copy.deepcopy(list(self.reducers)) for _ in feed.ids]
-        self.feed = feed
+        self.feed, self.unfinished = feed, True
         self.start, self.stop = self.valid.shape[1], self.valid.shape[1] + feed.new
         self.valid = self._valid(feed, device)
         positions = torch.arange(self.start, self.stop, device=device) if feed.positions is None else feed.positions
@@ -88,9 +90,26 @@ class Recorder:
                 raise InputError(f"the next token stands at {keep}, {held} were traced; capture from the first forward")
             if self.reducers or len(self.positions):
                 raise InputError("tokens were taken back, which reducers and head_outputs cannot follow; trace without")
+        self._shorten(keep)
+        self.heads, self.wanted = {}, []
+
+    def _forget_unfinished(self) -> None:
+        """Take out what a forward has left that came to no end."""
+        if not self.unfinished:
+            return
+        if self.reducers:
+            raise InputError("a forward came to no end, which reducers cannot take back; capture anew, or without them")
+        self.unfinished = False
+        self._shorten(self.start)
+        del self.wanted[-1:]
+        for parts in self.heads.values():
+            del parts[len(self.wanted) :]
+
+    def _shorten(self, keep: int) -> None:
+        """Keep the first columns."""
         for parts in self.columns.values():
-            parts[:] = [torch.cat(parts, 1)[:, :keep]] if keep else []
-        self.valid, self.heads, self.wanted = self.valid[:, :keep], {}, []
+            parts[:] = [torch.cat(parts, 1)[:, :keep]] if keep and parts else []
+        self.valid = self.valid[:, :keep]
 
     def _add(self, name: str, part: Tensor) -> None:
         self.columns.setdefault(name, []).append(part.detach())
@@ -163,6 +182,7 @@ class Recorder:
 
     def final(self, module: nn.Module, args: tuple, output: tuple) -> None:
         self._add("final", output[0])
+        self.unfinished = False
 
     def check_logits(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
         """Refuse a model that changes its logits after the head in a way `head_logits` does not know."""
@@ -181,13 +201,19 @@ class Recorder:
 
     def sequences(self, tokenizer: PreTrainedTokenizerBase | None) -> list[tuple[dict[str, Tensor], dict]]:
         """Tensors and header of every row."""
+        self._forget_unfinished()
         whole = {name: _join(parts) for name, parts in self.columns.items() if parts}
         if self.qk and not self.settings and self.feed is not None:
             raise InputError(
                 f"the attention of {type(self.model).__name__} does not go through transformers' attention functions, "
                 "so it cannot be observed; leave qk out"
             )
-        for name, columns in whole.items():
+        for name, columns in sorted(whole.items()):
+            if name[:2] in ("q.", "k.") and columns.shape[1] < self.valid.shape[1]:
+                raise InputError(
+                    f"layer {name[2:]} ran for {columns.shape[1]} of {self.valid.shape[1]} tokens, so its attention "
+                    "cannot be rebuilt; leave it out of qk, or trace without skipping layers"
+                )
             if columns.shape[:2] != self.valid.shape:
                 raise InputError(
                     f"{name} has shape {tuple(columns.shape)} for {tuple(self.valid.shape)} tokens: "
