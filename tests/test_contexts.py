@@ -52,12 +52,14 @@ KEPT[2, 10:] = False
 
 @contextmanager
 def captured(model, seen):
-    try:
-        with capture(model, hidden=[2], qk="all") as run:
-            yield
-    except InputError as refusal:  # a layer was skipped for some of the tokens
-        seen.append(str(refusal))
-        return
+    with ExitStack() as stack:
+        run = stack.enter_context(capture(model, hidden=[2], qk="all"))
+        yield
+        try:
+            stack.close()
+        except InputError as refusal:  # a layer was skipped for some of the tokens
+            seen.append(str(refusal))
+            return
     if run.traces:
         seen += [("ids", run.trace.tensors["ids"].tolist()), ("hidden", run.trace.hidden(2).tolist())]
 
