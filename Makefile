@@ -25,7 +25,7 @@ demo: install
 	$(BIN)/tokenry compare antislop --report report.html
 
 test: install
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m "not slow"
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n logical --dist worksteal
 
 lint: install
 	$(BIN)/ruff check src tests benchmarks tools
