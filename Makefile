@@ -30,6 +30,7 @@ test: install
 lint: install
 	$(BIN)/ruff check src tests benchmarks tools
 	$(BIN)/ruff format --check src tests benchmarks tools
+	$(BIN)/lint-imports --no-logo
 
 docs: install
 	$(BIN)/python -m tokenry.measure.docs

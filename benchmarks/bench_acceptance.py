@@ -16,8 +16,8 @@ from common import heading, report
 
 import tokenry
 from tokenry.decode import VERIFIERS, optimal_acceptance, sample_drafts
-from tokenry.decode.drafters import make_drafter
-from tokenry.decode.verifiers import SAMPLINGS
+from tokenry.decode.speculation.drafters import make_drafter
+from tokenry.decode.speculation.verifiers import SAMPLINGS
 
 TEXT = """The harbour was quiet in the morning. The boats lay side by side, the nets were dry, and the gulls sat on the
 wall in a row. An old man walked along the wall, and the gulls did not move. He looked at the boats and at the nets."""

@@ -14,7 +14,7 @@ from bench_loop import phrases
 from common import heading, report
 
 from tokenry.decode import NGramBan, PhraseBan, RegexBan, Row
-from tokenry.decode.core import Monitor, held_tokens
+from tokenry.decode.generation.monitor import Monitor, held_tokens
 
 EARLY, LATE, WIDTH = 250, 6000, 200  # tokens at which the cost is measured, and over how many
 VOCABULARY = [

@@ -26,7 +26,7 @@ def run(captured: bool) -> None:
     import torch
 
     import tokenry
-    from tokenry.attention import observe
+    from tokenry.hooks.attention import observe
 
     torch.set_num_threads(2)
     model, _ = tokenry.load()

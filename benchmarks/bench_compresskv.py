@@ -10,7 +10,7 @@ from common import heading, interleaved, ratio, report
 from transformers import DynamicCache
 
 import tokenry
-from tokenry.cache import cache_bytes
+from tokenry.models.kv_cache import cache_bytes
 from tokenry.select import CompressKV
 
 LENGTH, BUDGET, ROUNDS = 2048, 128, 9

@@ -17,7 +17,7 @@ from common import heading, interleaved, ratio, report
 
 import tokenry
 from tokenry.decode import CreditFusion, MaskedDiffusionModel, diffusion_generate, encode_prompts
-from tokenry.masks import make_bidirectional
+from tokenry.models.masks import make_bidirectional
 
 UNUSED = 5  # <reponame> of SmolLM2, as mask
 BLOCK, ROUNDS = 8, 3

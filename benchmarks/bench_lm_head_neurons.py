@@ -18,8 +18,9 @@ from common import heading, interleaved, ratio, report
 
 import tokenry
 from tokenry.measure.cost import Meter
+from tokenry.models.anatomy import unembedding
 from tokenry.read import LMHeadNeurons, NeuronMap
-from tokenry.read.directions import TILE, Spread, neuron_rows, top_tokens, unembedding
+from tokenry.read.weights.directions import TILE, Spread, neuron_rows, top_tokens
 
 TOP, CHUNK = 5, 512
 LLAMA_8B = 2 * 32 * 14336 * 4096 * 128256  # operations of the map of Llama-3.1-8B

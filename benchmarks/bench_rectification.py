@@ -9,9 +9,9 @@ from common import heading, interleaved, ratio, report
 from transformers import LlamaConfig, LlamaModel
 
 import tokenry
-from tokenry.dead_end import DeadEndValueModel
 from tokenry.decode import encode_prompts, loop
 from tokenry.decode.rectification import RectifierLogitsProcessor
+from tokenry.learned.dead_end_values import DeadEndValueModel
 
 NEW_TOKENS, ROUNDS = 96, 3
 PROMPT = "Write a story about a lighthouse and the man who keeps it. " * 64

@@ -12,7 +12,7 @@ from common import heading, interleaved, ratio, report
 
 import tokenry
 from tokenry.decode import SkipDecode, encode_prompts, loop
-from tokenry.hooks import decoder_layers
+from tokenry.models.anatomy import decoder_layers
 
 NEW_TOKENS, ROUNDS = 64, 7
 MODELS = {

@@ -12,8 +12,8 @@ import time
 from common import heading, interleaved, ratio, report
 
 import tokenry
+from tokenry.data.problems import Arithmetic, draw_problems
 from tokenry.decode import encode_prompts, speculative, tidar_generate
-from tokenry.problems import Arithmetic, draw_problems
 
 NEW_TOKENS, DRAFT_LENGTH, ROUNDS = 96, 8, 3
 CODE = """def read_config(path):

@@ -12,8 +12,8 @@ from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
 import tokenry
-from tokenry.measure.sts import load_pairs, spread
-from tokenry.models import cache_folder
+from tokenry.measure.tasks.sts import load_pairs, spread
+from tokenry.models.load import cache_folder
 from tokenry.represent import PromptEmbedder, TokenPrepending, clean_up
 
 TEXTS, ROUNDS = 96, 7

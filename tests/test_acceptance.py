@@ -9,10 +9,10 @@ import torch
 from scipy.optimize import linprog
 from test_verifiers import draft_law, drafts_exist, enumerated, random_pair, row
 
-from tokenry.decode import acceptance
-from tokenry.decode.acceptance import acceptance_report, optimal_acceptance, subset_gap, verifier_acceptance
-from tokenry.decode.verifiers import SAMPLINGS, VERIFIERS, kseq_acceptance_probability
-from tokenry.errors import InputError
+from tokenry.core.errors import InputError
+from tokenry.decode.speculation import acceptance
+from tokenry.decode.speculation.acceptance import acceptance_report, optimal_acceptance, subset_gap, verifier_acceptance
+from tokenry.decode.speculation.verifiers import SAMPLINGS, VERIFIERS, kseq_acceptance_probability
 
 THREE = row(0.6, 0.3, 0.1), row(0.2, 0.3, 0.5)
 FOUR = row(0.4, 0.3, 0.2, 0.1), row(0.1, 0.2, 0.3, 0.4)
@@ -438,8 +438,8 @@ def test_an_exact_recursion_that_is_too_large_is_refused():
 
 def test_the_experiment_measures_what_the_formulas_say(llama, tokenizer, monkeypatch):
     from tokenry.decode import OptimalMDSD
+    from tokenry.evidence import optimal_mdsd
     from tokenry.measure.compare import compare
-    from tokenry.measure.experiments import optimal_mdsd
 
     monkeypatch.setattr(optimal_mdsd, "NEW_TOKENS", 6)
     monkeypatch.setattr(optimal_mdsd, "PATHS", 20)
@@ -460,7 +460,7 @@ def test_the_experiment_measures_what_the_formulas_say(llama, tokenizer, monkeyp
 
 
 def test_distances_in_standard_errors():
-    from tokenry.measure.experiments.optimal_mdsd import errors_off
+    from tokenry.evidence.optimal_mdsd import errors_off
 
     assert errors_off(np.ones(4), np.full(4, 0.5)) == 2
     assert errors_off(np.ones(4), np.ones(4)) == 0 and errors_off(np.zeros(4), np.ones(4)) == math.inf

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from tokenry import InputError
 from tokenry.decode import Antislop, DecodeLoop, NGramBan, PhraseBan, RegexBan, Row, loop
 from tokenry.decode.antislop import start_tokens
-from tokenry.decode.core import held_tokens
+from tokenry.decode.generation.monitor import held_tokens
 
 # --- the law of the process, by enumeration ----------------------------------------------------------------------
 

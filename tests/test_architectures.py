@@ -12,12 +12,12 @@ import torch
 from conftest import own_hooks
 from transformers import DynamicCache
 
+from tokenry.core.errors import InputError
 from tokenry.decode import SkipDecode, Violation, loop, skip_forward, speculative
-from tokenry.errors import InputError
-from tokenry.hooks import decoder_layers
+from tokenry.models.anatomy import decoder_layers
 from tokenry.represent import TokenPrepending
 from tokenry.select import CompressKV
-from tokenry.trace import capture
+from tokenry.trace.trace import capture
 
 NEW = 8  # tokens written
 PROMPT = 14

@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import own_hooks
 
-from tokenry.attention import edit_mask, observe, suppress
-from tokenry.errors import InputError
+from tokenry.core.errors import InputError
+from tokenry.hooks.attention import edit_mask, observe, suppress
 
 KINDS = ["llama", "gemma3", "qwen2"]
 LENGTH = 40  # beyond Gemma's window of 16

@@ -28,12 +28,12 @@ from transformers import (
 import tokenry
 from tokenry import load
 from tokenry.cli import main
-from tokenry.dead_end import DeadEndValueModel
+from tokenry.core.errors import InputError
 from tokenry.decode import loop
-from tokenry.errors import InputError
-from tokenry.masks import make_bidirectional, sees_both_sides
+from tokenry.learned.dead_end_values import DeadEndValueModel
+from tokenry.models.masks import make_bidirectional, sees_both_sides
 from tokenry.represent import TokenPrepending
-from tokenry.represent.sentence_transformer import TokenPrependingTransformer
+from tokenry.represent.text.sentence_transformer import TokenPrependingTransformer
 from tokenry.tokenize import load_tokenizer
 
 SOURCE = Path(tokenry.__file__).parent

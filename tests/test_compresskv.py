@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenry import decode
-from tokenry.attention import observe
-from tokenry.cache import layer_lengths
 from tokenry.catalog import load as load_method
-from tokenry.errors import InputError
-from tokenry.hooks import fingerprint
+from tokenry.core.errors import InputError
+from tokenry.hooks.attention import observe
+from tokenry.models.anatomy import fingerprint, shape_of
+from tokenry.models.kv_cache import layer_lengths
 from tokenry.select import (
     CompressKV,
     HeadProfile,
@@ -26,8 +26,7 @@ from tokenry.select import (
     window_scores,
 )
 from tokenry.select.compresskv import shipped_profile
-from tokenry.select.profile import shape_of
-from tokenry.select.scores import rouge1_recall
+from tokenry.select.keep.topk import rouge1_recall
 
 ORDER = ((2, 0, 1, 3), (1, 3, 0, 2), (0, 1, 2, 3), (3, 2, 1, 0))
 
@@ -429,8 +428,8 @@ def test_is_found_by_the_catalogue_and_reads_options_as_text():
 
 
 def test_retrieval_heads_keep_the_needle_that_recent_tokens_lose(smollm2):
-    from tokenry.measure.needle import NeedleTask
     from tokenry.measure.task import Subject
+    from tokenry.measure.tasks.needle import NeedleTask
     from tokenry.select import CacheCutter, FirstLast
 
     model, tokenizer = smollm2
@@ -454,7 +453,7 @@ def test_a_shared_prefill_equals_one_inside_the_context(llama):
 
     from transformers import DynamicCache
 
-    from tokenry.attention import observe
+    from tokenry.hooks.attention import observe
 
     prompt = torch.arange(2, 62)[None]
     after = torch.tensor([[7, 8, 9]])

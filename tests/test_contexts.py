@@ -13,32 +13,23 @@ from hypothesis import strategies as st
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 
 from tokenry import capture, load
-from tokenry.attention import edit_mask, observe, suppress
-from tokenry.decode import (
-    MaskedDiffusionModel,
-    SkipDecode,
-    diffusion_generate,
-    loop,
-    speculative,
-    tidar_generate,
-)
-from tokenry.errors import InputError
-from tokenry.hooks import (
+from tokenry.core.errors import InputError
+from tokenry.decode import MaskedDiffusionModel, SkipDecode, diffusion_generate, loop, speculative, tidar_generate
+from tokenry.hooks.attention import edit_mask, observe, suppress
+from tokenry.hooks.layers import mask_layers, skip_layers
+from tokenry.hooks.neurons import clamp_neurons
+from tokenry.hooks.residual import (
     ablate_heads,
     add_to_residual,
     capture_residual,
-    clamp_neurons,
-    decoder_layers,
     edit_inputs,
     edit_outputs,
     edit_residual,
-    fingerprint,
-    mask_layers,
     on_feed,
     patch_resid,
-    skip_layers,
 )
-from tokenry.masks import make_bidirectional
+from tokenry.models.anatomy import decoder_layers, fingerprint
+from tokenry.models.masks import make_bidirectional
 from tokenry.represent import TokenPrepending
 from tokenry.select import CacheCutter, FirstLast
 

@@ -8,14 +8,14 @@ import torch
 from test_diffusion import EOS, MASK, PAD, Scripted, V, prompts, small, state_of
 
 from tokenry import catalog
+from tokenry.core.errors import InputError
 from tokenry.decode import generate
 from tokenry.decode.creditdecoding import CreditDecoding, CreditFusion
-from tokenry.decode.diffusion import LengthPolicy, LogitsTransform, MaskedDiffusionModel, diffusion_generate
-from tokenry.decode.diffusion_method import DiffusionMethod, DiffusionParts
-from tokenry.decode.diffusion_state import DiffusionState, Edit
+from tokenry.decode.denoising.contract import DiffusionMethod, DiffusionParts
+from tokenry.decode.denoising.loop import LengthPolicy, LogitsTransform, MaskedDiffusionModel, diffusion_generate
+from tokenry.decode.denoising.state import DiffusionState, Edit
+from tokenry.decode.denoising.unmask import FixedCount, Threshold
 from tokenry.decode.specreason import SpecReason
-from tokenry.decode.unmask import FixedCount, Threshold
-from tokenry.errors import InputError
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from tokenry.catalog import load as load_method
 from tokenry.cli import main
-from tokenry.errors import InputError
+from tokenry.core.errors import InputError
+from tokenry.evidence.crew import build
 from tokenry.judge import (
     CRew,
     CRewScorer,
@@ -28,12 +29,11 @@ from tokenry.judge import (
     normalise_answer,
     weighted_vote,
 )
-from tokenry.judge.answers import answer_tokens
 from tokenry.measure.compare import compare
-from tokenry.measure.experiments.crew import build
-from tokenry.measure.sums import SumsTask, auroc
-from tokenry.spans import text_offsets
-from tokenry.trace import Trace, capture
+from tokenry.measure.tasks.arithmetic import SumsTask, auroc
+from tokenry.text.answers import answer_tokens
+from tokenry.text.spans import text_offsets
+from tokenry.trace.trace import Trace, capture
 
 PROMPT = "How many ships are on the sea?"
 BOXED = r"The keeper counts 12 and 345, so \boxed{357}."

@@ -11,10 +11,10 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 
 import tokenry.decode as decode
 from tokenry import InputError, catalog
+from tokenry.core.method import Method
 from tokenry.decode.antislop import start_tokens
-from tokenry.decode.core import Row
 from tokenry.decode.cyclicreflex import constant_schedule, linear_decay_schedule, noise_schedule
-from tokenry.method import Method
+from tokenry.decode.generation.sequence import Row
 
 V = 320
 REFLECT = [70, 75, 80]
@@ -914,8 +914,8 @@ def test_the_budget_method_refuses(values):
 
 
 def test_the_experiment_counts_by_phase(llama, tokenizer):
+    from tokenry.evidence.cyclicreflex import build, phase_counts
     from tokenry.measure.compare import compare
-    from tokenry.measure.experiments.cyclicreflex import build, phase_counts
 
     method = decode.CyclicReflex(token_ids=REFLECT, amplitude=4, period=16)
     experiment = build(llama, tokenizer, samples=2, seeds=(0, 1), method=decode.CyclicReflex(**dict(method)))
@@ -935,7 +935,7 @@ def test_the_experiment_counts_by_phase(llama, tokenizer):
 
 
 def test_the_prompts_are_twenty_different_ones():
-    from tokenry.measure.reflection import REFLECTION_PROMPTS
+    from tokenry.measure.tasks.reflection import REFLECTION_PROMPTS
 
     assert len(set(REFLECTION_PROMPTS)) == 20
 

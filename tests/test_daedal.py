@@ -22,13 +22,13 @@ from tokenry.cli import main
 from tokenry.decode import generate
 from tokenry.decode.creditdecoding import CreditDecoding, CreditFusion
 from tokenry.decode.daedal import Daedal, DaedalLength, eos_confidence
-from tokenry.decode.diffusion import MaskedDiffusionModel, diffusion_generate
-from tokenry.decode.diffusion_state import FRESH
-from tokenry.decode.unmask import Threshold
+from tokenry.decode.denoising.loop import MaskedDiffusionModel, diffusion_generate
+from tokenry.decode.denoising.state import FRESH
+from tokenry.decode.denoising.unmask import Threshold
+from tokenry.evidence import daedal as experiment
 from tokenry.measure.compare import compare
-from tokenry.measure.denoising import WindowTask
-from tokenry.measure.experiments import daedal as experiment
 from tokenry.measure.report import render
+from tokenry.measure.tasks.denoising import WindowTask
 
 
 def sharp(layers=3):

@@ -19,9 +19,11 @@ from transformers import (
     XLMConfig,
 )
 
-from tokenry.attention import attention_modules, observe
-from tokenry.errors import InputError
-from tokenry.hooks import add_to_residual, decoder_layers, mask_layers, on_feed, skip_layers
+from tokenry.core.errors import InputError
+from tokenry.hooks.attention import observe
+from tokenry.hooks.layers import mask_layers, skip_layers
+from tokenry.hooks.residual import add_to_residual, on_feed
+from tokenry.models.anatomy import attention_modules, decoder_layers
 
 DEPTH = 3  # of the tower, too
 IDS = torch.tensor([[5, 9, 70, 33, 8]])

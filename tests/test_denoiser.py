@@ -11,6 +11,8 @@ from click.testing import CliRunner
 
 from tokenry import load
 from tokenry.cli import main
+from tokenry.data.problems import draw_problems, split_of
+from tokenry.data.puzzles import PUZZLES, Addition, Sorting, Sudoku, grids, kind_of
 from tokenry.decode import (
     ConfidenceFilter,
     CreditDecoding,
@@ -25,13 +27,11 @@ from tokenry.decode import (
     encode_prompts,
     generate,
 )
+from tokenry.evidence.creditdecoding import build, subjects
 from tokenry.measure.compare import Comparison, compare
-from tokenry.measure.denoising import PuzzleTask, cost_at, cost_ratio
-from tokenry.measure.experiments.creditdecoding import build, subjects
 from tokenry.measure.report import render
 from tokenry.measure.task import Experiment, Metric, Outcome, Sample, Subject
-from tokenry.problems import draw_problems, split_of
-from tokenry.puzzles import PUZZLES, Addition, Sorting, Sudoku, grids, kind_of
+from tokenry.measure.tasks.denoising import PuzzleTask, cost_at, cost_ratio
 from tokenry.train import train_filter
 from tokenry.zoo import denoiser
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tokenry import InputError, generate
 from tokenry.cli import difficulty as cli
 from tokenry.cli import main
+from tokenry.data.problems import Arithmetic, draw_problems, split_of
 from tokenry.decode import CyclicReflex, PhraseBan, Spectr, TransformersEngine, Violation, encode_prompts, loop
-from tokenry.decode.core import Row, row_seed
 from tokenry.decode.diffadapt import (
     DEFAULT_STRATEGIES,
     DiffAdapt,
@@ -24,13 +24,15 @@ from tokenry.decode.diffadapt import (
     generate_by_strategy,
     oracle_strategy,
 )
-from tokenry.difficulty import CLASSES, DifficultyProbe, prompt_ids, question_ids, read_questions
-from tokenry.hooks import decoder_layers
+from tokenry.decode.generation.sampler import row_seed
+from tokenry.decode.generation.sequence import Row
+from tokenry.evidence import diffadapt as experiment
+from tokenry.learned.difficulty_probe import CLASSES, DifficultyProbe, read_questions
 from tokenry.measure.compare import compare
-from tokenry.measure.difficulty import Answer, DifficultyTask
-from tokenry.measure.experiments import diffadapt as experiment
 from tokenry.measure.task import Experiment, Subject
-from tokenry.problems import Arithmetic, draw_problems, split_of
+from tokenry.measure.tasks.difficulty import Answer, DifficultyTask
+from tokenry.models.anatomy import decoder_layers
+from tokenry.models.prompts import prompt_ids, question_ids
 from tokenry.read.difficulty_probe import (
     DifficultyLabels,
     EntropyProfile,

@@ -7,20 +7,20 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tokenry.decode.diffusion import (
+from tokenry.core.errors import InputError
+from tokenry.decode.denoising.cache import DiffusionCache
+from tokenry.decode.denoising.loop import (
     LengthPolicy,
     LogitsTransform,
     MaskedDiffusionModel,
     diffusion_generate,
     sampling_warpers,
 )
-from tokenry.decode.diffusion_cache import DiffusionCache
-from tokenry.decode.diffusion_state import FRESH, DiffusionState, Edit, Prediction
-from tokenry.decode.diffusion_transforms import Forbid, Guidance
-from tokenry.decode.unmask import Chance, Factor, FixedCount, Runs, Threshold, best_first, transfer_schedule
-from tokenry.diffusion_checkpoints import load_diffusion_checkpoint
-from tokenry.errors import InputError
-from tokenry.masks import make_bidirectional
+from tokenry.decode.denoising.state import FRESH, DiffusionState, Edit, Prediction
+from tokenry.decode.denoising.transforms import Forbid, Guidance
+from tokenry.decode.denoising.unmask import Chance, Factor, FixedCount, Runs, Threshold, best_first, transfer_schedule
+from tokenry.models.llada_dream import load_diffusion_checkpoint
+from tokenry.models.masks import make_bidirectional
 
 V, MASK, EOS, PAD = 20, 19, 18, 17
 

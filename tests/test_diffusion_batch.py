@@ -12,6 +12,7 @@ from test_creditdecoding import Characters
 from test_diffusion import prompts, small
 from test_learn2pd import random_filter
 
+from tokenry.core.errors import InputError
 from tokenry.decode import (
     CreditFusion,
     DaedalLength,
@@ -26,12 +27,11 @@ from tokenry.decode import (
     generate,
     sampling_warpers,
 )
-from tokenry.decode.core import row_seed
-from tokenry.decode.diffusion import LengthPolicy
-from tokenry.decode.diffusion_state import FRESH, Edit
-from tokenry.decode.diffusion_transforms import Guidance
-from tokenry.decode.unmask import Chance, Runs
-from tokenry.errors import InputError
+from tokenry.decode.denoising.loop import LengthPolicy
+from tokenry.decode.denoising.state import FRESH, Edit
+from tokenry.decode.denoising.transforms import Guidance
+from tokenry.decode.denoising.unmask import Chance, Runs
+from tokenry.decode.generation.sampler import row_seed
 
 LENGTHS = (3, 7, 5)
 BLOCK, STEPS = 4, 12  # windows have 1, 2, 3, 4 or 6 blocks

@@ -7,7 +7,7 @@ import pytest
 
 from tokenry import catalog
 from tokenry.measure.docs import documents, fill
-from tokenry.measure.evidence import load_evidence
+from tokenry.measure.ledger import load_evidence
 
 ROOT = Path(__file__).parent.parent
 

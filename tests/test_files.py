@@ -10,16 +10,16 @@ from click.testing import CliRunner
 from tokenry import InputError
 from tokenry.cli import difficulty, judge, main
 from tokenry.cli.decode import read_prompts
+from tokenry.cli.options import read_text
 from tokenry.cli.represent import read_lines
-from tokenry.cli.shared import read_text
+from tokenry.core.files import as_text, entries_of
+from tokenry.core.files import read_text as library_read_text
 from tokenry.decode import Antislop
 from tokenry.decode.cyclicreflex import CyclicReflex
-from tokenry.files import as_text, entries_of
-from tokenry.files import read_text as library_read_text
 from tokenry.tokenize.kl3m import KL3M
 from tokenry.train.ftpo import FTPO
 from tokenry.train.learn2pd import Learn2PDFilter
-from tokenry.train.pairs import read_pairs
+from tokenry.train.preference.pairs import read_pairs
 from tokenry.train.rectifier import Rectifier
 
 ENTRIES = ["a testament to", "l’été “dernier”", "the sea"]

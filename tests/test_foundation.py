@@ -13,11 +13,11 @@ from pydantic import Field
 from transformers import BertConfig, BertModel
 
 from tokenry import InputError, catalog, load
+from tokenry.core.method import Lines, Method
 from tokenry.judge import Reference, SlopProfile, human_reference
-from tokenry.judge.slop import Pattern
-from tokenry.method import Lines, Method
-from tokenry.models import cache_folder
-from tokenry.words import FoldedText, content_words, fold
+from tokenry.judge.text.slop import Pattern
+from tokenry.models.load import cache_folder
+from tokenry.text.words import FoldedText, content_words, fold
 
 
 class Example(Method):

@@ -13,10 +13,10 @@ from click.testing import CliRunner
 
 from tokenry.catalog import load as load_method
 from tokenry.cli import main
+from tokenry.core.errors import InputError
 from tokenry.decode import PhraseBan, Row, generate
-from tokenry.errors import InputError
+from tokenry.evidence import ftpo as experiment
 from tokenry.measure.compare import compare
-from tokenry.measure.experiments import ftpo as experiment
 from tokenry.train import (
     FTPO,
     FinalTokenDPOTrainer,
@@ -34,7 +34,7 @@ from tokenry.train import (
     score_pairs,
 )
 from tokenry.train.ftpo import auto_learning_rate, last_logits
-from tokenry.train.pairs import check_pairs, to_pairs, without_function_words
+from tokenry.train.preference.pairs import check_pairs, to_pairs, without_function_words
 
 VOCAB = 12
 BANNED = ["li", "es", "he", "el", "the", "qu", "and", "on", "in", "al"]

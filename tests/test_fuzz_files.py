@@ -25,26 +25,26 @@ from tokenry import InputError
 from tokenry.cli import difficulty as cli_difficulty
 from tokenry.cli import judge as cli_judge
 from tokenry.cli.decode import read_prompts
+from tokenry.cli.options import read_text
 from tokenry.cli.represent import read_lines
-from tokenry.cli.shared import read_text
-from tokenry.dead_end import DeadEndValueModel
 from tokenry.decode import Antislop
 from tokenry.decode.diffadapt import DiffAdapt
 from tokenry.decode.specreason import SpecReason
-from tokenry.difficulty import DifficultyProbe
-from tokenry.filtering import ConfidenceFilter
+from tokenry.evidence.token_prepending import DevScores
+from tokenry.evidence.token_prepending import Row as DevRow
 from tokenry.judge import Reference, SlopProfile
-from tokenry.measure.experiments.token_prepending import DevScores
-from tokenry.measure.experiments.token_prepending import Row as DevRow
+from tokenry.learned.confidence_filter import ConfidenceFilter
+from tokenry.learned.dead_end_values import DeadEndValueModel
+from tokenry.learned.difficulty_probe import DifficultyProbe
 from tokenry.measure.store import RunStore
 from tokenry.measure.task import Outcome
 from tokenry.read import LMHeadNeurons, NeuronMap
-from tokenry.select.profile import HeadProfile
+from tokenry.select.heads.profile import HeadProfile
 from tokenry.tokenize import load_tokenizer
-from tokenry.trace import Trace, capture
+from tokenry.trace.trace import Trace, capture
 from tokenry.train.ftpo import FTPO
 from tokenry.train.learn2pd import Learn2PDFilter
-from tokenry.train.pairs import check_pairs
+from tokenry.train.preference.pairs import check_pairs
 from tokenry.train.rectifier import Rectifier, RectifierCollator, check_episodes
 from tokenry.zoo import recipes
 

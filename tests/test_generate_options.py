@@ -7,14 +7,15 @@ import pytest
 import torch
 from conftest import build
 from transformers import CompileConfig, GenerationConfig, GenerationMixin, StoppingCriteria, TextIteratorStreamer
+from transformers.generation.logits_process import LogitsProcessor
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import tokenry
 from tokenry import InputError, decode
 from tokenry.decode import PhraseBan, SpecReason, loop, speculative, tidar_generate
-from tokenry.decode.options import REFUSED
-from tokenry.masks import make_bidirectional
+from tokenry.decode.generation.options import REFUSED
+from tokenry.models.masks import make_bidirectional
 
 PROMPTS = ["the old sea and the old sea and the old", "a whisper in the night"]
 HONOURED = {  # {field: options that change what plain `generate` writes, and so what the loop must write}
@@ -265,7 +266,7 @@ def test_what_has_another_place_is_refused(model, tokenizer, options):
 
 
 def test_processors_of_the_user(model, tokenizer):
-    class Only(tokenry.decode.core.LogitsProcessor):
+    class Only(LogitsProcessor):
         def __call__(self, input_ids, scores):
             return scores.new_full(scores.shape, -torch.inf).index_fill(1, torch.tensor([7]), 0.0)
 

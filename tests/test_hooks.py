@@ -7,22 +7,20 @@ import pytest
 import torch
 from test_attention import KINDS, assert_clean, random_ids
 
-from tokenry.errors import InputError
-from tokenry.hooks import (
+from tokenry.core.errors import InputError
+from tokenry.hooks.layers import skip_layers
+from tokenry.hooks.neurons import clamp_neurons
+from tokenry.hooks.residual import (
     ablate_heads,
     add_to_residual,
     capture_residual,
-    clamp_neurons,
-    decoder_layers,
     edit_inputs,
     edit_outputs,
     edit_residual,
-    fingerprint,
-    gated_mlp,
     on_feed,
     patch_resid,
-    skip_layers,
 )
+from tokenry.models.anatomy import decoder_layers, fingerprint, gated_mlp
 
 
 @pytest.mark.parametrize("kind", KINDS)

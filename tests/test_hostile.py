@@ -13,9 +13,9 @@ from click.testing import CliRunner
 
 from tokenry import catalog, load
 from tokenry.cli import main
-from tokenry.cli.shared import Number
-from tokenry.errors import InputError
-from tokenry.fields import fits
+from tokenry.cli.options import Number
+from tokenry.core.errors import InputError
+from tokenry.core.fields import fits
 
 NUMBERS = ["", "x", "nan", "inf", "-inf", "1e308", "1e30", "1e-320", "-1", str(10**13), str(10**30), "9" * 5000, "1[/]"]
 BAD = {  # of options and arguments that are no numbers
@@ -255,8 +255,8 @@ TEMPLATES = {
 @pytest.mark.parametrize("verb", ["decode", "select", "judge", "specreason"])
 def test_a_template_that_fails_is_a_sentence(name, verb, place, llama, tokenizer, monkeypatch):
     from tokenry.decode import SpecReason, generate
-    from tokenry.difficulty import prompt_ids
     from tokenry.judge import CRew, CRewScorer
+    from tokenry.models.prompts import prompt_ids
 
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATES[name])
     if name == "empty":  # as good as none
@@ -312,8 +312,8 @@ def test_good_settings_are_taken(place):
 @pytest.mark.parametrize("text", ["\ud800", "the sea \udfff"])
 def test_a_lone_surrogate_in_a_text_is_refused(text, llama, tokenizer):
     from tokenry.decode import generate
-    from tokenry.difficulty import prompt_ids
     from tokenry.judge import CRew, CRewScorer
+    from tokenry.models.prompts import prompt_ids
     from tokenry.represent import PromptEmbedder
 
     for call in (

@@ -13,23 +13,23 @@ from test_measure import Roots
 from test_measure import experiment as roots
 
 from tokenry.cli import main
-from tokenry.decode.diffusion import MaskedDiffusionModel
-from tokenry.hooks import fingerprint
+from tokenry.data.problems import Arithmetic, draw_problems
+from tokenry.data.puzzles import Sorting
+from tokenry.decode.denoising.loop import MaskedDiffusionModel
 from tokenry.measure import compare as measured
+from tokenry.measure.build_cache import kept_folder, tokenizer_hash
 from tokenry.measure.compare import compare, identity, made_of
-from tokenry.measure.denoising import PuzzleTask
-from tokenry.measure.difficulty import DifficultyTask
-from tokenry.measure.evidence import evidence
-from tokenry.measure.kept import kept_folder, tokenizer_hash
-from tokenry.measure.reflection import ReflectionTask
+from tokenry.measure.ledger import evidence
 from tokenry.measure.store import RunStore, signature
-from tokenry.measure.stories import StoriesTask
-from tokenry.measure.sts import Pair, STSTask
-from tokenry.measure.sums import SumsTask
 from tokenry.measure.task import Sample
-from tokenry.measure.tokens import TokensTask
-from tokenry.problems import Arithmetic, draw_problems
-from tokenry.puzzles import Sorting
+from tokenry.measure.tasks.arithmetic import SumsTask
+from tokenry.measure.tasks.denoising import PuzzleTask
+from tokenry.measure.tasks.difficulty import DifficultyTask
+from tokenry.measure.tasks.reflection import ReflectionTask
+from tokenry.measure.tasks.stories import StoriesTask
+from tokenry.measure.tasks.sts import Pair, STSTask
+from tokenry.measure.tasks.tokens import TokensTask
+from tokenry.models.anatomy import fingerprint
 
 
 class Set(Roots):

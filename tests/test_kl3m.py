@@ -19,12 +19,12 @@ from tokenizers.implementations import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tokenry.cli import main
-from tokenry.errors import InputError
-from tokenry.measure import corpora
+from tokenry.core.errors import InputError
+from tokenry.data import corpora
+from tokenry.evidence import kl3m as experiment
 from tokenry.measure.compare import compare
-from tokenry.measure.experiments import kl3m as experiment
 from tokenry.measure.task import Experiment, Subject
-from tokenry.measure.tokens import TokensTask
+from tokenry.measure.tasks.tokens import TokensTask
 from tokenry.tokenize import (
     KL3M,
     boundary_stability,
@@ -39,10 +39,10 @@ from tokenry.tokenize import (
     train_char_bpe,
     train_domain_bpe,
 )
-from tokenry.tokenize.custom import GROUPS
 from tokenry.tokenize.kl3m import BYTES, SPECIAL_TOKENS
-from tokenry.tokenize.measures import align, shared_boundaries
-from tokenry.tokenize.report import render
+from tokenry.tokenize.text.kl3m_tokens import GROUPS
+from tokenry.tokenize.text.measures import align, shared_boundaries
+from tokenry.tokenize.text.report import render
 
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 LICENCE = (Path(__file__).parents[1] / "LICENSE").read_text(encoding="utf-8")

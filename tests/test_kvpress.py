@@ -1,14 +1,14 @@
-"""The kvpress press. Runs where kvpress is installed (see the docstring of tokenry.select.kvpress)."""
+"""The kvpress press. Runs where kvpress is installed (see the docstring of tokenry.select.adapters.kvpress)."""
 
 import pytest
 import torch
 
 pytest.importorskip("kvpress", reason="kvpress is not installed; it needs its own environment with transformers < 5.3")
 
-from tokenry.errors import InputError
-from tokenry.hooks import fingerprint
-from tokenry.select.kvpress import CompressKVPress
-from tokenry.select.profile import HeadProfile, shape_of
+from tokenry.core.errors import InputError
+from tokenry.models.anatomy import fingerprint, shape_of
+from tokenry.select.adapters.kvpress import CompressKVPress
+from tokenry.select.heads.profile import HeadProfile
 
 ORDER = ((2, 0, 1, 3), (1, 3, 0, 2), (0, 1, 2, 3), (3, 2, 1, 0))
 

@@ -11,25 +11,18 @@ from test_diffusion import EOS, MASK, PAD, Scripted, V, chosen, predicted, promp
 from torch import nn
 
 from tokenry import catalog, load
-from tokenry.cli.shared import parse_methods
+from tokenry.cli.options import parse_methods
+from tokenry.core.errors import InputError
 from tokenry.decode import generate
 from tokenry.decode.creditdecoding import CreditDecoding, CreditFusion
-from tokenry.decode.diffusion import LengthPolicy, LogitsTransform, MaskedDiffusionModel, diffusion_generate
-from tokenry.decode.diffusion_method import DiffusionMethod, DiffusionParts
-from tokenry.decode.diffusion_state import DiffusionState, Edit
-from tokenry.decode.learn2pd import (
-    EndOfTextTruncation,
-    Learn2PD,
-    LearnedFilter,
-    OraclePolicy,
-    block_values,
-    in_columns,
-)
-from tokenry.decode.unmask import FixedCount, Threshold
-from tokenry.errors import InputError
-from tokenry.filtering import ConfidenceFilter, TraceDataset
+from tokenry.decode.denoising.contract import DiffusionMethod, DiffusionParts
+from tokenry.decode.denoising.loop import LengthPolicy, LogitsTransform, MaskedDiffusionModel, diffusion_generate
+from tokenry.decode.denoising.state import DiffusionState, Edit
+from tokenry.decode.denoising.unmask import FixedCount, Threshold
+from tokenry.decode.learn2pd import EndOfTextTruncation, Learn2PD, LearnedFilter, OraclePolicy, block_values, in_columns
+from tokenry.evidence import learn2pd as experiment
+from tokenry.learned.confidence_filter import ConfidenceFilter, TraceDataset
 from tokenry.measure.compare import compare
-from tokenry.measure.experiments import learn2pd as experiment
 
 CACHES = ("none", "prefix", "dual")
 NEVER, ALWAYS = -100.0, 100.0

@@ -5,11 +5,11 @@ import math
 import pytest
 
 from tokenry import catalog
+from tokenry.core.errors import InputError
 from tokenry.decode import SkipSchedule, generate, loop
-from tokenry.decode.diffusion import sampling_warpers
-from tokenry.decode.unmask import Chance, Factor, FixedCount
-from tokenry.errors import InputError
-from tokenry.filtering import ConfidenceFilter
+from tokenry.decode.denoising.loop import sampling_warpers
+from tokenry.decode.denoising.unmask import Chance, Factor, FixedCount
+from tokenry.learned.confidence_filter import ConfidenceFilter
 
 ENTRIES = [pytest.param(entry, id=f"{entry.stage}-{entry.slug}") for entry in catalog.METHODS]
 UNBOUNDED = {"windows"}  # START:END, compared with a position and nothing else

@@ -20,17 +20,17 @@ from tokenry.decode import (
     loop,
     reflection_token_ids,
 )
-from tokenry.decode.step_models import StepModel, StepPrompts
-from tokenry.difficulty import read_questions
+from tokenry.decode.reasoning.steps import StepModel, StepPrompts
 from tokenry.judge import CRewScorer, Reference, SlopProfile
-from tokenry.judge.slop import Pattern
-from tokenry.models import LoadedModel
+from tokenry.judge.text.slop import Pattern
+from tokenry.learned.difficulty_probe import read_questions
+from tokenry.models.load import LoadedModel
 from tokenry.read.difficulty_probe import question_states
 from tokenry.read.lm_head_neurons import clamp_effect
 from tokenry.represent import PromptEmbedder
-from tokenry.represent.sentence_transformer import TokenPrependingTransformer
+from tokenry.represent.text.sentence_transformer import TokenPrependingTransformer
 from tokenry.tokenize import KL3M, train_char_bpe, train_domain_bpe
-from tokenry.tokenize.measures import boundary_stability, term_lengths, token_counts, tokens_per_character
+from tokenry.tokenize.text.measures import boundary_stability, term_lengths, token_counts, tokens_per_character
 
 TEXT = "the old lighthouse"
 PROFILE = SlopProfile(words=[Pattern(TEXT, 3, 1.0), Pattern("t", 3, 1.0)])
@@ -166,7 +166,7 @@ KNOWN = {  # function: parameters; those without a case above hand on to one tha
 
 def public_functions():
     for info in pkgutil.walk_packages(tokenry.__path__, "tokenry."):
-        if info.ispkg or re.search(r"\.(cli|measure|zoo|__main__|kvpress)\b", info.name):
+        if info.ispkg or re.search(r"\.(cli|evidence|measure|zoo|__main__|kvpress|corpora)\b", info.name):
             continue
         module = importlib.import_module(info.name)
         for name in getattr(module, "__all__", ()):

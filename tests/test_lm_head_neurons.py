@@ -12,14 +12,16 @@ from transformers import MixtralConfig, MixtralForCausalLM, Phi3Config, Phi3ForC
 
 from tokenry import load
 from tokenry.cli import main
-from tokenry.errors import InputError
-from tokenry.hooks import clamp_neurons, decoder_layers, edit_outputs, fingerprint, gated_mlp
+from tokenry.core.errors import InputError
+from tokenry.evidence.lm_head_neurons import METHOD, PLAIN, RANDOM, build
+from tokenry.hooks.neurons import clamp_neurons
+from tokenry.hooks.residual import edit_outputs
 from tokenry.measure.compare import compare
-from tokenry.measure.experiments.lm_head_neurons import METHOD, PLAIN, RANDOM, build
-from tokenry.measure.neurons import PROMPTS
+from tokenry.measure.tasks.clamp import PROMPTS
+from tokenry.models.anatomy import decoder_layers, fingerprint, gated_mlp, unembedding
 from tokenry.read import LMHeadNeurons, NeuronMap, Reading, clamp_effect, top_tokens
-from tokenry.read.directions import neuron_rows, norm_gain, unembedding
-from tokenry.trace import Trace, capture
+from tokenry.read.weights.directions import neuron_rows, norm_gain
+from tokenry.trace.trace import Trace, capture
 
 SIZES = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 1, "bos_token_id": None, "eos_token_id": 0}

@@ -6,8 +6,8 @@ import torch
 from click.testing import CliRunner
 
 from tokenry.cli import main
+from tokenry.core.errors import InputError
 from tokenry.decode import generate
-from tokenry.errors import InputError
 from tokenry.represent import PromptEmbedder, TokenPrepending
 from tokenry.tokenize import KL3M, boundary_stability, token_pieces, tokens_per_character, train_char_bpe
 from tokenry.tokenize.kl3m import LONGEST_WORD, _shortened

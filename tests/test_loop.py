@@ -9,9 +9,11 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from tokenry import InputError
 from tokenry.decode import DecodeLoop, PhraseBan, TransformersEngine, Violation, loop
-from tokenry.decode.core import Row, row_seed
-from tokenry.hooks import add_to_residual, decoder_layers
-from tokenry.text import TokenText
+from tokenry.decode.generation.sampler import row_seed
+from tokenry.decode.generation.sequence import Row
+from tokenry.hooks.residual import add_to_residual
+from tokenry.models.anatomy import decoder_layers
+from tokenry.text.token_text import TokenText
 
 PROMPTS = ["the old lighthouse", "Elara walked along the shore and", "the"]
 

@@ -5,6 +5,7 @@ from test_creditdecoding import Characters
 from test_diffusion import small
 
 from tokenry import catalog, load
+from tokenry.core.errors import InputError
 from tokenry.decode import (
     CreditDecoding,
     CreditFusion,
@@ -16,11 +17,10 @@ from tokenry.decode import (
     diffusion_generate,
     generate,
 )
-from tokenry.decode.diffusion_transforms import Guidance
-from tokenry.decode.unmask import Chance, Runs
-from tokenry.errors import InputError
+from tokenry.decode.denoising.transforms import Guidance
+from tokenry.decode.denoising.unmask import Chance, Runs
+from tokenry.evidence.masked_diffusion import build
 from tokenry.measure.compare import compare
-from tokenry.measure.experiments.masked_diffusion import build
 
 RULES = {
     "threshold=0.6": lambda: Threshold(0.6),

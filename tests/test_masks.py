@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
-from tokenry.errors import InputError
-from tokenry.masks import (
+from tokenry.core.errors import InputError
+from tokenry.models.masks import (
     as_attention_mask,
     block_diffusion_mask,
     check_bidirectional,

@@ -15,7 +15,7 @@ from tokenry import InputError
 from tokenry.measure import report
 from tokenry.measure.compare import Comparison, Interrupted, compare
 from tokenry.measure.cost import Meter
-from tokenry.measure.evidence import evidence
+from tokenry.measure.ledger import evidence
 from tokenry.measure.statistics import Interval, bootstrap_statistic, paired_bootstrap
 from tokenry.measure.store import RunStore, signature
 from tokenry.measure.task import Experiment, Finding, Metric, Outcome, Sample, Statistic, Subject

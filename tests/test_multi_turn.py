@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from tokenry.attention import suppress
-from tokenry.cache import layer_lengths
+from tokenry.core.errors import InputError
 from tokenry.decode import loop
-from tokenry.errors import InputError
-from tokenry.hooks import on_feed
+from tokenry.hooks.attention import suppress
+from tokenry.hooks.residual import on_feed
+from tokenry.models.anatomy import full_attention_layers
+from tokenry.models.kv_cache import layer_lengths
 from tokenry.select import CacheCutter, FirstLast
-from tokenry.select.core import full_attention_layers
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 1}
 

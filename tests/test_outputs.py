@@ -17,9 +17,17 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from tokenry.cli import main
-from tokenry.difficulty import DifficultyProbe
-from tokenry.errors import InputError
-from tokenry.outputs import LineWriter, check_file, check_folder, write_artifact, write_file, write_folder, write_text
+from tokenry.core.errors import InputError
+from tokenry.core.outputs import (
+    LineWriter,
+    check_file,
+    check_folder,
+    write_artifact,
+    write_file,
+    write_folder,
+    write_text,
+)
+from tokenry.learned.difficulty_probe import DifficultyProbe
 from tokenry.zoo import recipes
 
 NEEDS_FORCE = "add --force"

@@ -18,8 +18,8 @@ from transformers import (
 
 import tokenry
 from tokenry import InputError, decode
-from tokenry.difficulty import read_questions
-from tokenry.positions import context_window, fixed_positions
+from tokenry.learned.difficulty_probe import read_questions
+from tokenry.models.positions import context_window, fixed_positions
 
 WINDOW = 24
 TABLES = ["gpt2", "opt", "gptj"]

@@ -9,7 +9,7 @@ from transformers import BatchEncoding
 import tokenry
 from tokenry import InputError, decode
 from tokenry.decode import encode_prompts
-from tokenry.masks import make_bidirectional
+from tokenry.models.masks import make_bidirectional
 
 TEXTS = ["the old sea and", "a whisper in the night"]
 TEMPLATE = "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}. {% endfor %}a:"

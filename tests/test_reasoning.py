@@ -8,16 +8,16 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tokenry import InputError, catalog
+from tokenry.data.problems import Arithmetic, Problem, draw_problems
 from tokenry.decode import BudgetForcing, CyclicReflex
-from tokenry.decode.core import DecodeOutput
+from tokenry.decode.generation.loop import DecodeOutput
+from tokenry.evidence import cyclicreflex_reasoner as experiment
+from tokenry.evidence.cyclicreflex_reasoner import Choice, Trial
 from tokenry.measure import docs
 from tokenry.measure.compare import compare
-from tokenry.measure.experiments import cyclicreflex_reasoner as experiment
-from tokenry.measure.experiments.cyclicreflex_reasoner import Choice, Trial
-from tokenry.measure.reasoning import ReasoningTask
 from tokenry.measure.task import Subject
-from tokenry.measure.texts import continuation_logprobs
-from tokenry.problems import Arithmetic, Problem, draw_problems
+from tokenry.measure.tasks.generated import continuation_logprobs
+from tokenry.measure.tasks.reasoning import ReasoningTask
 from tokenry.zoo.reasoner import build_tokenizer
 
 PROBLEM = Problem("p", "12+35-8*3=", "23", 3)

@@ -12,10 +12,11 @@ from transformers import LlamaConfig, LlamaModel, LogitsProcessor, LogitsProcess
 
 from tokenry import InputError
 from tokenry.cli import main
-from tokenry.dead_end import DeadEndValueModel, ValueCache, vocabulary_hash
 from tokenry.decode import Antislop, PhraseBan, generate, loop
-from tokenry.decode.core import Row, Violation, row_seed
-from tokenry.decode.method import Plugins
+from tokenry.decode.contract import Plugins
+from tokenry.decode.generation.monitor import Violation
+from tokenry.decode.generation.sampler import row_seed
+from tokenry.decode.generation.sequence import Row
 from tokenry.decode.rectification import (
     Rectification,
     RectifierLogitsProcessor,
@@ -23,10 +24,11 @@ from tokenry.decode.rectification import (
     cap_top_tokens,
     iterate_caps,
 )
+from tokenry.evidence import rectification as experiment
+from tokenry.learned.dead_end_values import DeadEndValueModel, ValueCache, vocabulary_hash
 from tokenry.measure.compare import Comparison
-from tokenry.measure.discourse import DiscourseTask
-from tokenry.measure.experiments import rectification as experiment
 from tokenry.measure.task import Experiment, Outcome, Sample, Subject
+from tokenry.measure.tasks.discourse import DiscourseTask
 from tokenry.train.rectifier import (
     Rectifier,
     RectifierCollator,

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, StaticCache
 
 from tokenry import decode
-from tokenry.cache import cache_bytes, layer_lengths
-from tokenry.errors import InputError
+from tokenry.core.errors import InputError
+from tokenry.models.anatomy import full_attention_layers
+from tokenry.models.kv_cache import cache_bytes, layer_lengths
 from tokenry.select import CacheCutter, FirstLast, KeepMap, LowestScore, Random, UniformStride
-from tokenry.select.core import full_attention_layers
-from tokenry.select.scores import allocate_proportional, keep_topk, stage_counts
+from tokenry.select.keep.topk import allocate_proportional, keep_topk, stage_counts
 
 UNEQUAL = {0: 10, 1: 25, 2: 16, 3: 60}  # the last one keeps the whole prompt
 

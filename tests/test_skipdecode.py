@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from transformers import GPTJConfig, GPTJForCausalLM
 
 from tokenry import InputError
-from tokenry.cache import layer_lengths
 from tokenry.decode import SkipDecode, SkipSchedule, TransformersEngine, loop, skip_forward
 from tokenry.decode.skipdecode import SkipPolicy
-from tokenry.hooks import decoder_layers
+from tokenry.models.anatomy import decoder_layers
+from tokenry.models.kv_cache import layer_lengths
 
 PROMPTS = ["the old lighthouse", "Elara walked along the shore and", "the"]
 OPTIONS = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 1}
@@ -268,7 +268,7 @@ def test_layers_that_run_are_those_of_the_schedule(llama, tokenizer):
 
 
 def test_skipped_blocks_answer_like_blocks(llama, gptj):
-    from tokenry.hooks import LayerSwitch
+    from tokenry.hooks.layers import LayerSwitch
 
     for model in (llama, gptj):
         switch, blocks = LayerSwitch(model), list(decoder_layers(model))
@@ -554,7 +554,7 @@ def test_layerdrop_and_router_losses_are_refused(make_model, tokenizer, tmp_path
 
 
 def test_layers_of_the_controls():
-    from tokenry.measure.depth import EarlyExit, RandomLayers, smallest_depth
+    from tokenry.measure.tasks.depth import EarlyExit, RandomLayers, smallest_depth
 
     early = EarlyExit(6, 6, 3, prompt_len=1, planned_new_tokens=9)
     assert (
@@ -577,8 +577,8 @@ def reasoner(monkeypatch, tmp_path):
     """A random one in the place of the model of the zoo, and an empty cache folder."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from tokenry.measure.experiments import skipdecode
-    from tokenry.models import LoadedModel
+    from tokenry.evidence import skipdecode
+    from tokenry.models.load import LoadedModel
     from tokenry.zoo.reasoner import build_tokenizer
 
     tokenizer = build_tokenizer()
@@ -592,8 +592,8 @@ def reasoner(monkeypatch, tmp_path):
 
 
 def test_the_experiment_from_training_to_findings(reasoner, tmp_path):
+    from tokenry.evidence.skipdecode import METHOD, PLAIN, build
     from tokenry.measure.compare import compare
-    from tokenry.measure.experiments.skipdecode import METHOD, PLAIN, build
 
     experiment = build(*reasoner, samples=3)
     comparison = compare(experiment)

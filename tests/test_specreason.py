@@ -11,10 +11,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TextStreamer
 
 from tokenry import InputError, catalog, decode, generate
-from tokenry.decode.specreason import SMALL_STREAM, Speculation
-from tokenry.decode.step_models import PRESETS, StepModel, StepPrompts, prompts_for
-from tokenry.decode.step_scores import DigitScorer, StepScore
-from tokenry.models import LoadedModel
+from tokenry.decode.reasoning.scores import DigitScorer, StepScore
+from tokenry.decode.reasoning.speculative import SMALL_STREAM, Speculation
+from tokenry.decode.reasoning.steps import PRESETS, StepModel, StepPrompts, prompts_for
+from tokenry.models.load import LoadedModel
 from tokenry.zoo.reasoner import build_tokenizer, judging_prompt
 
 LINES = PRESETS["lines"]
@@ -401,7 +401,7 @@ def test_what_a_scorer_is_asked():
 
 def scripted(monkeypatch, script):
     """Both models write these steps, in order; a step without a line break is the last of its text."""
-    from tokenry.decode.step_models import Draft
+    from tokenry.decode.reasoning.steps import Draft
 
     def write(self, texts, limits, separator):
         drafts = {}
@@ -526,7 +526,7 @@ def test_it_streams_whole_steps():
 def test_the_zoo_gets_its_own_words():
     from types import SimpleNamespace
 
-    from tokenry.models import zoo_folders
+    from tokenry.models.load import zoo_folders
 
     assert prompts_for(SimpleNamespace(name_or_path=str(zoo_folders("reasoner")[1]))) is LINES
     assert prompts_for(SimpleNamespace(name_or_path="owner/name")) is PRESETS["chat"]
@@ -686,7 +686,7 @@ DONE = ["8*3=24", "12+35=47", "47-24=23"]
     ],
 )
 def test_right_steps(lines, candidate, right):
-    from tokenry.measure.steps import right_step
+    from tokenry.measure.tasks.steps import right_step
 
     assert right_step("12+35-8*3=", lines, candidate) is right
 
@@ -694,8 +694,8 @@ def test_right_steps(lines, candidate, right):
 def test_right_steps_are_what_the_judge_is_taught():
     import random
 
-    from tokenry.measure.steps import right_step
-    from tokenry.problems import Arithmetic
+    from tokenry.data.problems import Arithmetic
+    from tokenry.measure.tasks.steps import right_step
     from tokenry.zoo.reasoner import judgement
 
     rng, task, scores = random.Random(0), Arithmetic(), []
@@ -709,8 +709,8 @@ def test_right_steps_are_what_the_judge_is_taught():
 
 
 def test_the_experiment_compares_and_judges():
+    from tokenry.evidence.specreason import PLAIN, Tried, build, choose
     from tokenry.measure.compare import compare
-    from tokenry.measure.experiments.specreason import PLAIN, Tried, build, choose
 
     method = decode.SpecReason(small=SMALL, prompts="lines", threshold=4.5)
     experiment = build(*BASE, samples=3, seeds=(0,), method=method)

@@ -12,14 +12,16 @@ from scipy.stats import chisquare
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, MistralConfig, MistralForCausalLM
 
 from tokenry import InputError, catalog, decode
-from tokenry.attention import tree_mask
-from tokenry.decode import PhraseBan, TransformersEngine, Violation, drafters, loop, spectr, speculative
-from tokenry.decode.core import row_seed
-from tokenry.decode.tree import ROOT, DraftTree, slots
-from tokenry.decode.verifiers import VERIFIERS
-from tokenry.hooks import skip_layers
-from tokenry.measure.reflection import REFLECTION_PROMPTS
-from tokenry.measure.stories import story_prompts
+from tokenry.decode import PhraseBan, TransformersEngine, Violation, loop, speculative
+from tokenry.decode.generation.sampler import row_seed
+from tokenry.decode.speculation import drafters
+from tokenry.decode.speculation.loop import Speculation, SpeculativeLoop
+from tokenry.decode.speculation.tree import ROOT, DraftTree, slots
+from tokenry.decode.speculation.verifiers import VERIFIERS
+from tokenry.hooks.layers import skip_layers
+from tokenry.measure.tasks.reflection import REFLECTION_PROMPTS
+from tokenry.measure.tasks.stories import story_prompts
+from tokenry.models.masks import tree_mask
 
 PROMPTS = ["the old lighthouse stood on the old", "Elara walked along the shore and Elara", "the"]
 MANY = [("naive", 3), ("rrs", 3), ("rrs-without", 3), ("kseq", 3), ("greedy", 3)]
@@ -251,7 +253,7 @@ def test_greedy_text_of_a_hundred_prompts(smollm2):
 @pytest.mark.parametrize(("kind", "sampling"), [("llama", True), ("llama", False), ("gemma3", True)])
 def test_the_cache_is_a_fresh_prefill_after_every_step(make_model, tokenizer, monkeypatch, kind, rows, sampling):
     model, steps = make_model(kind), []
-    after = spectr.SpeculativeLoop._speculate
+    after = SpeculativeLoop._speculate
 
     def check(self):
         after(self)
@@ -270,7 +272,7 @@ def test_the_cache_is_a_fresh_prefill_after_every_step(make_model, tokenizer, mo
                 assert torch.allclose(keys[:, -count:], theirs.keys[0, :, -count:], atol=1e-5)
         steps.append(max(row.fed for row in self.rows))
 
-    monkeypatch.setattr(spectr.SpeculativeLoop, "_speculate", check)
+    monkeypatch.setattr(SpeculativeLoop, "_speculate", check)
     options = {"do_sample": sampling, "seed": 5, "num_drafts": 3, "draft_length": 3}
     run(model, encode(tokenizer, PROMPTS[:rows]), drafter=model, **options)
     assert len(steps) >= 4
@@ -578,7 +580,7 @@ def test_refuses_a_layer_policy_and_caches_that_cannot_shrink(llama, tokenizer):
         def layers(self, column):
             return [0, 1]
 
-    plan = spectr.Speculation(drafters.NGramDrafter(), VERIFIERS["kseq"])
+    plan = Speculation(drafters.NGramDrafter(), VERIFIERS["kseq"])
     with pytest.raises(InputError, match="layer policy"):
         run(llama, encode(tokenizer), custom=loop, speculation=plan, layer_policy=Half())
     with pytest.raises(InputError, match="reprefill"):
@@ -686,9 +688,9 @@ def pair():
 
 
 def test_the_experiment_compares_and_judges(pair, tmp_path, monkeypatch):
-    from tokenry.measure import speculation
+    from tokenry.evidence import spectr as experiment
     from tokenry.measure.compare import compare
-    from tokenry.measure.experiments import spectr as experiment
+    from tokenry.measure.tasks import speculation
 
     target, draft, tokenizer = pair
     draft.save_pretrained(tmp_path)
@@ -710,7 +712,7 @@ def test_the_experiment_compares_and_judges(pair, tmp_path, monkeypatch):
 
 
 def test_chi_square_is_scipys():
-    from tokenry.measure.speculation import chi_square
+    from tokenry.measure.tasks.speculation import chi_square
 
     law = {(0,): 0.5, (1,): 0.3, (2,): 0.199, (3,): 0.001}
     drawn = [(0,)] * 60 + [(1,)] * 25 + [(2,)] * 14 + [(3,)]
@@ -721,7 +723,7 @@ def test_chi_square_is_scipys():
 
 
 def test_the_exact_law_of_continuations(pair):
-    from tokenry.measure.speculation import continuation_law
+    from tokenry.measure.tasks.speculation import continuation_law
 
     target, _, tokenizer = pair
     law = continuation_law(target, [2, 9, 3])
@@ -730,7 +732,7 @@ def test_the_exact_law_of_continuations(pair):
 
 
 def test_the_cost_model():
-    from tokenry.measure.experiments.spectr import speedup
+    from tokenry.evidence.spectr import speedup
 
     assert speedup(3.0, 4, 0.1, 1.0) == pytest.approx(3 / 1.4)
 

@@ -24,9 +24,10 @@ from transformers.generation.logits_process import (
 )
 
 from tokenry import InputError, decode, load
-from tokenry.decode import PhraseBan, TiDAR, TransformersEngine, loop, tidar, tidar_generate
-from tokenry.decode.tidar import SelfDrafting, TiDARLoop
-from tokenry.masks import as_attention_mask
+from tokenry.decode import PhraseBan, TiDAR, TransformersEngine, loop, tidar_generate
+from tokenry.decode.speculation import self_draft
+from tokenry.decode.speculation.self_draft import SelfDrafting, TiDARLoop
+from tokenry.models.masks import as_attention_mask
 from tokenry.train import TiDARTrainer
 
 PROMPT = torch.tensor([[5, 2, 7, 1, 3]])
@@ -322,8 +323,8 @@ def test_as_a_method_of_generate(phrases, tokenizer):
 
 
 def test_it_is_checked_once_that_a_model_obeys(monkeypatch):
-    calls, check = [], tidar.check_mask
-    monkeypatch.setattr(tidar, "check_mask", lambda *args: calls.append(1) or check(*args))
+    calls, check = [], self_draft.check_mask
+    monkeypatch.setattr(self_draft, "check_mask", lambda *args: calls.append(1) or check(*args))
     model = tiny.__wrapped__()
     for _ in range(3):
         run(model, max_new_tokens=2)
@@ -437,7 +438,7 @@ def test_other_drafts_are_refused(phrases, tokenizer):
 
 
 def test_guesses_of_other_kinds():
-    from tokenry.measure.self_drafting import OtherGuesses, bigram, random_tokens, repeat
+    from tokenry.measure.tasks.self_drafting import OtherGuesses, bigram, random_tokens, repeat
 
     follow = bigram([[0, 1, 2, 0, 1, 3, 0, 1, 2]], 5)
     assert follow([3, 0], 4) == [1, 2, 0, 1] and follow([4], 2) == [0, 1]
@@ -453,8 +454,8 @@ def test_guesses_of_other_kinds():
 
 
 def test_the_experiment_compares_and_judges(monkeypatch):
+    from tokenry.evidence import tidar as experiment
     from tokenry.measure.compare import compare
-    from tokenry.measure.experiments import tidar as experiment
 
     for name, value in (("LESSONS", 50), ("MANY", 6)):
         monkeypatch.setattr(experiment, name, value)

@@ -6,13 +6,14 @@ import pytest
 import torch
 from transformers.generation.logits_process import LogitsProcessor
 
-from tokenry.dead_end import DeadEndValueModel
 from tokenry.decode import Antislop, CyclicReflex, PhraseBan, RegexBan, SkipDecode, loop, skip_forward, triangular_wave
-from tokenry.decode.core import Row, row_seed
+from tokenry.decode.generation.sampler import row_seed
+from tokenry.decode.generation.sequence import Row
 from tokenry.decode.rectification import RectifierLogitsProcessor
 from tokenry.judge import CRew
+from tokenry.learned.dead_end_values import DeadEndValueModel
 from tokenry.select import CompressKV
-from tokenry.trace import Trace, capture
+from tokenry.trace.trace import Trace, capture
 
 PROMPT = "the old lighthouse stood on the cliff and the sound of the sea was a whisper in the night, and the wind"
 OTHER = "Elara walked along the shore; the keeper seemed to listen to the empty tower and the sea was not a dream but"

@@ -12,10 +12,8 @@ from conftest import own_hooks
 from transformers import BertConfig, BertModel
 
 from tokenry.cli import main
-from tokenry.errors import InputError
-from tokenry.hooks import capture_residual, decoder_layers
-from tokenry.measure.compare import Comparison, compare
-from tokenry.measure.experiments.token_prepending import (
+from tokenry.core.errors import InputError
+from tokenry.evidence.token_prepending import (
     BOS,
     METHOD,
     MINILM,
@@ -29,8 +27,11 @@ from tokenry.measure.experiments.token_prepending import (
     choose,
     score_on_dev,
 )
-from tokenry.measure.sts import load_minilm, load_pairs, similarities, spearman, spread
+from tokenry.hooks.residual import capture_residual
+from tokenry.measure.compare import Comparison, compare
 from tokenry.measure.task import Outcome
+from tokenry.measure.tasks.sts import load_minilm, load_pairs, similarities, spearman, spread
+from tokenry.models.anatomy import decoder_layers
 from tokenry.represent import PROMPTS, PromptEmbedder, TokenPrepending, clean_up
 
 FAMILIES = ("llama", "qwen2", "gemma3", "opt")

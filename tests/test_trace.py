@@ -8,13 +8,14 @@ from safetensors.torch import save_file
 from test_attention import KINDS, LENGTH, assert_clean, eager, left_padded, random_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tokenry.attention import suppress
-from tokenry.errors import InputError
-from tokenry.hooks import decoder_layers, edit_residual
-from tokenry.recorder import head_logits
-from tokenry.reducers import Entropy, SentenceMean, TopKeys
-from tokenry.spans import find_spans, text_offsets
-from tokenry.trace import Trace, capture
+from tokenry.core.errors import InputError
+from tokenry.hooks.attention import suppress
+from tokenry.hooks.residual import edit_residual
+from tokenry.models.anatomy import decoder_layers
+from tokenry.text.spans import find_spans, text_offsets
+from tokenry.trace.recorder import head_logits
+from tokenry.trace.reducers import Entropy, SentenceMean, TopKeys
+from tokenry.trace.trace import Trace, capture
 
 SPANS = [(0, 9), (9, 21), (21, 40)]
 EVERYTHING = {"hidden": [0, 2, -1], "qk": "all", "head_outputs": [0, 3, 17], "neurons": "all"}
@@ -164,7 +165,7 @@ def test_generation_and_teacher_forcing_give_the_same_trace(make_model, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_reducers_equal_the_reduction_of_stored_maps(make_model, kind, monkeypatch):
-    monkeypatch.setattr("tokenry.recorder.ROWS", 7)
+    monkeypatch.setattr("tokenry.trace.recorder.ROWS", 7)
     model, (ids, mask) = make_model(kind), left_padded()
     for trace in traced(model, ids, mask=mask, qk="all", reducers=reducers()):
         maps = torch.stack([trace.attention(layer) for layer in range(4)])
@@ -238,7 +239,7 @@ def test_no_map_of_the_whole_sequence_exists(llama):
 
 @torch.no_grad()
 def test_no_logits_of_the_whole_sequence_exist(llama, monkeypatch):
-    monkeypatch.setattr("tokenry.recorder.LOGITS", 320 * 4)
+    monkeypatch.setattr("tokenry.trace.recorder.LOGITS", 320 * 4)
     seen, ids = [], random_ids()
     handle = llama.lm_head.register_forward_hook(lambda m, a, out: seen.append(out.shape[-2]))
     traced(llama, ids)
@@ -455,7 +456,7 @@ def test_head_logits_are_exact(smollm2):
 
 def test_text_decoded_with_rewinds_is_traced_as_it_ended(llama, tokenizer):
     from tokenry.decode.api import generate
-    from tokenry.decode.core import Violation
+    from tokenry.decode.generation.monitor import Violation
 
     class RejectOnce:
         """At the tenth token, ban the one at index 5."""

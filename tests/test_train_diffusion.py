@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from tokenry.errors import InputError
-from tokenry.masks import make_bidirectional, own_position
-from tokenry.train.diffusion import MaskedDiffusionTrainer, hide_tokens, masked_diffusion_loss
+from tokenry.core.errors import InputError
+from tokenry.models.masks import make_bidirectional, own_position
+from tokenry.train.masked_diffusion import MaskedDiffusionTrainer, hide_tokens, masked_diffusion_loss
 
 V, MASK, PAD = 24, 23, 22
 

@@ -10,19 +10,12 @@ from test_diffusion import MASK
 from test_learn2pd import sharp
 
 from tokenry.cli import main
-from tokenry.decode.diffusion import MaskedDiffusionModel
-from tokenry.errors import InputError
-from tokenry.filtering import ConfidenceFilter, TraceDataset
-from tokenry.masks import make_bidirectional
+from tokenry.core.errors import InputError
+from tokenry.decode.denoising.loop import MaskedDiffusionModel
+from tokenry.learned.confidence_filter import ConfidenceFilter, TraceDataset
+from tokenry.models.masks import make_bidirectional
 from tokenry.train import collect_egp_traces
-from tokenry.train.learn2pd import (
-    FilterTrainer,
-    Learn2PDFilter,
-    filter_loss,
-    filter_report,
-    split_traces,
-    train_filter,
-)
+from tokenry.train.learn2pd import FilterTrainer, Learn2PDFilter, filter_loss, filter_report, split_traces, train_filter
 from tokenry.zoo.denoiser import build_tokenizer
 
 PROMPTS = ["abc", "defgh", "ba", "ponm", "kkk", "abcdefg"]

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 import tokenry
 from tokenry import decode
-from tokenry.errors import InputError
+from tokenry.core.errors import InputError
 from tokenry.train import TiDARTrainer, tidar_loss
 from tokenry.zoo import tidar, tidar_twin
 

@@ -7,8 +7,9 @@ from functools import lru_cache
 import pytest
 import torch
 
-from tokenry.decode import verifiers
-from tokenry.decode.verifiers import (
+from tokenry.core.errors import InputError
+from tokenry.decode.speculation import verifiers
+from tokenry.decode.speculation.verifiers import (
     SAMPLINGS,
     VERIFIERS,
     GreedyDraftVerifier,
@@ -22,7 +23,6 @@ from tokenry.decode.verifiers import (
     kseq_residual,
     sample_drafts,
 )
-from tokenry.errors import InputError
 
 SEVERAL = [name for name in VERIFIERS if name != "single"]
 

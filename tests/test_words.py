@@ -7,11 +7,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tokenry.decode import NGramBan, PhraseBan, RegexBan, Row
-from tokenry.decode.core import held_tokens
+from tokenry.decode.generation.monitor import held_tokens
 from tokenry.judge import Reference, SlopProfile
-from tokenry.judge.slop import Pattern
-from tokenry.train.pairs import pairs_from_rewinds
-from tokenry.words import FoldedText, WordList, content_words, fold, words
+from tokenry.judge.text.slop import Pattern
+from tokenry.text.words import FoldedText, WordList, content_words, fold, words
+from tokenry.train.preference.pairs import pairs_from_rewinds
 
 # --- what a person calls equal ---------------------------------------------------------------------------------------
 

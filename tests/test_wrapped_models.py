@@ -3,36 +3,25 @@ it finds in the merged one, or refuses."""
 
 from copy import deepcopy
 
+import peft
 import pytest
 import torch
 
-peft = pytest.importorskip("peft")
-
-import tokenry  # noqa: E402
-from tokenry.dead_end import DeadEndValueModel  # noqa: E402
-from tokenry.decode import Spectr, speculative  # noqa: E402
-from tokenry.difficulty import read_questions  # noqa: E402
-from tokenry.errors import InputError  # noqa: E402
-from tokenry.hooks import (  # noqa: E402
-    ablate_heads,
-    clamp_neurons,
-    decoder_layers,
-    fingerprint,
-    skip_layers,
-)
-from tokenry.masks import check_mask  # noqa: E402
-from tokenry.read import LMHeadNeurons  # noqa: E402
-from tokenry.read.directions import neuron_rows, unembedding  # noqa: E402
-from tokenry.represent import PromptEmbedder, TokenPrepending  # noqa: E402
-from tokenry.select import (  # noqa: E402
-    CompressKV,
-    HeadProfile,
-    identify_retrieval_heads,
-    layer_eviction_error,
-    make_needle_prompts,
-)
-from tokenry.select.profile import shape_of  # noqa: E402
-from tokenry.trace import capture  # noqa: E402
+import tokenry
+from tokenry.core.errors import InputError
+from tokenry.decode import Spectr, speculative
+from tokenry.hooks.layers import skip_layers
+from tokenry.hooks.neurons import clamp_neurons
+from tokenry.hooks.residual import ablate_heads
+from tokenry.learned.dead_end_values import DeadEndValueModel
+from tokenry.learned.difficulty_probe import read_questions
+from tokenry.models.anatomy import decoder_layers, fingerprint, shape_of, unembedding
+from tokenry.models.masks import check_mask
+from tokenry.read import LMHeadNeurons
+from tokenry.read.weights.directions import neuron_rows
+from tokenry.represent import PromptEmbedder, TokenPrepending
+from tokenry.select import CompressKV, HeadProfile, identify_retrieval_heads, layer_eviction_error, make_needle_prompts
+from tokenry.trace.trace import capture
 
 IDS = torch.tensor([[5, 9, 70, 33, 8, 41, 77]])
 TEXTS = ["the old lighthouse stood", "a whisper in the night."]

@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tokenry
-from tokenry.errors import InputError
-from tokenry.problems import Arithmetic, Problem, by_difficulty, draw_problems, split_of
+from tokenry.core.errors import InputError
+from tokenry.data.problems import Arithmetic, Problem, by_difficulty, draw_problems, split_of
 from tokenry.zoo import reasoner, recipes
 from tokenry.zoo.training import batches_by_length, fit
 

@@ -11,8 +11,8 @@ import argparse
 from pathlib import Path
 
 import tokenry
-from tokenry.measure.experiments.token_prepending import DEV_PAIRS, score_on_dev
-from tokenry.measure.sts import load_pairs, spread
+from tokenry.evidence.token_prepending import DEV_PAIRS, score_on_dev
+from tokenry.measure.tasks.sts import load_pairs, spread
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--human", type=Path, help="needed for phrases")
     parser.add_argument("--stories", type=Path, help="JSON list of texts")
     arguments = parser.parse_args()
-    prompts = (files("tokenry.measure") / "data" / "profile_prompts.txt").read_text(encoding="utf-8").splitlines()
+    prompts = (files("tokenry.data") / "prompts" / "profile_prompts.txt").read_text(encoding="utf-8").splitlines()
     stories = json.loads(arguments.stories.read_text()) if arguments.stories else generate_stories(prompts)
     lines = overused_words(stories, prompts)[: arguments.words]
     if arguments.phrases:

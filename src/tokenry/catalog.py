@@ -7,7 +7,7 @@ import importlib
 import re
 from dataclasses import dataclass
 
-from .errors import InputError
+from .core.errors import InputError
 
 STAGES = {
     "tokenize": "how does raw input become tokens?",
@@ -51,7 +51,7 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.tokenize.kl3m:KL3M",
         "train a tokenizer for a domain, or one of short tokens for text correction",
         "bpe vocabulary legal financial domain character ocr spelling train tokenizer",
-        "tokenry.measure.experiments.kl3m",
+        "tokenry.evidence.kl3m",
     ),
     Entry(
         "compresskv",
@@ -59,7 +59,7 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.select.compresskv:CompressKV",
         "keep the cache entries that semantic retrieval heads look at, with a budget for each layer",
         "kv cache compression memory long context prompt eviction retrieval heads",
-        "tokenry.measure.experiments.compresskv",
+        "tokenry.evidence.compresskv",
     ),
     Entry(
         "token-prepending",
@@ -67,7 +67,7 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.represent.token_prepending:TokenPrepending",
         "sentence embeddings from a decoder whose early layers see the last state before the sentence",
         "sentence embedding similarity sts retrieval prompt eol training-free",
-        "tokenry.measure.experiments.token_prepending",
+        "tokenry.evidence.token_prepending",
     ),
     Entry(
         "antislop",
@@ -75,7 +75,7 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.decode.antislop:Antislop",
         "rewind when a banned phrase, regex or n-gram appears, and sample again from its first token",
         "slop ban phrases cliche repetition words backtrack creative writing style",
-        "tokenry.measure.experiments.antislop",
+        "tokenry.evidence.antislop",
     ),
     Entry(
         "cyclicreflex",
@@ -83,8 +83,8 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.decode.cyclicreflex:CyclicReflex",
         "a triangular wave on the logits of reflection words, so that reasoning neither stops early nor loops",
         "reasoning wait reflection thinking overthinking budget logits schedule",
-        "tokenry.measure.experiments.cyclicreflex",
-        ("tokenry.measure.experiments.cyclicreflex_reasoner",),
+        "tokenry.evidence.cyclicreflex",
+        ("tokenry.evidence.cyclicreflex_reasoner",),
     ),
     Entry(
         "tip",
@@ -106,7 +106,7 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.decode.rectification:Rectification",
         "cap every next token by the risk, known to a small model, that the text it leads to ends undesired",
         "safety detoxification toxic harmful leak dead end value risk controlled decoding guardrail api",
-        "tokenry.measure.experiments.rectification",
+        "tokenry.evidence.rectification",
     ),
     Entry(
         "diffadapt",
@@ -114,7 +114,7 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.decode.diffadapt:DiffAdapt",
         "a probe reads the question; easy, normal and hard ones get their own prompt, temperature and budget",
         "reasoning difficulty probe adaptive budget overthinking save tokens cost",
-        "tokenry.measure.experiments.diffadapt",
+        "tokenry.evidence.diffadapt",
     ),
     Entry(
         "skipdecode",
@@ -122,7 +122,7 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.decode.skipdecode:SkipDecode",
         "later tokens run fewer of the lower middle layers, so that decoding is faster; needs training to keep quality",
         "speed faster layers skip early exit depth schedule batching cache latency inference",
-        "tokenry.measure.experiments.skipdecode",
+        "tokenry.evidence.skipdecode",
     ),
     Entry(
         "spectr",
@@ -130,7 +130,7 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.decode.spectr:Spectr",
         "draft several tokens ahead, check them in one forward pass, and keep the model's own distribution exactly",
         "speculative decoding speed faster latency draft model prompt lookup assisted generation lossless multi-draft",
-        "tokenry.measure.experiments.spectr",
+        "tokenry.evidence.spectr",
     ),
     Entry(
         "optimal-mdsd",
@@ -138,7 +138,7 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.decode.optimal_mdsd:OptimalMDSD",
         "greedy drafts whose verifier accepts as often as can be, and the highest acceptance rate of any drafts",
         "speculative decoding multi-draft optimal transport ceiling acceptance rate verifier draft lossless",
-        "tokenry.measure.experiments.optimal_mdsd",
+        "tokenry.evidence.optimal_mdsd",
     ),
     Entry(
         "tidar",
@@ -146,7 +146,7 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.decode.tidar:TiDAR",
         "a model drafts the next tokens by masked diffusion in the forward pass that checks its last draft",
         "speculative decoding speed faster self-drafting diffusion block multi-token prediction latency lossless",
-        "tokenry.measure.experiments.tidar",
+        "tokenry.evidence.tidar",
     ),
     Entry(
         "specreason",
@@ -154,7 +154,7 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.decode.specreason:SpecReason",
         "a small model writes the reasoning steps, the base model scores each and rewrites those below a threshold",
         "reasoning speculative step draft judge two models faster latency cheap",
-        "tokenry.measure.experiments.specreason",
+        "tokenry.evidence.specreason",
     ),
     Entry(
         "masked-diffusion",
@@ -162,7 +162,7 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.decode.masked_diffusion:MaskedDiffusion",
         "sample from a masked-diffusion model, by a fixed number of tokens per step, a threshold, or other rules",
         "diffusion masked llada dream fast-dllm parallel decoding threshold factor margin entropy guidance cfg cache",
-        "tokenry.measure.experiments.masked_diffusion",
+        "tokenry.evidence.masked_diffusion",
     ),
     Entry(
         "creditdecoding",
@@ -170,7 +170,7 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.decode.creditdecoding:CreditDecoding",
         "commit tokens of a masked-diffusion model earlier when they have been the best for some steps",
         "diffusion masked llada dream parallel decoding threshold unmask faster credit history",
-        "tokenry.measure.experiments.creditdecoding",
+        "tokenry.evidence.creditdecoding",
     ),
     Entry(
         "daedal",
@@ -178,7 +178,7 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.decode.daedal:Daedal",
         "let a masked-diffusion model find the length of its answer: the window starts short and grows",
         "diffusion masked llada dream variable length window expand insert end-of-text tokens",
-        "tokenry.measure.experiments.daedal",
+        "tokenry.evidence.daedal",
     ),
     Entry(
         "learn2pd",
@@ -186,7 +186,7 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.decode.learn2pd:Learn2PD",
         "a tiny trained filter says which tokens of a masked-diffusion model are final; windows end with the text",
         "diffusion masked llada dream parallel decoding learned filter unmask faster eos truncate length eotp",
-        "tokenry.measure.experiments.learn2pd",
+        "tokenry.evidence.learn2pd",
     ),
     Entry(
         "lm-head-neurons",
@@ -194,7 +194,7 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.read.lm_head_neurons:LMHeadNeurons",
         "name every MLP neuron after the tokens its weights point at, and clamp it",
         "interpretability neuron unembedding logit lens feature map clamp steer",
-        "tokenry.measure.experiments.lm_head_neurons",
+        "tokenry.evidence.lm_head_neurons",
     ),
     Entry(
         "difficulty-probe",
@@ -209,7 +209,7 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.judge.crew:CRew",
         "score a solution by the probability of its final answer, and build preference pairs from that",
         "confidence reward verifier best-of-n vote self-consistency math answer dpo",
-        "tokenry.measure.experiments.crew",
+        "tokenry.evidence.crew",
     ),
     Entry(
         "ftpo",
@@ -217,7 +217,7 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.train.ftpo:FTPO",
         "train banned patterns out: at each rewind the chosen tokens must beat the rejected one by a margin",
         "preference optimization dpo lora slop unlearn repetition finetune",
-        "tokenry.measure.experiments.ftpo",
+        "tokenry.evidence.ftpo",
     ),
     Entry(
         "rectifier",

@@ -15,10 +15,10 @@ from typing import Any
 import click
 
 from .. import __version__
-from ..errors import InputError
-from ..fields import is_unicode, shown
+from ..core.errors import InputError
+from ..core.fields import is_unicode, shown
 from . import catalogue, compare, decode, judge, read, represent, select, tokenize, train, zoo
-from .shared import SAID, example
+from .options import SAID, example
 
 __all__ = ["main"]
 
@@ -62,8 +62,8 @@ class Commands(click.Group):
 @click.version_option(__version__)
 def main() -> None:
     """Everything that happens to a token in a transformer: methods from the literature, each measured."""
-    logging.getLogger("tokenry.files").addHandler(SAID)  # adding it again changes nothing
-    logging.getLogger("tokenry.files").setLevel(logging.INFO)
+    logging.getLogger("tokenry.core.files").addHandler(SAID)  # adding it again changes nothing
+    logging.getLogger("tokenry.core.files").setLevel(logging.INFO)
 
 
 for command in (

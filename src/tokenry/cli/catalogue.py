@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import click
 
 from .. import catalog
-from ..errors import InputError
-from .shared import as_json, example
+from ..core.errors import InputError
+from .options import as_json, example
 
 
 def entry_dict(entry: catalog.Entry) -> dict[str, str]:

@@ -12,20 +12,10 @@ from typing import Any
 import click
 
 from .. import catalog
-from ..errors import InputError
-from ..fields import Count, Seed, check, shown
-from ..outputs import check_file, write_text
-from .shared import (
-    Number,
-    as_json,
-    console,
-    example,
-    force_option,
-    load_model,
-    model_options,
-    parse_methods,
-    progress,
-)
+from ..core.errors import InputError
+from ..core.fields import Count, Seed, check, shown
+from ..core.outputs import check_file, write_text
+from .options import Number, as_json, console, example, force_option, load_model, model_options, parse_methods, progress
 
 
 @click.command(epilog=example("tokenry compare antislop --samples 64 --report report.html --record"))
@@ -89,7 +79,7 @@ def compare(
     outputs = (report_path, picture, evidence_path if record else None)
     publish(comparison, findings, verdict, model_name, command, *outputs)
     if json_output:
-        from ..measure.evidence import evidence
+        from ..measure.ledger import evidence
 
         as_json(evidence(comparison, findings, verdict, model=model_name, command=command))
 
@@ -158,7 +148,7 @@ def publish(
 ) -> None:
     """Table on standard error (standard output is for --json), report, picture and evidence entry."""
     from ..measure import report
-    from ..measure.evidence import evidence, versions
+    from ..measure.ledger import evidence, versions
 
     screen = console(stderr=True)
     print_result(screen, comparison, findings, verdict)

@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
-from ..errors import InputError
-from ..fields import Batch, Portion, Probability, Seed, Temperature, Times, Tokens
-from ..outputs import LineWriter, check_file
-from .shared import (
+from ..core.errors import InputError
+from ..core.fields import Batch, Portion, Probability, Seed, Temperature, Times, Tokens
+from ..core.outputs import LineWriter, check_file
+from .options import (
     Number,
     as_json,
     example,

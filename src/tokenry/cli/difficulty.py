@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from ..errors import InputError
-from ..files import is_number, records_of
-from ..outputs import check_folder, write_folder
-from .shared import load_model, progress, read_text
+from ..core.errors import InputError
+from ..core.files import is_number, records_of
+from ..core.outputs import check_folder, write_folder
+from .options import load_model, progress, read_text
 
 if TYPE_CHECKING:
     from ..read import DifficultyLabels, Reading
@@ -52,7 +52,7 @@ def learn_probe(
 
 
 def by_class(profile: Any, labels: Sequence[int]) -> Reading:
-    from ..difficulty import CLASSES
+    from ..learned.difficulty_probe import CLASSES
     from ..read import Reading
 
     rows = [{"class": CLASSES[row.pop("level")], **row} for row in profile.reading(labels).rows]
@@ -61,7 +61,7 @@ def by_class(profile: Any, labels: Sequence[int]) -> Reading:
 
 def sums(count: int) -> Problems:
     """Sums of every level of difficulty."""
-    from ..problems import Arithmetic, draw_problems
+    from ..data.problems import Arithmetic, draw_problems
 
     task = Arithmetic()
     drawn = draw_problems(task, count, split="train")
@@ -70,7 +70,7 @@ def sums(count: int) -> Problems:
 
 def read_problems(path: str, marker: str) -> Problems:
     """The problems of a file of JSON lines; an answer is right if what the marker finds is the same."""
-    from ..judge.answers import check_marker, find_answer, normalise_answer
+    from ..text.answers import check_marker, find_answer, normalise_answer
 
     check_marker(marker)
     remedy = 'give both as text, in lines like {"question": "...", "answer": "..."}'

@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
-from ..errors import InputError
-from ..fields import Count, Probability
-from ..files import records_of
-from ..outputs import LineWriter, check_file
-from .shared import (
+from ..core.errors import InputError
+from ..core.fields import Count, Probability
+from ..core.files import records_of
+from ..core.outputs import LineWriter, check_file
+from .options import (
     Number,
     as_json,
     example,
@@ -66,7 +66,7 @@ def judge(
     check_pairs(pairs, traces, rows, force)
     model, tokenizer = load_model(model_name, dtype, device, trust_remote_code)
     if traces:
-        from ..trace import Trace
+        from ..trace.trace import Trace
 
         judged = method.judge(Trace.load(path, model) for path in files)
     else:

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import InputError
-from ..fields import Count, Layer, Probability, Tokens
-from ..outputs import check_file
+from ..core.errors import InputError
+from ..core.fields import Count, Layer, Probability, Tokens
+from ..core.outputs import check_file
 from .difficulty import learn_probe
-from .shared import (
+from .options import (
     Number,
     as_json,
     console,
@@ -26,7 +26,7 @@ from .shared import (
 
 if TYPE_CHECKING:
     from ..read import LMHeadNeurons, NeuronMap, Reading
-    from ..trace import Trace
+    from ..trace.trace import Trace
 
 
 @click.command(epilog=example('tokenry read --method lm-head-neurons --find because "She stayed at home because"'))
@@ -108,7 +108,7 @@ def read(
     if save_map:
         check_file(save_map, force)
     from ..read import NeuronMap
-    from ..trace import Trace
+    from ..trace.trace import Trace
 
     model, tokenizer = load_model(model_name, *how)
     names = NeuronMap.load(map_path, model, tokenizer) if map_path else make_map(method, model, tokenizer, model_name)
@@ -152,7 +152,7 @@ def traced(model: Any, tokenizer: Any, text: str, layers: Any) -> Trace:
     """The trace of a text with the neurons of some layers."""
     import torch
 
-    from ..trace import capture
+    from ..trace.trace import capture
 
     ids = tokenizer(text, return_tensors="pt").input_ids.to(model.device)
     with capture(model, tokenizer, neurons=layers) as cap, torch.no_grad():

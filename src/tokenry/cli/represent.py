@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..errors import InputError
-from ..fields import Batch, Tokens
-from ..outputs import check_file, write_file
-from .shared import (
+from ..core.errors import InputError
+from ..core.fields import Batch, Tokens
+from ..core.outputs import check_file, write_file
+from .options import (
     Number,
     as_json,
     example,

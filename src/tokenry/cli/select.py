@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import click
 
-from ..errors import InputError
-from ..fields import Tokens
-from .shared import Number, as_json, example, load_model, model_options, parse_methods, read_text
+from ..core.errors import InputError
+from ..core.fields import Tokens
+from .options import Number, as_json, example, load_model, model_options, parse_methods, read_text
 
 
 @click.command(epilog=example('tokenry select --method compresskv -o budget=128 --context FILE "Who opened the door?"'))
@@ -33,8 +33,8 @@ def select(
     text = read_text(context, "context")
     if not text.strip() or not question.strip():
         raise InputError("the context or the question is empty; give some text")
-    from ..cache import cache_bytes
     from ..decode import generate
+    from ..models.kv_cache import cache_bytes
 
     model, tokenizer = load_model(model_name, dtype, device, trust_remote_code)
     with method(model) as kept:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import InputError
-from ..fields import Probability
-from ..outputs import check_file, check_folder, write_folder, write_text
-from .shared import (
+from ..core.errors import InputError
+from ..core.fields import Probability
+from ..core.outputs import check_file, check_folder, write_folder, write_text
+from .options import (
     Number,
     as_json,
     console,
@@ -26,7 +26,7 @@ from .shared import (
 )
 
 if TYPE_CHECKING:
-    from ..method import Method
+    from ..core.method import Method
 
 SUFFIXES = (".txt", ".md")
 SHOWN = 600  # characters of the coloured view in a terminal
@@ -103,7 +103,7 @@ def encode(text: str, name: str, trust_remote_code: bool, json_output: bool) -> 
     if not text:
         raise InputError("the text is empty; give some to encode")
     (tokenizer,) = load_tokenizers([name], trust_remote_code).values()
-    from ..tokenize.report import coloured, token_pieces
+    from ..tokenize.text.report import coloured, token_pieces
 
     pieces = token_pieces(tokenizer, text)
     ids = [i for piece in pieces for i in piece.ids]
@@ -146,7 +146,7 @@ def report(
     if html:
         check_file(html, force)
     loaded = load_tokenizers(tokenizers, trust_remote_code)
-    from ..tokenize.report import render, report_table, token_pieces, tokenizer_report
+    from ..tokenize.text.report import render, report_table, token_pieces, tokenizer_report
 
     with console(stderr=True).status("counting"):
         reports = tokenizer_report(loaded, text, error_rate)
@@ -173,7 +173,7 @@ def side_by_side(tokenizers: dict[str, Any], text: str) -> Any:
     """One column of coloured text for each tokenizer."""
     from rich.table import Table
 
-    from ..tokenize.report import coloured, token_pieces
+    from ..tokenize.text.report import coloured, token_pieces
 
     grid = Table(*tokenizers, box=None, padding=(0, 2, 0, 0))
     grid.add_row(*(coloured(token_pieces(tokenizer, text)) for tokenizer in tokenizers.values()))

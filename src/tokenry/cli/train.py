@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
-from ..errors import InputError
-from ..fields import Share
-from ..outputs import check_folder, write_folder
-from .shared import Number, as_json, example, force_option, load_model, model_options, parse_methods, progress
+from ..core.errors import InputError
+from ..core.fields import Share
+from ..core.outputs import check_folder, write_folder
+from .options import Number, as_json, example, force_option, load_model, model_options, parse_methods, progress
 
 
 @click.command(epilog=example("tokenry train --method ftpo --data pairs.jsonl --output smollm2-without-slop"))

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from ..fields import Seed
-from .shared import Number, as_json, example, force_option, progress, quiet
+from ..core.fields import Seed
+from .options import Number, as_json, example, force_option, progress, quiet
 
 
 @click.group(epilog=example("tokenry zoo build reasoner"))

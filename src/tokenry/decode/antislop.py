@@ -21,14 +21,15 @@ import regex
 from pydantic import Field, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import InputError
-from ..fields import Count, Probability
-from ..method import Lines
-from ..ngrams import Begun, Found, NGrams
-from ..text import special_tokens
-from ..words import STOP_WORDS, FoldedText, Word, WordList, bare, fold, inside_word, listed, words
-from .core import Row, Violation
-from .method import DecodeMethod, Plugins
+from ..core.errors import InputError
+from ..core.fields import Count, Probability
+from ..core.method import Lines
+from ..text.ngrams import Begun, Found, NGrams
+from ..text.token_text import special_tokens
+from ..text.words import STOP_WORDS, FoldedText, Word, WordList, bare, fold, inside_word, listed, words
+from .contract import DecodeMethod, Plugins
+from .generation.monitor import Violation
+from .generation.sequence import Row
 
 __all__ = ["Antislop", "NGramBan", "PhraseBan", "RegexBan"]
 

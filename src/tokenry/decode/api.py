@@ -16,18 +16,20 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from ..checkpoint_files import read_tokenizer, reading
-from ..errors import InputError
-from ..fields import Temperature, Tokens, TorchSeed, check
-from ..hooks import vocabulary_size
-from ..masks import sees_both_sides
-from ..positions import check_prompt_fits, context_window, fixed_positions
-from ..prompts import Prompts, encode_prompts
-from ..words import listed
-from .core import WARPERS, DecodeLoop, DecodeOutput, Monitor
-from .engine import LayerPolicy, TransformersEngine
-from .method import DecodeMethod, Plugins
-from .options import AfterPrompt, check_config, check_processors, ending, kept_by_generate
+from ..core.errors import InputError
+from ..core.fields import Temperature, Tokens, TorchSeed, check
+from ..models.anatomy import vocabulary_size
+from ..models.checkpoint_files import read_tokenizer, reading
+from ..models.masks import sees_both_sides
+from ..models.positions import check_prompt_fits, context_window, fixed_positions
+from ..models.prompts import Prompts, encode_prompts
+from ..text.words import listed
+from .contract import DecodeMethod, Plugins
+from .generation.engine import LayerPolicy, TransformersEngine
+from .generation.loop import DecodeLoop, DecodeOutput
+from .generation.monitor import Monitor
+from .generation.options import AfterPrompt, check_config, check_processors, ending, kept_by_generate
+from .generation.sampler import WARPERS
 
 __all__ = ["generate", "loop"]
 

@@ -11,11 +11,12 @@ from typing import Annotated, ClassVar
 from pydantic import BeforeValidator, Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import InputError
-from ..fields import Times, TokenId, Tokens
-from .core import Row, Violation
-from .method import DecodeMethod, Plugins
-from .thinking import checked_ids, end_think_ids, read_ids, read_none, require
+from ..core.errors import InputError
+from ..core.fields import Times, TokenId, Tokens
+from .contract import DecodeMethod, Plugins
+from .generation.monitor import Violation
+from .generation.sequence import Row
+from .reasoning.reflection import checked_ids, end_think_ids, read_ids, read_none, require
 
 __all__ = ["BudgetForcing", "BudgetForcingMonitor"]
 

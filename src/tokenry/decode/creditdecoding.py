@@ -14,12 +14,12 @@ import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from ..errors import InputError
-from ..fields import Entries, Portion, Share, Weight
-from .diffusion import LogitsTransform
-from .diffusion_method import DiffusionMethod, DiffusionParts
-from .diffusion_state import DiffusionState, Edit
-from .thinking import read_none
+from ..core.errors import InputError
+from ..core.fields import Entries, Portion, Share, Weight
+from .denoising.contract import DiffusionMethod, DiffusionParts
+from .denoising.loop import LogitsTransform
+from .denoising.state import DiffusionState, Edit
+from .reasoning.reflection import read_none
 
 __all__ = ["CreditDecoding", "CreditFusion"]
 

@@ -16,9 +16,9 @@ import torch
 from pydantic import BeforeValidator, Field, field_validator
 from torch import Tensor
 
-from ..errors import InputError
-from ..fields import Logits, Share
-from .thinking import BiasLogitsProcessor, ReflectionMethod, read_none, require
+from ..core.errors import InputError
+from ..core.fields import Logits, Share
+from .reasoning.reflection import BiasLogitsProcessor, ReflectionMethod, read_none, require
 
 __all__ = [
     "CyclicReflectionLogitsProcessor",

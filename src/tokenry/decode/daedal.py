@@ -15,11 +15,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ..errors import InputError
-from ..fields import Portion, Probability, Share, Tokens
-from .diffusion import LengthPolicy, MaskedDiffusionModel
-from .diffusion_method import DiffusionMethod, DiffusionParts
-from .diffusion_state import FRESH, DiffusionState, Edit, Prediction
+from ..core.errors import InputError
+from ..core.fields import Portion, Probability, Share, Tokens
+from .denoising.contract import DiffusionMethod, DiffusionParts
+from .denoising.loop import LengthPolicy, MaskedDiffusionModel
+from .denoising.state import FRESH, DiffusionState, Edit, Prediction
 
 __all__ = ["Daedal", "DaedalLength", "LengthTrace", "eos_confidence"]
 

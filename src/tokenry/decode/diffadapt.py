@@ -20,23 +20,16 @@ from torch import Tensor
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import LogitsProcessor, TemperatureLogitsWarper
 
-from ..difficulty import (
-    CLASSES,
-    DifficultyProbe,
-    Prompt,
-    Questions,
-    prompt_ids,
-    read_questions,
-)
-from ..errors import InputError
-from ..fields import Probability, Temperature, check
-from ..files import explained, read_json
-from ..prompts import listed_prompts
-from ..rows import left_padded, shared_length
-from ..schemas import Fields, checked
+from ..core.errors import InputError
+from ..core.fields import Probability, Temperature, check
+from ..core.files import explained, read_json
+from ..core.schemas import Fields, checked
+from ..learned.difficulty_probe import CLASSES, DifficultyProbe, Prompt, Questions, read_questions
+from ..models.batch import left_padded, shared_length
+from ..models.prompts import listed_prompts, prompt_ids
 from .api import generate
-from .core import DecodeOutput
-from .method import DecodeMethod
+from .contract import DecodeMethod
+from .generation.loop import DecodeOutput
 
 __all__ = ["DEFAULT_STRATEGIES", "DiffAdapt", "DiffAdaptOutput", "Strategy", "generate_by_strategy", "oracle_strategy"]
 

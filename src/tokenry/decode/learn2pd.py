@@ -18,15 +18,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import InputError
-from ..fields import Block, Probability, Tokens
-from ..filtering import ConfidenceFilter, TraceDataset
-from ..prompts import encode_prompts
-from ..words import listed
-from .diffusion import LengthPolicy, MaskedDiffusionModel, diffusion_generate
-from .diffusion_method import DiffusionMethod, DiffusionParts
-from .diffusion_state import DiffusionState, Edit, Prediction
-from .unmask import FixedCount, UnmaskPolicy, best_first
+from ..core.errors import InputError
+from ..core.fields import Block, Probability, Tokens
+from ..learned.confidence_filter import ConfidenceFilter, TraceDataset
+from ..models.prompts import encode_prompts
+from ..text.words import listed
+from .denoising.contract import DiffusionMethod, DiffusionParts
+from .denoising.loop import LengthPolicy, MaskedDiffusionModel, diffusion_generate
+from .denoising.state import DiffusionState, Edit, Prediction
+from .denoising.unmask import FixedCount, UnmaskPolicy, best_first
 
 __all__ = ["EndOfTextTruncation", "Learn2PD", "LearnedFilter", "OraclePolicy", "collect_egp_traces"]
 

@@ -9,11 +9,11 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from ..fields import Portion, Positive, Probability, Temperature, Tokens, Weight, check
-from .diffusion_method import DiffusionMethod, DiffusionParts
-from .diffusion_transforms import Guidance
-from .thinking import read_none
-from .unmask import Chance, Confidence, Factor, FixedCount, Runs
+from ..core.fields import Portion, Positive, Probability, Temperature, Tokens, Weight, check
+from .denoising.contract import DiffusionMethod, DiffusionParts
+from .denoising.transforms import Guidance
+from .denoising.unmask import Chance, Confidence, Factor, FixedCount, Runs
+from .reasoning.reflection import read_none
 
 __all__ = ["MaskedDiffusion"]
 

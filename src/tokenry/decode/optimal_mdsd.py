@@ -1,7 +1,7 @@
 """Optimal multi-draft speculative decoding: greedy drafts, with the verifier that reaches their ceiling.
 
 Paper: Towards Optimal Multi-draft Speculative Decoding, arXiv 2502.18779. The ceilings themselves are in
-`tokenry.decode.acceptance`, the verifiers in `tokenry.decode.verifiers`.
+`tokenry.decode.speculation.acceptance`, the verifiers in `tokenry.decode.speculation.verifiers`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from ..fields import Drafts
-from .spectr import Spectr
+from ..core.fields import Drafts
+from .speculation.method import DraftingMethod
 
 __all__ = ["OptimalMDSD"]
 
 
-class OptimalMDSD(Spectr):
+class OptimalMDSD(DraftingMethod):
     """Several drafts per position: the most probable ones and a random one, accepted as often as can be."""
 
     slug: ClassVar[str] = "optimal-mdsd"

@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import LogitsProcessor
 
-from ..dead_end import DeadEndValueModel, ValueCache
-from ..errors import InputError
-from ..fields import Portion, Share
-from .method import DecodeMethod, Plugins
+from ..core.errors import InputError
+from ..core.fields import Portion, Share
+from ..learned.dead_end_values import DeadEndValueModel, ValueCache
+from .contract import DecodeMethod, Plugins
 
 __all__ = ["Rectification", "RectifierLogitsProcessor", "cap_distribution", "cap_top_tokens", "iterate_caps"]
 

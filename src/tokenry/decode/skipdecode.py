@@ -16,14 +16,16 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import InputError
-from ..fields import Layers, Multiple, Positive, Tokens
-from ..holding import hooked
-from ..hooks import Feed, LayerSwitch, decoder_body, decoder_layers, on_feed
-from ..skipping import SkipSchedule, skip_forward
-from .engine import layers_needed
-from .method import DecodeMethod, Plugins
-from .thinking import read_ids
+from ..core.errors import InputError
+from ..core.fields import Layers, Multiple, Positive, Tokens
+from ..hooks.holding import hooked
+from ..hooks.layers import LayerSwitch
+from ..hooks.residual import Feed, on_feed
+from ..hooks.skip_schedule import SkipSchedule, skip_forward
+from ..models.anatomy import decoder_body, decoder_layers
+from .contract import DecodeMethod, Plugins
+from .generation.engine import layers_needed
+from .reasoning.reflection import read_ids
 
 __all__ = ["SkipDecode", "SkipPolicy", "SkipSchedule", "skip_forward"]
 

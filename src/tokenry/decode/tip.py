@@ -12,8 +12,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..fields import Logits
-from .thinking import BiasLogitsProcessor, ReflectionMethod, require
+from ..core.fields import Logits
+from .reasoning.reflection import BiasLogitsProcessor, ReflectionMethod, require
 
 __all__ = ["ThoughtSwitchPenalty", "ThoughtSwitchPenaltyLogitsProcessor"]
 

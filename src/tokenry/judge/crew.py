@@ -15,14 +15,14 @@ from pydantic import Field, WithJsonSchema, field_validator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import InputError
-from ..method import Method
-from ..prompts import listed_prompts, rendered
-from ..spans import text_offsets
-from ..text import check_encodable
-from ..trace import Trace
-from ..words import listed
-from .answers import Marker, answer_tokens, check_marker, find_answer, normalise_answer
+from ..core.errors import InputError
+from ..core.method import Method
+from ..models.prompts import listed_prompts, rendered
+from ..text.answers import Marker, answer_tokens, check_marker, find_answer, normalise_answer
+from ..text.spans import text_offsets
+from ..text.token_text import check_encodable
+from ..text.words import listed
+from ..trace.trace import Trace
 
 __all__ = ["CRew", "CRewScorer", "Judged", "Solution"]
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..hooks import fingerprint
-from .kept import tokenizer_hash
+from ..models.anatomy import fingerprint
+from .build_cache import tokenizer_hash
 from .statistics import Interval, bootstrap_statistic, paired_bootstrap
 from .store import RunStore
 from .task import COSTS, Experiment, Outcome, Sample, Statistic

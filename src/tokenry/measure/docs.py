@@ -14,7 +14,7 @@ from typing import Any
 
 from .. import catalog
 from ..zoo.recipes import RECIPES, record_of
-from .evidence import load_evidence
+from .ledger import load_evidence
 
 __all__ = ["documents"]
 

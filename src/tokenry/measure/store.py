@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
-from ..files import explained, shown
+from ..core.errors import InputError
+from ..core.files import explained, shown
 from .task import Outcome
 
 __all__ = ["RunStore", "signature"]

@@ -18,13 +18,13 @@ from rich.table import Table
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..difficulty import CLASSES, DifficultyProbe, Prompt, prompt_ids, read_questions
-from ..errors import InputError
-from ..fields import Count, Probability, Rate, Temperature, Weight
-from ..method import Method
-from ..positions import check_prompt_fits
-from ..prompts import listed_prompts
-from .reading import Reading
+from ..core.errors import InputError
+from ..core.fields import Count, Probability, Rate, Temperature, Weight
+from ..core.method import Method
+from ..learned.difficulty_probe import CLASSES, DifficultyProbe, Prompt, read_questions
+from ..models.positions import check_prompt_fits
+from ..models.prompts import listed_prompts, prompt_ids
+from .contract import Reading
 
 __all__ = [
     "DifficultyLabels",

@@ -15,15 +15,16 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import InputError
-from ..fields import Count, Entries
-from ..hooks import clamp_neurons
-from ..method import Method
-from ..trace import Trace
-from ..words import listed
-from .directions import Side, neuron_rows, top_tokens, unembedding
-from .neuron_map import NeuronMap, Progress
-from .reading import Reading
+from ..core.errors import InputError
+from ..core.fields import Count, Entries
+from ..core.method import Method
+from ..hooks.neurons import clamp_neurons
+from ..models.anatomy import unembedding
+from ..text.words import listed
+from ..trace.trace import Trace
+from .contract import Reading
+from .weights.directions import Side, neuron_rows, top_tokens
+from .weights.neuron_map import NeuronMap, Progress
 
 __all__ = ["LMHeadNeurons", "clamp_effect"]
 

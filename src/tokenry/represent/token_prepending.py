@@ -18,13 +18,14 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import InputError
-from ..fields import Layer, Layers, Seed
-from ..holding import hold, hooked
-from ..hooks import Feed, decoder_layers, edit_inputs, effective_weight, on_feed, unwrapped, vocabulary_size
-from ..masks import sees_both_sides
-from ..method import Method
-from .prompts import PromptEmbedder, last_tokens, read_prompt
+from ..core.errors import InputError
+from ..core.fields import Layer, Layers, Seed
+from ..core.method import Method
+from ..hooks.holding import hold, hooked
+from ..hooks.residual import Feed, edit_inputs, on_feed
+from ..models.anatomy import decoder_layers, effective_weight, unwrapped, vocabulary_size
+from ..models.masks import sees_both_sides
+from .text.prompt_embedder import PromptEmbedder, last_tokens, read_prompt
 
 __all__ = ["Prepending", "TokenPrepending"]
 

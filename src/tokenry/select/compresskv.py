@@ -19,14 +19,15 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..attention import AttentionCall, observe
-from ..errors import InputError
-from ..fields import Block, Count, Multiple, Seed, Tokens
-from ..hooks import fingerprint
-from .core import CacheCutter, LayerView, full_attention_layers
-from .method import SelectMethod
-from .profile import HeadProfile, shape_of
-from .scores import (
+from ..core.errors import InputError
+from ..core.fields import Block, Count, Multiple, Seed, Tokens
+from ..hooks.attention import AttentionCall, observe
+from ..models.anatomy import fingerprint, full_attention_layers, shape_of
+from .contract import SelectMethod
+from .cutters.cache import CacheCutter
+from .heads.profile import HeadProfile
+from .keep.keep_map import LayerView
+from .keep.topk import (
     allocate_layer_budgets,
     find_answer_span,
     keep_topk,
@@ -38,7 +39,7 @@ from .scores import (
 
 __all__ = ["CompressKV", "NeedlePrompt", "identify_retrieval_heads", "layer_eviction_error", "shipped_profile"]
 
-SHIPPED = Path(__file__).with_name("data") / "smollm2.json"
+SHIPPED = Path(__file__).parent / "heads" / "data" / "smollm2.json"
 
 
 class NeedlePrompt(NamedTuple):

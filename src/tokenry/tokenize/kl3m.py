@@ -16,12 +16,12 @@ from pydantic import BeforeValidator, Field, model_validator
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ..errors import InputError
-from ..fields import Count
-from ..method import Method, read_lines
-from ..text import check_encodable
-from ..words import listed
-from .custom import GROUPS, custom_tokens
+from ..core.errors import InputError
+from ..core.fields import Count
+from ..core.method import Method, read_lines
+from ..text.token_text import check_encodable
+from ..text.words import listed
+from .text.kl3m_tokens import GROUPS, custom_tokens
 
 __all__ = ["KL3M", "SPECIAL_TOKENS", "train_char_bpe", "train_domain_bpe"]
 

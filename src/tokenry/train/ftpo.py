@@ -19,8 +19,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
-from ..errors import InputError
-from ..fields import (
+from ..core.errors import InputError
+from ..core.fields import (
     Batch,
     Count,
     Layers,
@@ -35,11 +35,13 @@ from ..fields import (
     Weight,
     Width,
 )
-from ..hooks import decoder_layers, edit_inputs, skip_layers
-from .lora import lora_last_layers, merged, save_adapter, with_adapter
-from .losses import choice_win, final_token_dpo_loss, ftpo_loss, others, target_ids
-from .method import TrainMethod, report_progress
-from .pairs import Pair, balance_pairs, check_pairs, read_pairs, to_pairs, without_function_words
+from ..hooks.layers import skip_layers
+from ..hooks.residual import edit_inputs
+from ..models.anatomy import decoder_layers
+from .adapters import lora_last_layers, merged, save_adapter, with_adapter
+from .contract import TrainMethod, report_progress
+from .preference.losses import choice_win, final_token_dpo_loss, ftpo_loss, others, target_ids
+from .preference.pairs import Pair, balance_pairs, check_pairs, read_pairs, to_pairs, without_function_words
 
 __all__ = [
     "FTPO",

@@ -22,12 +22,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from .. import catalog
-from ..errors import InputError
-from ..fields import Batch, Block, Count, Rate, Seed, Tokens, Width
-from ..files import read_records
-from ..filtering import ConfidenceFilter, TraceDataset
-from ..words import listed
-from .method import TrainMethod
+from ..core.errors import InputError
+from ..core.fields import Batch, Block, Count, Rate, Seed, Tokens, Width
+from ..core.files import read_records
+from ..learned.confidence_filter import ConfidenceFilter, TraceDataset
+from ..text.words import listed
+from .contract import TrainMethod
 
 __all__ = ["FilterTrainer", "Learn2PDFilter", "filter_report", "split_traces", "train_filter"]
 

@@ -26,13 +26,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..dead_end import DeadEndValueModel
-from ..errors import InputError
-from ..fields import Batch, Layers, Passes, Portion, Rate, Seed, Times
-from ..files import is_number, read_records
-from ..schemas import Fields, checked
-from .method import TrainMethod, report_progress
-from .pairs import TokenId
+from ..core.errors import InputError
+from ..core.fields import Batch, Layers, Passes, Portion, Rate, Seed, Times
+from ..core.files import is_number, read_records
+from ..core.schemas import Fields, checked
+from ..learned.dead_end_values import DeadEndValueModel
+from .contract import TrainMethod, report_progress
+from .preference.pairs import TokenId
 
 __all__ = [
     "Rectifier",

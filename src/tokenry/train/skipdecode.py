@@ -1,7 +1,7 @@
 """Supervised fine-tuning for SkipDecode: the loss of `SFTTrainer`, with every token as deep as it will be decoded.
 
 Paper: SkipDecode, arXiv 2307.02628. All layers compute all columns and a mask chooses, so a step costs what it always
-does; see `tokenry.skipping.skip_forward`.
+does; see `tokenry.hooks.skip_schedule.skip_forward`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError
-from ..hooks import decoder_layers, mask_layers
-from ..skipping import SkipSchedule
+from ..core.errors import InputError
+from ..hooks.layers import mask_layers
+from ..hooks.skip_schedule import SkipSchedule
+from ..models.anatomy import decoder_layers
 
 try:
     from trl import SFTConfig, SFTTrainer

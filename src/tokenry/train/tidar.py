@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, Trainer
 
-from ..errors import InputError
-from ..hooks import vocabulary_size
-from ..masks import as_attention_mask, block_diffusion_mask, check_full_attention, check_mask
+from ..core.errors import InputError
+from ..models.anatomy import vocabulary_size
+from ..models.masks import as_attention_mask, block_diffusion_mask, check_full_attention, check_mask
 
 __all__ = ["TiDARLoss", "TiDARTrainer", "tidar_loss"]
 

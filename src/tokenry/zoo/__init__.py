@@ -3,8 +3,6 @@
 `tokenry.load("zoo/reasoner")` loads one; `tokenry zoo build reasoner` builds it.
 """
 
-from ..lazy import exports
+from ..core.lazy import exports
 
-_HOMES = {"RECIPES": "recipes", "Recipe": "recipes", "build": "recipes", "find_recipe": "recipes"}
-__all__ = sorted(_HOMES)
-__getattr__ = exports(__name__, _HOMES)
+__getattr__, __dir__, __all__ = exports(__name__, __file__)

@@ -1,4 +1,4 @@
-"""zoo/denoiser: a masked-diffusion model that solves the puzzles of `tokenry.puzzles`.
+"""zoo/denoiser: a masked-diffusion model that solves the puzzles of `tokenry.data.puzzles`.
 
     add 843000+257000=0011<eos><eos><eos>
     sort 4092=0249<eos><eos><eos><eos>
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from ..decode.diffusion import MaskedDiffusionModel, diffusion_generate
-from ..problems import draw_problems, split_of
-from ..prompts import encode_prompts
-from ..puzzles import EMPTY, PUZZLES
-from ..train.diffusion import masked_diffusion_loss
+from ..data.problems import draw_problems, split_of
+from ..data.puzzles import EMPTY, PUZZLES
+from ..decode.denoising.loop import MaskedDiffusionModel, diffusion_generate
+from ..models.prompts import encode_prompts
+from ..train.masked_diffusion import masked_diffusion_loss
 from .training import Progress, batches_by_length, character_tokenizer, fit, untrained_llama
 
 __all__ = ["WIDEST", "build_tokenizer", "measure", "train"]

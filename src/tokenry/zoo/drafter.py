@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from ..data.problems import Arithmetic, Problem, draw_problems
 from ..decode.api import generate
-from ..models import load
-from ..problems import Arithmetic, Problem, draw_problems
+from ..models.load import load
 from .reasoner import DIRECT, LEVELS, examples
 from .training import Progress, batches_by_length, fit
 

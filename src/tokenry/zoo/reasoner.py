@@ -26,8 +26,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from ..data.problems import Arithmetic, Problem, apply_sign, by_difficulty, draw_problems, split_of
 from ..decode.api import generate
-from ..problems import Arithmetic, Problem, apply_sign, by_difficulty, draw_problems, split_of
 from .training import Progress, batches_by_length, character_tokenizer, fit, untrained_llama
 
 __all__ = ["DIRECT", "JUDGE", "build_tokenizer", "judgement", "judging_prompt", "measure", "solution", "train"]

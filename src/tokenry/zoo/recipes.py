@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError
-from ..files import explained, read_json
-from ..models import LoadedModel, load, zoo_folders
-from ..outputs import check_folder, write_folder
-from ..schemas import Fields, checked
+from ..core.errors import InputError
+from ..core.files import explained, read_json
+from ..core.outputs import check_folder, write_folder
+from ..core.schemas import Fields, checked
+from ..models.load import LoadedModel, load, zoo_folders
 from .training import Progress
 
 __all__ = ["RECIPES", "Recipe", "build", "find_recipe", "record_of"]

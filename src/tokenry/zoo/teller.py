@@ -21,8 +21,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from ..data.problems import Split, split_of
 from ..decode.api import generate
-from ..problems import Split, split_of
 from .training import Progress, batches_by_length, fit, untrained_llama
 
 __all__ = [

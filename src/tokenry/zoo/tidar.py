@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from ..data.problems import Arithmetic, draw_problems
 from ..decode.api import generate
 from ..decode.tidar import TiDAR
-from ..models import load
-from ..problems import Arithmetic, draw_problems
+from ..models.load import load
 from ..train.tidar import tidar_loss
 from .reasoner import LEVELS, examples
 from .training import Progress, batches_by_length, fit

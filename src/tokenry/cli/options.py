@@ -1,0 +1,168 @@
+"""What the verbs share: options, methods from the command line, models, files."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import click
+
+from .. import catalog
+from ..core.errors import InputError
+from ..core.fields import allowed, fits, shown
+from ..core.files import as_text, entries_of, explained
+
+if TYPE_CHECKING:
+    from ..core.method import Method
+
+
+class _Said(logging.Handler):
+    """Shows on standard error what reading a file has found."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(record.getMessage(), err=True)
+
+
+SAID = _Said()
+
+
+def example(text: str) -> str:
+    """An epilog that click does not reflow."""
+    return "\b\nExample:\n  " + text
+
+
+class Number(click.ParamType):
+    """A number with the bounds that it is declared with, see `tokenry.core.fields`."""
+
+    def __init__(self, declared: Any, or_else: str = "") -> None:
+        self.declared, self.or_else = declared, or_else
+        self.name = "integer" if get_args(declared)[0] is int else "float"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        try:
+            number = get_args(self.declared)[0](value)
+        except ValueError:
+            number = None
+        if not fits(number, self.declared):
+            given = shown(value) if number is None or len(value) > 20 else number
+            raise InputError(f"{param.opts[0]} {given} is not allowed; give {allowed(self.declared)}{self.or_else}")
+        return number
+
+
+def as_json(value: Any) -> None:
+    click.echo(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+def trust_option(command: Any) -> Any:
+    """--trust-remote-code, for verbs that load a model or a tokenizer."""
+    text = "Run Python code that comes with the model or tokenizer."
+    return click.option("--trust-remote-code", is_flag=True, help=text)(command)
+
+
+def model_options(command: Any) -> Any:
+    """--model, --dtype, --device, --trust-remote-code and --json."""
+    for option in (
+        click.option("--json", "json_output", is_flag=True, help="Print JSON."),
+        trust_option,
+        click.option("--device", help="Where to run; default: cuda where there is one."),
+        click.option("--dtype", help="float32, bfloat16 or float16; default: float32 on CPU."),
+        click.option("--model", "model_name", default="smollm2", show_default=True, help="Name, folder or hub id."),
+    ):
+        command = option(command)
+    return command
+
+
+def force_option(command: Any) -> Any:
+    """--force, for verbs that write."""
+    text = "Write also where there is something that tokenry did not write."
+    return click.option("--force", is_flag=True, help=text)(command)
+
+
+def parse_methods(slugs: Sequence[str], pairs: Sequence[str], stage: str) -> list[Method]:
+    """Methods with their -o options; with several methods an option is written slug.name=value."""
+    classes = {}
+    for slug in slugs:
+        entry = catalog.get(slug, stage)
+        if entry.stage != stage:
+            raise InputError(f"{slug} belongs to the stage {entry.stage!r}; use `tokenry {entry.stage}`")
+        classes[slug] = entry.load()
+    own: dict[str, list[str]] = {slug: [] for slug in slugs}
+    for pair in pairs:
+        prefix, dot, _ = pair.partition("=")[0].partition(".")
+        if dot and prefix in own:
+            own[prefix].append(pair.removeprefix(prefix + "."))
+        elif len(own) == 1:
+            own[slugs[0]].append(pair)
+        else:
+            raise InputError(f"say which method the option {pair!r} is for: -o SLUG.{pair}")
+    return [cls.from_strings(own[slug]) for slug, cls in classes.items()]
+
+
+def refuse_unused(names: Sequence[str], reason: str) -> None:
+    """Refuse options that were given on the command line and would not be looked at."""
+    context, typed = click.get_current_context(), click.core.ParameterSource.COMMANDLINE
+    given = {o for p in context.command.params if context.get_parameter_source(p.name) is typed for o in p.opts}
+    unused = [name for name in names if name in given]
+    if unused:
+        raise InputError(f"{', '.join(unused)} would have no effect {reason}; leave it out")
+
+
+def quiet() -> None:
+    """No warnings and progress bars of transformers."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def load_model(name: str, dtype: str | None, device: str | None, trust_remote_code: bool = False) -> Any:
+    """Load quietly."""
+    from ..models.load import load
+
+    quiet()
+    return load(name, dtype, device, trust_remote_code)
+
+
+def read_text(path: str, what: str) -> str:
+    """The text of a file, or of standard input for '-'."""
+    with explained(f"the {what} {path!r} cannot be read", "give a text file"):
+        if path == "-" and sys.stdin is None:
+            raise ValueError("standard input is closed")
+        return as_text(sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes())
+
+
+def read_entries(path: str, what: str, remedy: str) -> list[str]:
+    """The entries of a user's file or of standard input, blank ones too."""
+    text = read_text(path, what)
+    with explained(f"the {what} {path!r} cannot be read", remedy):
+        return entries_of(text)
+
+
+def console(**options: Any) -> Any:
+    """A rich console that takes text as it is: names and paths may hold what looks like markup or :emoji:."""
+    from rich.console import Console
+
+    return Console(markup=False, emoji=False, **options)
+
+
+@contextmanager
+def progress(what: str, total: int | None) -> Iterator[Callable[..., None]]:
+    """A bar on standard error; yields `update(advance=1)`, which also takes completed, total and description."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda **fields: bar.update(task, **fields)

@@ -1,0 +1,1 @@
+"""core: errors, methods and their fields, outputs; imports no torch."""

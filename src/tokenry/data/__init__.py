@@ -1,0 +1,5 @@
+"""data: problems, puzzles, corpora and prompts."""
+
+from ..core.lazy import exports
+
+__getattr__, __dir__, __all__ = exports(__name__, __file__)

@@ -1,0 +1,13 @@
+from .problems import Arithmetic as Arithmetic
+from .problems import Problem as Problem
+from .problems import Split as Split
+from .problems import VerifiableTask as VerifiableTask
+from .problems import apply_sign as apply_sign
+from .problems import by_difficulty as by_difficulty
+from .problems import draw_problems as draw_problems
+from .problems import split_of as split_of
+from .puzzles import PUZZLES as PUZZLES
+from .puzzles import Addition as Addition
+from .puzzles import Sorting as Sorting
+from .puzzles import Sudoku as Sudoku
+from .puzzles import kind_of as kind_of

@@ -1,0 +1,1 @@
+"""decode.denoising"""

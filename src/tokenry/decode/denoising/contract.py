@@ -1,0 +1,196 @@
+"""What methods for masked-diffusion models share: they bring parts to the diffusion loop, alone or several together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Sized
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from ...core.errors import InputError
+from ...core.fields import Tokens
+from ...models.prompts import Prompts, encode_prompts
+from ..contract import DecodeMethod
+from ..generation.options import ending
+from .loop import (
+    DiffusionOutput,
+    LengthPolicy,
+    LogitsTransform,
+    MaskedDiffusionModel,
+    diffusion_generate,
+    sampling_warpers,
+)
+from .unmask import Threshold, UnmaskPolicy
+
+__all__ = ["DiffusionMethod", "DiffusionMethods", "DiffusionParts"]
+
+Cache = Literal["none", "prefix", "dual"]
+
+
+@dataclass(frozen=True)
+class DiffusionParts:
+    """What a method brings to `diffusion_generate`. Adding those of two methods combines them.
+
+    Attributes:
+        unmask: a rule of its own for what is committed.
+        threshold: else commit what is at least this probable.
+        transforms: act on the logits, in order.
+        length: how wide the windows are.
+        gen_length: the width they begin with, if not that of the call.
+    """
+
+    unmask: UnmaskPolicy | None = None
+    threshold: float | None = None
+    transforms: tuple[LogitsTransform, ...] = ()
+    length: LengthPolicy | None = None
+    gen_length: int | None = None
+
+    def __add__(self, other: DiffusionParts) -> DiffusionParts:
+        if self.unmask and other.unmask:
+            raise InputError("two methods both decide what is committed; use one of them")
+        if self.length and other.length:
+            raise InputError("two methods both decide how wide the window is; use one of them, or switch it off in one")
+        thresholds = {t for t in (self.threshold, other.threshold) if t is not None}
+        unmask = self.unmask or other.unmask
+        if len(thresholds) > 1 and unmask is None:
+            raise InputError(f"two methods commit at different thresholds, {sorted(thresholds)}; give both the same")
+        return DiffusionParts(
+            unmask,
+            next(iter(thresholds), None),
+            self.transforms + other.transforms,
+            self.length or other.length,
+            self.gen_length or other.gen_length,
+        )
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of `diffusion_generate`."""
+        unmask = self.unmask or (None if self.threshold is None else Threshold(self.threshold))
+        width = {} if self.gen_length is None else {"gen_length": self.gen_length}
+        return {"unmask": unmask, "transforms": self.transforms, "length": self.length, **width}
+
+
+class DiffusionMethods:
+    """Methods for masked-diffusion models that act together; stands for them in `tokenry.generate`."""
+
+    def __init__(self, methods: Sequence[DiffusionMethod]) -> None:
+        self.methods = tuple(methods)
+        self.slug = " and ".join(method.slug for method in methods)
+
+    def beside(self, other: DecodeMethod) -> DiffusionMethods:
+        """These methods with one more."""
+        if not isinstance(other, DiffusionMethod):
+            raise InputError(f"{self.slug} and {other.slug} both read the prompts first; use one of them")
+        return DiffusionMethods((*self.methods, other))
+
+    def options(self, max_new_tokens: int) -> dict[str, Any]:
+        """Arguments of `diffusion_generate`; policies and transforms are new ones."""
+        first, *others = (method.parts(max_new_tokens) for method in self.methods)
+        parts = sum(others, first)
+        return {
+            "gen_length": max_new_tokens,
+            "block_length": self._agreed("block_length"),
+            "cache": self._agreed("cache"),
+            **parts.options(),
+        }
+
+    def _agreed(self, name: str) -> Any:
+        """An option that all must share; one that was given goes before defaults."""
+        given = {getattr(method, name) for method in self.methods if name in method.model_fields_set}
+        if len(given) > 1:
+            raise InputError(f"{self.slug} are given different values of {name}, {sorted(given)}; give one")
+        return next(iter(given), getattr(self.methods[0], name))
+
+    def generate(
+        self,
+        model: PreTrainedModel | MaskedDiffusionModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Prompts,
+        *,
+        max_new_tokens: int = 256,
+        chat: bool = True,
+        seed: int | None = None,
+        streamers: Sequence[BaseStreamer] = (),
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        **plugins: Any,
+    ) -> DiffusionOutput:
+        """See `DiffusionMethod.generate`."""
+        foreign = [name for name, value in plugins.items() if not _asks_nothing(value)]
+        if foreign:
+            raise InputError(
+                f"{self.slug} does not write from left to right and has no use for {foreign[0]}; leave it out"
+            )
+        options = self.options(max_new_tokens)
+        if not isinstance(model, MaskedDiffusionModel):
+            model = MaskedDiffusionModel(model, tokenizer)
+        for method in self.methods:
+            method.check(model, do_sample)
+        inputs = encode_prompts(tokenizer, prompts, chat).to(model.device)
+        rows = len(inputs["input_ids"])
+        if streamers and len(streamers) != rows:
+            raise InputError(f"{len(streamers)} streamers for {rows} rows; give one streamer per row")
+        with ending(streamers) as streamers:
+            output = diffusion_generate(
+                model,
+                inputs["input_ids"],
+                inputs.get("attention_mask"),
+                warpers=sampling_warpers(do_sample, temperature, top_k, top_p, min_p),
+                seed=seed,
+                tokenizer=tokenizer,
+                **options,
+            )
+            for row, streamer in enumerate(streamers):
+                streamer.put(torch.tensor(output.prompt_ids[row]))
+                streamer.put(torch.tensor(output.new_ids[row]))
+        return output
+
+
+def _asks_nothing(value: Any) -> bool:
+    return value is None or value is False or (isinstance(value, Sized) and len(value) == 0)
+
+
+class DiffusionMethod(DecodeMethod):
+    """A decode method that needs a masked-diffusion model. It has no plug-ins for the other loop, which goes from left
+    to right, but `parts` for this one, and a `generate` of its own."""
+
+    block_length: Tokens = Field(32, description="tokens of a block; the window is filled block by block")
+    cache: Cache = Field("none", description="keys and values kept within a block")
+
+    def parts(self, max_new_tokens: int) -> DiffusionParts:
+        """What it brings to the loop for windows of at most `max_new_tokens`; new ones for every call."""
+        raise NotImplementedError
+
+    def check(self, model: MaskedDiffusionModel, do_sample: bool) -> None:
+        """Refuse a model, or drawn tokens, that it was not made for."""
+
+    def beside(self, other: DecodeMethod) -> DiffusionMethods:
+        """This method and another one, to act together."""
+        return DiffusionMethods([self]).beside(other)
+
+    def generate(
+        self,
+        model: PreTrainedModel | MaskedDiffusionModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Prompts,
+        **options: Any,
+    ) -> DiffusionOutput:
+        """Fill a window of `max_new_tokens` after each prompt.
+
+        Args:
+            prompts: a prompt or several, see `encode_prompts`.
+            options: as in `tokenry.generate`: max_new_tokens, chat, do_sample, temperature, top_k, top_p, min_p; seed
+                of all that is drawn, tokens and positions; streamers, one per row, which get their row when it is
+                finished, since it does not grow from left to right.
+
+        Raises:
+            InputError: empty prompt, a model that is causal or has no mask token, a window that is no multiple of the
+                block or beyond the model's context, a plug-in of the other loop.
+        """
+        return DiffusionMethods([self]).generate(model, tokenizer, prompts, **options)

@@ -1,0 +1,308 @@
+"""What reasoning in steps needs of a model: the prompts, and a batch of texts that it reads, judges and writes on.
+
+Text is exchanged, never ids: models with different vocabularies work on the same steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.logits_process import (
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    WatermarkLogitsProcessor,
+)
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+
+from ...core.errors import InputError
+from ...models.batch import left_padded, shared_length
+from ...models.load import LoadedModel, zoo_folders
+from ...models.prompts import rendered
+from ...text.token_text import TokenText, check_encodable
+from ...text.words import listed
+from ..generation.engine import TransformersEngine
+from ..generation.options import check_config, kept_by_generate
+from ..generation.sampler import WARPERS, Chooser
+
+__all__ = ["PRESETS", "Draft", "Messages", "StepModel", "StepPrompts", "prompts_for"]
+
+Messages = str | Sequence[Mapping[str, str]]  # a problem, or a conversation whose last turn asks it
+STEPWISE = (  # processors of transformers that look at the ids alone, and not at where the prompt ended
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    MinLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    WatermarkLogitsProcessor,
+)
+LIBRARY = LogitsProcessor.__module__
+GENERATES_OWN = {"attention_mask", "logits_to_keep", "past_key_values", "position_ids", "use_cache"}
+MARK = "(the steps stand here)"
+
+
+@dataclass(frozen=True)
+class StepPrompts:
+    """The words around a problem and its steps.
+
+    Attributes:
+        instruction: what the user asks; "{problem}" stands for the problem.
+        separator: what ends a step.
+        think: opens the thinking, unless the chat template has done so.
+        end_think: ends it.
+        answers: a step that contains one of these is the last, and `end_think` is deleted from every other step, so
+            that thinking goes on. Empty: the text ends with the end-of-text token; `end_think` is kept, and the model
+            whose step it is in writes the rest, which nobody judges.
+        judge: what the user asks about the last step.
+        verdict: how the answer to that begins, up to the score.
+        chat: use the chat template; without it the texts follow one another.
+    """
+
+    instruction: str = (
+        "Think about the problem step by step, with an empty line between steps. Put the final answer in \\boxed{}; if "
+        "there are options to choose from, its letter.\n\n{problem}"
+    )
+    separator: str = "\n\n"
+    think: str = "<think>\n"
+    end_think: str = "</think>"
+    answers: tuple[str, ...] = ("boxed", "Answer:", "ANSWER:")
+    judge: str = (
+        "Look at the last step alone: are its facts and its logic right? Style does not matter. Give it a score from 0 "
+        "(wrong) to 9 (right)."
+    )
+    verdict: str = "<think>I think the quality score is: "
+    chat: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "answers", tuple(listed(self.answers, "answer")))
+        if not self.separator:
+            raise InputError("the separator is empty, so no step would ever end; give some text, for example '\\n\\n'")
+        if "{problem}" not in self.instruction:
+            raise InputError(f"the instruction {self.instruction!r} has no '{{problem}}'; say where the problem stands")
+
+    def begin(self, tokenizer: PreTrainedTokenizerBase, problem: Messages) -> str:
+        """The text before the first step."""
+        asked = self._asked(problem)
+        if not self.chat:
+            return asked[-1]["content"]
+        text = _rendered(tokenizer, asked, add_generation_prompt=True)
+        return text if text.rstrip().endswith(self.think.strip()) else text + self.think
+
+    def turn(self, tokenizer: PreTrainedTokenizerBase, problem: Messages) -> str:
+        """The text after the judged step and its separator, up to where the score stands.
+
+        It is cut out of a rendered conversation: templates that drop or trim thoughts never see the steps.
+        """
+        if not self.chat:
+            return f"{self.judge}\n{self.verdict}"
+        turns = (("assistant", MARK), ("user", self.judge), ("assistant", self.verdict))
+        talk = [*self._asked(problem), *({"role": role, "content": content} for role, content in turns)]
+        _, mark, after = _rendered(tokenizer, talk).partition(MARK)
+        before, verdict, _ = after.rpartition(self.verdict.strip())
+        if not mark or not verdict:
+            raise InputError("the chat template drops turns of the assistant, so no step can be judged; use chat=False")
+        return before + self.verdict
+
+    def judging(
+        self, tokenizer: PreTrainedTokenizerBase, problem: Messages, steps: Sequence[str], candidate: str
+    ) -> str:
+        """The text after which the score of the candidate stands."""
+        body = "".join(step + self.separator for step in (*listed(steps, "step"), candidate))
+        return self.begin(tokenizer, problem) + body + self.turn(tokenizer, problem)
+
+    def _asked(self, problem: Messages) -> list[dict[str, str]]:
+        messages = [{"role": "user", "content": problem}] if isinstance(problem, str) else [dict(m) for m in problem]
+        for message in messages:
+            check_encodable(message.get("content", ""), "the problem")
+        if not messages or messages[-1].get("role") != "user" or not messages[-1]["content"].strip():
+            raise InputError("the problem is empty; give a text, or messages of which the last is the user's")
+        messages[-1]["content"] = self.instruction.replace("{problem}", messages[-1]["content"])
+        return messages
+
+
+PRESETS = {  # "lines" is how zoo/reasoner has learnt it: a step a line, and scores of 0 or 9
+    "chat": StepPrompts(),
+    "lines": StepPrompts(
+        instruction="{problem}", separator="\n", answers=(), judge="score", verdict="score=", think="<think>\n"
+    ),
+}
+
+
+def prompts_for(model: PreTrainedModel) -> StepPrompts:
+    """The words this model knows: zoo/reasoner has its own, other models get those for chat models."""
+    ours = Path(model.name_or_path) in zoo_folders("reasoner")
+    return PRESETS["lines" if ours else "chat"]
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], **options: Any) -> str:
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; use StepPrompts(chat=False), which "
+            "puts the texts one after the other"
+        )
+    return rendered(tokenizer, messages, **options)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A step as a model has written it: without its separator, and how many tokens that took, the end included."""
+
+    text: str
+    tokens: int
+    end: Literal["separator", "eos", "length"]
+
+
+class StepModel:
+    """A model on a batch of texts, with a cache of what it has read of each.
+
+    Rows are named by their numbers. What a new text shares with the cache from the beginning on is not read again, and
+    the rest of the cache is taken back: a judging turn and a rejected step vanish with the next text.
+
+    Args:
+        starts: the text that every row begins with.
+        special: let the tokenizer add its special tokens; a chat template has put them there already.
+        seed: of sampling; every row has its own generator. None: torch's global one.
+        options: what `generate` takes.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        starts: Sequence[str],
+        special: bool = False,
+        seed: int | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.model, self.tokenizer = loaded
+        self.special = special
+        starts = listed(starts, "start")
+        processors, config, self.eos = prepared(self.model, options or {})
+        device = self.model.device
+        self.chooser = Chooser(processors, config.do_sample, seed, len(starts), device)
+        self.engine = TransformersEngine(self.model, rewinds=True)
+        self.starts = [self.encode(text) for text in starts]
+        self.held: list[list[int]] = [[] for _ in starts]  # the tokens in the cache
+        self.fed = [0] * len(starts)
+        self.window = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=self.special)
+
+    def room(self, text: str) -> float:
+        """How many tokens the context window has left after this text."""
+        return float("inf") if self.window is None else self.window - len(self.encode(text))
+
+    def read(self, texts: Mapping[int, str]) -> Tensor:
+        """Logits of the token after each text (batch, vocab); rows without a text have meaningless ones."""
+        wanted = {row: self.encode(text) for row, text in texts.items()}
+        if self.engine.columns == 0:  # a row of padding alone would have nothing to attend to
+            wanted |= {row: ids for row, ids in enumerate(self.starts) if row not in wanted}
+        blocks = {}
+        for row, ids in wanted.items():
+            held = self.held[row]
+            shared = shared_length(held, ids[:-1])  # the last token is fed in any case, for its logits
+            self.engine.forget(row, len(held) - shared)
+            del held[shared:]
+            blocks[row] = ids[shared:]
+        return self._feed(blocks)
+
+    def write(self, texts: Mapping[int, str], limits: Mapping[int, int], separator: str) -> dict[int, Draft]:
+        """Continue each text by one step of at most `limits[row]` tokens."""
+        logits = self.read(texts)
+        decoded = {row: TokenText(self.tokenizer, self.held[row], skip_special=False) for row in texts}
+        drafts: dict[int, Draft] = {}
+        while True:
+            following = {}
+            for row, text in decoded.items():
+                if row in drafts:
+                    continue
+                token = self._draw(row, logits[row])
+                draft = self._ended(text, token, limits[row], separator)
+                if draft:
+                    drafts[row] = draft
+                else:
+                    following[row] = [token]
+            if not following:
+                return drafts
+            logits = self._feed(following)
+
+    def _draw(self, row: int, logits: Tensor) -> int:
+        ids = torch.tensor([self.held[row]], device=logits.device)
+        return self.chooser.redraw(row, ids, logits, 0, False)[0]
+
+    def _ended(self, text: TokenText, token: int, limit: int, separator: str) -> Draft | None:
+        count = len(text.ids) + 1
+        if token in self.eos:
+            return Draft(text.text, count, "eos")
+        text.append(token)
+        step, found, _ = text.text.partition(separator)
+        if found:
+            return Draft(step, count, "separator")
+        return Draft(step, count, "length") if count >= limit else None
+
+    def _feed(self, blocks: Mapping[int, list[int]]) -> Tensor:
+        """Feed each row its own tokens, right-aligned; rows without any are padding."""
+        tokens, mask = left_padded([blocks.get(row, []) for row in range(len(self.held))], self.model.device)
+        for row, block in blocks.items():
+            self.held[row] += block
+            self.fed[row] += len(block)
+        return self.engine.feed(tokens, None if bool(mask.all()) else mask)
+
+
+def prepared(
+    model: PreTrainedModel, options: Mapping[str, Any]
+) -> tuple[LogitsProcessorList, GenerationConfig, set[int]]:
+    """What `generate` makes of its options on this model: logits processors, configuration, end-of-text ids."""
+
+    def take(
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: Sequence[Any],
+        generation_config: GenerationConfig,
+        **further: Any,
+    ) -> tuple[LogitsProcessorList, GenerationConfig, set[int]]:
+        kept = kept_by_generate("streamer", "assistant_model", "synced_gpus")
+        check_config(generation_config, **kept)
+        check_stepwise(logits_processor, stopping_criteria, generation_config, {*kept, *further})
+        ends = [c.eos_token_id.tolist() for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
+        return logits_processor, generation_config, {token for ids in ends for token in ids}
+
+    if options.get("stop_strings"):
+        raise InputError("stop_strings are not possible here: steps end with their separator; leave them out")
+    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    ones = torch.ones_like(ids)
+    return model.generate(
+        ids, attention_mask=ones, custom_generate=take, **{"use_cache": True, **options, "max_new_tokens": 1}
+    )
+
+
+def check_stepwise(
+    processors: Sequence[LogitsProcessor], criteria: Sequence[Any], config: GenerationConfig, given: set[str]
+) -> None:
+    """Refuse what counts from the beginning of a text, or ends one: texts are written step by step, in turns."""
+    others = [p for p in processors if not isinstance(p, WARPERS + STEPWISE) and type(p).__module__ == LIBRARY]
+    others += [c for c in criteria if not isinstance(c, EosTokenCriteria | MaxLengthCriteria)]
+    names = [type(one).__name__ for one in others] + sorted(given - GENERATES_OWN)
+    if config.num_return_sequences > 1:
+        names.append("num_return_sequences")
+    if config.cache_implementation is not None:
+        names.append("cache_implementation")
+    if names:
+        raise InputError(f"{names[0]} is not possible where models write step by step; leave it out")

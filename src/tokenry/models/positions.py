@@ -1,0 +1,41 @@
+"""How many positions a model has, and whether there is anything beyond them."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+from transformers import PreTrainedModel
+
+from ..core.errors import InputError
+
+__all__ = ["check_prompt_fits", "context_window", "fixed_positions"]
+
+OFFSETS = (0, 2)  # rows of a table before the first position (OPT has two)
+
+
+def context_window(model: PreTrainedModel) -> int | None:
+    """The tokens that the model was made for; None where its config names no number."""
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return None if window == -1 else window  # XLNet's word for any number
+
+
+def fixed_positions(model: PreTrainedModel) -> int | None:
+    """The context window of a model that looks its positions up in a table, and so has none beyond; else None."""
+    window = context_window(model)
+    if window is None:
+        return None
+    tables = chain(model.named_parameters(), model.named_buffers())
+    sizes = {t.shape[0] for name, t in tables if t.dim() == 2 and ("wpe" in name or "position" in name)}
+    return window if any(window + offset in sizes for offset in OFFSETS) else None
+
+
+def check_prompt_fits(model: PreTrainedModel, length: int, new: int = 1) -> None:
+    """Refuse a prompt of `length` tokens that leaves no position for another one, or for `new` ones in a table."""
+    window = context_window(model)
+    if window is not None and length >= window:
+        raise InputError(f"the prompt has {length} tokens, the model's context window {window}; shorten the prompt")
+    if fixed_positions(model) is not None and length + new > window:
+        raise InputError(
+            f"the prompt has {length} tokens and with {new} new ones more than the model's {window} positions; shorten "
+            "it"
+        )

@@ -1,0 +1,1 @@
+"""text: words, spans, answers, and the text of a growing list of tokens."""

@@ -1,0 +1,13 @@
+from .kl3m import KL3M as KL3M
+from .kl3m import train_char_bpe as train_char_bpe
+from .kl3m import train_domain_bpe as train_domain_bpe
+from .text.kl3m_tokens import custom_tokens as custom_tokens
+from .text.measures import boundary_stability as boundary_stability
+from .text.measures import term_lengths as term_lengths
+from .text.measures import token_size_profile as token_size_profile
+from .text.measures import tokens_per_character as tokens_per_character
+from .text.noise import ocr_errors as ocr_errors
+from .text.report import TokenizerReport as TokenizerReport
+from .text.report import load_tokenizer as load_tokenizer
+from .text.report import token_pieces as token_pieces
+from .text.report import tokenizer_report as tokenizer_report

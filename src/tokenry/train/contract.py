@@ -1,0 +1,68 @@
+"""What a train method is: what it reads from a file, how it trains, what it measures and what it leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+from ..core.method import Method
+
+__all__ = ["TrainMethod", "report_progress"]
+
+
+class TrainMethod(Method):
+    """A method of the train stage.
+
+    Class attributes: `examples` (what it learns from, in the plural), `measures` ({name: what `score` means by it}),
+    `next_step` (the command that uses the result; {output} and {model} are filled in).
+    """
+
+    stage: ClassVar[str] = "train"
+    examples: ClassVar[str]
+    measures: ClassVar[dict[str, str]]
+    next_step: ClassVar[str]
+
+    def read(self, path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+        """The examples in a file, in random order, so that the first ones can be held out."""
+        raise NotImplementedError
+
+    def trainer(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Sequence[Any],
+        output_dir: str | Path,
+        progress: Callable[..., None] | None = None,
+    ) -> Trainer:
+        """A trainer for the examples; call its `train()`.
+
+        Args:
+            progress: called with completed=steps, total=steps; nothing is printed then.
+        """
+        raise NotImplementedError
+
+    def score(self, trainer: Trainer, examples: Sequence[Any]) -> dict[str, float]:
+        """The `measures` of what is being trained, at these examples."""
+        raise NotImplementedError
+
+    def save(self, trainer: Trainer, folder: Path) -> None:
+        """Write what was trained into a folder."""
+        raise NotImplementedError
+
+
+def report_progress(trainer: Trainer, progress: Callable[..., None]) -> None:
+    """Make a trainer call `progress` after every step instead of printing."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_Progress(progress))
+
+
+class _Progress(TrainerCallback):
+    def __init__(self, progress: Callable[..., None]) -> None:
+        self.progress = progress
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.progress(completed=state.global_step, total=state.max_steps)
