@@ -1,1 +1,1 @@
-"""core: errors, methods and their fields, outputs; imports no torch."""
+"""core: errors, methods and their fields, files in and out."""
