@@ -1,1 +1,1 @@
-"""decode.denoising"""
+"""denoising: masked-diffusion decoding: its loop, state, rules, transforms and caches."""

@@ -1,1 +1,1 @@
-"""decode.generation"""
+"""generation: the left-to-right loop, its engine, sampler, sequences and monitors."""

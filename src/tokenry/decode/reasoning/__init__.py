@@ -1,1 +1,1 @@
-"""decode.reasoning"""
+"""reasoning: reflection words, and steps that are written, judged and kept."""

@@ -1,1 +1,1 @@
-"""decode.speculation"""
+"""speculation: drafters, draft trees, verifiers, and the loop that drafts."""

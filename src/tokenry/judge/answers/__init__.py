@@ -1,1 +1,1 @@
-"""judge.answers"""
+"""answers: choosing among answers, and pairs of them."""

@@ -1,1 +1,1 @@
-"""judge.text"""
+"""text: what a text is worth, without its answer."""

@@ -1,1 +1,1 @@
-"""measure.tasks"""
+"""tasks: what subjects are given, and how what they do is scored."""

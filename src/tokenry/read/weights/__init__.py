@@ -1,1 +1,1 @@
-"""read.weights"""
+"""weights: what weights say without a forward."""

@@ -1,1 +1,1 @@
-"""represent.text"""
+"""text: prompt embeddings."""

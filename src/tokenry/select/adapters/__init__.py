@@ -1,1 +1,1 @@
-"""select.adapters"""
+"""adapters: select methods for other libraries."""

@@ -1,1 +1,1 @@
-"""select.cutters"""
+"""cutters: how what is not kept is taken away."""

@@ -1,1 +1,1 @@
-"""select.heads"""
+"""heads: which attention heads look things up."""

@@ -1,1 +1,1 @@
-"""select.keep"""
+"""keep: what is kept, and by which score."""

@@ -1,1 +1,1 @@
-"""tokenize.text"""
+"""text: measures, noise, reports and fixed tokens of text tokenizers."""

@@ -1,1 +1,1 @@
-"""train.preference"""
+"""preference: pairs and their losses."""
