@@ -1,6 +1,6 @@
-"""Inside a forward: watch and edit the residual stream, heads and neurons, skip layers. All are context managers
-that nest, may end in any order, and leave nothing behind, also after an error. Each belongs to the thread that entered
-it; meanwhile another thread is refused the model (see `holding`).
+"""Inside a forward: watch and edit the residual stream, heads, and what goes into and out of modules. As all hooks,
+these are context managers that nest, may end in any order, and leave nothing behind, also after an error. Each belongs
+to the thread that entered it; meanwhile another thread is refused the model (see `holding`).
 
 Layers are numbered as decoder blocks; a block's output has shape (batch, time, width) and comes before any final
 norm. (A `Trace` counts the states between the blocks: its `resid[i + 1]` is the output of block i.)

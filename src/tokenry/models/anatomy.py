@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..core.errors import InputError
 from .kv_cache import new_cache, state_argument
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 __all__ = [
     "Projection",
