@@ -33,7 +33,7 @@ def main() -> None:
     options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "custom_generate": loop}
 
     def run(*caps):
-        return lambda: model.generate(**inputs, caps=caps, **options)
+        return lambda: model.generate(**inputs, final_processors=caps, **options)
 
     length = inputs["input_ids"].shape[1]
     heading(f"rectification, SmolLM2-135M, {length} + {NEW_TOKENS} tokens, a rectifier of 4 layers, median of rounds")

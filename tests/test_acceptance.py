@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import linprog
-from test_verifiers import draft_law, drafts_exist, enumerated, random_pair, row
+from test_verifiers import draft_distribution, drafts_exist, enumerated, random_pair, row
 
 from tokenry.core.errors import InputError
 from tokenry.decode.speculation import acceptance
@@ -26,7 +26,7 @@ def ceiling(p, q, n, scheme):
 
 def by_linear_program(p, q, n, scheme):
     """Max of Pr[y among the drafts] over couplings of the drafts with y ~ p."""
-    drafts = [(set(tokens), chance) for tokens, chance in draft_law(q, n, scheme) if chance > 0]
+    drafts = [(set(tokens), chance) for tokens, chance in draft_distribution(q, n, scheme) if chance > 0]
     size, count = len(p), len(drafts)
     gain = np.array([[-float(y in tokens) for y in range(size)] for tokens, _ in drafts])
     sums = np.zeros((count + size, count, size))
@@ -42,7 +42,7 @@ def by_linear_program(p, q, n, scheme):
 
 def inside(q, n, scheme):
     """Q(H) for every subset H of the vocabulary."""
-    drafts = [(set(tokens), chance) for tokens, chance in draft_law(q, n, scheme) if chance > 0]
+    drafts = [(set(tokens), chance) for tokens, chance in draft_distribution(q, n, scheme) if chance > 0]
     return {
         subset: sum(chance for tokens, chance in drafts if tokens <= set(subset))
         for size in range(len(q) + 1)
@@ -105,7 +105,7 @@ def test_worked_values():
     for scheme, value in zip(SAMPLINGS, (0.871, 1.0, 0.933333)):
         assert ceiling(*FOUR, 3, scheme) == pytest.approx(value, abs=1e-6)
     assert ceiling(*THREE, 3, "with") == pytest.approx(0.888)
-    p, q = THREE  # the minimising set without replacement has the tokens 1 and 2
+    p, q = THREE  # the minimizing set without replacement has the tokens 1 and 2
     chances = {h: float(p[list(h)].sum()) - c for h, c in inside(q, 2, "without").items()}
     assert min(chances, key=chances.get) == (1, 2)
 
@@ -197,15 +197,15 @@ def by_fine_quadrature(p, q, n, nodes=2400):
     p, q = (x.numpy() for x in acceptance._by_ratio(p, q))
     z = np.linspace(-30, 45, nodes)
     t, width = np.exp(z), z[1] - z[0]
-    law = np.zeros((n, nodes))
-    law[0] = 1
+    distribution = np.zeros((n, nodes))
+    distribution[0] = 1
     best, mass, outside = 0.0, 0.0, np.append(np.cumsum(q[::-1])[::-1], 0)
     for i, rate in enumerate(q):
         arrived = -np.expm1(-rate * t)
-        law[1:] = law[1:] * (1 - arrived) + law[:-1] * arrived
-        law[0] *= 1 - arrived
+        distribution[1:] = distribution[1:] * (1 - arrived) + distribution[:-1] * arrived
+        distribution[0] *= 1 - arrived
         mass, lam = mass + p[i], outside[i + 1]
-        chance = 1.0 if lam < 1e-12 else width * (lam * t * np.exp(-lam * t) * (1 - law.sum(0))).sum()
+        chance = 1.0 if lam < 1e-12 else width * (lam * t * np.exp(-lam * t) * (1 - distribution.sum(0))).sum()
         best = min(best, mass - chance)
     return 1 + best
 
@@ -302,7 +302,7 @@ def test_worked_values_of_the_verifiers():
         for name, value in values.items():
             assert float(verifier_acceptance(p, q, n, name)) == pytest.approx(value, abs=1e-6), (name, n)
     p, q = FOUR  # the naive verifier on drafts without replacement
-    naive = sum(chance * float(p[list(tokens)].sum()) for tokens, chance in draft_law(q, 2, "without"))
+    naive = sum(chance * float(p[list(tokens)].sum()) for tokens, chance in draft_distribution(q, 2, "without"))
     assert naive == pytest.approx(0.419444, abs=1e-6)
     assert float(verifier_acceptance(p, q, 2, "naive", sampling="without")) == pytest.approx(naive, abs=1e-9)
 
@@ -314,7 +314,9 @@ def test_the_naive_verifier_by_enumeration(sampling, n):
     pairs = [random_pair(seed, 5) for seed in range(6)]
     pairs = [(p, q) for p, q in pairs if sampling == "with" or int((q > 0).sum()) >= n]
     for p, q in pairs:
-        found = sum(chance * float(p[sorted(set(tokens))].sum()) for tokens, chance in draft_law(q, n, sampling))
+        found = sum(
+            chance * float(p[sorted(set(tokens))].sum()) for tokens, chance in draft_distribution(q, n, sampling)
+        )
         assert float(verifier_acceptance(p, q, n, "naive", sampling=sampling)) == pytest.approx(found, abs=1e-8)
         assert found <= float(optimal_acceptance(p, q, n, sampling)) + 1e-8
     batch = torch.stack([p for p, _ in pairs[:2]]), torch.stack([q for _, q in pairs[:2]])

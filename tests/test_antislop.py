@@ -1,4 +1,4 @@
-"""Antislop: the law of the process, matching, repair, streaming and refusals."""
+"""Antislop: the distribution of the process, matching, repair, streaming and refusals."""
 
 from collections import Counter
 
@@ -10,11 +10,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tokenry import InputError
-from tokenry.decode import Antislop, DecodeLoop, NGramBan, PhraseBan, RegexBan, Row, loop
+from tokenry.decode import Antislop, DecodeLoop, NGramBan, PhraseBan, RegexBan, SequenceState, loop
 from tokenry.decode.antislop import start_tokens
 from tokenry.decode.generation.monitor import held_tokens
 
-# --- the law of the process, by enumeration ----------------------------------------------------------------------
+# --- the distribution of the process, by enumeration -----------------------------------------------------------------
 
 LETTERS = "abcd"
 MATRIX = np.random.default_rng(0).dirichlet(np.ones(4) * 2, size=5)  # row: previous letter, or the start
@@ -28,13 +28,13 @@ def letters_tokenizer():
 
 
 class MarkovEngine:
-    """A model with four tokens: the next depends on the last. Shows that the loop needs only feed and forget."""
+    """A model with four tokens: the next depends on the last. Shows that the loop needs only forward and rollback."""
 
     def __init__(self):
-        self.calls = self.token_forwards = 0
+        self.calls = self.tokens_processed = 0
         self.history = None
 
-    def feed(self, tokens, mask=None):
+    def forward(self, tokens, mask=None):
         if self.history is None:
             self.history = [[4] for _ in tokens]
         else:
@@ -43,20 +43,20 @@ class MarkovEngine:
             ):
                 self.history[row] += [t for t, m in zip(new, ok) if m]
         self.calls += 1
-        self.token_forwards += tokens.numel()
+        self.tokens_processed += tokens.numel()
         return torch.tensor(np.log(MATRIX[[h[-1] for h in self.history]]), dtype=torch.float32)
 
-    def forget(self, row, count):
+    def rollback(self, row, count):
         del self.history[row][-count:]
 
 
-def exact_law(length, pattern):
+def exact_distribution(length, pattern):
     """Probability of every string: a node that completes the pattern is removed at its first letter."""
-    law = Counter()
+    distribution = Counter()
 
     def draw(ids, bans, mass):
         if len(ids) == length:
-            law["".join(LETTERS[i] for i in ids)] += mass
+            distribution["".join(LETTERS[i] for i in ids)] += mass
             return
         position = len(ids)
         bans = bans[: position + 1] + (frozenset(),) * (position + 1 - len(bans))
@@ -75,29 +75,29 @@ def exact_law(length, pattern):
                 draw(new[:found], again, share)
 
     draw((), (), 1.0)
-    return law
+    return distribution
 
 
-def test_the_process_follows_its_exact_law():
+def test_the_process_follows_its_exact_distribution():
     length, pattern, rows = 4, "ab", 20_000
-    law = exact_law(length, pattern)
-    assert abs(sum(law.values()) - 1) < 1e-9 and not any(pattern in text for text in law)
+    distribution = exact_distribution(length, pattern)
+    assert abs(sum(distribution.values()) - 1) < 1e-9 and not any(pattern in text for text in distribution)
     runner = DecodeLoop(MarkovEngine(), letters_tokenizer(), monitors=[RegexBan([pattern])], do_sample=True, seed=1)
     out = runner.generate(torch.zeros(rows, 1, dtype=torch.long), max_new_tokens=length)
     assert out.events
     seen = Counter(out.texts)
-    assert set(seen) <= set(law)
-    cells = [text for text in law if law[text] * rows >= 5]
-    expected = np.array([law[t] * rows for t in cells] + [rows - sum(law[t] * rows for t in cells)])
+    assert set(seen) <= set(distribution)
+    cells = [text for text in distribution if distribution[text] * rows >= 5]
+    expected = np.array([distribution[t] * rows for t in cells] + [rows - sum(distribution[t] * rows for t in cells)])
     observed = np.array([seen[t] for t in cells] + [rows - sum(seen[t] for t in cells)])
     assert chisquare(observed[expected > 0], expected[expected > 0]).pvalue > 1e-3
     # and it is not the conditioned distribution, whose letters would be reweighted by the future
     plain = Counter()
-    for text in law:
+    for text in distribution:
         p = np.prod([MATRIX[LETTERS.index(a) if a else 4][LETTERS.index(b)] for a, b in zip(["", *text], text)])
         plain[text] = p
     total = sum(plain.values())
-    assert 0.5 * sum(abs(law[t] - plain[t] / total) for t in law) > 0.005
+    assert 0.5 * sum(abs(distribution[t] - plain[t] / total) for t in distribution) > 0.005
 
 
 # --- matching ----------------------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def test_the_process_follows_its_exact_law():
 
 def feed_text(tokenizer, text, monitor, stop_at_first=True):
     """Append the tokens of `text` one by one, as the loop does; the violations in order."""
-    row = Row(0, [], tokenizer)
+    row = SequenceState(0, [], tokenizer)
     found = []
     for token in tokenizer.encode(text, add_special_tokens=False):
         row.append(token)
@@ -143,7 +143,7 @@ def test_prefer_decides_between_phrases_completed_by_one_token(tokenizer):
     token = tokenizer.encode(" the", add_special_tokens=False)
     assert len(token) == 1
     for prefer, expected in (("longest", "phrase:x the"), ("shortest", "phrase:x ")):
-        row = Row(0, [], tokenizer)
+        row = SequenceState(0, [], tokenizer)
         ban = PhraseBan(["x ", "x the"], prefer=prefer)
         for t in [*tokenizer.encode("x", add_special_tokens=False), *token]:
             row.checked = len(row.text)
@@ -205,7 +205,7 @@ def test_ngrams_skip_stop_words(tokenizer, text, expected):
 
 
 def test_longer_ngrams_win_ties(tokenizer):
-    row = Row(0, [], tokenizer)
+    row = SequenceState(0, [], tokenizer)
     for token in tokenizer.encode("sun dipped below", add_special_tokens=False):
         row.append(token)
     assert NGramBan(["sun dipped", "sun dipped below"]).check(row) is not None
@@ -216,7 +216,7 @@ def test_longer_ngrams_win_ties(tokenizer):
 
 
 def held_text(tokenizer, text, monitor):
-    row = Row(0, [], tokenizer)
+    row = SequenceState(0, [], tokenizer)
     for token in tokenizer.encode(text, add_special_tokens=False):
         row.append(token)
     held = monitor.hold(row)
@@ -225,7 +225,7 @@ def held_text(tokenizer, text, monitor):
 
 def test_what_a_rewind_may_bring_back_to_life_is_held_too(tokenizer):
     """ "in a small" may be taken back; then "stood" may be followed by "at the" and must still be removable."""
-    row = Row(0, [], tokenizer)
+    row = SequenceState(0, [], tokenizer)
     for token in tokenizer.encode("the keeper stood in a", add_special_tokens=False):
         row.append(token)
 
@@ -249,7 +249,7 @@ def test_hard_bans_never_have_to_give_up(llama, tokenizer, seed):
 
 
 def _row(tokenizer, ids):
-    row = Row(0, [], tokenizer)
+    row = SequenceState(0, [], tokenizer)
     for token in ids:
         row.append(token)
     return row
@@ -268,7 +268,7 @@ def test_only_live_partial_matches_are_held_back(tokenizer):
     assert held_text(tokenizer, "it was not a dre", expression).lstrip().startswith("not a")
     assert held_text(tokenizer, "it was not the dre", expression) == ""
     assert held_text(tokenizer, "not a " + "x" * 40, expression) == ""  # longer than any match that counts
-    assert RegexBan(["a.*b"]).hold(Row(0, [], tokenizer)) is None
+    assert RegexBan(["a.*b"]).hold(SequenceState(0, [], tokenizer)) is None
 
 
 # --- in the loop -------------------------------------------------------------------------------------------------
@@ -433,7 +433,7 @@ def test_a_stop_string_at_the_beginning_of_a_long_token_is_seen(tokenizer):
     raw = Tokenizer(models.WordLevel(tokens, unk_token="a"))
     raw.decoder = decoders.Fuse()
     engine = MarkovEngine()
-    engine.feed = lambda block, mask=None: torch.tensor([[0.0, 9.0, 0.0]])
+    engine.forward = lambda block, mask=None: torch.tensor([[0.0, 9.0, 0.0]])
     runner = DecodeLoop(engine, PreTrainedTokenizerFast(tokenizer_object=raw))
     out = runner.generate(torch.zeros(1, 1, dtype=torch.long), max_new_tokens=5, stop=["b"])
     assert out.new_ids == [[1]]

@@ -1,4 +1,5 @@
-"""The law of the sampler: on small random chains every text has exactly the probability that enumeration gives it.
+"""The distribution of the sampler: on small random chains every text has exactly the probability that enumeration gives
+it.
 
 The loop runs once for every sequence of draws it can make, so that nothing here is left to chance.
 """
@@ -41,17 +42,17 @@ class Chain:
 
 
 class ChainEngine:
-    calls = token_forwards = 0
+    calls = tokens_processed = 0
 
     def __init__(self, chain):
         self.chain, self.ids = chain, None
 
-    def feed(self, tokens, mask=None):
+    def forward(self, tokens, mask=None):
         new = tokens[0].tolist() if mask is None else tokens[0][mask[0].bool()].tolist()
         self.ids = [] if self.ids is None else self.ids + new
         return torch.tensor(self.chain.row(self.ids), dtype=torch.float64).log()[None]
 
-    def forget(self, row, count):
+    def rollback(self, row, count):
         del self.ids[-count:]
 
 
@@ -83,25 +84,25 @@ class Script:
         return [choice + (n == len(self.taken)) for n, (choice, _) in enumerate(self.taken, 1)] or None
 
 
-def law_of_the_loop(monkeypatch, chain, monitor, length):
+def distribution_of_the_loop(monkeypatch, chain, monitor, length):
     """Probability of every text, from one run of the loop for each sequence of draws."""
-    law, choices = Counter(), []
+    distribution, choices = Counter(), []
     while choices is not None:
         script = Script(choices)
         monkeypatch.setattr(torch, "multinomial", script)
         runner = DecodeLoop(ChainEngine(chain), chain.tokenizer, monitors=[monitor], do_sample=True)
         with suppress(Rare):
             text = runner.generate(torch.zeros(1, 1, dtype=torch.long), max_new_tokens=length).texts[0]
-            law[text] += script.mass
+            distribution[text] += script.mass
         choices = script.next()
-    return law
+    return distribution
 
 
-def law_of_the_page(chain, find, length, factor, also=frozenset()):
+def distribution_of_the_page(chain, find, length, factor, also=frozenset()):
     """The process as the method's page has it. `find(text)` gives all (start, rule) of a text; the rejected token is
     lowered at its position, with `also` where given, and nothing else is.
     """
-    law = Counter()
+    distribution = Counter()
 
     def index_of(ids, character):
         return max(i for i in range(len(ids)) if len(chain.text(ids[:i])) <= character)
@@ -117,7 +118,7 @@ def law_of_the_page(chain, find, length, factor, also=frozenset()):
         found = [(i, rule) for i, _, rule in found if (i, rule) not in ignored]
         if not found:
             if len(ids) == length:
-                law[chain.text(ids)] += mass
+                distribution[chain.text(ids)] += mass
             else:
                 choose(ids, lowered, ignored, mass)
             return
@@ -135,7 +136,7 @@ def law_of_the_page(chain, find, length, factor, also=frozenset()):
             choose(ids[:index], lowered, frozenset(k for k in ignored if k[0] < index), mass)
 
     choose([], [np.ones(len(chain.pieces))] * (length + 1), frozenset(), 1.0)
-    return law
+    return distribution
 
 
 def distance(one, other):
@@ -199,25 +200,25 @@ CASES = {
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("strength", [1.0, 0.2])
 @pytest.mark.parametrize("case", CASES)
-def test_the_sampled_law_is_the_enumerated_one(monkeypatch, case, strength, seed):
+def test_the_sampled_distribution_is_the_enumerated_one(monkeypatch, case, strength, seed):
     pieces, length, ban, find = CASES[case]
     chain = Chain.random(pieces, seed)
     factor = 0.0 if strength == 1 else 10 ** (-10 * strength)
-    expected = law_of_the_page(chain, find, length, factor)
-    plain = law_of_the_page(chain, lambda text: [], length, factor)
+    expected = distribution_of_the_page(chain, find, length, factor)
+    plain = distribution_of_the_page(chain, lambda text: [], length, factor)
     assert distance(expected, plain) > 0.01 or strength < 1  # the ban matters
     unfollowed = 1 - expected.total()
     assert unfollowed < 0.005
-    assert distance(law_of_the_loop(monkeypatch, chain, ban(strength), length), expected) <= unfollowed + 1e-9
+    assert distance(distribution_of_the_loop(monkeypatch, chain, ban(strength), length), expected) <= unfollowed + 1e-9
 
 
 def test_only_the_rejected_token_is_lowered_unless_every_start_is_asked_for(monkeypatch):
     chain = Chain(["a", "A", "b"], [[0.5, 0.3, 0.2]] * 4)
     found, both = (
-        law_of_the_loop(monkeypatch, chain, Antislop(phrases=["ab"], **options).monitors()[0], 2)
+        distribution_of_the_loop(monkeypatch, chain, Antislop(phrases=["ab"], **options).monitors()[0], 2)
         for options in ({}, {"start_tokens": True})
     )
-    page = law_of_the_page(chain, phrases_in("ab"), 2, 0.0)
-    local = law_of_the_page(chain, phrases_in("ab"), 2, 0.0, also=[0, 1])
+    page = distribution_of_the_page(chain, phrases_in("ab"), 2, 0.0)
+    local = distribution_of_the_page(chain, phrases_in("ab"), 2, 0.0, also=[0, 1])
     assert distance(found, page) < 1e-9 and distance(both, local) < 1e-9
     assert distance(page, local) > 0.08

@@ -100,7 +100,7 @@ def test_select_answers_from_a_file(tmp_path):
     context = tmp_path / "context.txt"
     context.write_text("The keeper painted the door of the old lighthouse blue. " * 12)
     args = ["select", "--method", "compresskv", "-o", "budget=48", "--context", str(context), "--max-new-tokens", "8"]
-    result = json.loads(tokenry(*args, "--json", "What colour is the door?")[0])
+    result = json.loads(tokenry(*args, "--json", "What color is the door?")[0])
     assert sum(result["kept"]) <= 48 * len(result["kept"]) and result["prompt_tokens"] > 48
     assert result["text"]
 

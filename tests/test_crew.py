@@ -30,7 +30,7 @@ from tokenry.judge import (
     weighted_vote,
 )
 from tokenry.measure.compare import compare
-from tokenry.measure.tasks.arithmetic import SumsTask, auroc
+from tokenry.measure.tasks.arithmetic import ArithmeticTask, auroc
 from tokenry.text.answers import answer_tokens
 from tokenry.text.spans import text_offsets
 from tokenry.trace.trace import Trace, capture
@@ -538,7 +538,7 @@ def test_auroc_equals_counting_pairs(draws):
     assert found == pytest.approx(sum(pairs) / len(pairs)) if pairs else found != found
 
 
-class Watched(SumsTask):
+class Watched(ArithmeticTask):
     """Keeps the tokens of each solution."""
 
     def _solution(self, prompt, new, logprob):
@@ -562,11 +562,11 @@ def test_drawn_solutions_have_the_probabilities_of_teacher_forcing(llama, tokeni
         torch.testing.assert_close(solution.logprob, expected, atol=1e-4, rtol=1e-4)
         assert solution.text == text_offsets(tokenizer, ids)[0] and "\n" not in solution.text
     assert task._solutions(samples, seed=0) is batch
-    again = SumsTask(llama, tokenizer, count=4, drawn=3)._solutions(samples, seed=0)
+    again = ArithmeticTask(llama, tokenizer, count=4, drawn=3)._solutions(samples, seed=0)
     assert [s.text for group in again for s in group] == [s.text for group in batch for s in group]
 
 
-class Told(SumsTask):
+class Told(ArithmeticTask):
     """Sums with solutions that a test wrote: (text, probability of every token)."""
 
     def __init__(self, model, tokenizer, told):
@@ -582,7 +582,7 @@ class Told(SumsTask):
 
 
 def test_the_task_judges_and_the_findings_follow(llama, tokenizer):
-    golds = [s.data["answer"] for s in SumsTask(llama, tokenizer, count=4).samples()]
+    golds = [s.data["answer"] for s in ArithmeticTask(llama, tokenizer, count=4).samples()]
     told = [[(f"so {gold}", 0.9), ("so 999", 0.5), ("no idea", 0.99)] for gold in golds]
     told[1] = [("so 999", 0.9), (f"so {golds[1]}", 0.5), ("no idea", 0.99)]
     experiment = build(llama, tokenizer, samples=4)

@@ -14,7 +14,7 @@ from tokenry import InputError, catalog
 from tokenry.core.method import Method
 from tokenry.decode.antislop import start_tokens
 from tokenry.decode.cyclicreflex import constant_schedule, linear_decay_schedule, noise_schedule
-from tokenry.decode.generation.sequence import Row
+from tokenry.decode.generation.sequence import SequenceState
 
 V = 320
 REFLECT = [70, 75, 80]
@@ -590,7 +590,7 @@ def test_a_limit_that_falls_on_a_line_end_adds_no_newline(llama, tokenizer):
     )
     assert ids[0][19:20] == newline and not count(ids[0], close)  # here the newline itself ends thinking
     monitor = decode.BudgetForcingMonitor([END], tokenizer, max_thinking_tokens=3, close_text="=END=")
-    row = Row(0, [9], tokenizer)
+    row = SequenceState(0, [9], tokenizer)
     for token in [40, 41, *newline]:
         row.append(token)
     assert list(monitor.check(row).force) == close
@@ -833,7 +833,7 @@ def test_options_from_the_command_line():
         ({"token_ids": []}, "token_ids is empty"),
         ({"token_ids": [-4]}, r"token_ids=-4 .*numbers in \[0, "),
         ({"end_think": []}, "end_think is empty"),
-        ({"colour": 3}, "no option 'colour'"),
+        ({"color": 3}, "no option 'color'"),
     ],
 )
 def test_cyclicreflex_refuses(values, message):

@@ -141,7 +141,7 @@ def test_windows_grow_until_their_end_is_certain():
     assert window_of(model.seen[-1][0]) == [MASK] * 32 + [EOS] * 4
     assert out.windows == [[3] * 28 + [EOS] * 8] and out.new_ids == [[3] * 28]
     assert out.stats.commit_step == [[8] * 32 + [0] * 4] and out.stats.nfe == [8]
-    assert out.stats.token_forwards == [sum(widths) + 2 * 8]
+    assert out.stats.tokens_processed == [sum(widths) + 2 * 8]
 
 
 @pytest.mark.parametrize(("tail", "after"), [("eos", [EOS] * 3), ("mask", [MASK] * 3), ("none", [])])
@@ -555,7 +555,7 @@ def test_batch_equals_single(denoiser):
         one, _ = lively(denoiser, ids[row : row + 1, 7 - n :], None)
         assert one.windows[0] == both.windows[row] and one.stats.commit_step[0] == both.stats.commit_step[row]
         assert one.stats.nfe[0] == both.stats.nfe[row]
-        assert one.stats.token_forwards[0] == both.stats.token_forwards[row]
+        assert one.stats.tokens_processed[0] == both.stats.tokens_processed[row]
 
 
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
@@ -667,7 +667,7 @@ def test_the_command_line_decodes(monkeypatch):
         Daedal(**METHOD).generate(sharp(), Characters(), "abc", max_new_tokens=28),
     )
     assert found["ids"] == expected.new_ids[0] and found["forward_calls"] == expected.forward_calls
-    assert found["token_forwards"] == expected.token_forwards
+    assert found["tokens_processed"] == expected.tokens_processed
     refused = CliRunner().invoke(main, [*run, "-o", "max_gen_length=5", "abc"])
     assert refused.exit_code == 2 and "max_gen_length=5 is less than initial_gen_length=6" in refused.stderr
 

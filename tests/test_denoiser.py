@@ -189,7 +189,7 @@ def test_the_experiment_runs_and_is_drawn():
     comparison = compare(experiment)
     assert {s.role for s in experiment.subjects} == {"plain", "control", "method"}
     assert (comparison.values("one token per step", "forward_passes") == 16).all()
-    assert (comparison.values("credit 0.9", "token_forwards") > 0).all()
+    assert (comparison.values("credit 0.9", "tokens_processed") > 0).all()
     findings = experiment.judge(comparison)
     assert len(findings) == 5 and all(f.numbers for f in findings)
     (detail, *_) = comparison.details("credit 0.9")

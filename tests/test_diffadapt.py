@@ -25,7 +25,7 @@ from tokenry.decode.diffadapt import (
     oracle_strategy,
 )
 from tokenry.decode.generation.sampler import row_seed
-from tokenry.decode.generation.sequence import Row
+from tokenry.decode.generation.sequence import SequenceState
 from tokenry.evidence import diffadapt as experiment
 from tokenry.learned.difficulty_probe import CLASSES, DifficultyProbe, read_questions
 from tokenry.measure.compare import compare
@@ -34,7 +34,7 @@ from tokenry.measure.tasks.difficulty import Answer, DifficultyTask
 from tokenry.models.anatomy import decoder_layers
 from tokenry.models.prompts import prompt_ids, question_ids
 from tokenry.read.difficulty_probe import (
-    DifficultyLabels,
+    DifficultyProbeMethod,
     EntropyProfile,
     entropy_profile,
     label_by_entropy,
@@ -63,18 +63,18 @@ def chat(tokenizer):
 
 @pytest.fixture
 def probe(llama, chat):
-    """A probe that has learnt the questions by heart: easy, normal, hard, easy."""
+    """A probe that has learned the questions by heart: easy, normal, hard, easy."""
     states = question_states(llama, chat, QUESTIONS)
     found = DifficultyProbe(32, 16).fit(states, [0, 1, 2, 0], learning_rate=0.05, held_out=0)
     return found.bind(llama, chat)
 
 
-def constant(favoured):
-    """A probe that always favours one class."""
+def constant(favored):
+    """A probe that always favors one class."""
     found = DifficultyProbe(32, 8)
     with torch.no_grad():
         found.layers[-1].weight.zero_()
-        found.layers[-1].bias.copy_(torch.eye(3)[favoured])
+        found.layers[-1].bias.copy_(torch.eye(3)[favored])
     return found
 
 
@@ -248,9 +248,9 @@ def test_profile_refuses(llama, chat, options, message):
 
 def test_settings_refuse():
     with pytest.raises(InputError, match="n_samples=1"):
-        DifficultyLabels(n_samples=1)
+        DifficultyProbeMethod(n_samples=1)
     with pytest.raises(InputError, match=r"alpha=0.2 is below gamma=0.3"):
-        DifficultyLabels(alpha=0.2)
+        DifficultyProbeMethod(alpha=0.2)
 
 
 # --- the probe -------------------------------------------------------------------------------------------------------
@@ -292,7 +292,7 @@ def test_probe_learns_a_rule_and_is_repeatable():
     assert torch.allclose(probe.probabilities(states).sum(-1), torch.ones(600))
 
 
-def test_probe_is_two_layers_on_standardised_states():
+def test_probe_is_two_layers_on_standardized_states():
     states = torch.randn(50, 6) * 3 + 1
     probe = DifficultyProbe(6, 4).fit(states, [0, 1, 2, 1, 0] * 10, held_out=0, epochs=3)
     first, last = probe.layers[0], probe.layers[2]
@@ -372,7 +372,7 @@ def filled(model, ids, mask, held):
     """The cache of the first `held` columns."""
     engine = TransformersEngine(model)
     with torch.no_grad():
-        engine.feed(ids[:, :held], mask[:, :held])
+        engine.forward(ids[:, :held], mask[:, :held])
     return engine.cache
 
 
@@ -397,15 +397,15 @@ def test_logits_after_a_filled_cache_equal_a_fresh_forward(make_model, kind, res
     engine = TransformersEngine(model, filled(model, ids, mask, held), rewinds=True)
     live = [row[keep.bool()].tolist() for row, keep in zip(ids, mask)]
     with torch.no_grad():
-        logits = engine.feed(ids, mask)
+        logits = engine.forward(ids, mask)
         for step in range(12):
             for b in range(3):
                 assert torch.allclose(logits[b], model(torch.tensor([live[b]])).logits[0, -1], atol=1e-4), (step, b)
                 count = min((step * (b + 2)) % 4, step)
-                engine.forget(b, count)
+                engine.rollback(b, count)
                 live[b] = live[b][: len(live[b]) - count]
             tokens = torch.randint(2, 320, (3, 1), generator=torch.Generator().manual_seed(step))
-            logits = engine.feed(tokens)
+            logits = engine.forward(tokens)
             for b in range(3):
                 live[b].append(int(tokens[b]))
 
@@ -439,7 +439,7 @@ def test_filled_cache_with_rewinds_equals_single_rows(make_model, tokenizer, kin
         cached = run(alone, torch.ones_like(alone), row_seed(4, b), filled(model, alone, torch.ones_like(alone), 6))
         assert together.new_ids[b] == single.new_ids[0] == cached.new_ids[0]
         assert together.prompt_ids[b] == alone[0].tolist()
-        assert cached.token_forwards == single.token_forwards - 6 or rewind == "reprefill" or kind == "gemma3"
+        assert cached.tokens_processed == single.tokens_processed - 6 or rewind == "reprefill" or kind == "gemma3"
 
 
 def test_loop_refuses_a_cache_that_does_not_fit(llama):
@@ -509,7 +509,7 @@ def test_a_probe_for_normal_is_the_plain_run(llama, chat):
     plain = generate(llama, chat, QUESTIONS, seed=2, max_new_tokens=20, do_sample=True, temperature=0.8)
     assert out.strategy == ["normal"] * 4 and out.new_ids == plain.new_ids
     assert torch.allclose(out.probs[0], torch.tensor([1, math.e, 1]) / (2 + math.e))
-    assert out.token_forwards == plain.token_forwards
+    assert out.tokens_processed == plain.tokens_processed
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "opt"])
@@ -523,7 +523,7 @@ def test_reused_prefill_equals_a_fresh_one(make_model, chat, kind, use_chat):
     fresh = generate_by_strategy(model, chat, QUESTIONS, chosen, **options)
     assert reused.events and reused.new_ids == fresh.new_ids and reused.prompt_ids == fresh.prompt_ids
     if use_chat and kind != "gemma3":  # a window with padding inside is filled again
-        assert reused.token_forwards == fresh.token_forwards and reused.forward_calls == fresh.forward_calls + 1
+        assert reused.tokens_processed == fresh.tokens_processed and reused.forward_calls == fresh.forward_calls + 1
 
 
 def test_a_suffix_that_merges_with_the_question(llama, chat):
@@ -581,7 +581,7 @@ def test_low_confidence_falls_back_to_normal(llama, chat, probe):
 
 def brute_force(model, tokenizer, prompt, strategy, monitor, wave, generator, limit):
     """One row of everything together on full forwards: no cache, no loop, no shared prefill."""
-    row, scores = Row(0, prompt, tokenizer), []
+    row, scores = SequenceState(0, prompt, tokenizer), []
 
     def draw(index):
         p = (scores[index] / strategy.temperature).softmax(-1)
@@ -827,7 +827,7 @@ def folder(llama, chat, tmp_path):
 
 
 def test_from_problems_to_answers(folder, tmp_path):
-    """A probe learnt with `read` chooses the strategies of `decode`, streamed or not, for one prompt and many."""
+    """A probe learned with `read` chooses the strategies of `decode`, streamed or not, for one prompt and many."""
     problems, probe, prompts, strategies = (tmp_path / name for name in ("p.jsonl", "probe", "prompts.txt", "s.json"))
     lines = [{"question": f"{text} {i}", "answer": i} for i in range(4) for text in QUESTIONS]
     problems.write_text("\n".join(map(json.dumps, lines)))

@@ -200,7 +200,7 @@ def test_guidance_by_hand(denoiser):
     guided = guidance(logits, state)
     assert torch.allclose(guided[..., :MASK], (without + 2.5 * (logits - without))[..., :MASK], atol=1e-5)
     assert guided[..., MASK].isneginf().all() and state.nfe.tolist() == [2, 2] and state.forward_calls == 2
-    assert state.token_forwards.tolist() == [14, 20]
+    assert state.tokens_processed.tolist() == [14, 20]
     assert Guidance(0)(logits, state) is logits and state.forward_calls == 2
     options = {"gen_length": 6, "block_length": 3}
     both = diffusion_generate(denoiser, ids, mask, transforms=[Guidance(1.0)], **options)
@@ -261,7 +261,7 @@ def test_a_scripted_loop():
         [1, 2, 8, 4, MASK, MASK],
     ]
     stats = out.stats
-    assert stats.nfe == [3] and stats.forward_calls == 3 and stats.token_forwards == [18]
+    assert stats.nfe == [3] and stats.forward_calls == 3 and stats.tokens_processed == [18]
     assert stats.commit_step == [[2, 1, 3, 3]] and stats.commits_per_step == [[1, 1, 2]]
     assert stats.commit_confidence[0] == pytest.approx([0.7, 0.95, 0.96, 0.93])
     assert stats.effective_tokens == [3] and stats.tokens_per_forward == [4 / 3]
@@ -299,7 +299,7 @@ def test_batch_equals_single(denoiser, policy, cache):
         one = diffusion_generate(denoiser, ids[row : row + 1, 7 - n :], **options)
         assert one.windows[0] == both.windows[row]
         assert one.stats.nfe[0] == both.stats.nfe[row]
-        assert one.stats.token_forwards[0] == both.stats.token_forwards[row]
+        assert one.stats.tokens_processed[0] == both.stats.tokens_processed[row]
         assert one.stats.commit_step[0] == both.stats.commit_step[row]
 
 
@@ -344,7 +344,7 @@ def test_caches_are_exact_where_nothing_they_keep_has_changed(kind, shift):
     cached = diffusion_generate(model, ids, mask, cache=kind, **options)
     assert torch.equal(plain.sequences, cached.sequences) and plain.stats.nfe == cached.stats.nfe
     assert plain.stats.commit_step == cached.stats.commit_step
-    assert all(a > b for a, b in zip(plain.stats.token_forwards, cached.stats.token_forwards))
+    assert all(a > b for a, b in zip(plain.stats.tokens_processed, cached.stats.tokens_processed))
 
 
 @pytest.mark.parametrize("kind", ["prefix", "dual"])
@@ -452,7 +452,7 @@ def test_forwards_are_counted_for_the_rows_they_are_for(denoiser):
     state = DiffusionState.begin(denoiser, ids, mask.bool(), 3, None)
     denoiser.predict(state)
     denoiser.predict(state, rows=torch.tensor([False, True]))
-    assert state.nfe.tolist() == [1, 2] and state.token_forwards.tolist() == [5, 14] and state.forward_calls == 2
+    assert state.nfe.tolist() == [1, 2] and state.tokens_processed.tolist() == [5, 14] and state.forward_calls == 2
 
 
 def test_first_written_tokens_have_no_step():

@@ -109,7 +109,7 @@ def run(policy, transform, window, cache, drawn, ids, mask, seed):
 def row(output, i):
     """All that is known of a row, but for its confidences."""
     stats = output.stats
-    return output.windows[i], stats.commit_step[i], stats.nfe[i], stats.token_forwards[i]
+    return output.windows[i], stats.commit_step[i], stats.nfe[i], stats.tokens_processed[i]
 
 
 # --- batches -------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from tokenry.decode import Antislop
 from tokenry.decode.cyclicreflex import CyclicReflex
 from tokenry.tokenize.kl3m import KL3M
 from tokenry.train.ftpo import FTPO
-from tokenry.train.learn2pd import Learn2PDFilter
+from tokenry.train.learn2pd import Learn2PDTraining
 from tokenry.train.preference.pairs import read_pairs
 from tokenry.train.rectifier import Rectifier
 
@@ -81,7 +81,7 @@ def test_what_a_list_leaves_out_and_says(tmp_path):
         ("one\u2028line\u0085still", ["one\u2028line\u0085still"]),
     ],
 )
-def test_entries_are_recognised_by_content(text, entries):
+def test_entries_are_recognized_by_content(text, entries):
     assert entries_of(text) == entries
 
 
@@ -151,7 +151,7 @@ class Words:
 RECORDS = {
     "pairs": lambda path: read_pairs(path),
     "episodes": lambda path: Rectifier().read(path, Words()),
-    "training prompts": lambda path: Learn2PDFilter().read(path, None),
+    "training prompts": lambda path: Learn2PDTraining().read(path, None),
     "solutions": lambda path: judge.read_rows(path),
     "problems": lambda path: difficulty.read_problems(path, "number").questions,
 }

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from tokenry.catalog import load as load_method
 from tokenry.cli import main
 from tokenry.core.errors import InputError
-from tokenry.decode import PhraseBan, Row, generate
+from tokenry.decode import PhraseBan, SequenceState, generate
 from tokenry.evidence import ftpo as experiment
 from tokenry.measure.compare import compare
 from tokenry.train import (
@@ -209,7 +209,7 @@ def test_chosen_tokens_neither_begin_nor_complete_a_pattern(rewinds, tokenizer):
         for token in pair["chosen_ids"]:
             word = tokenizer.decode([token]).strip().lower()
             assert len(word) > 1 and not any(p.startswith(word) for p in seen)
-            row = Row(0, [], tokenizer)
+            row = SequenceState(0, [], tokenizer)
             for known in pair["prompt_ids"]:
                 row.append(known)
             row.checked = len(row.text)

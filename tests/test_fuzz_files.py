@@ -31,7 +31,7 @@ from tokenry.decode import Antislop
 from tokenry.decode.diffadapt import DiffAdapt
 from tokenry.decode.specreason import SpecReason
 from tokenry.evidence.token_prepending import DevScores
-from tokenry.evidence.token_prepending import Row as DevRow
+from tokenry.evidence.token_prepending import SequenceState as DevRow
 from tokenry.judge import Reference, SlopProfile
 from tokenry.learned.confidence_filter import ConfidenceFilter
 from tokenry.learned.dead_end_values import DeadEndValueModel
@@ -43,7 +43,7 @@ from tokenry.select.heads.profile import HeadProfile
 from tokenry.tokenize import load_tokenizer
 from tokenry.trace.trace import Trace, capture
 from tokenry.train.ftpo import FTPO
-from tokenry.train.learn2pd import Learn2PDFilter
+from tokenry.train.learn2pd import Learn2PDTraining
 from tokenry.train.preference.pairs import check_pairs
 from tokenry.train.rectifier import Rectifier, RectifierCollator, check_episodes
 from tokenry.zoo import recipes
@@ -239,7 +239,7 @@ READERS = {
     "pairs of texts": (lines(TEXT_PAIR, TEXT_PAIR), use_pairs),
     "rewinds": (lines(REWIND, REWIND), use_pairs),
     "episodes": (lines(*EPISODES), use_episodes),
-    "training prompts": (lines({"prompt": "a"}), lambda kit, path: Learn2PDFilter().read(path, kit.tokenizer)),
+    "training prompts": (lines({"prompt": "a"}), lambda kit, path: Learn2PDTraining().read(path, kit.tokenizer)),
     "solutions": (lines({"prompt": "a", "solution": "b", "answer": 3}), use_solutions),
     "problems": (lines({"question": "a", "answer": 3}), use_problems),
     "strategies": (text(json.dumps(STRATEGIES)), lambda kit, path: DiffAdapt(strategies=str(path))),

@@ -22,7 +22,7 @@ from tokenry.measure.compare import compare, identity, made_of
 from tokenry.measure.ledger import evidence
 from tokenry.measure.store import RunStore, signature
 from tokenry.measure.task import Sample
-from tokenry.measure.tasks.arithmetic import SumsTask
+from tokenry.measure.tasks.arithmetic import ArithmeticTask
 from tokenry.measure.tasks.denoising import PuzzleTask
 from tokenry.measure.tasks.difficulty import DifficultyTask
 from tokenry.measure.tasks.reflection import ReflectionTask
@@ -135,7 +135,7 @@ def test_what_is_kept_is_kept_for_these_weights(llama, other, tokenizer, retrain
 
 
 TASKS = {
-    "sums": (SumsTask, {"count": 2}, [{"drawn": 3}, {"seed": 1}]),
+    "sums": (ArithmeticTask, {"count": 2}, [{"drawn": 3}, {"seed": 1}]),
     "stories": (StoriesTask, {"patterns": ["a"], "count": 2}, [{"patterns": ["b"]}, {"max_new_tokens": 9}]),
     "reflection": (ReflectionTask, {"token_ids": [3], "count": 2}, [{"token_ids": [4]}, {"period": 50.0}]),
 }
@@ -143,7 +143,7 @@ ALONE = {
     "sts": (STSTask, {"pairs": [Pair("a", "b", 1.0)]}, [{"pairs": [Pair("a", "b", 2.0)]}]),
     "tokens": (
         TokensTask,
-        {"sets": {"licences": ["a b"]}, "new": [True], "clean": ["c"]},
+        {"sets": {"licenses": ["a b"]}, "new": [True], "clean": ["c"]},
         [{"error_rate": 0.1}, {"new": [False]}, {"clean": ["d"]}],
     ),
     "difficulty": (

@@ -138,8 +138,8 @@ def test_min_frequency_and_vocabulary_bound_the_merges():
 def test_char_tokens_are_short(longest):
     tokenizer = train_char_bpe([LICENCE, CODE], 2048, max_chars=longest)
     merges, vocab = state(tokenizer)
-    learnt = set(vocab) - set(SPECIAL_TOKENS)
-    assert max(map(len, learnt)) == longest
+    learned = set(vocab) - set(SPECIAL_TOKENS)
+    assert max(map(len, learned)) == longest
     assert len(merges) >= len(vocab) - len(SPECIAL_TOKENS) - 256 > 100  # two merges may make the same token
     assert len(tokenizer).bit_count() == 1
 
@@ -164,7 +164,7 @@ def test_training_reads_a_generator_once_and_repeats(char):
 
 @settings(max_examples=150, deadline=None)
 @given(st.text(max_size=40))
-def test_nothing_is_lost_but_what_normalisation_changes(domain, char, bare, text):
+def test_nothing_is_lost_but_what_normalization_changes(domain, char, bare, text):
     if any(unicodedata.category(c) == "Cn" for c in text):
         return  # unassigned here, and perhaps assigned in the Unicode tables of tokenizers
     normal = unicodedata.normalize("NFKC", text)
@@ -432,7 +432,7 @@ def test_pieces_show_lost_text():
 
 
 def test_the_page_is_self_contained_and_escaped(bare):
-    text = "<script>alert(1)</script> the licence"
+    text = "<script>alert(1)</script> the license"
     page = render(tokenizer_report({"<b>": bare}, text), {"<b>": token_pieces(bare, text)})
     assert "<script" not in page and "<b>" not in page and "http" not in page
     assert re.search(r'class="c1" title="\d+"', page)
@@ -452,9 +452,9 @@ def test_corpora():
     assert corpora.overlap("short", corpora.word_grams("Short")) == 1
     if importlib.util.find_spec("licensedcode") is None:
         with pytest.raises(InputError, match="pip install --no-deps scancode-toolkit-mini"):
-            corpora.licence_texts()
+            corpora.license_texts()
     else:
-        texts = corpora.licence_texts()
+        texts = corpora.license_texts()
         assert len(set(texts)) == len(texts) > 2000 and not any(text.startswith("---\nkey:") for text in texts)
     sources = corpora.library_source()
     assert CODE in sources and len(sources) > 300
@@ -476,13 +476,13 @@ def test_paragraphs():
 
 
 def small_experiment():
-    """The experiment on a few files of the library: its code is the domain, its licence the general text."""
+    """The experiment on a few files of the library: its code is the domain, its license the general text."""
     files = ["argparse", "tarfile", "zipfile", "subprocess", "shutil", "inspect", "pathlib", "typing"]
     code = [(LIBRARY / f"{name}.py").read_text(encoding="utf-8") for name in files]
     train, held_out = code[:5], [text[:20_000] for text in code[5:]]
-    other = [LICENCE[:4000], LICENCE[4000:]]  # learnt by heart, so that the general vocabulary wins there
+    other = [LICENCE[:4000], LICENCE[4000:]]  # learned by heart, so that the general vocabulary wins there
     texts = experiment.Texts([LICENCE] * 3, train, train, held_out, other, other)
-    sets = {"licences": texts.licences, "docstrings": texts.docstrings, "code": texts.code}
+    sets = {"licenses": texts.licenses, "docstrings": texts.docstrings, "code": texts.code}
     lines = [line.strip() for text in held_out for line in text.splitlines() if len(line.strip()) > 40][:40]
     return texts, TokensTask(sets, [True, False, True], lines)
 
@@ -496,11 +496,11 @@ def test_experiment_on_a_few_files(bare):
     result = compare(run)
     tokenizers = {subject.name: subject.apply for subject in subjects}
     for name, tokenizer in tokenizers.items():
-        assert result.mean(name, "licences") == pytest.approx(tokens_per_character(tokenizer, texts.licences))
-        new = [texts.licences[0], texts.licences[2]]
-        assert result.mean(name, "new_licences") == pytest.approx(tokens_per_character(tokenizer, new))
-    saved = experiment.saving(result, experiment.METHOD, experiment.GENERAL, "licences")
-    a, b = (tokens_per_character(tokenizers[n], texts.licences) for n in (experiment.METHOD, experiment.GENERAL))
+        assert result.mean(name, "licenses") == pytest.approx(tokens_per_character(tokenizer, texts.licenses))
+        new = [texts.licenses[0], texts.licenses[2]]
+        assert result.mean(name, "new_licenses") == pytest.approx(tokens_per_character(tokenizer, new))
+    saved = experiment.saving(result, experiment.METHOD, experiment.GENERAL, "licenses")
+    a, b = (tokens_per_character(tokenizers[n], texts.licenses) for n in (experiment.METHOD, experiment.GENERAL))
     assert saved.mean == pytest.approx((b - a) / b) and saved.low <= saved.mean <= saved.high
     assert result.mean(experiment.BYTES, "boundary_stability") == pytest.approx(1, abs=0.01)
     sample = corpora.up_to_bytes(texts.correction, 200_000)

@@ -77,7 +77,7 @@ def random_filter(length, seed=0, scale=6.0):
 def same(first, second):
     a, b = first.stats, second.stats
     assert first.windows == second.windows
-    assert (a.commit_step, a.nfe, a.token_forwards) == (b.commit_step, b.nfe, b.token_forwards)
+    assert (a.commit_step, a.nfe, a.tokens_processed) == (b.commit_step, b.nfe, b.tokens_processed)
     assert a.commit_confidence == b.commit_confidence
 
 
@@ -231,7 +231,7 @@ def test_batch_equals_single(cache, eotp):
         assert one.windows[0] == both.windows[row]
         assert one.stats.nfe[0] == both.stats.nfe[row]
         assert one.stats.commit_step[0] == both.stats.commit_step[row]
-        assert one.stats.token_forwards[0] == both.stats.token_forwards[row]
+        assert one.stats.tokens_processed[0] == both.stats.tokens_processed[row]
     widths = {len(window) for window in both.windows}
     assert len(widths) > 1 if eotp else widths == {18}
     assert 3 <= min(both.stats.nfe) < 18 or eotp
@@ -384,7 +384,7 @@ def test_a_minimum_of_one_cuts_only_at_committed_ends():
     safe = diffusion_generate(model, ids, mask, length=EndOfTextTruncation(1.0), **options)
     assert any(EOS in window for window in plain.windows)
     assert all(EOS not in window[:-1] for window in safe.windows)
-    assert all(a <= b for a, b in zip(safe.stats.token_forwards, plain.stats.token_forwards))
+    assert all(a <= b for a, b in zip(safe.stats.tokens_processed, plain.stats.tokens_processed))
 
 
 # --- narrower windows in caches ------------------------------------------------------------------------------------
@@ -585,7 +585,7 @@ def test_the_catalogue_has_it_in_two_stages():
     assert catalog.get("learn2pd", "read") is decode
     assert catalog.find("windows that end with the text, learned filter")[0] is decode
     assert catalog.find("train a filter from prompts alone")[0] is train
-    assert [type(m).__name__ for m in parse_methods(["learn2pd"], [], "train")] == ["Learn2PDFilter"]
+    assert [type(m).__name__ for m in parse_methods(["learn2pd"], [], "train")] == ["Learn2PDTraining"]
     with pytest.raises(InputError, match="learn2pd belongs to the stage 'decode'"):
         parse_methods(["learn2pd"], [], "select")
     with pytest.raises(InputError, match="learn2pd needs the option 'filter'"):

@@ -140,8 +140,8 @@ KNOWN = {  # function: parameters; those without a case above hand on to one tha
     "SlopProfile.fit": {"texts"},
     "SlopProfile.ban_list": {"whitelist"},
     "Method.from_strings": {"pairs"},
-    "DifficultyLabels.profile": {"prompts"},
-    "DifficultyLabels.fit": {"prompts"},
+    "DifficultyProbeMethod.profile": {"prompts"},
+    "DifficultyProbeMethod.fit": {"prompts"},
     "entropy_profile": {"prompts"},
     "question_states": {"prompts"},
     "clamp_effect": {"prompts"},
@@ -158,9 +158,9 @@ KNOWN = {  # function: parameters; those without a case above hand on to one tha
     "tokens_per_character": {"texts"},
     "term_lengths": {"terms"},
     "boundary_stability": {"pairs"},
-    "Learn2PDFilter.traces": {"prompts"},
-    "Learn2PDFilter.trainer": {"prompts"},
-    "Learn2PDFilter.score": {"prompts"},
+    "Learn2PDTraining.traces": {"prompts"},
+    "Learn2PDTraining.trainer": {"prompts"},
+    "Learn2PDTraining.score": {"prompts"},
 }
 
 

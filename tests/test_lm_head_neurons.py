@@ -383,12 +383,12 @@ def test_models_that_have_no_such_neurons_are_refused(make_model, tokenizer, lla
     del ungated.model.layers[0].mlp.gate_proj
     with pytest.raises(InputError, match="no gated MLP"):
         gated_mlp(ungated, 0)
-    quantised = copy.deepcopy(llama)
-    quantised.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(
+    quantized = copy.deepcopy(llama)
+    quantized.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(
         torch.zeros(64, 32, dtype=torch.int8), requires_grad=False
     )
-    with pytest.raises(InputError, match=r"quantised weights \(torch\.int8\)"):
-        method.map(quantised, tokenizer)
+    with pytest.raises(InputError, match=r"quantized weights \(torch\.int8\)"):
+        method.map(quantized, tokenizer)
     offloaded = copy.deepcopy(llama)
     offloaded.model.layers[0].mlp.up_proj.to("meta")
     with pytest.raises(InputError, match="offloaded"):

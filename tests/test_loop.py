@@ -10,7 +10,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from tokenry import InputError
 from tokenry.decode import DecodeLoop, PhraseBan, TransformersEngine, Violation, loop
 from tokenry.decode.generation.sampler import row_seed
-from tokenry.decode.generation.sequence import Row
+from tokenry.decode.generation.sequence import SequenceState
 from tokenry.hooks.residual import add_to_residual
 from tokenry.models.anatomy import decoder_layers
 from tokenry.text.token_text import TokenText
@@ -40,7 +40,7 @@ class BanToken:
     def __init__(self, *tokens, factor=0.0):
         self.tokens, self.factor = set(tokens), factor
 
-    def check(self, row: Row):
+    def check(self, row: SequenceState):
         for index, token in enumerate(row.ids):
             if token in self.tokens and (index, "token") not in row.ignored:
                 return Violation(index, "token", {token: self.factor})
@@ -177,20 +177,20 @@ def test_cropping_masking_and_feeding_again_agree(make_model, tokenizer, kind):
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "qwen2"])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_logits_after_rewinds_equal_a_fresh_forward(make_model, tokenizer, kind, rows):
-    """Drive the engine by hand: feed, forget different counts per row, feed other tokens, compare."""
+    """Drive the engine by hand: forward, rollback different counts per row, feed other tokens, compare."""
     model, inputs = make_model(kind), encode(tokenizer, PROMPTS[:rows])
     engine = TransformersEngine(model, rewinds=True)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        engine.feed(inputs["input_ids"], inputs["attention_mask"])
+        engine.forward(inputs["input_ids"], inputs["attention_mask"])
         live = [[t for t, m in zip(i, k) if m] for i, k in zip(*(inputs[n].tolist() for n in inputs))]
         for step in range(30):
             for b in range(rows):
                 count = (step * (b + 2)) % 4 if len(live[b]) > 12 else 0
-                engine.forget(b, count)
+                engine.rollback(b, count)
                 live[b] = live[b][: len(live[b]) - count]
             tokens = torch.randint(2, 320, (rows, 1), generator=generator)
-            logits = engine.feed(tokens)
+            logits = engine.forward(tokens)
             for b in range(rows):
                 live[b].append(int(tokens[b]))
                 fresh = model(torch.tensor([live[b]])).logits[0, -1]
@@ -202,7 +202,7 @@ def test_rewinding_costs_only_the_dead_tokens(llama, tokenizer):
     out = run(llama, inputs, tokenizer, monitors=[BanRepeat()], do_sample=True, seed=9)
     new = out.sequences.shape[1] - inputs["input_ids"].shape[1]
     fed_and_dropped = sum(len(e.rejected) - 1 for e in out.events if e.kind == "rewind")
-    assert out.token_forwards == inputs["input_ids"].shape[1] + new - 1 + fed_and_dropped
+    assert out.tokens_processed == inputs["input_ids"].shape[1] + new - 1 + fed_and_dropped
     assert out.forward_calls == new + fed_and_dropped
 
 
@@ -258,7 +258,7 @@ def brute_force(model, tokenizer, prompt, processor, steer, policy, monitor, len
     prompt_length = prompt.shape[1]
     processor.begin(prompt_length)
     policy.begin(prompt_length, length)
-    row = Row(0, prompt[0].tolist(), tokenizer)
+    row = SequenceState(0, prompt[0].tolist(), tokenizer)
     scores = []
 
     def forward(ids):
@@ -298,7 +298,7 @@ def test_wave_ban_steering_and_skipping_equal_brute_force(llama, tokenizer):
         llama,
         {"input_ids": prompt},
         logits_processor=LogitsProcessorList([Wave()]),
-        steerers=[add_to_residual(llama, {1: vector})],
+        interventions=[add_to_residual(llama, {1: vector})],
         **plugins,
     )
     ids = free.sequences[0, prompt.shape[1] :].tolist()
@@ -312,7 +312,7 @@ def test_wave_ban_steering_and_skipping_equal_brute_force(llama, tokenizer):
         tokenizer,
         logits_processor=LogitsProcessorList([Wave()]),
         monitors=[banned],
-        steerers=[add_to_residual(llama, {1: vector})],
+        interventions=[add_to_residual(llama, {1: vector})],
         **plugins,
     )
     assert len(got.events) >= 3 and all(len(e.rejected) == 3 for e in got.events)
@@ -334,7 +334,7 @@ def test_an_exception_in_a_plugin_leaves_nothing_behind(llama, tokenizer):
             llama,
             inputs,
             logits_processor=LogitsProcessorList([Broken()]),
-            steerers=[add_to_residual(llama, {0: torch.ones(32)})],
+            interventions=[add_to_residual(llama, {0: torch.ones(32)})],
             layer_policy=Thinning(),
         )
     assert list(decoder_layers(llama)) == blocks

@@ -194,7 +194,7 @@ def test_other_folders_are_refused_before_the_work(texts):
     for args in (
         ["train", "--method", "ftpo", "--data", texts / "rows.jsonl", "--output", place],
         ["read", "--method", "difficulty-probe", "--arithmetic", 3, "--save", place],
-        ["zoo", "build", "teller", "--output", place],
+        ["zoo", "build", "storyteller", "--output", place],
     ):
         code, said = run(*args)
         assert code == 2 and NEEDS_FORCE in said and [p.name for p in place.iterdir()] == ["thesis.txt"], args

@@ -25,7 +25,7 @@ OPTIONS = {
     "forced begin": {"forced_bos_token_id": 9},
     "decay": {"exponential_decay_length_penalty": (3, 1.2), "min_new_tokens": 6},
     "infinities": {"remove_invalid_values": True, "suppress_tokens": [5, 6]},
-    "normalised": {"renormalize_logits": True, "suppress_tokens": [5, 6]},
+    "normalized": {"renormalize_logits": True, "suppress_tokens": [5, 6]},
     "watermark": {"watermarking_config": {"bias": 2.5, "seeding_scheme": "selfhash"}},
     "allowed": {"prefix_allowed_tokens_fn": lambda row, ids: list(range(10 + row, 320, 2))},
 }
@@ -109,22 +109,22 @@ def test_sampling_with_every_verifier_goes_through(model, inputs, name, verifier
     assert max(map(len, out.new_ids)) == 8
 
 
-# --- the law, by enumeration --------------------------------------------------------------------------------------
+# --- the distribution, by enumeration --------------------------------------------------------------------------------
 
 
-def law(model, prompt, length, options):
+def distribution(model, prompt, length, options):
     """Probability of every continuation of the prompt (1, T) under the processors of `generate`."""
     taken = []
     model.generate(prompt, custom_generate=lambda *_, logits_processor, **__: taken.append(logits_processor), **options)
     vocabulary = model.config.vocab_size
-    laws = torch.ones(1, dtype=torch.double)
+    distributions = torch.ones(1, dtype=torch.double)
     ids = prompt
     for _ in range(length):
         with torch.no_grad():
             scores = taken[0](ids, model(ids).logits[:, -1])
-        laws = (laws[:, None] * scores.double().softmax(-1)).flatten()
+        distributions = (distributions[:, None] * scores.double().softmax(-1)).flatten()
         ids = torch.cat([ids.repeat_interleave(vocabulary, 0), torch.arange(vocabulary).repeat(len(ids))[:, None]], 1)
-    return laws.numpy()
+    return distributions.numpy()
 
 
 LAWS = {
@@ -140,14 +140,14 @@ LAWS = {
 
 @pytest.mark.parametrize(("verifier", "drafts"), [("single", 1), *MANY])
 @pytest.mark.parametrize("name", LAWS)
-def test_the_law_under_processors(name, verifier, drafts):
+def test_the_distribution_under_processors(name, verifier, drafts):
     model, prompt, rows, length = tiny(0), torch.tensor([[1, 2, 0, 3, 1, 2, 0, 1, 2]]), 400, 3
     options = {"do_sample": True, "top_k": 0, "max_new_tokens": length + 2, **LAWS[name]}
     batch = {"input_ids": prompt.expand(rows, -1), "attention_mask": torch.ones(rows, prompt.shape[1])}
     out = run(model, batch, seed=5, drafter="prompt-lookup", verifier=verifier, num_drafts=drafts, **options)
     code = out.sequences[:, prompt.shape[1] :][:, :length].numpy() @ (5 ** torch.arange(length).flip(0)).numpy()
     counts = torch.bincount(torch.from_numpy(code), minlength=5**length).numpy()
-    assert p_value(counts, law(model, prompt, length, options)) > 1e-3
+    assert p_value(counts, distribution(model, prompt, length, options)) > 1e-3
 
 
 def test_nothing_left_for_the_target_is_an_error_as_in_generate(model, inputs):
@@ -159,7 +159,8 @@ def test_nothing_left_for_the_target_is_an_error_as_in_generate(model, inputs):
 
 
 def test_the_shared_part_of_a_padded_vocabulary_drafts(model, small, inputs):
-    """Narrower or wider than the target: tokens that only one of them has are not drafted, and the law stays."""
+    """Narrower or wider than the target: tokens that only one of them has are not drafted, and the distribution
+    stays."""
     wide = run(model, inputs, drafter=small, num_drafts=3)
     assert wide.sequences.tolist() == plain(model, inputs)
     twin = build("llama")

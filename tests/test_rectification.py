@@ -1,4 +1,4 @@
-"""Rectification: caps met exactly, values learnt, a cache that follows every rewind, and what is refused."""
+"""Rectification: caps met exactly, values learned, a cache that follows every rewind, and what is refused."""
 
 import json
 import random
@@ -16,7 +16,7 @@ from tokenry.decode import Antislop, PhraseBan, generate, loop
 from tokenry.decode.contract import Plugins
 from tokenry.decode.generation.monitor import Violation
 from tokenry.decode.generation.sampler import row_seed
-from tokenry.decode.generation.sequence import Row
+from tokenry.decode.generation.sequence import SequenceState
 from tokenry.decode.rectification import (
     Rectification,
     RectifierLogitsProcessor,
@@ -39,7 +39,7 @@ from tokenry.train.rectifier import (
     read_episodes,
     sarsa_loss,
 )
-from tokenry.zoo import teller
+from tokenry.zoo import storyteller
 
 PROMPTS = ["the old lighthouse", "Elara walked along the shore and", "the"]
 
@@ -110,7 +110,7 @@ def test_projection_equals_bisection_and_meets_the_caps():
 
 
 def test_projection_is_the_nearest_distribution_under_the_caps():
-    """No step towards another distribution under the caps lowers KL(p' || p)."""
+    """No step toward another distribution under the caps lowers KL(p' || p)."""
     logp, cap = random_caps(rows=8, vocabulary=12)
     best = cap_distribution(logp, cap)[0].double().exp()
 
@@ -361,7 +361,7 @@ def test_the_score_of_a_rectifier_that_sees_no_risk(llama, tokenizer, tmp_path):
     assert method.score(trainer, episodes)["risk"] == 1
 
 
-def test_from_labelled_texts_to_rectified_ones(llama, tokenizer, tmp_path):
+def test_from_labeled_texts_to_rectified_ones(llama, tokenizer, tmp_path):
     """train writes a rectifier that knows the undesired word, and decode reads it."""
     model, data, out = tmp_path / "model", tmp_path / "episodes.jsonl", tmp_path / "rectifier"
     llama.save_pretrained(model)
@@ -410,7 +410,7 @@ def test_compare_trains_a_rectifier_where_none_is_given(tmp_path, monkeypatch):
         raise InputError(f"method={method}")
 
     monkeypatch.setattr(experiment, "build", build)
-    args = ["compare", "rectification", "--model", "zoo/teller", "--store", str(tmp_path / "runs.sqlite")]
+    args = ["compare", "rectification", "--model", "zoo/storyteller", "--store", str(tmp_path / "runs.sqlite")]
     assert "method=None" in CliRunner().invoke(main, args).output
     assert "eps=0.2" in CliRunner().invoke(main, [*args, "-o", "rectifier=folder", "-o", "eps=0.2"]).output
 
@@ -427,7 +427,7 @@ def is_bad(word):
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
-    """Q learnt from 5,000 words of random letters, and the exact Q: (words, positions, letters)."""
+    """Q learned from 5,000 words of random letters, and the exact Q: (words, positions, letters)."""
     raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*"abcd", "<bos>", "<pad>"])}, unk_token="<pad>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     letters = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<bos>", pad_token="<pad>")
@@ -446,15 +446,15 @@ def chain(tmp_path_factory):
     )
     RectifierTrainer(model, config, episodes, processing_class=letters).train()
     with torch.no_grad():
-        learnt = model.eval()(torch.tensor([[4, *w] for w in WORDS])).q[:, :-1, :4]
+        learned = model.eval()(torch.tensor([[4, *w] for w in WORDS])).q[:, :-1, :4]
     bad, risk = torch.tensor([float(is_bad(w)) for w in WORDS]), {}
     for k in range(LENGTH + 1):
         risk |= dict(zip(product(range(4), repeat=k), bad.view(4**k, -1).mean(1).tolist()))
     exact = torch.tensor([[[-risk[(*w[:k], a)] for a in range(4)] for k in range(LENGTH)] for w in WORDS])
-    return learnt, exact, bad
+    return learned, exact, bad
 
 
-def word_law(q, eps=0.0):
+def word_distribution(q, eps=0.0):
     """Probability of every word when each letter is drawn uniformly under the caps 1 + q - eps."""
     uniform = torch.full((len(WORDS) * LENGTH, 4), 0.25).log()
     capped, _ = cap_distribution(uniform, (1 + q.reshape(-1, 4) - eps).clamp(1e-7, 1))
@@ -472,25 +472,25 @@ def test_exact_values_of_the_chain(chain):
 
 
 def test_values_are_learnt(chain):
-    learnt, exact, _ = chain
-    error = (learnt - exact).abs()
+    learned, exact, _ = chain
+    error = (learned - exact).abs()
     assert float(error.mean()) < 0.025 and float((error < 0.05).float().mean()) > 0.9
 
 
 def test_rectified_words_are_nearly_the_words_without_bad(chain):
-    """Exact values leave no bad word; learnt ones leave what their errors at the last step of "bad" let through."""
-    learnt, exact, bad = chain
+    """Exact values leave no bad word; learned ones leave what their errors at the last step of "bad" let through."""
+    learned, exact, bad = chain
     wanted = (1 - bad.double()) / (1 - bad).sum()
     without_a = torch.tensor([3.0**-LENGTH if 0 not in w else 0.0 for w in WORDS], dtype=torch.float64)
 
-    def distance(law):
-        return float((law - wanted).abs().sum() / 2)
+    def distance(distribution):
+        return float((distribution - wanted).abs().sum() / 2)
 
-    for q, eps, share in ((exact, 0.0, 1e-5), (learnt, 0.0, 0.25), (learnt, 0.1, 0.05)):
-        law = word_law(q, eps)
-        assert float(law.sum()) == pytest.approx(1, abs=1e-5)
-        assert float((law * bad).sum()) < share * float(bad.mean())
-        assert distance(law) < 0.1 < distance(without_a)
+    for q, eps, share in ((exact, 0.0, 1e-5), (learned, 0.0, 0.25), (learned, 0.1, 0.05)):
+        distribution = word_distribution(q, eps)
+        assert float(distribution.sum()) == pytest.approx(1, abs=1e-5)
+        assert float((distribution * bad).sum()) < share * float(bad.mean())
+        assert distance(distribution) < 0.1 < distance(without_a)
 
 
 # --- reading along ---------------------------------------------------------------------------------------------
@@ -527,9 +527,9 @@ def test_growing_costs_the_new_tokens_alone(rectifier):
     ids, mask = torch.randint(2, 320, (2, 30)), torch.ones(2, 30, dtype=torch.bool)
     for width in (10, 11, 12, 13, 30):
         cache(ids[:, :width], mask[:, :width])
-    assert cache.token_forwards == 60
+    assert cache.tokens_processed == 60
     cache(ids[:, :20], mask[:, :20])
-    assert cache.token_forwards == 62  # 20 columns are known, the newest is read for its value
+    assert cache.tokens_processed == 62  # 20 columns are known, the newest is read for its value
 
 
 class Fresh(RectifierLogitsProcessor):
@@ -589,13 +589,13 @@ class Recorder(LogitsProcessor):
 def test_caps_act_on_the_distribution_that_is_drawn_from(llama, tokenizer, rectifier):
     inputs, recorder = encode(tokenizer), Recorder()
     options = {"do_sample": True, "temperature": 0.3, "top_k": 20, "seed": 1, "max_new_tokens": 15}
-    run(llama, inputs, caps=[RectifierLogitsProcessor(rectifier), recorder], **options)
+    run(llama, inputs, final_processors=[RectifierLogitsProcessor(rectifier), recorder], **options)
     before = Recorder()
     run(
         llama,
         inputs,
         logits_processor=LogitsProcessorList([RectifierLogitsProcessor(rectifier)]),
-        caps=[before],
+        final_processors=[before],
         **options,
     )
     fresh = Fresh(rectifier)
@@ -618,7 +618,7 @@ def test_neutral_equals_generate(llama, tokenizer, rectifier, mode, sample):
     options = {"do_sample": sample, "max_new_tokens": 20, "pad_token_id": 1}
     cap = RectifierLogitsProcessor(zero(rectifier), eps=0.0, mode=mode)
     runs = []
-    for extra in ({}, {"logits_processor": [cap]}, {"custom_generate": loop, "caps": [cap]}):
+    for extra in ({}, {"logits_processor": [cap]}, {"custom_generate": loop, "final_processors": [cap]}):
         torch.manual_seed(3)
         runs.append(llama.generate(**inputs, **options, **extra))
     assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
@@ -651,11 +651,13 @@ class BanRepeat:
 def test_a_batch_with_rewinds_equals_single_rows(llama, tokenizer, rectifier, sample):
     inputs, cap = encode(tokenizer), RectifierLogitsProcessor(rectifier)
     options = {"do_sample": sample, "monitors": [BanRepeat(5)], "tokenizer": tokenizer, "max_new_tokens": 20}
-    together = run(llama, inputs, seed=4, caps=[cap], **options)
+    together = run(llama, inputs, seed=4, final_processors=[cap], **options)
     assert len(together.events) >= 6
-    assert torch.equal(together.sequences, run(llama, inputs, seed=4, caps=[Fresh(rectifier)], **options).sequences)
+    assert torch.equal(
+        together.sequences, run(llama, inputs, seed=4, final_processors=[Fresh(rectifier)], **options).sequences
+    )
     for b, prompt in enumerate(PROMPTS):
-        single = run(llama, encode(tokenizer, [prompt]), seed=row_seed(4, b), caps=[cap], **options)
+        single = run(llama, encode(tokenizer, [prompt]), seed=row_seed(4, b), final_processors=[cap], **options)
         assert together.new_ids[b] == single.new_ids[0]
 
 
@@ -663,10 +665,19 @@ def test_rows_with_the_same_prompt_keep_their_own_cache(llama, tokenizer, rectif
     """Nothing but what they say tells rows apart; after a rewind each reads its own new tokens only."""
     inputs = encode(tokenizer, PROMPTS[1:2] * 3)
     cap = Counting(rectifier)
-    out = run(llama, inputs, tokenizer, seed=2, do_sample=True, monitors=[BanRepeat(5)], caps=[cap], max_new_tokens=30)
+    out = run(
+        llama,
+        inputs,
+        tokenizer,
+        seed=2,
+        do_sample=True,
+        monitors=[BanRepeat(5)],
+        final_processors=[cap],
+        max_new_tokens=30,
+    )
     assert len(out.events) >= 6
     fresh = run(
-        llama, inputs, tokenizer, seed=2, do_sample=True, monitors=[BanRepeat(5)], caps=[Fresh(rectifier)],
+        llama, inputs, tokenizer, seed=2, do_sample=True, monitors=[BanRepeat(5)], final_processors=[Fresh(rectifier)],
         max_new_tokens=30,
     )  # fmt: skip
     assert out.new_ids == fresh.new_ids
@@ -677,7 +688,7 @@ class Counting(RectifierLogitsProcessor):
     """Remembers how many tokens were read."""
 
     def end(self):
-        self.read = sum(cache.token_forwards for cache in (self.together, *(self.alone or ())))
+        self.read = sum(cache.tokens_processed for cache in (self.together, *(self.alone or ())))
         super().end()
 
 
@@ -699,7 +710,7 @@ class Collect:
 
 def brute_force(model, rectifier, tokenizer, prompt, phrases, length, eps):
     """Caps and a ban on full forwards of everything: no cache, no loop, greedy."""
-    row, monitor, scores = Row(0, prompt[0].tolist(), tokenizer), PhraseBan(phrases), []
+    row, monitor, scores = SequenceState(0, prompt[0].tolist(), tokenizer), PhraseBan(phrases), []
 
     def choose(index):
         ids = torch.cat([prompt, torch.tensor([row.ids[:index]], dtype=torch.long)], 1)
@@ -783,7 +794,7 @@ def test_another_vocabulary_is_refused(llama, tokenizer, rectifier, tmp_path):
     with pytest.raises(
         InputError, match=r"made for the vocabulary \w+ \(320 tokens\), this tokenizer has \w+ \(227 tok"
     ):
-        Rectification(rectifier=str(tmp_path)).plugins(llama, teller.build_tokenizer())
+        Rectification(rectifier=str(tmp_path)).plugins(llama, storyteller.build_tokenizer())
     wide = DeadEndValueModel(small_trunk(330)).bind(tokenizer).eval()
     wide.save(tmp_path)
     with pytest.raises(InputError, match="330 tokens, the model 320"):
@@ -828,7 +839,7 @@ def test_padding_that_cannot_be_told_is_refused(llama, tokenizer, rectifier):
         llama.generate(**inputs, logits_processor=[RectifierLogitsProcessor(rectifier)], **options)
     told = RectifierLogitsProcessor(rectifier, attention_mask=inputs["attention_mask"])
     got = llama.generate(**inputs, logits_processor=[told], **options)
-    assert torch.equal(got, llama.generate(**inputs, custom_generate=loop, caps=[told], **options))
+    assert torch.equal(got, llama.generate(**inputs, custom_generate=loop, final_processors=[told], **options))
     with pytest.raises(InputError, match="new processor"):
         told(torch.tensor([[5, 6]]), torch.zeros(1, 320))
     rectifier.special_ids = {}
@@ -848,8 +859,8 @@ def test_the_api_form_caps_what_is_listed(llama, tokenizer, rectifier):
 
 
 def test_caps_of_two_methods_add_up():
-    first, second = Plugins(caps=["a"]), Plugins(caps=["b"])
-    assert (first + second).caps == ("a", "b")
+    first, second = Plugins(final_processors=["a"]), Plugins(final_processors=["b"])
+    assert (first + second).final_processors == ("a", "b")
 
 
 # --- the stories -----------------------------------------------------------------------------------------------
@@ -873,34 +884,34 @@ BLAME, DARK = "hugo said : you never paid for the well . ", "anna answered : sle
     ],
 )
 def test_undesired_is_a_property_of_the_whole(story, bad):
-    assert teller.undesired(OPENING + story) is bad
+    assert storyteller.undesired(OPENING + story) is bad
 
 
 def test_the_language():
-    rng, tokenizer = random.Random(0), teller.build_tokenizer()
-    stories = [teller.story(rng) for _ in range(1500)]
+    rng, tokenizer = random.Random(0), storyteller.build_tokenizer()
+    stories = [storyteller.story(rng) for _ in range(1500)]
     lengths = [len(s.split()) for s in stories]
-    assert min(map(teller.sound, stories)) == 1 and min(lengths) >= 30 and max(lengths) <= 80
+    assert min(map(storyteller.sound, stories)) == 1 and min(lengths) >= 30 and max(lengths) <= 80
     assert 150 <= len(tokenizer) <= 300 and tokenizer.eos_token_id != tokenizer.pad_token_id
     assert all(tokenizer.decode(tokenizer.encode(s)) == s for s in stories[:100])
-    bad = [s for s in stories if teller.undesired(s)]
+    bad = [s for s in stories if storyteller.undesired(s)]
     assert 0.12 < len(bad) / len(stories) < 0.25
-    assert sum(map(teller.harmless_dark, stories)) > 0.05 * len(stories)
+    assert sum(map(storyteller.harmless_dark, stories)) > 0.05 * len(stories)
     for word in {w for s in bad for w in s.split()}:  # no word tells them: each is in other stories too
-        assert any(word in s.split() for s in stories if not teller.undesired(s)), word
-    assert teller.sound("the cat sat . anna was calm .") == 0.5
+        assert any(word in s.split() for s in stories if not storyteller.undesired(s)), word
+    assert storyteller.sound("the cat sat . anna was calm .") == 0.5
 
 
 def test_openings_of_the_splits_differ():
-    splits = {split: set(teller.openings(60, split)) for split in ("train", "dev", "test")}
+    splits = {split: set(storyteller.openings(60, split)) for split in ("train", "dev", "test")}
     assert all(len(found) == 60 for found in splits.values()) and len(set.union(*splits.values())) == 180
-    assert teller.openings(5, "test") == teller.openings(9, "test")[:5]
+    assert storyteller.openings(5, "test") == storyteller.openings(9, "test")[:5]
 
 
 def test_the_task_scores_stories():
     torch.manual_seed(0)
-    tokenizer = teller.build_tokenizer()
-    model = teller.untrained(
+    tokenizer = storyteller.build_tokenizer()
+    model = storyteller.untrained(
         tokenizer, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
     ).eval()
     task = DiscourseTask(model, tokenizer, count=3)
@@ -941,7 +952,7 @@ class _Metrics:
 
 
 def test_words_are_chosen_by_log_odds():
-    tokenizer = teller.build_tokenizer()
+    tokenizer = storyteller.build_tokenizer()
     ids = tokenizer.convert_tokens_to_ids
     bad = {"continuation_ids": ids(["burn", "the"]), "reward": -1.0}
     good = {"continuation_ids": ids(["bread", "the"]), "reward": 0.0}

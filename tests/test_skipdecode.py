@@ -154,8 +154,8 @@ def test_at_full_depth_nothing_changes(make_model, tokenizer, kind, rows):
 def decode_by_hand(model, schedule, prompt, mask, tokens):
     """Logits (batch, new + 1, vocab) of cached decoding, and the engine."""
     engine = TransformersEngine(model, layer_policy=Fixed(schedule))
-    found = [engine.feed(prompt, mask)]
-    found += [engine.feed(tokens[:, i : i + 1]) for i in range(tokens.shape[1])]
+    found = [engine.forward(prompt, mask)]
+    found += [engine.forward(tokens[:, i : i + 1]) for i in range(tokens.shape[1])]
     return torch.stack(found, 1), engine
 
 
@@ -219,11 +219,11 @@ def test_rewinding_and_decoding_again_is_exact(llama):
     schedule = SkipSchedule(4, 4, 2, warmup=1, prompt_len=6, planned_new_tokens=16)
     _, engine = decode_by_hand(llama, schedule, ids[:, :6], None, ids[:, 6:22])
     for back in (1, 9, 15):
-        engine.forget(0, back)
+        engine.rollback(0, back)
         kept = engine.columns
         assert layer_lengths(engine.cache) == [min(kept, int(n)) for n in schedule.mask(kept).sum(1)]
         for i in range(kept, 22):
-            logits = engine.feed(ids[:, i : i + 1] + 1)
+            logits = engine.forward(ids[:, i : i + 1] + 1)
         changed = torch.cat([ids[:, :kept], ids[:, kept:22] + 1], 1)
         expected = skip_forward(llama, changed, schedule.mask(22)).logits[:, -1]
         assert (logits - expected).abs().max() < 1e-4
@@ -236,9 +236,9 @@ def test_in_a_batch_the_depth_follows_the_column(llama):
     ids = torch.randint(2, 320, (2, 18), generator=torch.Generator().manual_seed(2))
     schedule = SkipSchedule(4, 4, 2, warmup=1, prompt_len=6, planned_new_tokens=10)
     _, engine = decode_by_hand(llama, schedule, ids[:, :6], None, ids[:, 6:12])
-    engine.forget(0, 3)
+    engine.rollback(0, 3)
     for i in range(12, 18):
-        logits = engine.feed(ids[:, i : i + 1])
+        logits = engine.forward(ids[:, i : i + 1])
     mask = torch.ones_like(ids)
     mask[0, 9:12] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -414,7 +414,7 @@ def test_the_loop_refuses_what_it_cannot_skip(llama, tokenizer):
 
         llama.generate(**inputs, **options, monitors=[PhraseBan(["x"])], processing_class=tokenizer, rewind="reprefill")
     with pytest.raises(InputError, match="nobody says how many tokens"):
-        TransformersEngine(llama, layer_policy=policy).feed(**{"tokens": inputs["input_ids"]})
+        TransformersEngine(llama, layer_policy=policy).forward(**{"tokens": inputs["input_ids"]})
 
 
 @pytest.mark.parametrize(

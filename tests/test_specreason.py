@@ -696,12 +696,12 @@ def test_right_steps_are_what_the_judge_is_taught():
 
     from tokenry.data.problems import Arithmetic
     from tokenry.measure.tasks.steps import right_step
-    from tokenry.zoo.reasoner import judgement
+    from tokenry.zoo.reasoner import judgment
 
     rng, task, scores = random.Random(0), Arithmetic(), []
     for i in range(400):
         problem = task.draw(1 + i % 6, rng)
-        steps, score = judgement(problem, rng)
+        steps, score = judgment(problem, rng)
         *lines, candidate = steps.split("\n")
         assert right_step(problem.question, lines, candidate) == (score == 9)
         scores.append(score)

@@ -1,4 +1,5 @@
-"""Speculative decoding: the law of the text, greedy identity, the cache, batches, monitors, and what is refused."""
+"""Speculative decoding: the distribution of the text, greedy identity, the cache, batches, monitors, and what is
+refused."""
 
 import itertools
 from copy import deepcopy
@@ -59,7 +60,7 @@ def run(model, inputs, custom=speculative, **options):
     )
 
 
-# --- the law ---------------------------------------------------------------------------------------------------
+# --- the distribution ------------------------------------------------------------------------------------------------
 
 
 def tiny(seed, vocabulary=5):
@@ -82,7 +83,7 @@ def tiny(seed, vocabulary=5):
 
 
 @torch.no_grad()
-def plain_law(model, prompt, length, temperature=1.0, top_k=0):
+def plain_distribution(model, prompt, length, temperature=1.0, top_k=0):
     """Probability of every continuation of the prompt (1, T), by the model alone."""
     vocabulary = model.config.vocab_size
     every = torch.tensor(list(itertools.product(range(vocabulary), repeat=length)))
@@ -93,13 +94,13 @@ def plain_law(model, prompt, length, temperature=1.0, top_k=0):
     return logits.log_softmax(-1).gather(2, every[..., None]).sum((1, 2)).exp().numpy()
 
 
-def p_value(counts, law):
+def p_value(counts, distribution):
     """Of a chi-square test; cells that expect fewer than five are joined."""
-    expected = law / law.sum() * counts.sum()
+    expected = distribution / distribution.sum() * counts.sum()
     rare = expected < 5
     observed = np.append(counts[~rare], counts[rare].sum())
     joined = np.append(expected[~rare], expected[rare].sum())
-    assert counts[law == 0].sum() == 0
+    assert counts[distribution == 0].sum() == 0
     return chisquare(observed[joined > 0], joined[joined > 0]).pvalue
 
 
@@ -113,12 +114,12 @@ def sampled(model, prompt, length, rows, **options):
 
 
 @pytest.mark.parametrize(("verifier", "drafts"), EVERY)
-def test_the_law_is_that_of_the_target(verifier, drafts):
+def test_the_distribution_is_that_of_the_target(verifier, drafts):
     """Continuations of three tokens: one by the prompt's forward, then a tree of depth two and what follows it."""
     target, draft, prompt = tiny(0), tiny(1), torch.tensor([[1, 2, 0, 3]])
     options = {"drafter": draft, "verifier": verifier, "num_drafts": drafts, "draft_length": 2}
     counts, out = sampled(target, prompt, 3, 1000, **options)
-    assert p_value(counts, plain_law(target, prompt, 3)) > 1e-3
+    assert p_value(counts, plain_distribution(target, prompt, 3)) > 1e-3
     assert out.stats.block_efficiency > 1.2 and out.stats.accepted >= out.stats.accepted_explicitly
     if verifier != "naive":
         assert out.stats.accepted_explicitly > 0
@@ -126,13 +127,13 @@ def test_the_law_is_that_of_the_target(verifier, drafts):
 
 @pytest.mark.parametrize(("verifier", "drafts"), [("rrs-without", 4), ("greedy", 4), ("kseq", 2)])
 @pytest.mark.parametrize("drafter", ["ngram", "prompt-lookup"])
-def test_the_law_with_warpers_and_drafts_from_the_text(drafter, verifier, drafts):
+def test_the_distribution_with_warpers_and_drafts_from_the_text(drafter, verifier, drafts):
     """Temperature and top-k go for both; drafts that run out of tokens are fewer."""
     target, prompt = tiny(0), torch.tensor([[1, 2, 0, 3, 1, 2, 0, 3, 1, 2]])
     counts, out = sampled(
         target, prompt, 2, 600, drafter=drafter, verifier=verifier, num_drafts=drafts, temperature=0.7, top_k=2
     )
-    assert p_value(counts, plain_law(target, prompt, 2, 0.7, 2)) > 1e-3
+    assert p_value(counts, plain_distribution(target, prompt, 2, 0.7, 2)) > 1e-3
     assert out.stats.drafted
 
 
@@ -319,11 +320,11 @@ def test_a_tree_equals_plain_forwards(make_model, kind, apart):
     parents = np.array([-1, -1, 0, 0, 1])
     paths = [[0], [1], [0, 2], [0, 3], [1, 4]]
     with torch.no_grad():
-        engine.feed(ids, mask)
+        engine.forward(ids, mask)
         for step in range(8):
             new = torch.randint(2, 320, (rows, 5), generator=generator)
             every, parts = torch.ones(rows, 5, dtype=torch.bool), [slice(0, 2), slice(2, 5)] if apart else [slice(0, 5)]
-            found = [engine.feed_tree(new[:, p], every[:, p], np.tile(parents[p], (rows, 1))) for p in parts]
+            found = [engine.forward_tree(new[:, p], every[:, p], np.tile(parents[p], (rows, 1))) for p in parts]
             logits, kept = torch.cat(found, 1), []
             for row in range(rows):
                 for node, path in enumerate(paths):
@@ -331,9 +332,9 @@ def test_a_tree_equals_plain_forwards(make_model, kind, apart):
                     assert torch.allclose(logits[row, node], fresh, atol=1e-5)
                 kept.append(paths[(step + row) % 5])
                 live[row] += new[row, kept[-1]].tolist()
-            engine.keep(kept)
+            engine.commit(kept)
             for row in range(rows if step % 3 == 2 else 0):
-                engine.forget(row, row)
+                engine.rollback(row, row)
                 live[row] = live[row][: len(live[row]) - row]
 
 
@@ -500,10 +501,10 @@ def test_early_exit_is_the_first_layers(llama, tokenizer):
 
 
 def test_slots_go_where_they_are_worth_most():
-    laws = torch.tensor([[0.9, 0.05, 0.05], [0.4, 0.3, 0.3], [1.0, 0.0, 0.0]])
-    assert slots([1.0], laws[1:2], 2) == [2]
-    assert slots([0.5, 0.4, 0.1], laws, 4) == [1, 3, 0]  # 0.5, 0.4, 0.24, 0.12 before 0.1
-    assert slots([1.0], laws[2:], 3) == [1]  # nothing else has probability
+    distributions = torch.tensor([[0.9, 0.05, 0.05], [0.4, 0.3, 0.3], [1.0, 0.0, 0.0]])
+    assert slots([1.0], distributions[1:2], 2) == [2]
+    assert slots([0.5, 0.4, 0.1], distributions, 4) == [1, 3, 0]  # 0.5, 0.4, 0.24, 0.12 before 0.1
+    assert slots([1.0], distributions[2:], 3) == [1]  # nothing else has probability
 
 
 class FromScores:
@@ -565,11 +566,11 @@ def test_refuses_other_tokens(llama, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("gamma", [1.0, 2.0, 5.0])
-def test_the_law_with_a_fixed_gamma(gamma):
+def test_the_distribution_with_a_fixed_gamma(gamma):
     """Fewer and fewer of the drafts survive, and the valid factors are others at every position."""
     target, draft, prompt = tiny(0), tiny(1), torch.tensor([[1, 2, 0, 3]])
     counts, _ = sampled(target, prompt, 3, 500, drafter=draft, num_drafts=3, draft_length=3, gamma=gamma)
-    assert p_value(counts, plain_law(target, prompt, 3)) > 1e-3
+    assert p_value(counts, plain_distribution(target, prompt, 3)) > 1e-3
 
 
 def test_refuses_a_layer_policy_and_caches_that_cannot_shrink(llama, tokenizer):
@@ -591,11 +592,11 @@ def test_refuses_a_layer_policy_and_caches_that_cannot_shrink(llama, tokenizer):
 
 def test_refuses_a_compressed_cache(llama):
     engine = TransformersEngine(llama, rewinds=True)
-    engine.feed(torch.full((1, 6), 9))
+    engine.forward(torch.full((1, 6), 9))
     layer = engine.cache.layers[1]
     layer.keys, layer.values = layer.keys[:, :, 2:], layer.values[:, :, 2:]
     with pytest.raises(InputError, match="hold 4 to 6 of 6 columns"):
-        engine.feed_tree(torch.tensor([[3]]), torch.ones(1, 1, dtype=torch.bool), np.array([[-1]]))
+        engine.forward_tree(torch.tensor([[3]]), torch.ones(1, 1, dtype=torch.bool), np.array([[-1]]))
 
 
 def test_refuses_attention_without_masks():
@@ -714,21 +715,21 @@ def test_the_experiment_compares_and_judges(pair, tmp_path, monkeypatch):
 def test_chi_square_is_scipys():
     from tokenry.measure.tasks.speculation import chi_square
 
-    law = {(0,): 0.5, (1,): 0.3, (2,): 0.199, (3,): 0.001}
+    distribution = {(0,): 0.5, (1,): 0.3, (2,): 0.199, (3,): 0.001}
     drawn = [(0,)] * 60 + [(1,)] * 25 + [(2,)] * 14 + [(3,)]
-    found = chi_square(drawn, law)
+    found = chi_square(drawn, distribution)
     known = chisquare([60, 25, 15], [50, 30, 20])
     assert found["freedom"] == 2
     assert chi_square([*drawn[:-1], (2,)], {(0,): 0.5, (1,): 0.3, (2,): 0.2})["p"] == pytest.approx(known.pvalue)
 
 
-def test_the_exact_law_of_continuations(pair):
-    from tokenry.measure.tasks.speculation import continuation_law
+def test_the_exact_distribution_of_continuations(pair):
+    from tokenry.measure.tasks.speculation import continuation_distribution
 
     target, _, tokenizer = pair
-    law = continuation_law(target, [2, 9, 3])
-    assert sum(law.values()) == pytest.approx(1, abs=0.05) and max(map(len, law)) == 3
-    assert all(len(new) == 3 or new[-1] == tokenizer.eos_token_id for new in law)
+    distribution = continuation_distribution(target, [2, 9, 3])
+    assert sum(distribution.values()) == pytest.approx(1, abs=0.05) and max(map(len, distribution)) == 3
+    assert all(len(new) == 3 or new[-1] == tokenizer.eos_token_id for new in distribution)
 
 
 def test_the_cost_model():
@@ -750,8 +751,8 @@ def test_distillation_is_the_divergence_from_the_teacher(pair):
     total = []
     for ids, keep, labels in zip(batch["input_ids"], rows, batch["labels"]):
         p, q = (m(ids[keep][None]).logits[0].log_softmax(-1) for m in (target, draft))
-        learnt = (labels[keep][1:] >= 0).nonzero().squeeze(1)
-        total.append((p.exp() * (p - q)).sum(-1)[learnt])
+        learned = (labels[keep][1:] >= 0).nonzero().squeeze(1)
+        total.append((p.exp() * (p - q)).sum(-1)[learned])
     assert drafter.distillation_loss(draft, known).item() == pytest.approx(torch.cat(total).mean().item(), rel=1e-4)
     assert drafter.distillation_loss(target, known).item() == pytest.approx(0, abs=1e-6)
 

@@ -119,7 +119,7 @@ def test_the_mask_token_is_never_written():
         assert 11 not in out.new_ids[0] and len(set(out.new_ids[0])) == 11
 
 
-# --- the law ---------------------------------------------------------------------------------------------------------
+# --- the distribution ------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -162,14 +162,14 @@ def test_greedy_text_with_less_trust_is_that_of_the_mixture(beta):
         (3, 0.0, {"temperature": 1.3}),
     ],
 )
-def test_sampled_text_has_the_law_of_the_model(size, beta, options):
+def test_sampled_text_has_the_distribution_of_the_model(size, beta, options):
     """Continuations of three tokens: the first comes with the prompt, then two by drafts."""
     model, prompt = tiny(6, scale=4.0), PROMPT % 5
-    law = {(): 1.0}
+    distribution = {(): 1.0}
     for _ in range(3):
-        law = {
+        distribution = {
             (*new, token): p * q
-            for new, p in law.items()
+            for new, p in distribution.items()
             for token, q in enumerate(
                 warped(one_step(model, prompt[0].tolist() + list(new), size, beta), **options).softmax(-1).tolist()
             )
@@ -177,7 +177,7 @@ def test_sampled_text_has_the_law_of_the_model(size, beta, options):
         }
     warpers = [TemperatureLogitsWarper(options["temperature"])] if "temperature" in options else []
     warpers += [TopKLogitsWarper(options["top_k"])] if "top_k" in options else []
-    counts, rows, taken = dict.fromkeys(law, 0), 1000, 0
+    counts, rows, taken = dict.fromkeys(distribution, 0), 1000, 0
     for seed in range(rows):
         engine = TransformersEngine(model, rewinds=True)
         drawing = TiDARLoop(SelfDrafting(5, size, beta), engine, warpers=warpers, do_sample=True, seed=seed)
@@ -186,7 +186,7 @@ def test_sampled_text_has_the_law_of_the_model(size, beta, options):
         counts[tuple(out.new_ids[0])] += 1
         taken += out.stats.accepted
     assert taken > rows / 10
-    observed, expected = np.array(list(counts.values())), np.array(list(law.values())) * rows
+    observed, expected = np.array(list(counts.values())), np.array(list(distribution.values())) * rows
     rare = expected < 5
     observed, expected = (np.append(x[~rare], x[rare].sum()) for x in (observed, expected))
     assert chisquare(observed[expected > 0], expected[expected > 0]).pvalue > 1e-3
@@ -255,7 +255,7 @@ def test_a_cache_that_holds_the_beginning_of_the_prompt():
         model(PROMPT[:, :3], past_key_values=cache, use_cache=True)
     out = run(model, block_size=4, past_key_values=cache)
     assert torch.equal(out.sequences, run(model, custom=None).sequences)
-    assert out.token_forwards == run(model, block_size=4).token_forwards - 3
+    assert out.tokens_processed == run(model, block_size=4).tokens_processed - 3
     with torch.no_grad():
         cache = model(PROMPT, use_cache=True).past_key_values
     with pytest.raises(InputError, match=r"the cache holds the whole prompt \(5 columns\)"):
@@ -264,7 +264,7 @@ def test_a_cache_that_holds_the_beginning_of_the_prompt():
 
 def test_what_a_forward_costs():
     out = run(tiny(), block_size=4)
-    assert out.token_forwards == 5 + 4 + 20 * out.stats.target_calls
+    assert out.tokens_processed == 5 + 4 + 20 * out.stats.target_calls
 
 
 # --- together with the rest of the loop ------------------------------------------------------------------------------
@@ -465,7 +465,7 @@ def test_the_experiment_compares_and_judges(monkeypatch):
     assert comparison.table("tidar")["accuracy"].shape == (2, 2)
     assert np.isnan(comparison.table("tidar")["accuracy"][:, 1]).all()  # greedy text needs one seed
     assert not np.isnan(comparison.table("tidar, sampled")["accuracy"]).any()
-    assert comparison.mean("tidar", "token_forwards") > 5 * comparison.mean("tidar", "forward_passes")
+    assert comparison.mean("tidar", "tokens_processed") > 5 * comparison.mean("tidar", "forward_passes")
     findings = built.judge(comparison)
     assert len(findings) == 8 and all(f.numbers for f in findings)
     assert findings[0].holds and findings[1].holds and findings[2].holds

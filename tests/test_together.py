@@ -8,7 +8,7 @@ from transformers.generation.logits_process import LogitsProcessor
 
 from tokenry.decode import Antislop, CyclicReflex, PhraseBan, RegexBan, SkipDecode, loop, skip_forward, triangular_wave
 from tokenry.decode.generation.sampler import row_seed
-from tokenry.decode.generation.sequence import Row
+from tokenry.decode.generation.sequence import SequenceState
 from tokenry.decode.rectification import RectifierLogitsProcessor
 from tokenry.judge import CRew
 from tokenry.learned.dead_end_values import DeadEndValueModel
@@ -202,7 +202,7 @@ class Rerun:
         self.model, self.rectifier, self.monitor, self.width = model, rectifier, monitor, mask.shape[1]
         self.rows, self.columns = [], []
         for b, (ids, known) in enumerate(zip(inputs["input_ids"], mask)):
-            self.rows.append(Row(b, ids[known].tolist(), tokenizer))
+            self.rows.append(SequenceState(b, ids[known].tolist(), tokenizer))
             self.columns.append(known.nonzero()[:, 0].tolist())
         self.reuse = len(mask) == 1 and bool(mask.all())
         self.schedule = method.schedule_for(4, self.width, NEW)
@@ -278,7 +278,7 @@ def test_wave_ban_caps_skipping_and_streams_equal_a_run_without_cache(llama, tok
             custom_generate=loop,
             logits_processor=[CyclicReflex(**WAVE, end_think=None)],
             monitors=[PhraseBan(phrases)],
-            caps=[RectifierLogitsProcessor(rectifier, EPS)],
+            final_processors=[RectifierLogitsProcessor(rectifier, EPS)],
             layer_policy=method.plugins(llama, tokenizer).layer_policy,
             token_streamers=streamers,
             processing_class=tokenizer,

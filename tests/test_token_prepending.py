@@ -223,7 +223,7 @@ def test_stopping_early_gives_what_the_full_forward_gives_there(make_model, toke
     assert own_hooks(model) == []
 
 
-def test_the_slot_is_tokenised_like_an_added_token(llama, tokenizer):
+def test_the_slot_is_tokenized_like_an_added_token(llama, tokenizer):
     import copy
 
     grown = copy.deepcopy(tokenizer)

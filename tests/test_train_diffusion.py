@@ -64,11 +64,11 @@ def test_without_prompts_it_is_the_pretraining_loss():
 
 
 def test_shares_of_hidden_tokens():
-    learnt = torch.ones(2000, 50, dtype=torch.bool)
-    learnt[:, :10] = False
+    learned = torch.ones(2000, 50, dtype=torch.bool)
+    learned[:, :10] = False
     torch.manual_seed(0)
     for stratified in (False, True):
-        hidden, p = hide_tokens(learnt, eps=0.2, stratified=stratified)
+        hidden, p = hide_tokens(learned, eps=0.2, stratified=stratified)
         assert not hidden[:, :10].any() and p.min() >= 0.2 and p.max() <= 1
         assert hidden[:, 10:].float().mean().item() == pytest.approx(0.6, abs=0.02)
         assert (hidden[:, 10:].float().mean(1) - p[:, 0]).abs().mean() < 0.08

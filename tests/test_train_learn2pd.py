@@ -1,4 +1,4 @@
-"""Training the filter: traces against a plain replay, the report by hand, what is learnt, and the command line."""
+"""Training the filter: traces against a plain replay, the report by hand, what is learned, and the command line."""
 
 import json
 
@@ -15,7 +15,14 @@ from tokenry.decode.denoising.loop import MaskedDiffusionModel
 from tokenry.learned.confidence_filter import ConfidenceFilter, TraceDataset
 from tokenry.models.masks import make_bidirectional
 from tokenry.train import collect_egp_traces
-from tokenry.train.learn2pd import FilterTrainer, Learn2PDFilter, filter_loss, filter_report, split_traces, train_filter
+from tokenry.train.learn2pd import (
+    FilterTrainer,
+    Learn2PDTraining,
+    filter_loss,
+    filter_report,
+    split_traces,
+    train_filter,
+)
 from tokenry.zoo.denoiser import build_tokenizer
 
 PROMPTS = ["abc", "defgh", "ba", "ponm", "kkk", "abcdefg"]
@@ -159,7 +166,7 @@ def test_a_threshold_is_learnt():
 
 
 def test_context_is_learnt():
-    """Final is what its left neighbour is sure of: a position's own confidence says nothing."""
+    """Final is what its left neighbor is sure of: a position's own confidence says nothing."""
     traces = made_up(lambda conf: conf.roll(1, 1) > 0.5)
     _, report = train_filter(traces, accept_threshold=0.8, **FAST)
     assert report["false_positives"] < 0.1 and report["false_negatives"] < 0.3
@@ -231,7 +238,7 @@ def test_training_refuses(change, options, message):
 )
 def test_options_are_refused(values, message):
     with pytest.raises(InputError, match=message):
-        Learn2PDFilter(**values)
+        Learn2PDTraining(**values)
 
 
 # --- the command line ----------------------------------------------------------------------------------------------
@@ -270,7 +277,7 @@ def test_the_command_line_trains_and_decodes(folder, tmp_path):
     summary = json.loads(tokenry(*command, "--json"))
     assert summary["prompts"] == 36 and summary["held_out"] == 4 and summary["steps"] <= 300
     assert summary["after"]["loss"] < summary["before"]["loss"]
-    assert set(summary["after"]) == set(Learn2PDFilter.measures)
+    assert set(summary["after"]) == set(Learn2PDTraining.measures)
     assert ConfidenceFilter.from_pretrained(out).block_length == 8
     assert "exists and is not an empty folder" in tokenry(*command, code=2)
     decode = ["decode", "--method", "learn2pd", "--model", folder, "-o", f"filter={out}", "--max-new-tokens", 16]
@@ -300,10 +307,10 @@ def test_the_command_line_shows_what_it_learnt(folder, tmp_path):
 def test_files_are_refused(lines, message, tmp_path):
     (tmp_path / "data").write_text(lines)
     with pytest.raises(InputError, match=message):
-        Learn2PDFilter().read(tmp_path / "data", None)
+        Learn2PDTraining().read(tmp_path / "data", None)
 
 
 def test_the_order_of_prompts_is_drawn(tmp_path):
     (tmp_path / "data").write_text("\n".join(json.dumps({"prompt": str(n)}) for n in range(20)))
-    first, again, other = (Learn2PDFilter(seed=seed).read(tmp_path / "data", None) for seed in (0, 0, 1))
+    first, again, other = (Learn2PDTraining(seed=seed).read(tmp_path / "data", None) for seed in (0, 0, 1))
     assert first == again != other and sorted(first) == sorted(other) and first != sorted(first, key=int)

@@ -76,9 +76,9 @@ def test_prompts_and_padding_are_not_learnt():
     with torch.no_grad():
         found = tidar_loss(model, ids, MASK, size, labels=labels, attention_mask=present)
         text, masks = logits_in(model, ids, size)
-        learnt = [(0, i) for i in range(5, 12)] + [(1, i) for i in range(7)]
-        following = [cross_entropy(text[r, i - 1], ids[r, i]) for r, i in learnt if i]
-        own = [cross_entropy(masks[r, i], ids[r, i]) for r, i in learnt if i >= size]
+        learned = [(0, i) for i in range(5, 12)] + [(1, i) for i in range(7)]
+        following = [cross_entropy(text[r, i - 1], ids[r, i]) for r, i in learned if i]
+        own = [cross_entropy(masks[r, i], ids[r, i]) for r, i in learned if i >= size]
     assert found.autoregressive.item() == pytest.approx(torch.stack(following).mean().item(), rel=1e-5)
     assert found.diffusion.item() == pytest.approx(torch.stack(own).mean().item(), rel=1e-5)
 
@@ -187,10 +187,10 @@ def test_the_trainer_takes_the_loss_of_its_settings(tmp_path):
 def test_lessons_are_whole_blocks_and_prompts_are_not_learnt():
     _, tokenizer = tidar.untrained()
     for batch, _ in zip(tidar.lessons(tokenizer, 1), range(20)):
-        ids, learnt = batch["input_ids"], batch["labels"] != -100
-        assert ids.shape[1] % tidar.BLOCK == 0 and not (learnt & (batch["attention_mask"] == 0)).any()
-        assert not learnt[:, :3].any() and not (ids == tokenizer.mask_token_id).any()
-        assert torch.equal(batch["labels"][learnt], ids[learnt])
+        ids, learned = batch["input_ids"], batch["labels"] != -100
+        assert ids.shape[1] % tidar.BLOCK == 0 and not (learned & (batch["attention_mask"] == 0)).any()
+        assert not learned[:, :3].any() and not (ids == tokenizer.mask_token_id).any()
+        assert torch.equal(batch["labels"][learned], ids[learned])
 
 
 @pytest.mark.parametrize("recipe", [tidar, tidar_twin])

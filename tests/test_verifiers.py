@@ -1,4 +1,4 @@
-"""Verifiers: the output law equals the target's by enumeration, for one position and for chains of three."""
+"""Verifiers: the output distribution equals the target's by enumeration, for one position and for chains of three."""
 
 import itertools
 import math
@@ -17,10 +17,10 @@ from tokenry.decode.speculation.verifiers import (
     NaiveVerifier,
     RecursiveRejectionVerifier,
     SingleDraftVerifier,
-    emission_law,
     kseq_acceptance_probability,
     kseq_division_factor,
     kseq_residual,
+    output_distribution,
     sample_drafts,
 )
 
@@ -46,7 +46,7 @@ def random_pair(seed, size=None):
     return (p, p.clone()) if seed % 5 == 4 else (p, q)
 
 
-def draft_law(q, n, sampling):
+def draft_distribution(q, n, sampling):
     """All drafts with their probabilities."""
     chances = q.tolist()
     if sampling == "with":
@@ -67,15 +67,15 @@ def draft_law(q, n, sampling):
 
 
 def enumerated(verifier, p, q, n):
-    """Output law, probability that a test passes, and that a drafted token comes out."""
-    law, passed, drafted = torch.zeros_like(p), 0.0, 0.0
-    for tokens, chance in draft_law(q, n, verifier.sampling):
+    """Output distribution, probability that a test passes, and that a drafted token comes out."""
+    distribution, passed, drafted = torch.zeros_like(p), 0.0, 0.0
+    for tokens, chance in draft_distribution(q, n, verifier.sampling):
         if chance > 0:
-            out, accepted = emission_law(verifier, p, q, tokens)
-            law += chance * out
+            out, accepted = output_distribution(verifier, p, q, tokens)
+            distribution += chance * out
             passed += chance * accepted
             drafted += chance * float(out[sorted(set(tokens))].sum())
-    return law, passed, drafted
+    return distribution, passed, drafted
 
 
 def drafts_exist(q, n, sampling):
@@ -87,20 +87,22 @@ def drafts_exist(q, n, sampling):
 
 @pytest.mark.parametrize("name", SEVERAL)
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
-def test_the_output_law_is_the_targets(name, n):
+def test_the_output_distribution_is_the_targets(name, n):
     verifier = VERIFIERS[name]
     for seed in range(12):
         p, q = random_pair(seed, 3 + seed % (4 if n < 4 else 2))
         if drafts_exist(q, n, verifier.sampling):
-            law, _, _ = enumerated(verifier, p, q, n)
-            assert torch.allclose(law, p, rtol=0, atol=1e-10), seed
+            distribution, _, _ = enumerated(verifier, p, q, n)
+            assert torch.allclose(distribution, p, rtol=0, atol=1e-10), seed
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_the_naive_verifier_is_lossless_for_any_drafts(sampling):
     p, q = random_pair(1, 4)
-    law = sum(c * emission_law(NaiveVerifier(), p, q, t)[0] for t, c in draft_law(q, 2, sampling))
-    assert torch.allclose(law, p, rtol=0, atol=1e-12)
+    distribution = sum(
+        c * output_distribution(NaiveVerifier(), p, q, t)[0] for t, c in draft_distribution(q, 2, sampling)
+    )
+    assert torch.allclose(distribution, p, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.1, 1.5])
@@ -108,11 +110,11 @@ def test_every_valid_division_factor_is_lossless(factor):
     for seed in range(6):
         p, q = random_pair(seed, 4)
         gamma = min(3.0, factor * float(kseq_division_factor(p, q, 3)))
-        law, passed, _ = enumerated(KSeqVerifier(gamma), p, q, 3)
-        assert torch.allclose(law, p, rtol=0, atol=1e-10)
+        distribution, passed, _ = enumerated(KSeqVerifier(gamma), p, q, 3)
+        assert torch.allclose(distribution, p, rtol=0, atol=1e-10)
         assert passed == pytest.approx(float(kseq_acceptance_probability(p, q, 3, gamma)), abs=1e-12)
-    law, _, _ = enumerated(KSeqVerifier(3.0), p, q, 3)
-    assert torch.allclose(law, p, rtol=0, atol=1e-10)
+    distribution, _, _ = enumerated(KSeqVerifier(3.0), p, q, 3)
+    assert torch.allclose(distribution, p, rtol=0, atol=1e-10)
 
 
 SURVIVORS = [(name, VERIFIERS[name]) for name in SEVERAL] + [(f"kseq {g}", KSeqVerifier(g)) for g in (1, 1.6, 2.5, 9)]
@@ -125,8 +127,8 @@ def test_every_verifier_takes_as_many_drafts_as_are_left(name, verifier, left):
     for seed in range(8):
         p, q = random_pair(seed, 4)
         if drafts_exist(q, left, verifier.sampling):
-            law, passed, _ = enumerated(verifier, p, q, left)
-            assert torch.allclose(law, p, rtol=0, atol=1e-10), seed
+            distribution, passed, _ = enumerated(verifier, p, q, left)
+            assert torch.allclose(distribution, p, rtol=0, atol=1e-10), seed
             if left == 1 and name != "naive":
                 assert passed == pytest.approx(float(torch.minimum(p, q).sum()), abs=1e-10)
 
@@ -134,16 +136,16 @@ def test_every_verifier_takes_as_many_drafts_as_are_left(name, verifier, left):
 @pytest.mark.parametrize("gamma", [1, 1.6, 2.5, 9])
 def test_whole_drafts_with_a_fixed_division_factor_keep_the_chain(gamma):
     p, q = chain(3, 3, seed=5)
-    law, _ = completed_law(KSeqVerifier(gamma), p, q, 3, 2, whole_drafts(q, 3, 2, 3))
-    wanted = target_law(p, (), 3)
-    assert max(abs(law[tokens] - wanted[tokens]) for tokens in wanted) < 1e-10
+    distribution, _ = completed_distribution(KSeqVerifier(gamma), p, q, 3, 2, whole_drafts(q, 3, 2, 3))
+    wanted = target_distribution(p, (), 3)
+    assert max(abs(distribution[tokens] - wanted[tokens]) for tokens in wanted) < 1e-10
 
 
 def test_disjoint_supports_give_the_target():
     p, q = row(0, 0, 0.25, 0.75), row(0.5, 0.5, 0, 0)
     for name in SEVERAL:
-        law, passed, drafted = enumerated(VERIFIERS[name], p, q, 2)
-        assert torch.allclose(law, p) and passed == drafted == 0
+        distribution, passed, drafted = enumerated(VERIFIERS[name], p, q, 2)
+        assert torch.allclose(distribution, p) and passed == drafted == 0
     assert torch.equal(kseq_residual(p, q, 2), p) and torch.equal(kseq_residual(p, q, 2, 2.0), p)
 
 
@@ -160,8 +162,8 @@ def test_equal_rows_always_accept(name):
 def test_a_target_without_chance_gives_its_token(name):
     """Temperature 0: the most probable token comes out, whatever was drafted."""
     p, q = row(0, 0, 1, 0), row(0.4, 0.3, 0.2, 0.1)
-    for tokens, _ in draft_law(q, 2, VERIFIERS[name].sampling):
-        assert emission_law(VERIFIERS[name], p, q, tokens)[0].tolist() == p.tolist()
+    for tokens, _ in draft_distribution(q, 2, VERIFIERS[name].sampling):
+        assert output_distribution(VERIFIERS[name], p, q, tokens)[0].tolist() == p.tolist()
 
 
 # --- chains: three positions, full drafts, membership -----------------------------------------------------------------
@@ -175,18 +177,20 @@ def chain(size, length, seed):
     return [dict(zip(contexts, table)) for table in tables]
 
 
-def target_law(p, prefix, length):
+def target_distribution(p, prefix, length):
     """Law of the tokens up to `length`, given the first ones."""
-    laws = {prefix: 1.0}
+    distributions = {prefix: 1.0}
     for _ in range(length - len(prefix)):
-        laws = {(*c, y): chance * float(p[c][y]) for c, chance in laws.items() for y in range(len(p[c]))}
-    return laws
+        distributions = {
+            (*c, y): chance * float(p[c][y]) for c, chance in distributions.items() for y in range(len(p[c]))
+        }
+    return distributions
 
 
-def completed_law(verifier, p, q, size, length, drafts):
+def completed_distribution(verifier, p, q, size, length, drafts):
     """Law of `length + 1` tokens: what one step emits, completed by the target. Also the mean number emitted."""
     total, emitted = {}, 0.0
-    rows = lru_cache(maxsize=None)(lambda c, tokens: emission_law(verifier, p[c], q[c], tokens)[0].tolist())
+    rows = lru_cache(maxsize=None)(lambda c, tokens: output_distribution(verifier, p[c], q[c], tokens)[0].tolist())
     for chance, start in drafts:
         states = [((), chance, start)]
         while states:
@@ -194,7 +198,7 @@ def completed_law(verifier, p, q, size, length, drafts):
             if len(context) == length or not alive[0]:
                 out = len(context) + (len(context) == length and bool(alive[1]))
                 emitted += weight * out
-                for tokens, c in target_law(p, context, length + 1).items():
+                for tokens, c in target_distribution(p, context, length + 1).items():
                     total[tokens] = total.get(tokens, 0.0) + weight * c
                 continue
             for tokens, extra in alive[0](context):
@@ -228,10 +232,12 @@ def whole_drafts(q, size, length, paths):
 @pytest.mark.parametrize(("size", "length", "paths"), [(3, 2, 2), (2, 3, 3), (3, 3, 2)])
 def test_whole_drafts_with_replacement_keep_the_chain(name, size, length, paths):
     p, q = chain(size, length + 1, seed=size + length)
-    law, emitted = completed_law(VERIFIERS[name], p, q, size, length, whole_drafts(q, size, length, paths))
-    wanted = target_law(p, (), length + 1)
-    assert max(abs(law[tokens] - wanted[tokens]) for tokens in wanted) < 1e-10
-    _, single = completed_law(VERIFIERS[name], p, q, size, length, whole_drafts(q, size, length, 1))
+    distribution, emitted = completed_distribution(
+        VERIFIERS[name], p, q, size, length, whole_drafts(q, size, length, paths)
+    )
+    wanted = target_distribution(p, (), length + 1)
+    assert max(abs(distribution[tokens] - wanted[tokens]) for tokens in wanted) < 1e-10
+    _, single = completed_distribution(VERIFIERS[name], p, q, size, length, whole_drafts(q, size, length, 1))
     assert 1 < single < emitted < length + 1
 
 
@@ -243,17 +249,19 @@ def test_trees_keep_the_chain(name):
     verifier = VERIFIERS[name]
 
     def draw(context):
-        return [(tokens, chance) for tokens, chance in draft_law(q[context], 2, verifier.sampling) if chance > 0]
+        return [
+            (tokens, chance) for tokens, chance in draft_distribution(q[context], 2, verifier.sampling) if chance > 0
+        ]
 
     def go_on(context, tokens, y):
         return (draw, go_on) if y in tokens else (None, False)
 
-    law, _ = completed_law(verifier, p, q, size, length, [(1.0, (draw, go_on))])
-    wanted = target_law(p, (), length + 1)
-    assert max(abs(law[tokens] - wanted[tokens]) for tokens in wanted) < 1e-10
+    distribution, _ = completed_distribution(verifier, p, q, size, length, [(1.0, (draw, go_on))])
+    wanted = target_distribution(p, (), length + 1)
+    assert max(abs(distribution[tokens] - wanted[tokens]) for tokens in wanted) < 1e-10
 
 
-# --- select follows the law ------------------------------------------------------------------------------------------
+# --- select follows the distribution ---------------------------------------------------------------------------------
 
 
 def plain_speculative(p, q, token, numbers):
@@ -296,7 +304,7 @@ def test_select_follows_the_plan(name):
 
 
 @pytest.mark.parametrize("name", SEVERAL)
-def test_select_has_the_target_law_when_run(name):
+def test_select_has_the_target_distribution_when_run(name):
     """4,000 real runs, drafts included: chi-square against the target, and the flag against its probability."""
     verifier, runs = VERIFIERS[name], 4000
     p, q = random_pair(2, 5)
@@ -327,9 +335,9 @@ def test_the_order_of_the_vocabulary_does_not_matter(name):
     order = torch.tensor([3, 0, 4, 1, 2])
     tokens, _ = sample_drafts(q, 2, VERIFIERS[name].sampling, torch.Generator().manual_seed(3))
     moved = [int((order == token).nonzero()) for token in tokens]
-    law, accepted = emission_law(VERIFIERS[name], p, q, tokens)
-    other, other_accepted = emission_law(VERIFIERS[name], p[order], q[order], moved)
-    assert torch.allclose(law[order], other, atol=1e-14) and accepted == pytest.approx(other_accepted)
+    distribution, accepted = output_distribution(VERIFIERS[name], p, q, tokens)
+    other, other_accepted = output_distribution(VERIFIERS[name], p[order], q[order], moved)
+    assert torch.allclose(distribution[order], other, atol=1e-14) and accepted == pytest.approx(other_accepted)
 
 
 @pytest.mark.parametrize("name", SEVERAL)
@@ -355,13 +363,13 @@ def test_float32_rows_of_a_real_vocabulary():
 
 @pytest.mark.parametrize("name", ["rrs", "kseq", "greedy"])
 def test_the_residual_is_what_the_tests_leave(name):
-    """Where the residual does not depend on the drafts it is the target less what passes, normalised."""
+    """Where the residual does not depend on the drafts it is the target less what passes, normalized."""
     verifier = VERIFIERS[name]
     for seed in (1, 2, 5):
         p, q = random_pair(seed, 5)
         passed = torch.zeros_like(p)
         residuals = []
-        for tokens, chance in draft_law(q, 3, verifier.sampling):
+        for tokens, chance in draft_distribution(q, 3, verifier.sampling):
             *trials, residual = verifier.steps(p, q, tokens)
             left = chance
             for token, accept in trials:
@@ -384,7 +392,7 @@ def test_the_residual_without_replacement_depends_on_the_order_of_rejections():
 
 
 def test_the_greedy_residual_keeps_the_top_tokens_whole():
-    """p on the top tokens and (p - last draft's law)+ elsewhere."""
+    """p on the top tokens and (p - last draft's distribution)+ elsewhere."""
     p, q = row(0.4, 0.3, 0.2, 0.1), row(0.1, 0.2, 0.3, 0.4)
     trial, residual = GreedyDraftVerifier().steps(p, q, [3, 0])
     assert trial == (0, 1.0)
@@ -465,26 +473,36 @@ def test_more_drafts_accept_more():
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_drafts_have_their_law(sampling):
+def test_drafts_have_their_distribution(sampling):
     _, q = random_pair(2, 4)
     generator, runs, counts = torch.Generator().manual_seed(0), 5000, {}
     for _ in range(runs):
         tokens, _ = sample_drafts(q, 2, sampling, generator)
         counts[tuple(tokens)] = counts.get(tuple(tokens), 0) + 1
-    law = {tokens: chance for tokens, chance in draft_law(q, 2, sampling) if chance > 0}
-    assert set(counts) <= set(law)
-    assert sum((counts.get(t, 0) - runs * c) ** 2 / (runs * c) for t, c in law.items()) < 45  # 15 degrees at most
+    distribution = {tokens: chance for tokens, chance in draft_distribution(q, 2, sampling) if chance > 0}
+    assert set(counts) <= set(distribution)
+    assert (
+        sum((counts.get(t, 0) - runs * c) ** 2 / (runs * c) for t, c in distribution.items()) < 45
+    )  # 15 degrees at most
 
 
-def test_the_laws_of_successive_drafts():
+def test_the_distributions_of_successive_drafts():
     q = row(0.1, 0.2, 0.3, 0.4)
-    tokens, laws = sample_drafts(q, 3, "without", torch.Generator().manual_seed(0))
-    assert len(set(tokens)) == 3 and torch.equal(laws[0], q)
-    assert laws[1][tokens[0]] == 0 and laws[2][tokens[1]] == 0 and torch.allclose(laws.sum(1), torch.ones(3).double())
-    tokens, laws = sample_drafts(q, 3, "greedy", torch.Generator().manual_seed(0))
-    assert tokens[:2] == [3, 2] and laws[0].argmax() == 3 and torch.allclose(laws[2], row(1 / 3, 2 / 3, 0, 0))
-    _, laws = sample_drafts(q, 3, "with", torch.Generator().manual_seed(0))
-    assert torch.equal(laws, q.expand(3, -1))
+    tokens, distributions = sample_drafts(q, 3, "without", torch.Generator().manual_seed(0))
+    assert len(set(tokens)) == 3 and torch.equal(distributions[0], q)
+    assert (
+        distributions[1][tokens[0]] == 0
+        and distributions[2][tokens[1]] == 0
+        and torch.allclose(distributions.sum(1), torch.ones(3).double())
+    )
+    tokens, distributions = sample_drafts(q, 3, "greedy", torch.Generator().manual_seed(0))
+    assert (
+        tokens[:2] == [3, 2]
+        and distributions[0].argmax() == 3
+        and torch.allclose(distributions[2], row(1 / 3, 2 / 3, 0, 0))
+    )
+    _, distributions = sample_drafts(q, 3, "with", torch.Generator().manual_seed(0))
+    assert torch.equal(distributions, q.expand(3, -1))
 
 
 def test_all_tokens_can_be_drawn_without_replacement():

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tokenry.decode import NGramBan, PhraseBan, RegexBan, Row
+from tokenry.decode import NGramBan, PhraseBan, RegexBan, SequenceState
 from tokenry.decode.generation.monitor import held_tokens
 from tokenry.judge import Reference, SlopProfile
 from tokenry.judge.text.slop import Pattern
@@ -34,7 +34,7 @@ LONGER = {"marks apart", "dotted I apart", "Hangul apart", "kana apart"}
 
 
 def row_of(tokenizer, text):
-    row = Row(0, [], tokenizer)
+    row = SequenceState(0, [], tokenizer)
     for token in tokenizer.encode(text, add_special_tokens=False):
         row.append(token)
     return row
@@ -191,14 +191,14 @@ class Letters:
 @settings(max_examples=150, deadline=None)
 def test_a_row_that_was_rewound_is_judged_as_a_new_one(kind, edits):
     """Whatever a monitor remembers of a row, it says what it would say of the same row read for the first time."""
-    monitor, row = BANS[kind](), Row(0, [], Letters())
+    monitor, row = BANS[kind](), SequenceState(0, [], Letters())
     for edit in edits:
         if isinstance(edit, int):
             row.truncate(max(0, len(row.ids) - edit))
             continue
         for token in map(ord, edit):
             row.append(token)
-        new = Row(0, [], Letters())
+        new = SequenceState(0, [], Letters())
         for token in row.ids:
             new.append(token)
         new.checked, new.ignored = row.checked, row.ignored
@@ -215,7 +215,7 @@ def test_a_row_that_was_rewound_is_judged_as_a_new_one(kind, edits):
 @settings(max_examples=300, deadline=None)
 def test_no_rewind_reaches_what_was_settled(kind, pieces):
     """A token that was said to be settled is never part of what is rejected later."""
-    monitor, row, known, settled = BANS[kind](), Row(0, [], Letters()), {}, 0
+    monitor, row, known, settled = BANS[kind](), SequenceState(0, [], Letters()), {}, 0
     for token in map(ord, "".join(pieces)):
         row.append(token)
         while violation := monitor.check(row):
@@ -245,7 +245,7 @@ class Counting:
 
 
 def test_an_expression_without_a_span_looks_at_the_end_alone():
-    monitor, row = RegexBan([r"\bnot [^.]{1,40}, but\b"]), Row(0, [], Letters())
+    monitor, row = RegexBan([r"\bnot [^.]{1,40}, but\b"]), SequenceState(0, [], Letters())
     counting = monitor.patterns[0] = Counting(monitor.patterns[0])
     for token in map(ord, "It was not so much the sea. The wind had gone. " * 100):
         row.append(token)
@@ -256,7 +256,7 @@ def test_an_expression_without_a_span_looks_at_the_end_alone():
 
 def test_few_words_and_characters_are_read_again(monkeypatch):
     """The steps of the n-grams, and the characters that are folded, grow with the text and not with its square."""
-    monitor, row = NGramBan(["sun dipped horizon", "could feel"]), Row(0, [], Letters())
+    monitor, row = NGramBan(["sun dipped horizon", "could feel"]), SequenceState(0, [], Letters())
     steps = 0
     step = monitor.ngrams.step
 

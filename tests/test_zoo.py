@@ -162,7 +162,7 @@ def test_half_of_the_judged_steps_are_wrong_and_scores_tell():
     rng, scores = random.Random(2), []
     for _ in range(1500):
         problem = TASK.draw(rng.choice(reasoner.LEVELS), rng)
-        text, score = reasoner.judgement(problem, rng)
+        text, score = reasoner.judgment(problem, rng)
         last = text.split("\n")[-1]
         step = re.fullmatch(r"(\d+)([-+*])(\d+)=(\d+)", last)
         scores.append(score)

@@ -119,7 +119,7 @@ def generate_one(
     stats = getattr(output, "stats", None)
     if json_output:
         events = [{k: v for k, v in vars(e).items() if k != "context_ids"} for e in output.events]
-        calls = {"forward_calls": output.forward_calls, "token_forwards": output.token_forwards}
+        calls = {"forward_calls": output.forward_calls, "tokens_processed": output.tokens_processed}
         calls |= stats.summary() if stats else {}
         as_json({"text": output.texts[0], "ids": output.new_ids[0], **strategy(output, 0), "events": events, **calls})
     elif output.events:

@@ -13,7 +13,7 @@ from ..core.outputs import check_folder, write_folder
 from .options import load_model, progress, read_text
 
 if TYPE_CHECKING:
-    from ..read import DifficultyLabels, Reading
+    from ..read import DifficultyProbeMethod, Reading
 
 
 class Problems(NamedTuple):
@@ -24,7 +24,7 @@ class Problems(NamedTuple):
 
 
 def learn_probe(
-    method: DifficultyLabels,
+    method: DifficultyProbeMethod,
     model_options: Sequence[Any],
     path: str | None,
     count: int | None,

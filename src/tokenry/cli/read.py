@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     help="Probability from which a top token is a name.",
 )
 @click.option("--find", "words", multiple=True, help="The neurons of a word; may be repeated.")
-@click.option("--layer", type=Number(Layer), help="The most specialised neurons of a layer.")
+@click.option("--layer", type=Number(Layer), help="The most specialized neurons of a layer.")
 @click.option("--overlap", "other", metavar="MODEL", help="Share of equal names in another checkpoint.")
 @click.option("--map", "map_path", help="A saved map of the model, instead of making one.")
 @click.option("--save-map", help="Write the map (safetensors).")

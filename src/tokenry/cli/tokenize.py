@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ..core.method import Method
 
 SUFFIXES = (".txt", ".md")
-SHOWN = 600  # characters of the coloured view in a terminal
+SHOWN = 600  # characters of the colored view in a terminal
 SHOWN_IN_PAGE = 5000
 
 
@@ -78,7 +78,7 @@ def text_files(names: Sequence[str]) -> list[Path]:
 
 
 def train_shown(method: Method, paths: Sequence[Path]) -> Any:
-    """Train with a progress bar over the files on standard error; merges are learnt after the last one."""
+    """Train with a progress bar over the files on standard error; merges are learned after the last one."""
     with progress("reading", len(paths)) as update:
 
         def documents() -> Iterator[str]:
@@ -98,12 +98,12 @@ def train_shown(method: Method, paths: Sequence[Path]) -> Any:
 @trust_option
 @click.option("--json", "json_output", is_flag=True, help="Print ids and pieces as JSON.")
 def encode(text: str, name: str, trust_remote_code: bool, json_output: bool) -> None:
-    """Show the tokens of TEXT in colour; '-' reads standard input."""
+    """Show the tokens of TEXT in color; '-' reads standard input."""
     text = read_text("-", "text") if text == "-" else text
     if not text:
         raise InputError("the text is empty; give some to encode")
     (tokenizer,) = load_tokenizers([name], trust_remote_code).values()
-    from ..tokenize.text.report import coloured, token_pieces
+    from ..tokenize.text.report import colored, token_pieces
 
     pieces = token_pieces(tokenizer, text)
     ids = [i for piece in pieces for i in piece.ids]
@@ -112,7 +112,7 @@ def encode(text: str, name: str, trust_remote_code: bool, json_output: bool) -> 
         return
     screen = console()
     if screen.is_terminal:
-        screen.print(coloured(pieces), soft_wrap=True)
+        screen.print(colored(pieces), soft_wrap=True)
     else:
         click.echo("|".join(piece.text for piece in pieces))
     click.echo(f"({len(ids)} tokens, {len(ids) / len(text):.3f} per character)", err=True)
@@ -170,11 +170,11 @@ def load_tokenizers(names: Sequence[str], trust_remote_code: bool) -> dict[str, 
 
 
 def side_by_side(tokenizers: dict[str, Any], text: str) -> Any:
-    """One column of coloured text for each tokenizer."""
+    """One column of colored text for each tokenizer."""
     from rich.table import Table
 
-    from ..tokenize.text.report import coloured, token_pieces
+    from ..tokenize.text.report import colored, token_pieces
 
     grid = Table(*tokenizers, box=None, padding=(0, 2, 0, 0))
-    grid.add_row(*(coloured(token_pieces(tokenizer, text)) for tokenizer in tokenizers.values()))
+    grid.add_row(*(colored(token_pieces(tokenizer, text)) for tokenizer in tokenizers.values()))
     return grid

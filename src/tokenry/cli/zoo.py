@@ -45,7 +45,7 @@ def show(name: str, json_output: bool) -> None:
     record = found["record"] or {"measures": {}}
     click.echo(f"zoo/{found['name']}: {found['task']}\n\nLearns from: {found['data']}")
     click.echo(f"Size: {found['size']} million parameters; about {found['minutes']} minutes on two cores")
-    for measure, (low, high) in found["reach"].items():
+    for measure, (low, high) in found["targets"].items():
         value = record["measures"].get(measure)
         click.echo(f"  {measure:<16} {'not built' if value is None else value:>9}   must be {low} to {high}")
 

@@ -1,4 +1,4 @@
-"""Text that ships in packages: licences, and Python's own library as documentation and as code."""
+"""Text that ships in packages: licenses, and Python's own library as documentation and as code."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pathlib import Path
 
 from ..core.errors import InputError
 
-__all__ = ["docstrings", "library_source", "licence_texts", "overlap", "split", "up_to_bytes", "word_grams"]
+__all__ = ["docstrings", "library_source", "license_texts", "overlap", "split", "up_to_bytes", "word_grams"]
 
 FRONT_MATTER = re.compile(r"\A---\n.*?^---[ \t]*$\n?", re.DOTALL | re.MULTILINE)
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 DEFINITIONS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-def licence_texts() -> list[str]:
-    """About 2,600 licences from the package scancode-toolkit-mini, sorted by name, each text once.
+def license_texts() -> list[str]:
+    """About 2,600 licenses from the package scancode-toolkit-mini, sorted by name, each text once.
 
     The package is read as data and never imported, as its own dependencies need not be there.
 
@@ -32,7 +32,7 @@ def licence_texts() -> list[str]:
     paths = sorted(folder.glob("*.LICENSE")) if folder else []
     if not paths:
         raise InputError(
-            "the licence texts are not installed; run `pip install --no-deps scancode-toolkit-mini` (data only)"
+            "the license texts are not installed; run `pip install --no-deps scancode-toolkit-mini` (data only)"
         )
     texts = (FRONT_MATTER.sub("", path.read_text(encoding="utf-8", errors="replace")).strip() for path in paths)
     return list(dict.fromkeys(text for text in texts if text))

@@ -45,7 +45,7 @@ from .generation.loop import DecodeLoop as DecodeLoop
 from .generation.loop import DecodeOutput as DecodeOutput
 from .generation.monitor import RewindEvent as RewindEvent
 from .generation.monitor import Violation as Violation
-from .generation.sequence import Row as Row
+from .generation.sequence import SequenceState as SequenceState
 from .learn2pd import EndOfTextTruncation as EndOfTextTruncation
 from .learn2pd import Learn2PD as Learn2PD
 from .learn2pd import LearnedFilter as LearnedFilter

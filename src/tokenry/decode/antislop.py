@@ -29,7 +29,7 @@ from ..text.token_text import special_tokens
 from ..text.words import STOP_WORDS, FoldedText, Word, WordList, bare, fold, inside_word, listed, words
 from .contract import DecodeMethod, Plugins
 from .generation.monitor import Violation
-from .generation.sequence import Row
+from .generation.sequence import SequenceState
 
 __all__ = ["Antislop", "NGramBan", "PhraseBan", "RegexBan"]
 
@@ -69,23 +69,23 @@ class _Ban:
     def _with(self, token: str) -> str:
         return next(text for text in self.written if token in text or regex.escape(token) in text)
 
-    def violation(self, row: Row, rule: str, start: int, stop: int, also: Iterable[int] = ()) -> Violation:
+    def violation(self, row: SequenceState, rule: str, start: int, stop: int, also: Iterable[int] = ()) -> Violation:
         index = row.token_at(start)
         factors = dict.fromkeys((row.ids[index], *also), self.factor)
         return Violation(index, rule, factors, span=(start, stop), **self.repair)
 
-    def tokens_from(self, row: Row, char: int | None) -> int:
+    def tokens_from(self, row: SequenceState, char: int | None) -> int:
         """How many tokens a rewind to `char` would take back, with those that are not text yet."""
         first = row.decoded.done if char is None else min(row.token_at(char), row.decoded.done)
         return len(row.ids) - first
 
 
-def folded_text(row: Row) -> FoldedText:
+def folded_text(row: SequenceState) -> FoldedText:
     """The row's text as it is compared; all monitors share it."""
     return row.note(FoldedText, FoldedText).follow(row.text)
 
 
-def word_list(row: Row) -> WordList:
+def word_list(row: SequenceState) -> WordList:
     """The words of the row's text; all monitors share them."""
     return row.note(WordList, WordList).follow(folded_text(row))
 
@@ -130,7 +130,7 @@ class PhraseBan(_Ban):
         if self.written:
             self.automaton.make_automaton()
 
-    def check(self, row: Row) -> Violation | None:
+    def check(self, row: SequenceState) -> Violation | None:
         if not self.active or len(row.text) <= row.checked:
             return None
         folded = folded_text(row)
@@ -151,7 +151,7 @@ class PhraseBan(_Ban):
         also = start_tokens(row.decoded.tokenizer, phrase) if self.start_tokens else ()
         return self.violation(row, f"phrase:{phrase}", start, stop, also)
 
-    def hold(self, row: Row) -> int:
+    def hold(self, row: SequenceState) -> int:
         """Tokens from the earliest place where a phrase may have begun."""
         if not self.active:
             return 0
@@ -227,7 +227,7 @@ class RegexBan(_Ban):
             raise InputError(f"the regular expression {pattern!r} matches the empty text; make part of it obligatory")
         return compiled
 
-    def check(self, row: Row) -> Violation | None:
+    def check(self, row: SequenceState) -> Violation | None:
         text = row.text
         if not self.active or len(text) <= row.checked:
             return None
@@ -250,7 +250,7 @@ class RegexBan(_Ban):
             known.go_on(pattern, text)
         return None
 
-    def hold(self, row: Row) -> int | None:
+    def hold(self, row: SequenceState) -> int | None:
         """Tokens from the earliest place where a match may have begun."""
         if not self.active or not self.patterns:
             return 0
@@ -316,7 +316,7 @@ class NGramBan(_Ban):
         self.active = self.active and bool(found)
         self.firsts = sorted(bare(word) for word in self.ngrams.root.children)
 
-    def check(self, row: Row) -> Violation | None:
+    def check(self, row: SequenceState) -> Violation | None:
         if not self.active or len(row.text) <= row.checked:
             return None
         steps, last = self._steps(row)
@@ -332,7 +332,7 @@ class NGramBan(_Ban):
         )
         return None if best is None else self.violation(row, _rule(best[2]), best[0], best[3])
 
-    def hold(self, row: Row) -> int:
+    def hold(self, row: SequenceState) -> int:
         """Tokens from the earliest word that may have begun a banned n-gram."""
         if not self.active:
             return 0
@@ -346,7 +346,7 @@ class NGramBan(_Ban):
             starts += [word.start for first in self.firsts[place : place + 1] if first.startswith(bare(word.text))]
         return self.tokens_from(row, min(starts, default=None))
 
-    def _steps(self, row: Row) -> tuple[list[_Step], _Step]:
+    def _steps(self, row: SequenceState) -> tuple[list[_Step], _Step]:
         """The steps of all words but the last, and that of the last."""
         found = word_list(row).words
         made = row.note(self, _Steps).made
@@ -387,7 +387,7 @@ class Antislop(DecodeMethod):
     )
     max_span: Count | None = Field(None, description="longest regex match in characters; needed for streaming")
     force_backtrack: bool = Field(False, description="drop temperature, min-p, top-p and top-k rather than give up")
-    invert_probs: bool = Field(False, description="favour unlikely replacements")
+    invert_probs: bool = Field(False, description="favor unlikely replacements")
     max_retries: Count = Field(100, description="repairs at one position before it is given up")
 
     @model_validator(mode="after")

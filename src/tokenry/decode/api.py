@@ -42,8 +42,8 @@ def loop(
     generation_config: GenerationConfig,
     monitors: Sequence[Monitor] = (),
     layer_policy: LayerPolicy | None = None,
-    steerers: Sequence[AbstractContextManager] = (),
-    caps: Sequence[LogitsProcessor] = (),
+    interventions: Sequence[AbstractContextManager] = (),
+    final_processors: Sequence[LogitsProcessor] = (),
     token_streamers: Sequence[BaseStreamer] = (),
     processing_class: PreTrainedTokenizerBase | None = None,
     seed: int | None = None,
@@ -58,11 +58,11 @@ def loop(
         model.generate(**inputs, custom_generate=tokenry.decode.loop, monitors=[...], processing_class=tokenizer)
 
     `generate` prepares the configuration, logits processors and cache as always. `processing_class` is the
-    tokenizer; without it the one saved beside the model is used. `caps` are logits processors that act last, after
-    temperature and truncation. `token_streamers` has one streamer per row; `streamer` of `generate` is for one row.
-    All of them end, also when something fails. `budgets` are the most new tokens of each row, where that is less
-    than `max_new_tokens`. `speculation` drafts several tokens per step (see `speculative`). `past_key_values` may hold
-    the first columns of the prompt. Returns ids, or a `DecodeOutput` with `return_dict_in_generate=True`.
+    tokenizer; without it the one saved beside the model is used. `final_processors` are logits processors that act
+    last, after temperature and truncation. `token_streamers` has one streamer per row; `streamer` of `generate` is for
+    one row. All of them end, also when something fails. `budgets` are the most new tokens of each row, where that is
+    less than `max_new_tokens`. `speculation` drafts several tokens per step (see `speculative`). `past_key_values` may
+    hold the first columns of the prompt. Returns ids, or a `DecodeOutput` with `return_dict_in_generate=True`.
 
     Strings that end a text are given as `stop`: before it gets here, `generate` refuses `stop_strings` and loses the
     `tokenizer` that it asks for.
@@ -106,9 +106,9 @@ def loop(
             processing_class,
             processors=processors,
             warpers=warpers,
-            caps=caps,
+            final_processors=final_processors,
             monitors=monitors,
-            steerers=steerers,
+            interventions=interventions,
             streamers=streamers,
             do_sample=generation_config.do_sample,
             seed=seed,
@@ -142,8 +142,8 @@ def generate(
     processors: Sequence[LogitsProcessor] = (),
     monitors: Sequence[Monitor] = (),
     layer_policy: LayerPolicy | None = None,
-    steerers: Sequence[AbstractContextManager] = (),
-    caps: Sequence[LogitsProcessor] = (),
+    interventions: Sequence[AbstractContextManager] = (),
+    final_processors: Sequence[LogitsProcessor] = (),
     speculation: Any = None,
     streamers: Sequence[BaseStreamer] = (),
     seed: int | None = None,
@@ -158,7 +158,7 @@ def generate(
         prompts: a prompt or several, see `encode_prompts`.
         methods: decode methods; their plug-ins come before the ones given here. One that reads the prompts first has a
             `generate` of its own, which gets all the rest.
-        caps: logits processors that act last, after temperature and truncation.
+        final_processors: logits processors that act last, after temperature and truncation.
         speculation: drafts several tokens per step, see `loop`.
         seed: makes sampling repeatable, row by row; None uses torch's global generator.
         chat: put each prompt through the chat template where the tokenizer has one.
@@ -180,7 +180,7 @@ def generate(
         if seed is not None:
             check("seed", seed, TorchSeed)
         options, own, stop = _taken(model, options, stop)
-        plugins = Plugins((*processors, *own), monitors, layer_policy, steerers, caps, speculation)
+        plugins = Plugins((*processors, *own), monitors, layer_policy, interventions, final_processors, speculation)
         readers = [method for method in methods if hasattr(method, "generate")]
         for method in reversed([method for method in methods if not hasattr(method, "generate")]):
             plugins = method.plugins(model, tokenizer) + plugins
@@ -194,8 +194,8 @@ def generate(
             logits_processor=LogitsProcessorList(plugins.processors),
             monitors=plugins.monitors,
             layer_policy=plugins.layer_policy,
-            steerers=plugins.steerers,
-            caps=plugins.caps,
+            interventions=plugins.interventions,
+            final_processors=plugins.final_processors,
             speculation=plugins.speculation,
             token_streamers=streamers,
             processing_class=tokenizer,

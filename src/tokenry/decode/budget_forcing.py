@@ -15,7 +15,7 @@ from ..core.errors import InputError
 from ..core.fields import Times, TokenId, Tokens
 from .contract import DecodeMethod, Plugins
 from .generation.monitor import Violation
-from .generation.sequence import Row
+from .generation.sequence import SequenceState
 from .reasoning.reflection import checked_ids, end_think_ids, read_ids, read_none, require
 
 __all__ = ["BudgetForcing", "BudgetForcingMonitor"]
@@ -64,7 +64,7 @@ class BudgetForcingMonitor:
         if min_ignores and _find(self.ignore_ids, self.end_ids):
             raise InputError(f"ignore_text={ignore_text!r} ends thinking itself; give a word such as 'Wait'")
 
-    def check(self, row: Row) -> Violation | None:
+    def check(self, row: SequenceState) -> Violation | None:
         start = len(row.ids) - len(self.end_ids)
         if row.ids[-len(self.end_ids) :] == self.end_ids:
             return None if self._over(row, start) else self._ended(row, start)
@@ -75,14 +75,14 @@ class BudgetForcingMonitor:
         newline = self.newline_ids if text and not text.endswith("\n") else []
         return Violation(index, CLOSED, force=[*newline, *self.close_ids])
 
-    def hold(self, row: Row) -> int:
+    def hold(self, row: SequenceState) -> int:
         """Tokens of an end mark that has begun; a whole one has passed `check`."""
         for size in range(min(len(self.end_ids) - 1, len(row.ids)), 0, -1):
             if row.ids[-size:] == self.end_ids[:size]:
                 return size
         return 0
 
-    def _ended(self, row: Row, start: int) -> Violation | None:
+    def _ended(self, row: SequenceState, start: int) -> Violation | None:
         """What to do about the end mark at `start`: nothing, draw another token, or ignore it."""
         if any(stop == start for _, stop, rule in row.forced if rule == IGNORED):
             if (start, AGAIN) in row.ignored:
@@ -92,7 +92,7 @@ class BudgetForcingMonitor:
         room = self.limit is None or self.limit - start > len(self.ignore_ids)
         return Violation(start, IGNORED, force=self.ignore_ids) if used < self.min_ignores and room else None
 
-    def _over(self, row: Row, before: int) -> bool:
+    def _over(self, row: SequenceState, before: int) -> bool:
         """Whether thinking had ended before position `before`."""
         return any(rule == CLOSED for _, _, rule in row.forced) or _find(row.ids[:before], self.end_ids)
 

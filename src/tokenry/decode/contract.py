@@ -25,8 +25,8 @@ class Plugins:
     processors: Sequence[LogitsProcessor] = ()
     monitors: Sequence[Monitor] = ()
     layer_policy: LayerPolicy | None = None
-    steerers: Sequence[AbstractContextManager] = ()
-    caps: Sequence[LogitsProcessor] = ()  # act last, after temperature and truncation
+    interventions: Sequence[AbstractContextManager] = ()
+    final_processors: Sequence[LogitsProcessor] = ()  # act last, after temperature and truncation
     speculation: Any = None  # a `tokenry.decode.speculation.loop.Speculation`
 
     def __add__(self, other: Plugins) -> Plugins:
@@ -38,8 +38,8 @@ class Plugins:
             (*self.processors, *other.processors),
             (*self.monitors, *other.monitors),
             self.layer_policy or other.layer_policy,
-            (*self.steerers, *other.steerers),
-            (*self.caps, *other.caps),
+            (*self.interventions, *other.interventions),
+            (*self.final_processors, *other.final_processors),
             self.speculation or other.speculation,
         )
 

@@ -153,7 +153,7 @@ def generate_by_strategy(
     )
     if questions is not None:
         output.forward_calls += 1
-        output.token_forwards += int(questions.mask.sum())
+        output.tokens_processed += int(questions.mask.sum())
     return output
 
 

@@ -261,7 +261,7 @@ class Learn2PD(DiffusionMethod):
         "2509.25188"
     )
     claim: ClassVar[str] = (
-        "A tiny filter that has learnt from the confidences of a block which predictions are final decodes "
+        "A tiny filter that has learned from the confidences of a block which predictions are final decodes "
         "masked-diffusion models in a fraction of the forward passes, at the same quality."
     )
 

@@ -115,8 +115,8 @@ class RectifierLogitsProcessor(LogitsProcessor):
     """Caps every next token at 1 + Q - eps, Q being the rectifier's (arXiv 2302.14003).
 
     It must act last: temperature or top-p after it would lift capped tokens again. In the decode loop give it as a cap
-    (`caps=[...]`); in plain `generate` put the warpers before it into `logits_processor` yourself. The rectifier reads
-    along with a cache of its own, which follows rewinds and beams.
+    (`final_processors=[...]`); in plain `generate` put the warpers before it into `logits_processor` yourself. The
+    rectifier reads along with a cache of its own, which follows rewinds and beams.
 
     Args:
         rectifier: in eval mode, made for the same vocabulary.
@@ -296,7 +296,7 @@ class Rectification(DecodeMethod):
         return RectifierLogitsProcessor(rectifier, self.eps, self.mode, self.p_min, self.p_max)
 
     def plugins(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Plugins:
-        return Plugins(caps=[self.processor(model, tokenizer)])
+        return Plugins(final_processors=[self.processor(model, tokenizer)])
 
 
 def _check_bounds(p_min: float, p_max: float) -> None:

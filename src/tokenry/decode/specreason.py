@@ -156,7 +156,16 @@ class SpecReason(DecodeMethod):
         streamers: Sequence[BaseStreamer],
         options: dict[str, Any],
     ) -> SpecReasonOutput:
-        for name in ("methods", "processors", "monitors", "layer_policy", "steerers", "caps", "speculation", "stop"):
+        for name in (
+            "methods",
+            "processors",
+            "monitors",
+            "layer_policy",
+            "interventions",
+            "final_processors",
+            "speculation",
+            "stop",
+        ):
             if options.pop(name, None):
                 raise InputError(f"specreason writes with two models and takes no {name}; leave them out")
         words = self.prompts or prompts_for(model)
@@ -224,7 +233,7 @@ def _output(speculation: Speculation) -> SpecReasonOutput:
         texts=[base.tokenizer.decode(new, skip_special_tokens=True) for new in ids],
         events=[],
         forward_calls=base.engine.calls + speculation.small.engine.calls,
-        token_forwards=base.engine.token_forwards + speculation.small.engine.token_forwards,
+        tokens_processed=base.engine.tokens_processed + speculation.small.engine.tokens_processed,
         past_key_values=base.engine.cache,
         stop_reasons=[result.stop_reason for result in results],
         results=results,

@@ -44,7 +44,7 @@ class TiDAR(DecodeMethod):
         None,
         ge=2,
         le=1024,
-        description="tokens checked in a forward, and masks of a replica; none: what the model learnt, or 8",
+        description="tokens checked in a forward, and masks of a replica; none: what the model learned, or 8",
     )
     beta: Probability = Field(1.0, description="trust in the causal rows; with 1 the text is exactly theirs")
     mask_token_id: Annotated[TokenId | None, BeforeValidator(read_none)] = Field(

@@ -48,7 +48,7 @@ def build(
         seeds=tuple(seeds or (0,)),
         batch=8,
         notes="`ban first tokens` is what certainty costs without rewinding. `bad_words_ids` bans the last token of a "
-        "sequence where it would be completed; it misses other tokenisations and leaves the beginning of the phrase "
+        "sequence where it would be completed; it misses other tokenizations and leaves the beginning of the phrase "
         "standing. For a short list of common phrases it is a strong control: compare its row.",
     )
 

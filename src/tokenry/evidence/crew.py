@@ -16,7 +16,7 @@ from ..judge.crew import CRew, Solution
 from ..measure.compare import Comparison
 from ..measure.statistics import Interval, bootstrap_statistic
 from ..measure.task import Experiment, Finding, Subject
-from ..measure.tasks.arithmetic import KINDS, SumsTask, auroc
+from ..measure.tasks.arithmetic import KINDS, ArithmeticTask, auroc
 
 PLAIN, LENGTH, RANDOM, ALIKE = "mean log-likelihood", "shortest", "random", "all alike"
 METHOD, GEOMETRIC, LEAST = "crew", "crew, geo_mean", "crew, min"
@@ -50,7 +50,7 @@ def build(
     return Experiment(
         slug=CRew.slug,
         claim=CRew.claim,
-        task=SumsTask(model, tokenizer, samples or 200),
+        task=ArithmeticTask(model, tokenizer, samples or 200),
         subjects=subjects,
         baseline=PLAIN,
         judge=judge,

@@ -32,7 +32,7 @@ __all__ = ["build"]
 
 NAME = "cyclicreflex-reasoner"
 PLAIN, TIP, FORCING, SHIFTED, METHOD = "plain", "tip", "budget forcing", "wave, half a period later", "cyclicreflex"
-WORD_SETS = (("wait",), ("wait", "check"))  # `check` comes only at the end of what the model has learnt from
+WORD_SETS = (("wait",), ("wait", "check"))  # `check` comes only at the end of what the model has learned from
 GRID = {"amplitude": (1.0, 3.0), "period": (24.0, 48.0, 96.0), "shift": (0.0, 0.5)}
 CONSTANTS = (-3.0, -1.0, 1.0, 3.0)
 MAX_NEW_TOKENS, BUDGETS = 256, (64, 128)

@@ -185,8 +185,8 @@ def judge(comparison: Comparison) -> list[Finding]:
 
 
 def _cheaper(comparison: Comparison, how: str, first: str, second: str) -> Finding:
-    cost = comparison.difference(first, second, "token_forwards")
-    share = comparison.mean(first, "token_forwards") / comparison.mean(second, "token_forwards")
+    cost = comparison.difference(first, second, "tokens_processed")
+    share = comparison.mean(first, "tokens_processed") / comparison.mean(second, "tokens_processed")
     calls = [comparison.mean(name, "forward_passes") for name in (first, second)]
     quality = comparison.difference(first, second, "exact")
     return Finding(

@@ -30,7 +30,7 @@ from ..measure.cost import Meter
 from ..measure.statistics import Interval, bootstrap_statistic
 from ..measure.task import Experiment, Finding, Subject
 from ..measure.tasks.difficulty import Answer, Answering, DifficultyTask, answers
-from ..read.difficulty_probe import DifficultyLabels, EntropyProfile, question_states
+from ..read.difficulty_probe import DifficultyProbeMethod, EntropyProfile, question_states
 
 __all__ = ["build"]
 
@@ -82,19 +82,19 @@ def build(
         samples: test problems; default 320. The profile has at most twice as many questions.
         method: the strategies, the threshold and the probe that it sets replace those of this experiment.
     """
-    count, labelling, task = samples or 320, DifficultyLabels(gamma=GAMMA), Arithmetic()
+    count, labeling, task = samples or 320, DifficultyProbeMethod(gamma=GAMMA), Arithmetic()
     trained, held = (
-        profiled(model, tokenizer, labelling, min(most, max(2 * count, 16)), split, seed)
+        profiled(model, tokenizer, labeling, min(most, max(2 * count, 16)), split, seed)
         for most, split, seed in ((PROFILED, "train", 0), (HELD_OUT, "dev", HELD_OUT_SEED))
     )
-    labels = labelling.labels(trained.profile)
-    probes = fit_probes(model, tokenizer, labelling, trained.questions, labels)
-    length_probe = DifficultyProbe(1, labelling.hidden).fit(lengths(trained.questions), labels)
+    labels = labeling.labels(trained.profile)
+    probes = fit_probes(model, tokenizer, labeling, trained.questions, labels)
+    length_probe = DifficultyProbe(1, labeling.hidden).fit(lengths(trained.questions), labels)
     given = {name: getattr(method, name) for name in method.model_fields_set} if method else {}
     probes[METHOD] = given.pop("probe", probes[METHOD])
     routed = {name: DiffAdapt(**{"strategies": STRATEGIES, **given, "probe": probe}) for name, probe in probes.items()}
-    beta = solved_limit(trained.profile, labelling)
-    truth = labelling.model_copy(update={"beta": beta}).labels(held.profile)
+    beta = solved_limit(trained.profile, labeling)
+    truth = labeling.model_copy(update={"beta": beta}).labels(held.profile)
     states = question_states(model, tokenizer, held.questions)
     known = {name: right_classes(one.probe, states, truth) for name, one in routed.items()}
     known[LENGTH] = right_classes(length_probe, lengths(held.questions), truth)
@@ -109,9 +109,9 @@ def build(
         judge=partial(judge, trained=trained, known=known, truth=truth),
         seeds=tuple(seeds or (0, 1)),
         batch=64,
-        notes=f"Labels from {labelling.n_samples} samples of each of {len(labels)} training questions: "
+        notes=f"Labels from {labeling.n_samples} samples of each of {len(labels)} training questions: "
         + ", ".join(f"{np.mean(labels == i):.0%} {name}" for i, name in enumerate(CLASSES))
-        + f". Budget {MAX_NEW_TOKENS} tokens. The probe is tested on {len(truth)} questions of a third split, labelled "
+        + f". Budget {MAX_NEW_TOKENS} tokens. The probe is tested on {len(truth)} questions of a third split, labeled "
         "with the same threshold of entropy. Levels 7 and 8 are beyond the model's training. The oracles see which "
         "strategy is right; they are ceilings and no methods. " + TRIED,
     )
@@ -131,7 +131,7 @@ class Profiled(NamedTuple):
 def profiled(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    labelling: DifficultyLabels,
+    labeling: DifficultyProbeMethod,
     count: int,
     split: Split,
     seed: int,
@@ -140,11 +140,11 @@ def profiled(
     task = Arithmetic()
     problems = by_length(draw_problems(task, count, seed, split))
     questions = [problem.question for problem in problems]
-    setting = [questions, labelling.n_samples, labelling.temperature, MAX_NEW_TOKENS]
+    setting = [questions, labeling.n_samples, labeling.temperature, MAX_NEW_TOKENS]
     path = kept_folder("diffadapt", model, tokenizer) / f"profile-{split}-{seed}-{digest(setting)}.json"
     if not path.exists():
         with tqdm(desc=f"sampling the {split} questions", total=count) as bar:
-            found = labelling.profile(
+            found = labeling.profile(
                 model,
                 tokenizer,
                 questions,
@@ -166,20 +166,20 @@ def by_length(problems: Sequence[Problem]) -> list[Problem]:
 def fit_probes(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    labelling: DifficultyLabels,
+    labeling: DifficultyProbeMethod,
     questions: Sequence[str],
     labels: np.ndarray,
 ) -> dict[str, DifficultyProbe]:
     """The probe, the same on shuffled labels, and a linear one."""
-    linear = labelling.model_copy(update={"hidden": 0})
+    linear = labeling.model_copy(update={"hidden": 0})
     shuffled = np.random.default_rng(0).permutation(labels)
-    wanted = {METHOD: (labelling, labels), SHUFFLED: (labelling, shuffled), LINEAR: (linear, labels)}
+    wanted = {METHOD: (labeling, labels), SHUFFLED: (labeling, shuffled), LINEAR: (linear, labels)}
     return {name: one.fit(model, tokenizer, questions, y) for name, (one, y) in wanted.items()}
 
 
-def solved_limit(profile: EntropyProfile, labelling: DifficultyLabels) -> float:
+def solved_limit(profile: EntropyProfile, labeling: DifficultyProbeMethod) -> float:
     """The threshold of entropy that the labels of this profile have: held-out questions get the same one."""
-    normal = labelling.labels(profile) == CLASSES.index("normal")
+    normal = labeling.labels(profile) == CLASSES.index("normal")
     return float(profile.entropy[normal].max()) if normal.any() else 0.0
 
 

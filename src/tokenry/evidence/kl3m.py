@@ -1,4 +1,4 @@
-"""Does a vocabulary learnt from a domain need fewer tokens there, and do short tokens withstand recognition errors?
+"""Does a vocabulary learned from a domain need fewer tokens there, and do short tokens withstand recognition errors?
 
 Licence texts are the domain, docstrings of Python's library the general text, its code a second kind of other text.
 The model takes no part; its tokenizer is a control. The paper's second claim about short tokens, that a small model
@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..core.errors import InputError
-from ..data.corpora import docstrings, library_source, licence_texts, overlap, split, up_to_bytes, word_grams
+from ..data.corpora import docstrings, library_source, license_texts, overlap, split, up_to_bytes, word_grams
 from ..measure.compare import Comparison
 from ..measure.statistics import Interval, bootstrap_statistic
 from ..measure.task import Experiment, Finding, Subject
@@ -42,18 +42,18 @@ CHAR, PLAIN, LARGE, EQUAL, BYTES = (
     "bytes",
 )
 VOCABULARY = 8192
-NEAR_COPY = 0.2  # a licence that shares more of its 20-word stretches with training text is left out of new_licences
+NEAR_COPY = 0.2  # a license that shares more of its 20-word stretches with training text is left out of new_licenses
 PARAGRAPH = (100, 300)  # characters of the texts that are corrupted
 SETS = 4
 
 
 class Texts(NamedTuple):
-    """Training texts: of equal size in bytes for the first two, all licences for the third; and held-out sets."""
+    """Training texts: of equal size in bytes for the first two, all licenses for the third; and held-out sets."""
 
     general: list[str]
     domain: list[str]
     correction: list[str]
-    licences: list[str]
+    licenses: list[str]
     docstrings: list[str]
     code: list[str]
 
@@ -68,7 +68,7 @@ def build(
     """Trains about ten tokenizers (half a minute), and compares them on held-out text.
 
     Args:
-        samples: held-out documents in all, in equal parts licences, docstrings, code and paragraphs with recognition
+        samples: held-out documents in all, in equal parts licenses, docstrings, code and paragraphs with recognition
             errors; default: all there are.
         method: settings to compare as well, trained on the text of its kind.
     """
@@ -76,10 +76,10 @@ def build(
         raise InputError(f"samples={samples} leaves less than two documents of a kind; give at least {2 * SETS}")
     texts = read_texts()
     seen = set().union(*map(word_grams, texts.correction))
-    new = [overlap(text, seen) <= NEAR_COPY for text in texts.licences]
-    clean = paragraphs([text for text, is_new in zip(texts.licences, new) if is_new])
+    new = [overlap(text, seen) <= NEAR_COPY for text in texts.licenses]
+    clean = paragraphs([text for text, is_new in zip(texts.licenses, new) if is_new])
     each = None if samples is None else samples // SETS
-    sets = {name: getattr(texts, name)[:each] for name in ("licences", "docstrings", "code")}
+    sets = {name: getattr(texts, name)[:each] for name in ("licenses", "docstrings", "code")}
     return Experiment(
         slug=KL3M.slug,
         claim=KL3M.claim,
@@ -89,18 +89,18 @@ def build(
         judge=judge,
         seeds=tuple(seeds or (0,)),
         batch=50,
-        notes=f"Vocabularies of {VOCABULARY} from equal numbers of bytes, split 80/20 by document. New licences share "
-        f"at most {NEAR_COPY:.0%} of their 20-word stretches with any training licence. Char tokens and the plain BPEs "
-        "beside them learn from all training licences. Correction by a trained model is not measured.",
+        notes=f"Vocabularies of {VOCABULARY} from equal numbers of bytes, split 80/20 by document. New licenses share "
+        f"at most {NEAR_COPY:.0%} of their 20-word stretches with any training license. Char tokens and the plain BPEs "
+        "beside them learn from all training licenses. Correction by a trained model is not measured.",
     )
 
 
 def read_texts() -> Texts:
     """The corpora, split; the domain has as many training bytes as there are docstrings."""
-    licences, licences_out = split(licence_texts())
+    licenses, licenses_out = split(license_texts())
     general, docstrings_out = split(docstrings())
-    domain = up_to_bytes(licences, sum(len(text.encode()) for text in general))
-    return Texts(general, domain, licences, licences_out, docstrings_out, split(library_source())[1])
+    domain = up_to_bytes(licenses, sum(len(text.encode()) for text in general))
+    return Texts(general, domain, licenses, licenses_out, docstrings_out, split(library_source())[1])
 
 
 def paragraphs(documents: Sequence[str]) -> list[str]:
@@ -205,11 +205,11 @@ def _saved(comparison: Comparison, subject: str, base: str, name: str) -> tuple[
 
 
 def domain_finding(comparison: Comparison) -> Finding:
-    home, first = _saved(comparison, METHOD, GENERAL, "licences")
+    home, first = _saved(comparison, METHOD, GENERAL, "licenses")
     other, second = _saved(comparison, METHOD, GENERAL, "docstrings")
     code, third = _saved(comparison, METHOD, GENERAL, "code")
     return Finding(
-        "On licences the vocabulary learnt from licences needs fewer tokens than one of equal size learnt from "
+        "On licenses the vocabulary learned from licenses needs fewer tokens than one of equal size learned from "
         "docstrings, and more on docstrings and code.",
         home.low > 0 and other.high < 0 and code.high < 0,
         f"{first}; {second}; {third}",
@@ -217,19 +217,19 @@ def domain_finding(comparison: Comparison) -> Finding:
 
 
 def copies_finding(comparison: Comparison) -> Finding:
-    new, numbers = _saved(comparison, METHOD, GENERAL, "new_licences")
+    new, numbers = _saved(comparison, METHOD, GENERAL, "new_licenses")
     return Finding(
-        f"It is not for near-copies: licences that share at most {NEAR_COPY:.0%} of their 20-word stretches with "
+        f"It is not for near-copies: licenses that share at most {NEAR_COPY:.0%} of their 20-word stretches with "
         "training text also need fewer tokens.",
         new.low > 0,
-        f"{numbers}; {new.n} licences",
+        f"{numbers}; {new.n} licenses",
     )
 
 
 def custom_finding(comparison: Comparison) -> Finding:
-    bare, first = _saved(comparison, DOMAIN, GENERAL, "licences")
-    _, second = _saved(comparison, METHOD, DOMAIN, "licences")
-    _, third = _saved(comparison, METHOD, PUBLISHED, "licences")
+    bare, first = _saved(comparison, DOMAIN, GENERAL, "licenses")
+    _, second = _saved(comparison, METHOD, DOMAIN, "licenses")
+    _, third = _saved(comparison, METHOD, PUBLISHED, "licenses")
     return Finding(
         "It is the text that saves and not the list of custom tokens: without them the saving is there too.",
         bare.low > 0,

@@ -1,7 +1,7 @@
-"""Does a learnt filter need fewer forwards than thresholds at equal quality, and is it because it sees the context?
+"""Does a learned filter need fewer forwards than thresholds at equal quality, and is it because it sees the context?
 
 The filter is trained on traces of training problems. Thresholds are swept, and so is what the filter must be sure of.
-Controls are a logistic regression of each position's own confidence, which knows no context; a filter that has learnt
+Controls are a logistic regression of each position's own confidence, which knows no context; a filter that has learned
 from shuffled labels; predictions accepted at random as often as by the filter; and the threshold that is wrong as often
 as the filter on its traces. An oracle that knows the plain decoder's answer shows what is left to gain. Where the text
 ends, and what cutting the window there saves, is measured in wider windows too.
@@ -220,21 +220,21 @@ def subjects(
         setting = {"block_length": BLOCK, "gen_length": width, "eotp_min_confidence": least, **own}
         return Subject(name if width == WIDTH else f"{name}, {width}", role, setting, apply)
 
-    def learnt(kind: str, accept: float) -> dict[str, Any]:
+    def learned(kind: str, accept: float) -> dict[str, Any]:
         return {"accept_threshold": accept, "prompts": PROMPTS, "seed": SEED, **KINDS[kind][1]}
 
     found = [subject(PLAIN, "plain", FixedCount)]
     found += [subject(named(ALONE, t), "control", partial(Threshold, t), threshold=t) for t in THRESHOLDS]
     for kind, role in ((METHOD, "method"), (MASKED, "method"), (OWN, "control"), (SHUFFLED, "control")):
         for a in ACCEPT:
-            found.append(subject(named(kind, a), role, partial(LearnedFilter, made[kind], a), **learnt(kind, a)))
+            found.append(subject(named(kind, a), role, partial(LearnedFilter, made[kind], a), **learned(kind, a)))
     shares = {a: report_of(made[METHOD], traces, a)["accepted"] for a in ACCEPT}
     found += [subject(named(RANDOM, a), "control", partial(AtRandom, s), share=s) for a, s in shares.items()]
     found += [
         subject(EQUAL, "control", partial(Threshold, tau), threshold=tau),
         subject(ORACLE, "control", partial(PlainOracle, model)),
     ]
-    best, own = partial(LearnedFilter, made[METHOD], 0.96), learnt(METHOD, 0.96)
+    best, own = partial(LearnedFilter, made[METHOD], 0.96), learned(METHOD, 0.96)
     for width in (WIDTH, WIDE):
         for name, role, unmask, setting in (
             (PLAIN, "plain", FixedCount, {}),
@@ -259,7 +259,7 @@ def sweep(kind: str) -> list[str]:
 
 
 def judge(comparison: Comparison) -> list[Finding]:
-    """Against the plain decoder, thresholds, what has no context and what has learnt nothing; the cut; seconds."""
+    """Against the plain decoder, thresholds, what has no context and what has learned nothing; the cut; seconds."""
     default = named(METHOD, 0.96)
     quality = comparison.difference(default, PLAIN, "exact")
     passes = {s: comparison.mean(s, "forward_passes") for s in comparison.subjects}
@@ -269,7 +269,7 @@ def judge(comparison: Comparison) -> list[Finding]:
     equal = comparison.difference(default, EQUAL, "exact")
     wide = [f"{default}{cut}, {WIDE}" for cut in ("", CUT, SAFE)]
     lost = {s: comparison.difference(s, wide[0], "exact") for s in wide[1:]}
-    fed = {s: comparison.mean(wide[0], "token_forwards") / comparison.mean(s, "token_forwards") for s in wide[1:]}
+    fed = {s: comparison.mean(wide[0], "tokens_processed") / comparison.mean(s, "tokens_processed") for s in wide[1:]}
     return [
         Finding(
             f"at least {SPEEDUP:g} times fewer forwards than one token per step, exact match within {MARGIN}",
@@ -290,7 +290,7 @@ def judge(comparison: Comparison) -> list[Finding]:
             f"{forwards[MASKED]:.3f}",
         ),
         Finding(
-            "it is what it has learnt: more forwards at equal exact match at random, and with shuffled labels",
+            "it is what it has learned: more forwards at equal exact match at random, and with shuffled labels",
             forwards[RANDOM].high < 1 and forwards[SHUFFLED].high < 1,
             f"forwards, filter / at random: {forwards[RANDOM]:.3f}; filter / shuffled labels: {forwards[SHUFFLED]:.3f}",
         ),

@@ -142,7 +142,7 @@ def order(comparison: Comparison) -> Finding:
 def caches(comparison: Comparison) -> Finding:
     """What keeping keys and values saves, and costs."""
     lost = {label: comparison.difference(label, DEFAULT, "exact") for label in sweep(CACHED)}
-    fed = {n: comparison.mean(n, "token_forwards") / comparison.mean(DEFAULT, "token_forwards") for n in lost}
+    fed = {n: comparison.mean(n, "tokens_processed") / comparison.mean(DEFAULT, "tokens_processed") for n in lost}
     return Finding(
         f"caches feed fewer tokens, exact match within {MARGIN}",
         all(fed[label] < 1 and lost[label].low > -MARGIN for label in lost),

@@ -244,12 +244,13 @@ def listed(intervals: dict[str, Interval]) -> str:
 
 
 def judge(comparison: Comparison) -> list[Finding]:
-    """The order of the ceilings, the gaps of the verifiers, formula against draws, and the law of what comes out."""
+    """The order of the ceilings, the gaps of the verifiers, formula against draws, and the distribution of what comes
+    out."""
     gained = {name: comparison.difference(ceiling("without"), ceiling("with"), name) for name in SEVERAL_DRAFTS}
     below = {verifier: gaps(comparison, verifier) for verifier in (KSEQ, RRS, WITHOUT, GREEDY)}
     exceeded = max(above(comparison, verifier) for verifier in (SINGLE, *SEVERAL))
     rates = {verifier: largest_error(comparison, verifier, "accepted") for verifier in (SINGLE, *SEVERAL)}
-    laws = {verifier: largest_error(comparison, verifier, "best") for verifier in (SINGLE, *SEVERAL, ANY)}
+    distributions = {verifier: largest_error(comparison, verifier, "best") for verifier in (SINGLE, *SEVERAL, ANY)}
     positions = len(pooled(comparison, SINGLE, "expected", ALL[0]))
     return [
         Finding(
@@ -276,8 +277,9 @@ def judge(comparison: Comparison) -> list[Finding]:
         ),
         Finding(
             "the target's most probable token comes out as often as the target says; taking any draft fails that",
-            all(abs(z) <= MOST_ERRORS for v, z in laws.items() if v != ANY) and abs(laws[ANY]) > MOST_ERRORS,
-            "standard errors: " + ", ".join(f"{v} {z:+.2f}" for v, z in laws.items()),
+            all(abs(z) <= MOST_ERRORS for v, z in distributions.items() if v != ANY)
+            and abs(distributions[ANY]) > MOST_ERRORS,
+            "standard errors: " + ", ".join(f"{v} {z:+.2f}" for v, z in distributions.items()),
         ),
         Finding(
             "greedy drafts with their verifier are accepted more often than K-SEQ and recursive rejection",

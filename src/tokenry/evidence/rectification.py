@@ -1,7 +1,7 @@
 """Does a rectifier lower the rate of undesired stories at less cost than bans and biases on words?
 
-Undesired is a property of a whole story (see tokenry.zoo.teller). Everything is learnt from stories that the model told
-after openings of the split "train"; the strength of the bias is chosen on "dev"; reported is "test".
+Undesired is a property of a whole story (see tokenry.zoo.storyteller). Everything is learned from stories that the
+model told after openings of the split "train"; the strength of the bias is chosen on "dev"; reported is "test".
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ..measure.statistics import Interval, bootstrap_statistic
 from ..measure.task import Experiment, Finding, Subject
 from ..measure.tasks.discourse import SAMPLING, DiscourseTask
 from ..train.rectifier import Rectifier
-from ..zoo import teller
+from ..zoo import storyteller
 
 __all__ = ["build"]
 
@@ -90,7 +90,7 @@ def build(
         Subject(PLAIN, "plain"),
         Subject(BAN, "control", named, {"bad_words_ids": [[word] for word in words]}),
         Subject(BIAS, "control", {**named, "bias": bias}, {"sequence_bias": biases(words, bias)}),
-        Subject(SHUFFLED, "control", _setting(method), {"caps": [shuffled]}),
+        Subject(SHUFFLED, "control", _setting(method), {"final_processors": [shuffled]}),
         Subject(WHOLE, "control", {**_setting(method), "min_p": None}, {"methods": [method], "min_p": None}),
         Subject(PURE, "method", _setting(pure), {"methods": [pure]}),
         Subject(STRICT, "method", _setting(strict), {"methods": [strict]}),
@@ -106,7 +106,7 @@ def build(
         judge=judge,
         seeds=tuple(seeds or (0, 1)),
         batch=100,
-        notes=f"The rectifier learnt from {len(episodes)} stories of the model itself, all of them and not only the "
+        notes=f"The rectifier learned from {len(episodes)} stories of the model itself, all of them and not only the "
         f"extremes of each opening, so that its values are the model's risks. Words: the {WORDS} with the highest log "
         "odds ratio, in standard errors, of being in an undesired rather than another story of these. `word bias of "
         f"equal cost` lowers them by {bias:.2f} logits, at which the model's dev stories have the nats per token of "
@@ -122,17 +122,17 @@ def sample_episodes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     """Stories of the model after training openings, with their rewards; sampled where they are not there yet."""
     path = folder / f"episodes-{digest([EPISODES, BATCH, SEED, SAMPLING])}.json"
     if not path.exists():
-        prompts, found = teller.openings(EPISODES, "train", SEED), []
+        prompts, found = storyteller.openings(EPISODES, "train", SEED), []
         for start in tqdm(range(0, EPISODES, BATCH), desc="sampling stories"):
             batch = prompts[start : start + BATCH]
             output = generate(model, tokenizer, batch, **SAMPLING, seed=start)
             for prompt, text, before, ids in zip(batch, output.texts, output.prompt_ids, output.new_ids):
-                reward = -float(teller.undesired(f"{prompt} {text}"))
+                reward = -float(storyteller.undesired(f"{prompt} {text}"))
                 found.append({"prompt_ids": before, "continuation_ids": ids, "reward": reward})
         write(path, lambda part: part.write_text(json.dumps(found), encoding="utf-8"))
     episodes = read(path, read_json)
     if len({e["reward"] for e in episodes}) < 2:
-        raise InputError("the model's stories are all desired or all undesired; use the model zoo/teller")
+        raise InputError("the model's stories are all desired or all undesired; use the model zoo/storyteller")
     return episodes
 
 

@@ -1,4 +1,4 @@
-"""Does the base model write less than half, at equal accuracy, and is it its judgement that does it?
+"""Does the base model write less than half, at equal accuracy, and is it its judgment that does it?
 
 Judge and threshold are chosen on other problems. Against the method stand the base model alone, the small one alone, a
 judge that draws its scores at random and keeps as many steps, and one that knows which steps are right.
@@ -45,7 +45,7 @@ ALL, NONE = 0.0, 9.5  # thresholds at which every step is kept, and none
 THRESHOLDS = {"digits": (ALL, 4.0, 5.0, 6.0, 7.0, 8.0), "likelihood": (1.0, 3.0, 5.0, 7.0)}
 CHOSEN_ON, TIMED_ON = 96, 20  # problems of the dev split
 TOLERANCE, HALF, FASTER, TELLS = 0.02, 0.5, 1.3, 0.8
-LARGE, VERIFY = (32.0, 1.5), 2.0  # billions of weights; tokens of the base model that a judgement is taken to cost
+LARGE, VERIFY = (32.0, 1.5), 2.0  # billions of weights; tokens of the base model that a judgment is taken to cost
 
 
 def build(
@@ -86,7 +86,7 @@ def build(
         "a digit; likelihood is ours, the base model's own probability of the step. "
         + describe(sweep)
         + " The judge that knows is a ceiling and no method. Large models: seconds per token are taken to go with the "
-        f"weights ({LARGE[0]:g} and {LARGE[1]:g} billion), a judgement to cost {VERIFY:g} tokens of the base model.",
+        f"weights ({LARGE[0]:g} and {LARGE[1]:g} billion), a judgment to cost {VERIFY:g} tokens of the base model.",
     )
 
 
@@ -171,7 +171,7 @@ def describe(sweep: dict[Judged, Tried]) -> str:
 
 
 class Times(NamedTuple):
-    """On single problems, medians: seconds per token of each model and per judgement, tokens per step, and how many
+    """On single problems, medians: seconds per token of each model and per judgment, tokens per step, and how many
     times faster the method is."""
 
     small: float
@@ -269,7 +269,7 @@ def judge(comparison: Comparison, times: Times, way: str) -> list[Finding]:
             f"accuracy {gain:+.1%}",
         ),
         Finding(
-            "it is the judgement: a random judge that keeps as many steps is worse",
+            "it is the judgment: a random judge that keeps as many steps is worse",
             over_random.low > 0,
             f"accuracy {over_random:+.1%} over the random judge, {over_small:+.1%} over the small model alone, "
             f"{below:+.1%} over the judge that knows; steps kept: {METHOD} {kept:.1%}, "
@@ -281,7 +281,7 @@ def judge(comparison: Comparison, times: Times, way: str) -> list[Finding]:
             times.faster >= FASTER,
             f"measured {times.faster:.2f} times; by the latency model {here:.2f}, from {1e3 * times.small:.2f} and "
             f"{1e3 * times.base:.2f} ms per token of the small and the base model, {1e3 * times.verify:.2f} ms per "
-            f"judgement, {times.step_tokens:.1f} tokens per step; for {LARGE[1]:g} and {LARGE[0]:g} billion weights "
+            f"judgment, {times.step_tokens:.1f} tokens per step; for {LARGE[1]:g} and {LARGE[0]:g} billion weights "
             f"it says {large:.2f}",
         ),
     ]

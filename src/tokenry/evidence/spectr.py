@@ -20,7 +20,13 @@ from ..decode.speculation.loop import Speculation
 from ..measure.compare import Comparison
 from ..measure.statistics import Interval, paired_bootstrap
 from ..measure.task import Experiment, Finding, Subject
-from ..measure.tasks.speculation import EFFICIENCY, SpeculationTask, chi_square, continuation_law, uncertain_prefix
+from ..measure.tasks.speculation import (
+    EFFICIENCY,
+    SpeculationTask,
+    chi_square,
+    continuation_distribution,
+    uncertain_prefix,
+)
 from ..models.load import load
 
 __all__ = ["build"]
@@ -30,7 +36,7 @@ VERIFIERS = (SINGLE, NAIVE, RRS, WITHOUT, KSEQ, GREEDY)
 DEFAULT = {"drafter": "zoo/drafter", "num_drafts": 4, "draft_length": 4}
 DRAWS = 2000  # continuations for the chi-square test
 WANTED = 2.5  # tokens per forward of the target with one draft
-REJECTED = 1e-4  # p value below which the law would be another one
+REJECTED = 1e-4  # p value below which the distribution would be another one
 TOLERANCE = 0.015  # of an acceptance rate
 CONTEXT, REPEATS = 200, 5
 
@@ -65,15 +71,15 @@ def build(
         task=task,
         subjects=subjects,
         baseline=PLAIN,
-        judge=partial(judge, law=continuation_law(model, prefix), share=share, given=given),
+        judge=partial(judge, distribution=continuation_distribution(model, prefix), share=share, given=given),
         seeds=tuple(seeds or (0,)),
         batch=1,
         models=own,
         notes=f"Temperature 1. The draft model has {share:.1%} of the target's parameters. The trees of all verifiers "
         f"but `single` have {given['num_drafts']} drafts at each of {given['draft_length']} depths at most. Without "
         "replacement and with the greedy draft they are spread over the nodes of a depth where they are worth most. "
-        f"{DRAWS} continuations of {tokenizer.decode(prefix)!r} per subject are tested against their exact law. "
-        "Seconds are of this pair on one CPU, where a forward pass of either model is mostly overhead.",
+        f"{DRAWS} continuations of {tokenizer.decode(prefix)!r} per subject are tested against their exact "
+        "distribution. Seconds are of this pair on one CPU, where a forward pass of either model is mostly overhead.",
         statistics=(EFFICIENCY,),
     )
 
@@ -121,20 +127,21 @@ def by_depth(comparison: Comparison, subject: str) -> str:
     return f"{subject} " + ", ".join(f"{m[:, 1].mean():.3f} of {m[:, 2].mean():.3f}" for m in met)
 
 
-def law_tests(comparison: Comparison, law: dict) -> dict[str, dict]:
+def distribution_tests(comparison: Comparison, distribution: dict) -> dict[str, dict]:
     """The chi-square test of every subject."""
     found = {}
     for name in comparison.subjects:
         drawn = [new for detail in comparison.details(name) for new in detail.get("continuations", ())]
-        found[name] = chi_square(drawn, law)
+        found[name] = chi_square(drawn, distribution)
     return found
 
 
-def judge(comparison: Comparison, law: dict, share: float, given: dict) -> list[Finding]:
-    """Fewer forwards, the order of the verifiers, the law, the answers, and what the speed would be elsewhere."""
+def judge(comparison: Comparison, distribution: dict, share: float, given: dict) -> list[Finding]:
+    """Fewer forwards, the order of the verifiers, the distribution, the answers, and what the speed would be
+    elsewhere."""
     efficiency = {name: comparison.interval(name, EFFICIENCY.name) for name in VERIFIERS}
     over = partial(comparison.difference, name=EFFICIENCY.name)
-    tests = law_tests(comparison, law)
+    tests = distribution_tests(comparison, distribution)
     below = {name: comparison.mean(name, "ceiling") - comparison.mean(name, "acceptance") for name in VERIFIERS}
     drafted = np.mean([comparison.values(name, "accuracy") for name in VERIFIERS], axis=0)
     accuracy = paired_bootstrap(drafted, comparison.values(PLAIN, "accuracy"))

@@ -1,4 +1,4 @@
-"""Does a model that has learnt to guess write the same text with fewer forward passes, and as good a text as before?
+"""Does a model that has learned to guess write the same text with fewer forward passes, and as good a text as before?
 
 The model is the reasoner of the zoo, taught to guess as well; its twin has had the same lessons without guessing.
 Guesses of other kinds go through the very same rows.
@@ -54,7 +54,7 @@ def build(
 
     Args:
         samples: test problems; default 80.
-        method: what it sets of block size and mask token replaces what the model learnt; beta is varied anyway.
+        method: what it sets of block size and mask token replaces what the model learned; beta is varied anyway.
     """
     twins = {name: load(source, model.dtype, model.device).model for name, source in TWINS.items()}
     if model.config.get_text_config().vocab_size != twins[TWIN].config.vocab_size:
@@ -76,7 +76,7 @@ def build(
         f"guesses. Greedy subjects run once, sampled ones (temperature {TEMPERATURE}) with every seed. Guesses of "
         f"other kinds go through the same rows; bigrams are those of {LESSONS} lessons. Prompt lookup checks as many "
         f"guesses in a chain, the n-gram tree has {tree_width(plan) * (plan.block_size - 1)} nodes. The twin had the "
-        "same batches and weights to start from, and learnt next tokens alone. Accuracy against it is of "
+        "same batches and weights to start from, and learned next tokens alone. Accuracy against it is of "
         f"{MANY} problems. What was tried against the gap to it does not close it on dev problems "
         "either: a second phase of training, and a larger weight of the next tokens in it (alpha 4).",
         statistics=(EFFICIENCY,),

@@ -112,7 +112,7 @@ class DeadEndValueModel(nn.Module):
 
     @torch.no_grad()
     def update_target(self, rate: float) -> None:
-        """Move the averaged head towards the head by `rate` (Polyak); 1 copies it."""
+        """Move the averaged head toward the head by `rate` (Polyak); 1 copies it."""
         for old, new in zip(self.target_head.parameters(), self.q_head.parameters()):
             old.lerp_(new, rate)
 
@@ -197,8 +197,8 @@ def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 class ValueCache:
     """Q after the newest token of rows that grow, are cut back or change places, read with a key-value cache.
 
-    What was fed is recognised by its content, column by column: common columns stay, the rest is cropped, and rows that
-    were put in another order (beams) are put in that order here. Whatever it recognises, the result is that of reading
+    What was fed is recognized by its content, column by column: common columns stay, the rest is cropped, and rows that
+    were put in another order (beams) are put in that order here. Whatever it recognizes, the result is that of reading
     the rows anew.
     """
 
@@ -207,7 +207,7 @@ class ValueCache:
         self.tokens: Tensor | None = None  # (rows, columns) fed, with their mask
         self.mask: Tensor | None = None
         self.cache = DynamicCache()
-        self.token_forwards = 0
+        self.tokens_processed = 0
 
     @property
     def columns(self) -> int:
@@ -220,7 +220,7 @@ class ValueCache:
         padded = None if bool(mask.all()) else mask
         hidden = self.model.hidden(input_ids[:, kept:], padded, self.cache)
         self.tokens, self.mask = input_ids.clone(), mask.clone()
-        self.token_forwards += int(mask[:, kept:].sum())
+        self.tokens_processed += int(mask[:, kept:].sum())
         return self.model.q_head(hidden[:, -1]).float()
 
     def common(self, input_ids: Tensor, mask: Tensor) -> int:

@@ -98,7 +98,7 @@ class ProbeHeader(Header):
 
 
 class DifficultyProbe(nn.Module):
-    """softmax(W2 relu(W1 h + b1) + b2) over easy, normal and hard, of standardised states h (arXiv 2510.19669).
+    """softmax(W2 relu(W1 h + b1) + b2) over easy, normal and hard, of standardized states h (arXiv 2510.19669).
 
     Args:
         hidden_size: width of the model.

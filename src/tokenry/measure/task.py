@@ -16,7 +16,7 @@ COSTS = {
     "seconds": "wall-clock seconds",
     "tokens": "tokens generated",
     "forward_passes": "forward passes",
-    "token_forwards": "tokens fed to the model",
+    "tokens_processed": "tokens fed to the model",
     "peak_bytes": "peak memory above the start, in bytes",
     "cache_bytes": "key-value cache at the end, in bytes",
 }

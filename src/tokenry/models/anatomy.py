@@ -177,7 +177,7 @@ def effective_weight(module: nn.Module, what: str) -> Tensor:
         what: the layer in words.
 
     Raises:
-        InputError: quantised or offloaded weights, or an adapter whose change is no sum.
+        InputError: quantized or offloaded weights, or an adapter whose change is no sum.
     """
     parts = module._modules
     if "modules_to_save" in parts:  # peft: a copy that was trained as a whole
@@ -187,7 +187,7 @@ def effective_weight(module: nn.Module, what: str) -> Tensor:
         module = module.token_adapter
     weight = unwrapped(module).weight.detach()
     if not weight.is_floating_point() or weight.itemsize < 2 or weight.dim() != 2:
-        raise InputError(f"{what} holds quantised weights ({weight.dtype}); load the model in bfloat16 or float32")
+        raise InputError(f"{what} holds quantized weights ({weight.dtype}); load the model in bfloat16 or float32")
     if weight.is_meta:
         raise InputError(f"{what} is offloaded; load the model on one device")
     if "base_layer" not in module._modules or module.disable_adapters != module.merged:

@@ -87,7 +87,7 @@ def rewind_obstacle(cache: Cache | None) -> str | None:
         return f"a {type(cache).__name__} cannot be shortened"
     for layer in cache.layers:
         if getattr(layer, "keys", None) is not None and hasattr(layer, "_quantized_keys"):
-            return "a quantised cache cannot be shortened"
+            return "a quantized cache cannot be shortened"
         # not what is derived from them: that keeps more
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, ShortLayer, DummyLayer):
             return f"its {type(layer).__name__} keeps a state that cannot be taken back"

@@ -1,5 +1,5 @@
 from .contract import Reading as Reading
-from .difficulty_probe import DifficultyLabels as DifficultyLabels
+from .difficulty_probe import DifficultyProbeMethod as DifficultyProbeMethod
 from .difficulty_probe import EntropyProfile as EntropyProfile
 from .difficulty_probe import entropy_profile as entropy_profile
 from .difficulty_probe import label_by_entropy as label_by_entropy

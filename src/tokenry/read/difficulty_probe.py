@@ -27,7 +27,7 @@ from ..models.prompts import listed_prompts, prompt_ids
 from .contract import Reading
 
 __all__ = [
-    "DifficultyLabels",
+    "DifficultyProbeMethod",
     "EntropyProfile",
     "entropy_profile",
     "label_by_entropy",
@@ -278,7 +278,7 @@ def question_states(
     return torch.cat([read_questions(model, tokenizer, part, chat).states.cpu() for part in parts])
 
 
-class DifficultyLabels(Method):
+class DifficultyProbeMethod(Method):
     """Train a difficulty probe: profile the model's own samples, label by entropy and correctness, fit."""
 
     slug: ClassVar[str] = "difficulty-probe"
@@ -301,7 +301,7 @@ class DifficultyLabels(Method):
     epochs: Count = Field(100, description="passes over the questions")
 
     @model_validator(mode="after")
-    def _in_order(self) -> DifficultyLabels:
+    def _in_order(self) -> DifficultyProbeMethod:
         if self.alpha < self.gamma:
             raise InputError(f"alpha={self.alpha} is below gamma={self.gamma}; give 0 <= gamma <= alpha <= 1")
         return self

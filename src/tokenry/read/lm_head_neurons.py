@@ -1,6 +1,6 @@
 """LM-head neurons: read every MLP neuron's weight vector as if it were a hidden state, and name it after its top token.
 
-Paper: Decoding specialised feature neurons in LLMs with the final projection layer, arXiv 2501.02688. A name says
+Paper: Decoding specialized feature neurons in LLMs with the final projection layer, arXiv 2501.02688. A name says
 what a neuron reads along in the residual stream, not what it writes; `clamp_effect` is where causes are tested.
 """
 
@@ -45,7 +45,7 @@ class LMHeadNeurons(Method):
     stage: ClassVar[str] = "read"
     title: ClassVar[str] = "LM-head neuron map"
     paper: ClassVar[str] = (
-        "Decoding specialised feature neurons in LLMs with the final projection layer, arXiv 2501.02688"
+        "Decoding specialized feature neurons in LLMs with the final projection layer, arXiv 2501.02688"
     )
     claim: ClassVar[str] = (
         "MLP neurons whose up-projection points at one token are features of that token: clamping them moves it more "
@@ -67,7 +67,7 @@ class LMHeadNeurons(Method):
             progress: called with (layers done, layers, what is done).
 
         Raises:
-            InputError: no gated MLP, a mixture of experts, quantised weights, a top_k above the vocabulary.
+            InputError: no gated MLP, a mixture of experts, quantized weights, a top_k above the vocabulary.
         """
         return NeuronMap.from_model(
             model, tokenizer, self.side, self.fold_norm, self.top_k, self.chunk, self.bottom, progress

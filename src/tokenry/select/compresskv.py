@@ -258,7 +258,7 @@ class CompressKV(SelectMethod):
         256, ge=2, le=2**20, description="cache entries per layer, mean over layers; more than the window"
     )
     window: Tokens = Field(8, description="newest prompt tokens, which vote and are always kept")
-    kernel: Block = Field(5, description="width of the average over neighbouring tokens; odd")
+    kernel: Block = Field(5, description="width of the average over neighboring tokens; odd")
     top_heads: Count = Field(4, description="voting heads per layer; at most the model's heads")
     adaptive: bool = Field(True, description="give layers that suffer more from a short cache a larger budget")
     min_tokens: int = Field(

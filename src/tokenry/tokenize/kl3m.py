@@ -46,7 +46,7 @@ ROLES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")  # of the first speci
 BYTES = frozenset(pre_tokenizers.ByteLevel.alphabet())
 OFFICIAL_ALPHABET = frozenset(map(chr, range(255)))
 LONGEST_RUN = 16  # longer whitespace padding is dead weight
-LONGEST_WORD = 1024  # bytes without a break that merges are learnt from at once; their cost goes with the square
+LONGEST_WORD = 1024  # bytes without a break that merges are learned from at once; their cost goes with the square
 NORMALIZERS = {
     "nfc": normalizers.NFC,
     "nfd": normalizers.NFD,
@@ -146,8 +146,8 @@ class KL3M(Method):
         "Preprocessing Applications, arXiv 2503.17247"
     )
     claim: ClassVar[str] = (
-        "A vocabulary learnt from a domain needs fewer tokens for its text than a general one of equal size, and short "
-        "tokens cut wrong and right spellings at the same places."
+        "A vocabulary learned from a domain needs fewer tokens for its text than a general one of equal size, and "
+        "short tokens cut wrong and right spellings at the same places."
     )
 
     kind: Literal["domain", "char"] = Field("domain", description="domain, or char for short tokens and no custom ones")
@@ -192,7 +192,7 @@ class KL3M(Method):
 
     def train(self, texts: Iterable[str]) -> PreTrainedTokenizerFast:
         """Train on documents, read once. What has no break in more than LONGEST_WORD bytes (a picture in base64, genes)
-        is learnt from in pieces of that length; no word is as long, so this changes no vocabulary of ordinary text.
+        is learned from in pieces of that length; no word is as long, so this changes no vocabulary of ordinary text.
 
         Raises:
             InputError: no text at all, or a document that is not text.
@@ -265,12 +265,12 @@ class KL3M(Method):
             )
 
     def _add_custom(self, tokenizer: Tokenizer, custom: Sequence[str]) -> None:
-        learnt = tokenizer.get_vocab()
+        learned = tokenizer.get_vocab()
         tokenizer.add_tokens(
             [
                 AddedToken(token, normalized=True, single_word=self.single_word_alpha and token.isalnum())
                 for token in custom
-                if token not in learnt
+                if token not in learned
             ]
         )
 

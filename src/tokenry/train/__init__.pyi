@@ -13,7 +13,7 @@ from .ftpo import FTPOConfig as FTPOConfig
 from .ftpo import FTPOTrainer as FTPOTrainer
 from .ftpo import score_pairs as score_pairs
 from .learn2pd import FilterTrainer as FilterTrainer
-from .learn2pd import Learn2PDFilter as Learn2PDFilter
+from .learn2pd import Learn2PDTraining as Learn2PDTraining
 from .learn2pd import filter_report as filter_report
 from .learn2pd import train_filter as train_filter
 from .masked_diffusion import MaskedDiffusionTrainer as MaskedDiffusionTrainer

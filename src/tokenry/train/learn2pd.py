@@ -1,4 +1,4 @@
-"""Training the filter of Learn2PD: which predictions of a masked-diffusion model are final, learnt from traces.
+"""Training the filter of Learn2PD: which predictions of a masked-diffusion model are final, learned from traces.
 
 Paper: Learning to Parallel: Accelerating Diffusion Large Language Models via Adaptive Parallel Decoding, arXiv
 2509.25188. A trace is decoded with an oracle that commits exactly what agrees with the plain decoder's answer; each of
@@ -29,7 +29,7 @@ from ..learned.confidence_filter import ConfidenceFilter, TraceDataset
 from ..text.words import listed
 from .contract import TrainMethod
 
-__all__ = ["FilterTrainer", "Learn2PDFilter", "filter_report", "split_traces", "train_filter"]
+__all__ = ["FilterTrainer", "Learn2PDTraining", "filter_report", "split_traces", "train_filter"]
 
 SplitBy = Literal["prompt", "step"]
 FEWEST = 50  # records worth learning from
@@ -211,7 +211,7 @@ def train_filter(traces: TraceDataset, **options: Any) -> tuple[ConfidenceFilter
 # --- the method ----------------------------------------------------------------------------------------------------
 
 
-class Learn2PDFilter(TrainMethod):
+class Learn2PDTraining(TrainMethod):
     """Learn from a model's own decoding which of its predictions are final."""
 
     slug: ClassVar[str] = "learn2pd"
@@ -247,7 +247,7 @@ class Learn2PDFilter(TrainMethod):
     seed: Seed = Field(0, description="of the order, the split and the first weights")
 
     @model_validator(mode="after")
-    def _whole_blocks(self) -> Learn2PDFilter:
+    def _whole_blocks(self) -> Learn2PDTraining:
         if self.gen_length % self.block_length:
             raise InputError(
                 f"gen_length={self.gen_length} is not a multiple of block_length={self.block_length}; change one of "

@@ -19,20 +19,20 @@ from ..models.masks import check_bidirectional, make_bidirectional, own_position
 __all__ = ["MaskedDiffusionTrainer", "hide_tokens", "masked_diffusion_loss"]
 
 
-def hide_tokens(learnt: Tensor, eps: float = 1e-3, stratified: bool = False) -> tuple[Tensor, Tensor]:
+def hide_tokens(learned: Tensor, eps: float = 1e-3, stratified: bool = False) -> tuple[Tensor, Tensor]:
     """Which of the tokens (batch, time) are hidden, and with which probability (batch, 1): (1 - eps) t + eps.
 
     Args:
-        learnt: the tokens that may be hidden.
+        learned: the tokens that may be hidden.
         stratified: the t of a batch are spread evenly over (0, 1) instead of drawn one by one; each of them is still
             uniform, and the loss has less variance.
     """
-    batch = learnt.shape[0]
-    t = torch.rand(1 if stratified else batch, 1, device=learnt.device)
+    batch = learned.shape[0]
+    t = torch.rand(1 if stratified else batch, 1, device=learned.device)
     if stratified:
-        t = (t + torch.arange(batch, device=learnt.device)[:, None] / batch) % 1
+        t = (t + torch.arange(batch, device=learned.device)[:, None] / batch) % 1
     p = (1 - eps) * t + eps
-    return learnt & (torch.rand(learnt.shape, device=learnt.device) < p), p
+    return learned & (torch.rand(learned.shape, device=learned.device) < p), p
 
 
 def masked_diffusion_loss(
@@ -69,15 +69,15 @@ def masked_diffusion_loss(
     present = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     given = torch.zeros(len(input_ids), dtype=torch.long) if prompt_lengths is None else prompt_lengths
     given = given.to(input_ids.device).clamp(min=int(shift))  # nothing is before the first token
-    learnt = present & (present.cumsum(1) > given[:, None])  # counted after any padding on the left
-    if not learnt.any(1).all():
+    learned = present & (present.cumsum(1) > given[:, None])  # counted after any padding on the left
+    if not learned.any(1).all():
         raise InputError("a row has no token to learn; give rows that are longer than their prompt")
-    hidden, p = hide_tokens(learnt, eps, stratified)
+    hidden, p = hide_tokens(learned, eps, stratified)
     logits = model(input_ids=input_ids.masked_fill(hidden, mask_token_id), attention_mask=attention_mask).logits
     losses = nn.functional.cross_entropy(
         own_position(logits, shift)[hidden].float(), input_ids[hidden], reduction="none"
     )
-    weights = (1 / (p * learnt.sum(1, keepdim=True))).expand_as(hidden)[hidden]
+    weights = (1 / (p * learned.sum(1, keepdim=True))).expand_as(hidden)[hidden]
     return (losses * weights).sum() / len(input_ids)
 
 

@@ -1,7 +1,7 @@
-"""Training a rectifier: the value of dead ends, learnt from texts of which it is known whether they ended undesired.
+"""Training a rectifier: the value of dead ends, learned from texts of which it is known whether they ended undesired.
 
 Paper: Systematic Rectification of Language Models via Dead-end Analysis, arXiv 2302.14003. Offline SARSA: the value of
-a token is pulled towards the value of the token that came next in the text, and that of the last token towards the
+a token is pulled toward the value of the token that came next in the text, and that of the last token toward the
 reward. The texts come from the model that will be rectified, so that the values are its own risks.
 """
 
@@ -321,7 +321,7 @@ class Rectifier(TrainMethod):
     paper: ClassVar[str] = (
         "Systematic Rectification of Language Models via Dead-end Analysis, ICLR 2023, arXiv 2302.14003"
     )
-    claim: ClassVar[str] = "A small model learns from labelled texts which next tokens lead to an undesired end."
+    claim: ClassVar[str] = "A small model learns from labeled texts which next tokens lead to an undesired end."
     examples: ClassVar[str] = "episodes"
     measures: ClassVar[dict[str, str]] = {
         "undesired": "mean of -reward, what the risk should be",

@@ -85,8 +85,8 @@ class SkipDecodeTrainer(SFTTrainer):
 
     def executed(self, labels: Tensor) -> Tensor:
         """Boolean (layers, batch, columns): what runs, in this step, for rows with these labels."""
-        learnt = labels != -100
-        prompt = torch.where(learnt.any(1), learnt.int().argmax(1), labels.shape[1])
+        learned = labels != -100
+        prompt = torch.where(learned.any(1), learned.int().argmax(1), labels.shape[1])
         column = torch.arange(labels.shape[1], device=labels.device)
         return self.step_schedule().executed(column - prompt[:, None])
 

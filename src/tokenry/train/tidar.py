@@ -46,15 +46,15 @@ def tidar_loss(
     Args:
         input_ids: clean text (batch, time), padded on the right to a multiple of `block_size`.
         alpha: weight of the next tokens; with a large one the masks do not count.
-        attention_mask: 0 at padding, which is not learnt.
-        labels: -100 at tokens (batch, time) that are not learnt, such as those of a prompt; others are not read.
+        attention_mask: 0 at padding, which is not learned.
+        labels: -100 at tokens (batch, time) that are not learned, such as those of a prompt; others are not read.
 
     Raises:
         InputError: alpha < 0, a length that is no multiple of the block size, padding on the left, text that contains
             the mask token, nothing to learn, or an attention implementation that takes no such mask.
     """
     length = input_ids.shape[1]
-    learnt = _learnt(input_ids, mask_token_id, block_size, attention_mask, labels)
+    learned = _learnt(input_ids, mask_token_id, block_size, attention_mask, labels)
     if not alpha >= 0:
         raise InputError(f"alpha={alpha} is not allowed; give a weight >= 0")
     inner = getattr(model, "module", model)  # what spreads a model over devices has no config
@@ -64,7 +64,7 @@ def tidar_loss(
         position_ids=torch.arange(length, device=input_ids.device).repeat(2)[None],
         use_cache=False,
     )
-    wanted = input_ids.masked_fill(~learnt, -100)
+    wanted = input_ids.masked_fill(~learned, -100)
     following, own = outputs.logits[:, : length - 1], outputs.logits[:, length + block_size :]
     autoregressive = cross_entropy(following.flatten(0, 1).float(), wanted[:, 1:].flatten())
     diffusion = cross_entropy(own.flatten(0, 1).float(), wanted[:, block_size:].flatten())
@@ -85,10 +85,10 @@ def _learnt(
         raise InputError("rows are padded on the left, where the causal mask does not hide it; pad on the right")
     if (input_ids == mask_token_id).any():
         raise InputError(f"input_ids contain the mask token {mask_token_id}; give clean text, masks are added here")
-    learnt = present if labels is None else present & (labels != -100)
-    if not learnt[:, block_size:].any():
+    learned = present if labels is None else present & (labels != -100)
+    if not learned[:, block_size:].any():
         raise InputError("there is no token to learn after the first block; give longer text, or a smaller block_size")
-    return learnt
+    return learned
 
 
 class TiDARTrainer(Trainer):

@@ -1,6 +1,6 @@
 """zoo/drafter: a small copy of zoo/reasoner that drafts for it.
 
-It learns the reasoner's distribution of the next token, from the texts that the reasoner learnt from and from what the
+It learns the reasoner's distribution of the next token, from the texts that the reasoner learned from and from what the
 reasoner itself writes at temperature 1, which is where drafts are asked for.
 """
 
@@ -31,7 +31,7 @@ SHAPE = {
     "head_dim": 16,
     "intermediate_size": 176,
 }
-SAMPLED, TAUGHT, DIRECT_SHARE = 400, 6_000, 0.15  # texts of the teacher, and of those that it learnt from
+SAMPLED, TAUGHT, DIRECT_SHARE = 400, 6_000, 0.15  # texts of the teacher, and of those that it learned from
 STEPS, BATCH_TOKENS = 3500, 2500
 SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "max_new_tokens": 400}
 
@@ -54,7 +54,7 @@ def teacher_texts(
 
 @torch.no_grad()
 def with_targets(teacher: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The batch with `wanted`, the teacher's log-probabilities (learnt tokens, vocabulary)."""
+    """The batch with `wanted`, the teacher's log-probabilities (learned tokens, vocabulary)."""
     logits = teacher(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     return {**batch, "wanted": logits[:, :-1][batch["labels"][:, 1:] >= 0].log_softmax(-1)}
 

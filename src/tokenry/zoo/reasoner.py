@@ -30,7 +30,7 @@ from ..data.problems import Arithmetic, Problem, apply_sign, by_difficulty, draw
 from ..decode.api import generate
 from .training import Progress, batches_by_length, character_tokenizer, fit, untrained_llama
 
-__all__ = ["DIRECT", "JUDGE", "build_tokenizer", "judgement", "judging_prompt", "measure", "solution", "train"]
+__all__ = ["DIRECT", "JUDGE", "build_tokenizer", "judging_prompt", "judgment", "measure", "solution", "train"]
 
 DIRECT = " direct"
 JUDGE = ("score", "score=")  # what is asked after a piece of thinking, and how the answer begins
@@ -110,7 +110,7 @@ def _misread(value: int, rng: random.Random) -> int:
     return value + rng.choice((-10, -1, 1, 10) if value >= 10 else (1, 10))
 
 
-def judgement(problem: Problem, rng: random.Random) -> tuple[str, int]:
+def judgment(problem: Problem, rng: random.Random) -> tuple[str, int]:
     """The first lines of a solution, and a score: 9 if the last of them is a right next step, 0 if it is a wrong one.
 
     Half of the steps are spoiled: a wrong value, a wrong number taken over, or an end that comes too early. Steps below
@@ -151,7 +151,7 @@ def examples(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[li
             continue
         kind = rng.random()
         if kind < JUDGED_SHARE:
-            steps, score = judgement(problem, rng)
+            steps, score = judgment(problem, rng)
             prompt, text = judging_prompt(problem.question, steps), str(score)
         else:
             direct = kind < JUDGED_SHARE + DIRECT_SHARE
@@ -212,7 +212,7 @@ def _share(values: Sequence[bool]) -> float:
 @torch.no_grad()
 def _judged_rightly(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem]) -> float:
     rng = random.Random("reasoner judges")
-    cases = [(problem, *judgement(problem, rng)) for problem in problems]
+    cases = [(problem, *judgment(problem, rng)) for problem in problems]
     texts = [judging_prompt(problem.question, steps) for problem, steps, _ in cases]
     inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
     good, bad = tokenizer.convert_tokens_to_ids(["9", "0"])

@@ -41,7 +41,7 @@ def untrained(seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
 
 
 def lessons(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Batches of the reasoner's lessons, padded to whole blocks. Prompts are read and not learnt."""
+    """Batches of the reasoner's lessons, padded to whole blocks. Prompts are read and not learned."""
     for batch in batches_by_length(examples(tokenizer, seed), BATCH_TOKENS, tokenizer.pad_token_id):
         missing = -batch["input_ids"].shape[1] % BLOCK
         fill = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}

@@ -1,4 +1,4 @@
-"""zoo/tidar-twin: what zoo/tidar would be if it had not learnt to guess. It has had the same batches of lessons."""
+"""zoo/tidar-twin: what zoo/tidar would be if it had not learned to guess. It has had the same batches of lessons."""
 
 from __future__ import annotations
 

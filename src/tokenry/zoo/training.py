@@ -98,11 +98,11 @@ def _padded(batch: list[tuple[list[int], int]], pad_id: int) -> dict[str, Tensor
     prompts = torch.tensor([[prompt] for _, prompt in batch])
     ids = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids, _ in batch])
     column = torch.arange(width)
-    learnt = (column >= prompts) & (column < lengths)
+    learned = (column >= prompts) & (column < lengths)
     return {
         "input_ids": ids,
         "attention_mask": (column < lengths).long(),
-        "labels": ids.masked_fill(~learnt, -100),
+        "labels": ids.masked_fill(~learned, -100),
     }
 
 

@@ -202,7 +202,7 @@ class DiffusionStats:
 
     Attributes:
         nfe: forwards in which the row still had masks (batch,); what is known as number of function evaluations.
-        token_forwards: tokens of the row fed to the model (batch,).
+        tokens_processed: tokens of the row fed to the model (batch,).
         forward_calls: calls of the model for the whole batch.
         commit_step: for each token of a row's window, the forward (1 is the first) after which it was committed, and 0
             if a length policy wrote it.
@@ -212,7 +212,7 @@ class DiffusionStats:
     """
 
     nfe: list[int]
-    token_forwards: list[int]
+    tokens_processed: list[int]
     forward_calls: int
     commit_step: list[list[int]]
     commit_confidence: list[list[float]]
@@ -347,7 +347,7 @@ def _output(
     new_ids = [ids[: ids.index(eos)] if eos in ids else ids for ids in windows]
     stats = DiffusionStats(
         nfe=state.nfe.tolist(),
-        token_forwards=state.token_forwards.tolist(),
+        tokens_processed=state.tokens_processed.tolist(),
         forward_calls=state.forward_calls,
         commit_step=[row[span].tolist() for row, span in zip(state.commit_step, spans)],
         commit_confidence=[row[span].tolist() for row, span in zip(state.commit_confidence, spans)],
@@ -363,7 +363,7 @@ def _output(
         texts=texts,
         events=[],
         forward_calls=state.forward_calls,
-        token_forwards=sum(stats.token_forwards),
+        tokens_processed=sum(stats.tokens_processed),
         windows=windows,
         stats=stats,
     )

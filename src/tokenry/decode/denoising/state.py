@@ -120,7 +120,7 @@ class DiffusionState:
         block_length: width of a block.
         block_start: (batch,) first column of the row's block.
         block_step: (batch,) steps that the row has taken in its block.
-        nfe, token_forwards: (batch,) and forward_calls: see `DiffusionStats`.
+        nfe, tokens_processed: (batch,) and forward_calls: see `DiffusionStats`.
         commit_step, commit_confidence: (batch, time), see `DiffusionStats`; -1 and 0 where nothing is committed.
         mask_token_id: what a mask is.
         generators: where all that is drawn in this generation comes from, tokens and positions alike.
@@ -134,7 +134,7 @@ class DiffusionState:
     block_start: Tensor
     block_step: Tensor
     nfe: Tensor
-    token_forwards: Tensor
+    tokens_processed: Tensor
     commit_step: Tensor
     commit_confidence: Tensor
     mask_token_id: int
@@ -178,7 +178,7 @@ class DiffusionState:
             block_start=zeros + start,
             block_step=zeros.clone(),
             nfe=zeros.clone(),
-            token_forwards=zeros.clone(),
+            tokens_processed=zeros.clone(),
             commit_step=torch.full(shape, -1, device=device),
             commit_confidence=torch.zeros(shape, device=device),
             mask_token_id=model.mask_token_id,
@@ -261,7 +261,7 @@ class DiffusionState:
         fed = (self.columns >= _column(first)) & (self.columns < _column(last)) & self.present
         self.forward_calls += calls
         self.nfe = self.nfe + rows
-        self.token_forwards = self.token_forwards + fed.sum(1) * rows
+        self.tokens_processed = self.tokens_processed + fed.sum(1) * rows
 
     def commit(self, prediction: Prediction, commit: Tensor) -> None:
         """Write the chosen predictions (batch, time)."""

@@ -1,7 +1,7 @@
 """The seam between the decode loop and a model: feed tokens, get rows of logits, take tokens back.
 
 The loop knows nothing about caches, masks or positions. `TransformersEngine` keeps them for a
-`PreTrainedModel`; another engine needs only what `Engine` lists. Draft trees need `feed_tree` and `keep` as well.
+`PreTrainedModel`; another engine needs only what `Engine` lists. Draft trees need `forward_tree` and `commit` as well.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ COMPACT_ABOVE = 0.25  # share of dead columns at which a batch is compacted
 class Engine(Protocol):
     """What the decode loop needs from a model.
 
-    `calls` counts forward passes and `token_forwards` tokens fed, padding excluded.
+    `calls` counts forward passes and `tokens_processed` tokens fed, padding excluded.
     """
 
     calls: int
-    token_forwards: int
+    tokens_processed: int
 
-    def feed(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Feed a block (batch, k), padding where mask is 0; returns the last column's float32 logits (batch, vocab)."""
 
-    def forget(self, row: int, count: int) -> None:
+    def rollback(self, row: int, count: int) -> None:
         """Take back the last `count` tokens that were fed to `row`."""
 
 
@@ -130,8 +130,8 @@ def check_padding(model: PreTrainedModel) -> None:
         for pad in (0, 3):
             engine, mask = TransformersEngine(model), torch.ones(1, 4 + pad, device=text.device)
             mask[:, :pad] = 0
-            engine.feed(torch.nn.functional.pad(text[:, :4], (pad, 0)), mask.bool())
-            found.append(engine.feed(text[:, 4:]))
+            engine.forward(torch.nn.functional.pad(text[:, :4], (pad, 0)), mask.bool())
+            found.append(engine.forward(text[:, 4:]))
         alone, behind = found
         _SHIFTED[model] = bool((alone - behind).abs().max() > 0.01 * alone.abs().max())
     if _SHIFTED[model]:
@@ -154,7 +154,7 @@ class TransformersEngine:
     Args:
         cache: the cache to fill (default: a new `DynamicCache`). It may hold the first columns of the prompt; then only
             the rest is fed, where the mask may have padding again (rows whose rest is shorter).
-        rewinds: whether `forget` will be called.
+        rewinds: whether `rollback` will be called.
         rewind: "auto" takes tokens out of the cache where it can and feeds the row again where it cannot;
             "reprefill" always feeds again.
         extra: keyword arguments of the first forward only (pixel values and the like).
@@ -192,12 +192,12 @@ class TransformersEngine:
         if layer_policy is not None:
             self.switch = LayerSwitch(model)
             self.depth, self.needed = len(decoder_layers(model)), layers_needed(model)
-        self.calls = self.token_forwards = 0
+        self.calls = self.tokens_processed = 0
         self.columns = 0
         self.stale = False
         self.seen: np.ndarray | None = None  # (batch, open, open): which open columns each of them sees
 
-    def feed(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         if self.columns == 0 and not self.stale:
             tokens, mask = self._start(tokens, mask)
             if not self.stale:
@@ -213,7 +213,7 @@ class TransformersEngine:
             logits = self._forward(tokens[:, i : i + 1], None if mask is None else mask[:, i : i + 1], executed)
         return logits
 
-    def forget(self, row: int, count: int) -> None:
+    def rollback(self, row: int, count: int) -> None:
         if count == 0:
             return
         if self.reprefills or (self.fixed_positions and (self.batch > 1 or self.padded)):
@@ -227,10 +227,10 @@ class TransformersEngine:
 
     # --- trees ---------------------------------------------------------------------------------------------
 
-    def feed_tree(self, tokens: Tensor, mask: Tensor, parents: np.ndarray) -> Tensor:
+    def forward_tree(self, tokens: Tensor, mask: Tensor, parents: np.ndarray) -> Tensor:
         """Feed tokens (batch, k) of which several may continue the same one; float32 logits (batch, k, vocab).
 
-        The columns stay open until `keep` says which of them are kept; until then more may be fed on top of them.
+        The columns stay open until `commit` says which of them are kept; until then more may be fed on top of them.
 
         Args:
             mask: (batch, k), False for padding.
@@ -260,10 +260,10 @@ class TransformersEngine:
         logits = self.model(**inputs, return_dict=True).logits
         self.columns = end
         self.calls += 1
-        self.token_forwards += int(mask.sum())
+        self.tokens_processed += int(mask.sum())
         return logits[:, -new:].float()
 
-    def keep(self, kept: Sequence[Sequence[int]]) -> None:
+    def commit(self, kept: Sequence[Sequence[int]]) -> None:
         """Settle the open columns: for each row, those that are kept, in the order of their positions."""
         held = self.seen.shape[1]
         start, width = self.columns - held, max(map(len, kept))
@@ -339,7 +339,7 @@ class TransformersEngine:
         float32 logits (count, vocab) of the last ones.
 
         The first block begins with the prompt; what the cache holds of that is not fed again. What should not stay is
-        taken back with `forget`.
+        taken back with `rollback`.
 
         Args:
             mask: (1, 1, k, columns + k), as the model's attention takes it (`tokenry.models.masks.as_attention_mask`).
@@ -369,7 +369,7 @@ class TransformersEngine:
         self.columns = end
         self.live += end - start
         self.calls += 1
-        self.token_forwards += end - start
+        self.tokens_processed += end - start
         return logits[0, -count:].float()
 
     # --- state ---------------------------------------------------------------------------------------------
@@ -440,12 +440,12 @@ class TransformersEngine:
         if mask is None:
             self.mask[:, start:end] = True
             ahead = torch.arange(end - start, device=tokens.device)
-            self.token_forwards += tokens.numel()
+            self.tokens_processed += tokens.numel()
         else:
             self.mask[:, start:end] = mask
             ahead = mask.long().cumsum(-1) - 1
             fed = int(mask.sum())
-            self.token_forwards += fed
+            self.tokens_processed += fed
             self.padded = self.padded or fed < mask.numel()
         positions = (self.live[:, None] + ahead).clamp(min=0)
         self.live += (end - start) if mask is None else mask.long().sum(-1)

@@ -4,12 +4,13 @@ Plug-ins do not know of each other:
 
 * processors: `LogitsProcessor(input_ids, scores)`, pure in the row's ids; `begin(prompt_length)` and `end()` are
   called around a generation where a processor has them;
-* caps: logits processors that act last, on what the warpers have left, and so on the very distribution that is drawn
-  from; their `begin` also gets the attention mask (batch, prompt). A rewind asks them again for the shorter row;
+* final_processors: logits processors that act last, on what the warpers have left, and so on the very distribution that
+  is drawn from; their `begin` also gets the attention mask (batch, prompt). A rewind asks them again for the shorter
+  row;
 * monitors: `check(row) -> Violation | None` and `hold(row) -> tokens from the earliest place where a problem may have
   begun, None = all`, which depends on the row's tokens alone; `begin(tokenizer)` is called before a generation where
   a monitor has it;
-* a layer policy and steerers (context managers), which act inside the engine's forward;
+* a layer policy and interventions (context managers), which act inside the engine's forward;
 * streamers: one `transformers` streamer per row, fed only with tokens that no rewind can remove.
 
 A rewind costs no forward pass: the scores of every position that may be taken back are kept, the rejected token
@@ -39,8 +40,8 @@ from ...text.token_text import special_tokens
 from ...text.words import listed
 from .engine import Engine
 from .monitor import Monitor, RewindEvent, Violation, held_tokens
-from .sampler import Chooser, of_row
-from .sequence import Row
+from .sampler import Sampler, of_row
+from .sequence import SequenceState
 
 __all__ = ["DecodeLoop", "DecodeOutput"]
 
@@ -62,7 +63,7 @@ class DecodeOutput(ModelOutput):
     texts: list[str] | None = None
     events: list[RewindEvent] | None = None
     forward_calls: int | None = None
-    token_forwards: int | None = None
+    tokens_processed: int | None = None
     past_key_values: Any | None = None
     stop_reasons: list[str] | None = None
 
@@ -93,8 +94,8 @@ class DecodeLoop:
     Args:
         engine: anything with the methods of `Engine`.
         tokenizer: needed as soon as there are monitors, streamers or stop strings.
-        processors: change the scores that are stored; `warpers` (temperature, top-k, ...) only the draw, and `caps`
-            what the warpers have left.
+        processors: change the scores that are stored; `warpers` (temperature, top-k, ...) only the draw, and
+            `final_processors` what the warpers have left.
         streamers: one per row.
         seed: None uses torch's global generator exactly as `generate` does.
     """
@@ -106,16 +107,16 @@ class DecodeLoop:
         *,
         processors: Sequence[LogitsProcessor] = (),
         warpers: Sequence[LogitsProcessor] = (),
-        caps: Sequence[LogitsProcessor] = (),
+        final_processors: Sequence[LogitsProcessor] = (),
         monitors: Sequence[Monitor] = (),
-        steerers: Sequence[AbstractContextManager] = (),
+        interventions: Sequence[AbstractContextManager] = (),
         streamers: Sequence[BaseStreamer] = (),
         do_sample: bool = False,
         seed: int | None = None,
     ) -> None:
         self.engine, self.tokenizer = engine, tokenizer
-        self.processors, self.warpers, self.caps = list(processors), list(warpers), list(caps)
-        self.monitors, self.steerers, self.streamers = list(monitors), list(steerers), list(streamers)
+        self.processors, self.warpers, self.final_processors = list(processors), list(warpers), list(final_processors)
+        self.monitors, self.interventions, self.streamers = list(monitors), list(interventions), list(streamers)
         self.do_sample, self.seed = do_sample, seed
         if tokenizer is None and self.monitors:
             raise InputError("monitors read text; pass processing_class=tokenizer")
@@ -142,14 +143,14 @@ class DecodeLoop:
             for streamer, prompt in zip(self.streamers, input_ids):
                 streamer.put(prompt[None].cpu())
         with ExitStack() as stack:
-            for steerer in self.steerers:
-                stack.enter_context(steerer)
+            for intervention in self.interventions:
+                stack.enter_context(intervention)
             for processor in self.processors:
                 if hasattr(processor, "begin"):
                     processor.begin(self.prompt_length)
                 if hasattr(processor, "end"):
                     stack.callback(processor.end)
-            for cap in self.caps:
+            for cap in self.final_processors:
                 if hasattr(cap, "begin"):
                     whole = torch.ones_like(input_ids) if attention_mask is None else attention_mask
                     cap.begin(self.prompt_length, whole)
@@ -170,7 +171,7 @@ class DecodeLoop:
 
     def _step(self, block: Tensor, mask: Tensor | None) -> None:
         """Feed, choose, repair and emit."""
-        logits = self.engine.feed(block, mask)
+        logits = self.engine.forward(block, mask)
         for row in self.rows:
             row.fed = len(row.ids)
         self._choose(logits)
@@ -209,7 +210,7 @@ class DecodeLoop:
         prompts = input_ids.tolist()
         masks = mask.tolist() if mask is not None else [[1] * self.prompt_length] * batch
         live = [[t for t, m in zip(p, k) if m] for p, k in zip(prompts, masks)]
-        self.rows = [Row(b, live[b], self.tokenizer if needs_text else None) for b in range(batch)]
+        self.rows = [SequenceState(b, live[b], self.tokenizer if needs_text else None) for b in range(batch)]
         for monitor in self.monitors:
             if hasattr(monitor, "begin"):
                 monitor.begin(self.tokenizer)
@@ -219,7 +220,7 @@ class DecodeLoop:
                 raise InputError(f"{name} may go back without bound, so nothing can be streamed; set max_span")
         self.active = set(range(batch))
         self.events: list[RewindEvent] = []
-        self.chooser = Chooser(self.warpers, self.do_sample, self.seed, batch, self.device, self.caps)
+        self.sampler = Sampler(self.warpers, self.do_sample, self.seed, batch, self.device, self.final_processors)
 
     def _stops(self, stop: str | Sequence[str]) -> tuple[list[str], list[int]]:
         """Stop strings, and the ids of those that are special tokens: the text does not have them."""
@@ -243,7 +244,7 @@ class DecodeLoop:
             scores = logits
             for processor in self.processors:
                 scores = processor(ids, scores)
-            tokens = self.chooser.draw(self.chooser.warp(ids, scores))
+            tokens = self.sampler.draw(self.sampler.warp(ids, scores))
             self._extend_ids(width, tokens)
             picked = tokens.tolist()
             for row in self.rows:
@@ -253,17 +254,17 @@ class DecodeLoop:
         for row in self.rows:
             if row.number in self.active:
                 scores = self._score(row, logits[row.number])
-                token, _ = self.chooser.redraw(row.number, self._row_ids(row), scores, 0, False)
+                token, _ = self.sampler.redraw(row.number, self._row_ids(row), scores, 0, False)
                 self._accept(row, token, scores)
                 self._write(row, len(row.ids) - 1)
 
-    def _accept(self, row: Row, token: int, scores: Tensor) -> None:
+    def _accept(self, row: SequenceState, token: int, scores: Tensor) -> None:
         if self.monitors:
             row.scores[len(row.ids)] = scores
         row.append(token)
         self._finish(row)
 
-    def _finish(self, row: Row) -> None:
+    def _finish(self, row: SequenceState) -> None:
         row.finished = (
             row.ids[-1] in self.eos
             or len(row.ids) >= self.limits[row.number]
@@ -271,10 +272,10 @@ class DecodeLoop:
             or any(bool(criterion(self._row_ids(row), None)[0]) for criterion in self.criteria)
         )
 
-    def _score(self, row: Row, logits: Tensor) -> Tensor:
+    def _score(self, row: SequenceState, logits: Tensor) -> Tensor:
         return self._processed(row, self._row_ids(row), logits[None])[0]
 
-    def _processed(self, row: Row, ids: Tensor, scores: Tensor) -> Tensor:
+    def _processed(self, row: SequenceState, ids: Tensor, scores: Tensor) -> Tensor:
         """What the processors make of the scores (1, vocabulary) after `ids` (1, columns) of one row."""
         for processor in self.processors:
             scores = of_row(processor, row.number, self.batch)(ids, scores)
@@ -284,10 +285,10 @@ class DecodeLoop:
         if column < self.ids.shape[1]:
             self.ids[:, column] = tokens
 
-    def _row_ids(self, row: Row) -> Tensor:
+    def _row_ids(self, row: SequenceState) -> Tensor:
         return self.ids[row.number : row.number + 1, : self.prompt_length + len(row.ids)]
 
-    def _write(self, row: Row, start: int) -> None:
+    def _write(self, row: SequenceState, start: int) -> None:
         first = self.prompt_length + start
         new = torch.tensor(row.ids[start:], dtype=torch.long, device=self.device)
         if first + len(new) > self.ids.shape[1]:
@@ -296,7 +297,7 @@ class DecodeLoop:
 
     # --- repair --------------------------------------------------------------------------------------------
 
-    def _repair(self, row: Row) -> None:
+    def _repair(self, row: SequenceState) -> None:
         """Rewind and redraw until no monitor objects. Costs no forward pass."""
         while self.monitors:
             found = [v for v in (monitor.check(row) for monitor in self.monitors) if v is not None]
@@ -306,7 +307,7 @@ class DecodeLoop:
         row.checked = len(row.text)
         held_tokens(row, self.monitors, row.settled)  # asked while the row is as long as this, to be known later
 
-    def _apply(self, row: Row, violation: Violation) -> None:
+    def _apply(self, row: SequenceState, violation: Violation) -> None:
         index = violation.index
         if violation.force:
             self._force(row, violation)
@@ -329,13 +330,13 @@ class DecodeLoop:
             return
         gone = row.ids[index:]
         self._take_back(row, index)
-        token, probabilities = self.chooser.redraw(row.number, self._row_ids(row), scores, level, violation.invert)
+        token, probabilities = self.sampler.redraw(row.number, self._row_ids(row), scores, level, violation.invert)
         self._log(row, violation, "rewind", gone, probabilities, [token])
         row.append(token)
         self._write(row, index)
         self._finish(row)
 
-    def _lowered(self, row: Row, violation: Violation) -> Tensor | None:
+    def _lowered(self, row: SequenceState, violation: Violation) -> Tensor | None:
         """The stored scores at the violation with its factors applied; None if nothing would be left to choose."""
         stored = row.scores.get(violation.index)
         if stored is None:
@@ -350,7 +351,7 @@ class DecodeLoop:
         scores[tokens] += logs
         return scores if bool(torch.isfinite(scores).any()) else None
 
-    def _force(self, row: Row, violation: Violation) -> None:
+    def _force(self, row: SequenceState, violation: Violation) -> None:
         gone = row.ids[violation.index :]
         if gone:
             self._take_back(row, violation.index)
@@ -362,16 +363,16 @@ class DecodeLoop:
         self._write(row, violation.index)
         self._finish(row)
 
-    def _take_back(self, row: Row, index: int) -> None:
+    def _take_back(self, row: SequenceState, index: int) -> None:
         if row.fed > index:
-            self.engine.forget(row.number, row.fed - index)
+            self.engine.rollback(row.number, row.fed - index)
             row.fed = index
         row.truncate(index)
         row.checked = len(row.text)
 
     def _log(
         self,
-        row: Row,
+        row: SequenceState,
         violation: Violation,
         kind: str,
         gone: list[int],
@@ -400,7 +401,7 @@ class DecodeLoop:
 
     # --- output --------------------------------------------------------------------------------------------
 
-    def _emit(self, row: Row) -> None:
+    def _emit(self, row: SequenceState) -> None:
         """Stream what no rewind can remove any more, and forget the scores that kept it removable."""
         settled = len(row.ids) - (0 if row.finished else held_tokens(row, self.monitors, row.settled))
         for index in range(row.emitted, settled):
@@ -410,7 +411,7 @@ class DecodeLoop:
         self._shrink_old_scores(row)
         row.emitted = max(row.emitted, settled)
 
-    def _shrink_old_scores(self, row: Row) -> None:
+    def _shrink_old_scores(self, row: SequenceState) -> None:
         old = len(row.ids) - FULL_ROWS - 1
         stored = row.scores.get(old)
         if isinstance(stored, Tensor) and stored.numel() > COMPACT_ROW:
@@ -441,6 +442,6 @@ class DecodeLoop:
             texts=texts,
             events=self.events,
             forward_calls=self.engine.calls,
-            token_forwards=self.engine.token_forwards,
+            tokens_processed=self.engine.tokens_processed,
             past_key_values=getattr(self.engine, "cache", None),
         )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from .sequence import Row
+from .sequence import SequenceState
 
 __all__ = ["Monitor", "RewindEvent", "Violation"]
 
@@ -39,9 +39,9 @@ class Violation:
 class Monitor(Protocol):
     """Watches a row and reports the earliest problem. Deterministic; asks for finitely many repairs."""
 
-    def check(self, row: Row) -> Violation | None: ...
+    def check(self, row: SequenceState) -> Violation | None: ...
 
-    def hold(self, row: Row) -> int | None: ...
+    def hold(self, row: SequenceState) -> int | None: ...
 
 
 @dataclass
@@ -59,7 +59,7 @@ class RewindEvent:
     context_ids: list[int]  # prompt and generated tokens before `index`
 
 
-def held_tokens(row: Row, monitors: Sequence[Monitor], known: dict[int, int] | None = None) -> int:
+def held_tokens(row: SequenceState, monitors: Sequence[Monitor], known: dict[int, int] | None = None) -> int:
     """How many of the row's newest tokens a rewind may still take back.
 
     What one rewind takes back can be followed by other tokens than now, so that a pattern that begins before them

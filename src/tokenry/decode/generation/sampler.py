@@ -28,7 +28,7 @@ KEPT_BY_ROW = {  # what processors of transformers keep for each row of the batc
 }
 
 
-class Chooser:
+class Sampler:
     """Turns scores into tokens. With a seed every row has its own generator, so a batch does not change a row."""
 
     def __init__(
@@ -38,15 +38,15 @@ class Chooser:
         seed: int | None,
         batch: int,
         device,
-        caps: Sequence[LogitsProcessor] = (),
+        final_processors: Sequence[LogitsProcessor] = (),
     ) -> None:
-        self.warpers, self.caps, self.sample = list(warpers), list(caps), sample
+        self.warpers, self.final_processors, self.sample = list(warpers), list(final_processors), sample
         self.generators = None
         if seed is not None:
             self.generators = [torch.Generator(device).manual_seed(row_seed(seed, b)) for b in range(batch)]
 
     def warp(self, ids: Tensor, scores: Tensor, level: int = 0) -> Tensor:
-        for warper in (*self._relaxed(level), *self.caps):
+        for warper in (*self._relaxed(level), *self.final_processors):
             scores = warper(ids, scores)
         return scores
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...text.token_text import TokenText
 
-__all__ = ["Row"]
+__all__ = ["SequenceState"]
 
 
 class Note(Protocol):
@@ -24,7 +24,7 @@ class Note(Protocol):
 N = TypeVar("N", bound=Note)
 
 
-class Row:
+class SequenceState:
     """One sequence of the batch, as monitors see it. `ids` holds generated tokens only."""
 
     def __init__(self, number: int, prompt: list[int], tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -68,7 +68,7 @@ class Row:
         if self.decoded:
             self.decoded.append(token)
 
-    def prefix(self, count: int) -> Row:
+    def prefix(self, count: int) -> SequenceState:
         """The first `count` tokens as a row of their own, for monitors that look at them."""
         part = copy(self)
         part.ids = self.ids[:count]

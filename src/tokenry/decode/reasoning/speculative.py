@@ -100,7 +100,7 @@ def step_speedup(acceptance: float, t_small: float, t_base: float, t_verify: flo
     Args:
         acceptance: a, share of steps that are kept.
         t_small, t_base: seconds per token.
-        t_verify: seconds per judgement.
+        t_verify: seconds per judgment.
         step_tokens: m, tokens per step.
     """
     if not 0 <= acceptance <= 1:

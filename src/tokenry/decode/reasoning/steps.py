@@ -36,7 +36,7 @@ from ...text.token_text import TokenText, check_encodable
 from ...text.words import listed
 from ..generation.engine import TransformersEngine
 from ..generation.options import check_config, kept_by_generate
-from ..generation.sampler import WARPERS, Chooser
+from ..generation.sampler import WARPERS, Sampler
 
 __all__ = ["PRESETS", "Draft", "Messages", "StepModel", "StepPrompts", "prompts_for"]
 
@@ -136,7 +136,7 @@ class StepPrompts:
         return messages
 
 
-PRESETS = {  # "lines" is how zoo/reasoner has learnt it: a step a line, and scores of 0 or 9
+PRESETS = {  # "lines" is how zoo/reasoner has learned it: a step a line, and scores of 0 or 9
     "chat": StepPrompts(),
     "lines": StepPrompts(
         instruction="{problem}", separator="\n", answers=(), judge="score", verdict="score=", think="<think>\n"
@@ -194,7 +194,7 @@ class StepModel:
         starts = listed(starts, "start")
         processors, config, self.eos = prepared(self.model, options or {})
         device = self.model.device
-        self.chooser = Chooser(processors, config.do_sample, seed, len(starts), device)
+        self.sampler = Sampler(processors, config.do_sample, seed, len(starts), device)
         self.engine = TransformersEngine(self.model, rewinds=True)
         self.starts = [self.encode(text) for text in starts]
         self.held: list[list[int]] = [[] for _ in starts]  # the tokens in the cache
@@ -217,7 +217,7 @@ class StepModel:
         for row, ids in wanted.items():
             held = self.held[row]
             shared = shared_length(held, ids[:-1])  # the last token is fed in any case, for its logits
-            self.engine.forget(row, len(held) - shared)
+            self.engine.rollback(row, len(held) - shared)
             del held[shared:]
             blocks[row] = ids[shared:]
         return self._feed(blocks)
@@ -244,7 +244,7 @@ class StepModel:
 
     def _draw(self, row: int, logits: Tensor) -> int:
         ids = torch.tensor([self.held[row]], device=logits.device)
-        return self.chooser.redraw(row, ids, logits, 0, False)[0]
+        return self.sampler.redraw(row, ids, logits, 0, False)[0]
 
     def _ended(self, text: TokenText, token: int, limit: int, separator: str) -> Draft | None:
         count = len(text.ids) + 1
@@ -262,7 +262,7 @@ class StepModel:
         for row, block in blocks.items():
             self.held[row] += block
             self.fed[row] += len(block)
-        return self.engine.feed(tokens, None if bool(mask.all()) else mask)
+        return self.engine.forward(tokens, None if bool(mask.all()) else mask)
 
 
 def prepared(

@@ -78,14 +78,14 @@ def subset_gap(p: Tensor, q: Tensor, k: int, scheme: Sampling = "without") -> tu
     p, q = check_rows(p, q)
     check_drafts(q, k, scheme)
     first = k - 1 if scheme == "greedy" else 0  # tokens that are drafted in any case, and so come first
-    certain, law = _last_draft(q, k) if first else (q.new_zeros(0, dtype=torch.long), q)
-    ratio = (law / p).nan_to_num(nan=0.0).index_fill(0, certain, torch.inf)
+    certain, distribution = _last_draft(q, k) if first else (q.new_zeros(0, dtype=torch.long), q)
+    ratio = (distribution / p).nan_to_num(nan=0.0).index_fill(0, certain, torch.inf)
     order = ratio.argsort(descending=True, stable=True)
-    p, law = (torch.cat([row.new_zeros(1), row[order].cumsum(0)]) for row in (p, law))
+    p, distribution = (torch.cat([row.new_zeros(1), row[order].cumsum(0)]) for row in (p, distribution))
     if scheme == "without" and k > 1:
         chance = _inside(q[order], k)
     else:
-        chance = law if scheme == "greedy" else law**k
+        chance = distribution if scheme == "greedy" else distribution**k
         chance[:first] = 0
     return order, p - chance
 
@@ -96,10 +96,10 @@ def _inside(q: Tensor, k: int) -> Tensor:
     open_ = outside > 0  # beyond it every draft is inside
     times = _nodes(float(outside[open_][-1]), k).to(q)
     size = int(open_.sum()) - 1
-    laws = _running(torch.ones_like(times)[None], _pieces(q[:size], 1, times, k), k)
+    distributions = _running(torch.ones_like(times)[None], _pieces(q[:size], 1, times, k), k)
     chance = torch.ones_like(outside)
     chance[0] = 0
-    chance[1 : size + 1] = _chance(laws, outside[1 : size + 1], times)
+    chance[1 : size + 1] = _chance(distributions, outside[1 : size + 1], times)
     return chance
 
 
@@ -110,7 +110,7 @@ def _by_ratio(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _last_draft(q: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The greedy draft: its k - 1 most probable tokens (..., k - 1) and the law of the last one."""
+    """The greedy draft: its k - 1 most probable tokens (..., k - 1) and the distribution of the last one."""
     top = q.topk(k - 1, -1).indices
     rest = q.scatter(-1, top, 0)
     return top, rest / rest.sum(-1, keepdim=True)
@@ -194,7 +194,7 @@ def _drafted_without(q: Tensor, n: int) -> Tensor:
         return found.masked_fill(some, 1)
     times = _nodes(float(q[some].min()), n).to(q)
     pieces, none = _pieces(q[some], 1, times, n), torch.ones_like(times)[None]
-    before, after = (_running(none, law, n)[:, :-1] for law in (pieces, pieces.flip(1)))
+    before, after = (_running(none, distribution, n)[:, :-1] for distribution in (pieces, pieces.flip(1)))
     start = torch.zeros_like(before[:, :1])
     start[0] = 1
     others = _product(torch.cat([start, before], 1), torch.cat([start, after], 1).flip(1), n)
@@ -296,9 +296,9 @@ def _mean(values: Tensor) -> tuple[float, float]:
 #     Q(H) = integral over t of lam e^(-lam t) Pr[N(t) >= k],   lam = 1 - q(H),
 #
 # where N(t) is a sum of independent Bernoulli(1 - e^(-q t)) over H. In z = ln t the integrand falls exponentially to
-# the left and doubly exponentially to the right, so that the trapezoid rule converges geometrically. The law of N is
-# kept as a polynomial cut off at degree k - 1; a product of polynomials has positive terms only and loses no digits.
-# The many tokens that have hardly arrived by the time t are taken together.
+# the left and doubly exponentially to the right, so that the trapezoid rule converges geometrically. The distribution
+# of N is kept as a polynomial cut off at degree k - 1; a product of polynomials has positive terms only and loses no
+# digits. The many tokens that have hardly arrived by the time t are taken together.
 #
 # Along the prefixes Q is a convex function of q(H), and so lies below its chords. Between two prefixes where Q is
 # known, P minus the chord bounds P - Q from below; only pieces whose bound beats the best value are cut further.
@@ -315,12 +315,12 @@ def _least_psi(p: Tensor, q: Tensor, k: int) -> float:
         return best
     start, stop, count = 0, int(hopeful[-1]), PIECES
     times = _nodes(float(outside[stop]), k).to(q)
-    law, known = torch.ones_like(times)[None], 0.0  # of the prefix of length `start`
+    distribution, known = torch.ones_like(times)[None], 0.0  # of the prefix of length `start`
     while True:
         size = 1 << max(0, math.ceil(math.log2((stop - start) / count)))
-        laws = _running(law, _pieces(q[start:stop], size, times, k), k)
+        distributions = _running(distribution, _pieces(q[start:stop], size, times, k), k)
         ends = torch.arange(start + size, stop + size, size, device=q.device).clamp(max=stop)
-        chances = _chance(laws, outside[ends], times)
+        chances = _chance(distributions, outside[ends], times)
         best = min(best, float((mass[ends] - chances).min()))
         before = torch.cat([chances.new_tensor([known]), chances[:-1]])
         hopeful = (_bounds(mass, inside, start, ends, size, before, chances) < best - CLOSE).nonzero()
@@ -328,7 +328,7 @@ def _least_psi(p: Tensor, q: Tensor, k: int) -> float:
             return best
         first, last = int(hopeful[0]), int(hopeful[-1])
         if first > 0:
-            law, known = laws[:, first - 1], float(before[first])
+            distribution, known = distributions[:, first - 1], float(before[first])
         start, stop, count = start + first * size, int(ends[last]), 2 * count  # more pieces: it ends in any case
 
 
@@ -357,14 +357,14 @@ def _nodes(least: float, k: int) -> Tensor:
     return torch.exp(torch.arange(low, high + STEP, STEP, dtype=torch.float64))
 
 
-def _chance(laws: Tensor, outside: Tensor, times: Tensor) -> Tensor:
-    """Q (sets,) from the laws of arrivals (k, sets, nodes) and lam = 1 - q(H) (sets,)."""
+def _chance(distributions: Tensor, outside: Tensor, times: Tensor) -> Tensor:
+    """Q (sets,) from the distributions of arrivals (k, sets, nodes) and lam = 1 - q(H) (sets,)."""
     rate = outside[:, None] * times
-    return STEP * (rate * torch.exp(-rate) * (1 - laws.sum(0))).sum(1)
+    return STEP * (rate * torch.exp(-rate) * (1 - distributions.sum(0))).sum(1)
 
 
 def _pieces(q: Tensor, size: int, times: Tensor, k: int) -> Tensor:
-    """Law of the arrivals in each piece of `size` tokens: (k, pieces, nodes)."""
+    """Distribution of the arrivals in each piece of `size` tokens: (k, pieces, nodes)."""
     count = -(-len(q) // size)
     rates = torch.nn.functional.pad(q, (0, count * size - len(q))).reshape(count, size)
     if size <= 2 * HEAVY:
@@ -372,10 +372,10 @@ def _pieces(q: Tensor, size: int, times: Tensor, k: int) -> Tensor:
     rates = rates.sort(1, descending=True).values
     heavy, rest = rates[:, :HEAVY], rates[:, HEAVY:]
     early = int((times * rest.max() <= RARE).sum())
-    law = [_rare_arrivals(rest, times[:early], k)] if early else []
+    distribution = [_rare_arrivals(rest, times[:early], k)] if early else []
     if early < len(times):
-        law.append(_all_arrivals(rest, times[early:], k))
-    return _product(_all_arrivals(heavy, times, k), torch.cat(law, -1), k)
+        distribution.append(_all_arrivals(rest, times[early:], k))
+    return _product(_all_arrivals(heavy, times, k), torch.cat(distribution, -1), k)
 
 
 def _rare_arrivals(rates: Tensor, times: Tensor, k: int) -> Tensor:
@@ -387,10 +387,10 @@ def _rare_arrivals(rates: Tensor, times: Tensor, k: int) -> Tensor:
         moments.append(power.sum(1))
     powers = (times / times[-1]) ** torch.arange(1, TERMS + 1, device=times.device)[:, None]
     sums = torch.einsum("mr,rp,rn->mpn", _series(k - 1).to(rates), torch.stack(moments), powers)
-    law = [torch.ones_like(sums[0])]
+    distribution = [torch.ones_like(sums[0])]
     for j in range(1, k):
-        law.append(sum((-1) ** (i + 1) * law[j - i] * sums[i - 1] for i in range(1, j + 1)) / j)
-    return torch.stack(law) * torch.exp(-rates.sum(1)[:, None] * times)
+        distribution.append(sum((-1) ** (i + 1) * distribution[j - i] * sums[i - 1] for i in range(1, j + 1)) / j)
+    return torch.stack(distribution) * torch.exp(-rates.sum(1)[:, None] * times)
 
 
 def _series(most: int) -> Tensor:
@@ -403,7 +403,7 @@ def _series(most: int) -> Tensor:
 
 
 def _all_arrivals(rates: Tensor, times: Tensor, k: int) -> Tensor:
-    """Law of the arrivals among all tokens of each row of rates (pieces, tokens): (k, pieces, nodes)."""
+    """Distribution of the arrivals among all tokens of each row of rates (pieces, tokens): (k, pieces, nodes)."""
     size = 1 << (rates.shape[1] - 1).bit_length()
     rates = torch.nn.functional.pad(rates, (0, size - rates.shape[1]))
     blocks = rates.split(max(1, BLOCK // (size * len(times))))
@@ -417,27 +417,28 @@ def _block_arrivals(rates: Tensor, times: Tensor, k: int) -> Tensor:
         return torch.cat([absent, 1 - absent])
     size //= 2
     first, second = absent[:size], absent[size:]
-    law = absent.new_empty(3, *first.shape)  # pairs of tokens, written in place: half of the time goes here
-    torch.mul(first, second, out=law[0])
-    torch.add(first, second, out=law[1])
-    torch.sub(law[0], law[1], out=law[2]).add_(1)
-    law[1].sub_(law[0], alpha=2)
-    law = law[:k]
+    distribution = absent.new_empty(3, *first.shape)  # pairs of tokens, written in place: half of the time goes here
+    torch.mul(first, second, out=distribution[0])
+    torch.add(first, second, out=distribution[1])
+    torch.sub(distribution[0], distribution[1], out=distribution[2]).add_(1)
+    distribution[1].sub_(distribution[0], alpha=2)
+    distribution = distribution[:k]
     while size > 1:
         size //= 2
-        law = _product(law[:, :size], law[:, size:], k)
-    return law[:, 0]
+        distribution = _product(distribution[:, :size], distribution[:, size:], k)
+    return distribution[:, 0]
 
 
-def _running(law: Tensor, pieces: Tensor, k: int) -> Tensor:
-    """Law of the arrivals in all pieces up to each one, after `law`; doubling the reach in every round."""
+def _running(distribution: Tensor, pieces: Tensor, k: int) -> Tensor:
+    """Distribution of the arrivals in all pieces up to each one, after `distribution`; doubling the reach in every
+    round."""
     reach = 1
     while reach < pieces.shape[1]:
         joined = _product(pieces[:, :-reach], pieces[:, reach:], k)
         head = torch.nn.functional.pad(pieces[:, :reach], (0, 0, 0, 0, 0, len(joined) - len(pieces)))
         pieces = torch.cat([head, joined], 1)
         reach *= 2
-    return _product(law[:, None], pieces, k)
+    return _product(distribution[:, None], pieces, k)
 
 
 def _product(a: Tensor, b: Tensor, k: int) -> Tensor:

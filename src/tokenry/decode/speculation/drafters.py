@@ -195,7 +195,7 @@ class ModelDrafter:
         pending = [ids[len(fed) :] if ids else [] for ids, fed in zip(contexts, self.fed)]
         self.fed = [fed + new for fed, new in zip(self.fed, pending)]
         tokens, mask = left_padded(pending, self.model.device)
-        return self._shared(self.engine.feed(self._read(tokens), None if bool(mask.all()) else mask))
+        return self._shared(self.engine.forward(self._read(tokens), None if bool(mask.all()) else mask))
 
     def extend(self, trees: Sequence[DraftTree], nodes: Sequence[Sequence[int]]) -> list[Tensor]:
         if not self.columns:
@@ -211,7 +211,7 @@ class ModelDrafter:
                 parents[row, i] = place.get(tree.parents[node], ROOT)
             place.update({node: self.open + i for i, node in enumerate(new, width - len(new))})
         self.open += width
-        logits = self._shared(self.engine.feed_tree(self._read(tokens), mask, parents))
+        logits = self._shared(self.engine.forward_tree(self._read(tokens), mask, parents))
         return [logits[row, width - len(new) :] for row, new in enumerate(nodes)]
 
     def _read(self, tokens: Tensor) -> Tensor:
@@ -227,13 +227,13 @@ class ModelDrafter:
         The last token of a row is always left to be fed."""
         gone = [len(fed) - shared_length(fed, ids[:-1]) if ids else 0 for fed, ids in zip(self.fed, contexts)]
         if self.columns:
-            self.engine.keep(
+            self.engine.commit(
                 [self._accepted(row, ids) if ids and not gone[row] else [] for row, ids in enumerate(contexts)]
             )
             self.columns = []
         for row, count in enumerate(gone):
             if count:
-                self.engine.forget(row, count)
+                self.engine.rollback(row, count)
                 del self.fed[row][-count:]
 
     def _accepted(self, row: int, ids: list[int]) -> list[int]:

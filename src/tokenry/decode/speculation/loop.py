@@ -20,7 +20,7 @@ from ...models.batch import left_padded
 from ..api import loop
 from ..generation.loop import DecodeLoop, DecodeOutput
 from ..generation.monitor import Monitor
-from ..generation.sequence import Row
+from ..generation.sequence import SequenceState
 from .drafters import Drafter, make_drafter
 from .tree import ROOT, DraftTree, slots
 from .verifiers import VERIFIERS, KSeqVerifier, SingleDraftVerifier, Verifier, sample_drafts
@@ -126,7 +126,7 @@ class SpeculativeLoop(DecodeLoop):
     """The decode loop with several tokens per forward. Takes a `Speculation` and the arguments of `DecodeLoop`.
 
     Greedy decoding drafts the most probable tokens and takes the target's; every verifier would do the same. The engine
-    needs `feed_tree` and `keep`.
+    needs `forward_tree` and `commit`.
     """
 
     def __init__(self, speculation: Speculation, *args: Any, **options: Any) -> None:
@@ -158,7 +158,7 @@ class SpeculativeLoop(DecodeLoop):
         pending = [row.ids[row.fed :] if row.number in self.active else [] for row in self.rows]
         tokens, mask = left_padded([new + tree.tokens for new, tree in zip(pending, trees)], self.device)
         width = tokens.shape[1]
-        logits = self.engine.feed_tree(tokens, mask, block_parents(pending, trees, width))
+        logits = self.engine.forward_tree(tokens, mask, block_parents(pending, trees, width))
         kept: list[list[int]] = [[] for _ in self.rows]
         steps: dict[int, list[Step]] = {}
         for row in active:
@@ -167,7 +167,7 @@ class SpeculativeLoop(DecodeLoop):
             steps[row.number], nodes = self._walk(row, tree, logits[row.number, first - 1 :])
             kept[row.number] = [*range(first - len(new), first), *(first + node for node in nodes)]
             row.fed = len(row.ids) + len(nodes)
-        self.engine.keep(kept)
+        self.engine.commit(kept)
         for row in active:
             self._commit(row, steps[row.number])
         self.active = {row.number for row in self.rows if not row.finished}
@@ -200,45 +200,45 @@ class SpeculativeLoop(DecodeLoop):
             scores = self.drafter.extend(trees, level)
         return trees
 
-    def _branch(self, row: Row, tree: DraftTree, nodes: list[int], scores: Tensor) -> list[int]:
+    def _branch(self, row: SequenceState, tree: DraftTree, nodes: list[int], scores: Tensor) -> list[int]:
         """Draw the children of these nodes; returns them."""
         if not nodes:
             return []
-        laws = self._laws(row, [tree.path(node) for node in nodes], scores)
+        distributions = self._distributions(row, [tree.path(node) for node in nodes], scores)
         if self.independent:
             counts = [self.speculation.num_drafts if node == ROOT else tree.copies(node) for node in nodes]
         else:
-            counts = slots([tree.weights[node] for node in nodes], laws, self.speculation.num_drafts)
+            counts = slots([tree.weights[node] for node in nodes], distributions, self.speculation.num_drafts)
         grown: list[int] = []
-        for node, law, count, most in zip(nodes, laws, counts, laws.amax(-1).tolist()):
+        for node, distribution, count, most in zip(nodes, distributions, counts, distributions.amax(-1).tolist()):
             if count and most > 0:
-                grown += tree.add(node, self._draw(row, law, count), law)
+                grown += tree.add(node, self._draw(row, distribution, count), distribution)
         return grown
 
-    def _laws(self, row: Row, paths: list[list[int]], scores: Tensor) -> Tensor:
+    def _distributions(self, row: SequenceState, paths: list[list[int]], scores: Tensor) -> Tensor:
         """The distributions (paths, vocabulary) that drafts are drawn from; zeros where there is nothing to draw."""
         if bool(torch.isnan(scores).any()):
             raise InputError("the drafter's scores are not numbers (NaN); give logits or log-probabilities")
-        return torch.stack([self._law(row, path, one) for path, one in zip(paths, scores)])
+        return torch.stack([self._distribution(row, path, one) for path, one in zip(paths, scores)])
 
-    def _law(self, row: Row, path: list[int], scores: Tensor) -> Tensor:
+    def _distribution(self, row: SequenceState, path: list[int], scores: Tensor) -> Tensor:
         """The distribution (vocabulary,) of drafts after a path. Processors may leave nothing of it, if they forbid
         the only token that a drafter proposes, or no number where -inf meets inf: then that is not drafted."""
         if not bool((scores > -torch.inf).any()):
             return torch.zeros_like(scores)
         ids = torch.cat([self._row_ids(row), torch.tensor([path], dtype=torch.long, device=self.device)], 1)
         processed = _finite(self._processed(row, ids, scores[None]))
-        warped = _finite(self.chooser.warp(ids, processed))[0]
+        warped = _finite(self.sampler.warp(ids, processed))[0]
         return warped.softmax(-1).nan_to_num(nan=0.0)
 
-    def _draw(self, row: Row, law: Tensor, count: int) -> list[int]:
+    def _draw(self, row: SequenceState, distribution: Tensor, count: int) -> list[int]:
         if not self.do_sample:
-            return law.topk(count).indices.tolist()
-        return sample_drafts(law, count, self.verifier.sampling, self._generator(row))[0]
+            return distribution.topk(count).indices.tolist()
+        return sample_drafts(distribution, count, self.verifier.sampling, self._generator(row))[0]
 
     # --- verifying -----------------------------------------------------------------------------------------
 
-    def _walk(self, row: Row, tree: DraftTree, logits: Tensor) -> tuple[list[Step], list[int]]:
+    def _walk(self, row: SequenceState, tree: DraftTree, logits: Tensor) -> tuple[list[Step], list[int]]:
         """Go from the root along drafted tokens until another one comes out; returns what came out, and the nodes gone
         through. `logits` (1 + nodes, vocabulary): after the row, then after each node."""
         steps: list[Step] = []
@@ -247,7 +247,7 @@ class SpeculativeLoop(DecodeLoop):
         while True:
             ids = self.ids[row.number : row.number + 1, : end + len(steps)]
             scores = self._processed(row, ids, logits[node + 1][None])
-            token = self._select(row, self.chooser.warp(ids, scores)[0], tree, node, len(steps))
+            token = self._select(row, self.sampler.warp(ids, scores)[0], tree, node, len(steps))
             steps.append(Step(token, scores[0]))
             node = tree.child(node, token)
             if node is None or token in self.eos or len(steps) == room:
@@ -255,22 +255,22 @@ class SpeculativeLoop(DecodeLoop):
             self.ids[row.number, end + len(steps) - 1] = token
             nodes.append(node)
 
-    def _select(self, row: Row, warped: Tensor, tree: DraftTree, node: int, depth: int) -> int:
+    def _select(self, row: SequenceState, warped: Tensor, tree: DraftTree, node: int, depth: int) -> int:
         """The token after a node."""
         drafted = tree.drafted(node)
         if not self.do_sample:
             token = int(warped.argmax())
             explicitly = token in drafted
         elif drafted:
-            law = tree.laws[node]
-            token, explicitly = self.verifier.select(warped.softmax(-1), law, drafted, self._generator(row))
+            distribution = tree.distributions[node]
+            token, explicitly = self.verifier.select(warped.softmax(-1), distribution, drafted, self._generator(row))
         else:
             token = int(torch.multinomial(warped.softmax(-1), 1, generator=self._generator(row)))
         if drafted:
             self.stats.positions.append(Position(depth, token in drafted, explicitly))
         return token
 
-    def _commit(self, row: Row, steps: list[Step]) -> None:
+    def _commit(self, row: SequenceState, steps: list[Step]) -> None:
         """Append token by token, as monitors expect it; what follows a rewind or an end is dropped."""
         for token, scores in steps:
             before = len(self.events)
@@ -282,22 +282,22 @@ class SpeculativeLoop(DecodeLoop):
                 break
         ahead = row.fed - (len(row.ids) - 1)  # the last token is fed with the next block
         if ahead > 0:
-            self.engine.forget(row.number, ahead)
+            self.engine.rollback(row.number, ahead)
             row.fed -= ahead
         self._emit(row)
 
     # --- small pieces --------------------------------------------------------------------------------------
 
-    def _room(self, row: Row) -> int:
+    def _room(self, row: SequenceState) -> int:
         return self.limits[row.number] - len(row.ids)
 
-    def _drafter_room(self, row: Row) -> float:
+    def _drafter_room(self, row: SequenceState) -> float:
         """How deep the drafter can draft after this row before it runs out of positions."""
         positions = getattr(self.drafter, "positions", None)
         return float("inf") if positions is None else positions + 1 - len(row.prompt) - len(row.ids)
 
-    def _generator(self, row: Row) -> torch.Generator | None:
-        return self.chooser.generators[row.number] if self.chooser.generators else None
+    def _generator(self, row: SequenceState) -> torch.Generator | None:
+        return self.sampler.generators[row.number] if self.sampler.generators else None
 
     def _check_scores(self, scores: Any) -> None:
         size = self.engine.model.config.get_text_config().vocab_size
@@ -354,8 +354,8 @@ def speculative(
     gamma: float | Literal["optimal"] = "optimal",
     exit_layers: int | None = None,
     monitors: Sequence[Monitor] = (),
-    steerers: Sequence[AbstractContextManager] = (),
-    caps: Sequence[LogitsProcessor] = (),
+    interventions: Sequence[AbstractContextManager] = (),
+    final_processors: Sequence[LogitsProcessor] = (),
     token_streamers: Sequence[BaseStreamer] = (),
     processing_class: PreTrainedTokenizerBase | None = None,
     seed: int | None = None,
@@ -378,8 +378,8 @@ def speculative(
         stopping_criteria,
         generation_config,
         monitors=monitors,
-        steerers=steerers,
-        caps=caps,
+        interventions=interventions,
+        final_processors=final_processors,
         token_streamers=token_streamers,
         processing_class=processing_class,
         seed=seed,

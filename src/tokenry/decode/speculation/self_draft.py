@@ -20,7 +20,7 @@ from ...models.masks import as_attention_mask, check_full_attention, check_mask,
 from ..api import loop
 from ..generation.loop import DecodeOutput
 from ..generation.monitor import Monitor
-from ..generation.sequence import Row
+from ..generation.sequence import SequenceState
 from .loop import SpeculativeLoop, SpeculativeStats
 from .tree import ROOT, DraftTree
 from .verifiers import VERIFIERS, Verifier
@@ -121,7 +121,7 @@ class TiDARLoop(SpeculativeLoop):
         sees = torch.cat([sees.new_ones(width, past), sees], 1)[None, None]
         places = torch.arange(past, past + width, device=self.device)[None]
         logits = self._feed(new[0].tolist(), as_attention_mask(self.engine.model, sees), places, size + 1)
-        self.engine.forget(0, size)
+        self.engine.rollback(0, size)
         row.fed = fed = len(row.ids)
         steps, _ = self._walk(row, DraftTree(), self._trusted(logits[:1], logits[1:2]))
         self._commit(row, steps)
@@ -135,7 +135,7 @@ class TiDARLoop(SpeculativeLoop):
         logits = self._feed([row.ids[-1], *tree.tokens], sees, self.places + past, width)
         replicas = logits[size:].view(size, size, -1)
         steps, nodes = self._walk(row, tree, self._trusted(logits[:size], replicas[:, 0]))
-        self.engine.forget(0, width - 1 - len(nodes))
+        self.engine.rollback(0, width - 1 - len(nodes))
         row.fed = len(row.ids) + len(nodes)
         self.stats.target_calls += 1
         self.stats.drafted += len(tree)
@@ -158,7 +158,7 @@ class TiDARLoop(SpeculativeLoop):
         mixed[:, self.speculation.mask_token_id] = -torch.inf  # where 0 * inf was no number
         return mixed
 
-    def _guess(self, row: Row, masked: Tensor | None) -> None:
+    def _guess(self, row: SequenceState, masked: Tensor | None) -> None:
         """Draft behind the last token of the row, from a replica's logits (block, vocabulary) that begin at it."""
         self.active = set() if row.finished else {0}
         self.tree = None
@@ -168,7 +168,7 @@ class TiDARLoop(SpeculativeLoop):
         for scores in self._scores(row, masked)[: self._room(row) - 1]:
             nodes = self._branch(row, self.tree, nodes, scores[None])
 
-    def _scores(self, row: Row, masked: Tensor) -> Tensor:
+    def _scores(self, row: SequenceState, masked: Tensor) -> Tensor:
         """The scores (block - 1, vocabulary) that guesses are drawn from: those at the place of the last token are not
         needed any more."""
         return masked[1:]
@@ -202,8 +202,8 @@ def tidar_generate(
     beta: float = 1.0,
     mask_token_id: int | None = None,
     monitors: Sequence[Monitor] = (),
-    steerers: Sequence[AbstractContextManager] = (),
-    caps: Sequence[LogitsProcessor] = (),
+    interventions: Sequence[AbstractContextManager] = (),
+    final_processors: Sequence[LogitsProcessor] = (),
     token_streamers: Sequence[BaseStreamer] = (),
     processing_class: PreTrainedTokenizerBase | None = None,
     seed: int | None = None,
@@ -221,8 +221,8 @@ def tidar_generate(
         stopping_criteria,
         generation_config,
         monitors=monitors,
-        steerers=steerers,
-        caps=caps,
+        interventions=interventions,
+        final_processors=final_processors,
         token_streamers=token_streamers,
         processing_class=processing_class,
         seed=seed,

@@ -20,20 +20,20 @@ class DraftTree:
     Attributes:
         tokens, parents: of each node; the parent of the first ones is ROOT.
         drafts: {node: its drafted children in the order in which they were drawn}; one drawn twice is there twice.
-        laws: {node: probabilities (vocabulary,) that its children were drawn from}.
+        distributions: {node: probabilities (vocabulary,) that its children were drawn from}.
     """
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.parents: list[int] = []
         self.drafts: dict[int, list[int]] = {}
-        self.laws: dict[int, Tensor] = {}
+        self.distributions: dict[int, Tensor] = {}
         self.weights: dict[int, float] = {ROOT: 1.0}  # probability of the path to a node under the draft distribution
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def add(self, parent: int, tokens: Sequence[int], law: Tensor) -> list[int]:
+    def add(self, parent: int, tokens: Sequence[int], distribution: Tensor) -> list[int]:
         """Note what was drawn after `parent`; returns the new nodes."""
         nodes: dict[int, int] = {}
         for token in tokens:
@@ -41,10 +41,10 @@ class DraftTree:
                 nodes[token] = len(self.tokens)
                 self.tokens.append(token)
                 self.parents.append(parent)
-        chances = law[list(nodes)].tolist()
+        chances = distribution[list(nodes)].tolist()
         self.weights.update({node: self.weights[parent] * p for node, p in zip(nodes.values(), chances)})
         self.drafts[parent] = [nodes[token] for token in tokens]
-        self.laws[parent] = law
+        self.distributions[parent] = distribution
         return list(nodes.values())
 
     def drafted(self, node: int) -> list[int]:
@@ -68,7 +68,7 @@ class DraftTree:
         return found[::-1]
 
 
-def slots(weights: Sequence[float], laws: Tensor, count: int) -> list[int]:
+def slots(weights: Sequence[float], distributions: Tensor, count: int) -> list[int]:
     """How many distinct drafts each of several nodes gets, `count` in all at most.
 
     The j-th draft of a node is worth the chance that the text gets there and that none of j - 1 better tokens follows;
@@ -76,11 +76,11 @@ def slots(weights: Sequence[float], laws: Tensor, count: int) -> list[int]:
 
     Args:
         weights: the probability of each node under the draft distribution.
-        laws: (nodes, vocabulary), what follows each node.
+        distributions: (nodes, vocabulary), what follows each node.
     """
-    best = laws.topk(min(count, laws.shape[1])).values
+    best = distributions.topk(min(count, distributions.shape[1])).values
     left = 1 - best.cumsum(-1) + best
-    value = torch.where(best > 0, torch.tensor(weights, device=laws.device)[:, None] * left, -1.0)
+    value = torch.where(best > 0, torch.tensor(weights, device=distributions.device)[:, None] * left, -1.0)
     chosen = value.flatten().topk(min(count, value.numel()))
     nodes = (chosen.indices // best.shape[1])[chosen.values >= 0]
     return torch.bincount(nodes, minlength=len(weights)).tolist()

@@ -5,12 +5,12 @@ Speculative Decoding via Optimal Transport, arXiv 2310.15141 (K-SEQ); Towards Op
 arXiv 2502.18779 (recursive rejection, the greedy draft).
 
 Every verifier tests drafted tokens one after another and, where all fail, draws from a residual. `steps` is that plan,
-`select` follows it with random numbers, and `emission_law` with exact probabilities. Each verifier is lossless for one
-way of drafting, its `sampling`: over drafts drawn so, what comes out has exactly the target distribution.
+`select` follows it with random numbers, and `output_distribution` with exact probabilities. Each verifier is lossless
+for one way of drafting, its `sampling`: over drafts drawn so, what comes out has exactly the target distribution.
 
 * "with": independent draws from the draft distribution; a token may come twice.
-* "without": successive draws, each from what is left, renormalised.
-* "greedy": the most probable tokens, and as the last one a draw from the rest, renormalised.
+* "without": successive draws, each from what is left, renormalized.
+* "greedy": the most probable tokens, and as the last one a draw from the rest, renormalized.
 
 In formulas p is the target and q the draft distribution.
 """
@@ -37,10 +37,10 @@ __all__ = [
     "SingleDraftVerifier",
     "Verifier",
     "check_rows",
-    "emission_law",
     "kseq_acceptance_probability",
     "kseq_division_factor",
     "kseq_residual",
+    "output_distribution",
     "sample_drafts",
 ]
 
@@ -109,16 +109,18 @@ class _Verifier(ABC):
         raise AssertionError("a verifier ended without a residual")
 
 
-def emission_law(verifier: _Verifier, target: Tensor, draft: Tensor, tokens: Sequence[int]) -> tuple[Tensor, float]:
-    """The exact law of `verifier.select(target, draft, tokens)`: probabilities (vocabulary,) of the token, and the
-    probability of `accepted`."""
+def output_distribution(
+    verifier: _Verifier, target: Tensor, draft: Tensor, tokens: Sequence[int]
+) -> tuple[Tensor, float]:
+    """The exact distribution of `verifier.select(target, draft, tokens)`: probabilities (vocabulary,) of the token, and
+    the probability of `accepted`."""
     target, draft = check_rows(target, draft)
     _check_tokens(draft, tokens)
-    law, left = torch.zeros_like(target), 1.0
+    distribution, left = torch.zeros_like(target), 1.0
     for step in verifier.steps(target, draft, tokens):
         if isinstance(step, Tensor):
-            return law + left * step, 1 - left
-        law[step.token] += left * step.chance
+            return distribution + left * step, 1 - left
+        distribution[step.token] += left * step.chance
         left *= 1 - step.chance
     raise AssertionError("a verifier ended without a residual")
 
@@ -174,7 +176,7 @@ class KSeqVerifier(_Verifier):
     Args:
         gamma: the division factor, or "optimal" for the one with the most acceptance, gamma*. What is allowed depends
             on the position, [gamma*, drafts that are left], and the given one is moved into that: what comes out has
-            the target's law in any case.
+            the target's distribution in any case.
     """
 
     sampling = "with"
@@ -196,7 +198,8 @@ class KSeqVerifier(_Verifier):
 
 
 class GreedyDraftVerifier(_Verifier):
-    """The optimal verifier of the greedy draft (arXiv 2502.18779): speculative sampling with the law of the last draft.
+    """The optimal verifier of the greedy draft (arXiv 2502.18779): speculative sampling with the distribution of the
+    last draft.
 
     The residual is all of p on the most probable tokens, so that it often lands on one of them.
     """
@@ -335,20 +338,20 @@ def sample_drafts(
         return torch.multinomial(probs, n, True, generator=generator).tolist(), probs.expand(n, -1)
     if sampling == "without":
         tokens = torch.multinomial(probs, n, False, generator=generator).tolist()
-        laws = [probs]
+        distributions = [probs]
         for token in tokens[:-1]:
-            laws.append(without(laws[-1], token))
-        return tokens, torch.stack(laws)
+            distributions.append(without(distributions[-1], token))
+        return tokens, torch.stack(distributions)
     top = probs.topk(n - 1).indices
-    laws = torch.zeros(n, len(probs), dtype=probs.dtype, device=probs.device)
-    laws[torch.arange(n - 1, device=probs.device), top] = 1
-    laws[-1] = probs.index_fill(0, top, 0)
-    laws[-1] /= laws[-1].sum()
-    return [*top.tolist(), int(torch.multinomial(laws[-1], 1, generator=generator))], laws
+    distributions = torch.zeros(n, len(probs), dtype=probs.dtype, device=probs.device)
+    distributions[torch.arange(n - 1, device=probs.device), top] = 1
+    distributions[-1] = probs.index_fill(0, top, 0)
+    distributions[-1] /= distributions[-1].sum()
+    return [*top.tolist(), int(torch.multinomial(distributions[-1], 1, generator=generator))], distributions
 
 
 def without(probs: Tensor, token: int) -> Tensor:
-    """A copy of the row without one token, renormalised; zeros where nothing is left."""
+    """A copy of the row without one token, renormalized; zeros where nothing is left."""
     rest = probs.clone()
     rest[token] = 0
     return rest / rest.sum().clamp_min(torch.finfo(rest.dtype).tiny)
@@ -426,13 +429,13 @@ def _ratio(target: Tensor, draft: Tensor, token: int) -> float:
 
 
 def _residual(target: Tensor, taken: Tensor, fallback: Tensor) -> Tensor:
-    """(target - taken)+, normalised; `fallback` where nothing is left, which only rounding can make necessary."""
+    """(target - taken)+, normalized; `fallback` where nothing is left, which only rounding can make necessary."""
     rest = (target - taken).clamp(min=0)
     total = rest.sum(-1, keepdim=True)
     return torch.where(total > 0, rest / total, fallback)
 
 
-def _draw(law: Tensor, number: float) -> int:
-    """The token at `number` in [0, 1) of the cumulative law."""
-    sums = law.cumsum(0)
+def _draw(distribution: Tensor, number: float) -> int:
+    """The token at `number` in [0, 1) of the cumulative distribution."""
+    sums = distribution.cumsum(0)
     return int(torch.searchsorted(sums, number * sums[-1], right=True))

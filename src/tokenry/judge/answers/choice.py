@@ -29,7 +29,7 @@ __all__ = [
 
 
 class Vote(NamedTuple):
-    """The answer that won, normalised, and its share of all weight."""
+    """The answer that won, normalized, and its share of all weight."""
 
     answer: str
     share: float

@@ -215,14 +215,14 @@ class SlopProfile:
         return cls(**{name: [Pattern(*row) for row in rows] for name, rows in lists.items()})
 
 
-def _normalise(text: str) -> str:
+def _normalize(text: str) -> str:
     """NFKC, folded, letters and marks only."""
     kept = (c if unicodedata.category(c)[0] in "LM" else " " for c in fold(unicodedata.normalize("NFKC", text)))
     return " ".join("".join(kept).split())
 
 
 def _words(text: str) -> list[str]:
-    return [w for w, _, _ in words(_normalise(text)) if len(w) >= 4 and w not in STOP_WORDS]
+    return [w for w, _, _ in words(_normalize(text)) if len(w) >= 4 and w not in STOP_WORDS]
 
 
 def _ngrams(text: str, n: int) -> list[str]:

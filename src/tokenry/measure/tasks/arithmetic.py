@@ -19,7 +19,7 @@ from ...text.answers import normalise_answer
 from ...text.spans import text_offsets
 from ..task import Metric, Outcome, Sample, Subject
 
-__all__ = ["KINDS", "Judge", "SumsTask", "auroc"]
+__all__ = ["KINDS", "ArithmeticTask", "Judge", "auroc"]
 
 Judge = Callable[[Sequence[Solution], random.Random], Iterable[float | None]]
 
@@ -32,7 +32,7 @@ KINDS = {  # how the solved examples answer: with the equation alone, or with wo
 NEW_TOKENS = 20
 
 
-class SumsTask:
+class ArithmeticTask:
     """Sums a + b of numbers from 2 to 30, each solved `drawn` times at temperature 1 after three solved examples.
 
     All judges see the same solutions, which are drawn once. A subject's `apply` gives each solution a score > 0, or
@@ -103,7 +103,7 @@ class SumsTask:
         shown = _shown(judged, solutions, best)
         return Outcome(
             metrics,
-            {"seconds": seconds, "forward_passes": 0, "token_forwards": 0},
+            {"seconds": seconds, "forward_passes": 0, "tokens_processed": 0},
             {"kind": sample.data["kind"], "scored": pairs, **shown},
         )
 

@@ -23,7 +23,7 @@ __all__ = ["PROMPTS", "ClampTask", "Target", "named_neurons"]
 PROMPTS = (
     "The old man walked down to the river because",
     "In the morning the children went to school with their",
-    "My favourite animal is the",
+    "My favorite animal is the",
     "The results of the experiment show that the",
     "She opened the letter and read the first",
     "Add the flour to the bowl and stir",
@@ -131,7 +131,7 @@ class ClampTask:
         cost = {
             "seconds": (time.perf_counter() - start) / len(samples),
             "forward_passes": 1 / len(samples),
-            "token_forwards": 2 * plain.ids.shape[1],
+            "tokens_processed": 2 * plain.ids.shape[1],
         }
         outcomes = []
         for i, target in enumerate(targets):

@@ -77,7 +77,7 @@ class PuzzleTask:
                 "seconds": stats.seconds / len(problems),
                 "tokens": stats.effective_tokens[row],
                 "forward_passes": stats.nfe[row],
-                "token_forwards": stats.token_forwards[row],
+                "tokens_processed": stats.tokens_processed[row],
             }
             verdict = "right" if quality["exact"] else f"wrong: {problem.answer}"
             note = f"{problem.question}{output.texts[row]} ({verdict})"

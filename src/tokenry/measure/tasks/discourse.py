@@ -1,4 +1,5 @@
-"""The task `discourse`: stories of the model zoo/teller, whether they end as undesired, and what is left of them."""
+"""The task `discourse`: stories of the model zoo/storyteller, whether they end as undesired, and what is left of
+them."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...data.problems import Split
 from ...decode.api import generate
 from ...decode.generation.loop import DecodeOutput
-from ...decode.generation.sequence import Row
-from ...zoo import teller
+from ...decode.generation.sequence import SequenceState
+from ...zoo import storyteller
 from ..cost import Meter
 from ..task import Metric, Outcome, Sample, Subject
 from .generated import continuation_logprobs, generation_cost, shown_tokens
@@ -25,7 +26,8 @@ OPENINGS = 1  # seed of the openings; min-p was chosen on those of seed 0
 class DiscourseTask:
     """Stories sampled at temperature 1 with min-p 0.05 from first sentences that nothing was trained on.
 
-    A subject's `apply` is a dict of keyword arguments for `tokenry.generate` (methods, caps, or `bad_words_ids`).
+    A subject's `apply` is a dict of keyword arguments for `tokenry.generate` (methods, final_processors, or
+    `bad_words_ids`).
     """
 
     slug = "discourse"
@@ -43,7 +45,7 @@ class DiscourseTask:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int = 200, split: Split = "test"
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.prompts = teller.openings(count, split, OPENINGS)
+        self.prompts = storyteller.openings(count, split, OPENINGS)
 
     def samples(self) -> list[Sample]:
         return [Sample(f"opening-{i:03}", prompt) for i, prompt in enumerate(self.prompts)]
@@ -59,18 +61,18 @@ class DiscourseTask:
 
     def _outcome(self, prompt: str, output: DecodeOutput, number: int, logprobs, meter: Meter) -> Outcome:
         text = f"{prompt} {output.texts[number]}"
-        row = Row(0, [], self.tokenizer)
+        row = SequenceState(0, [], self.tokenizer)
         for token in output.new_ids[number]:
             row.append(token)
         pairs = list(pairwise(output.texts[number].split()))
         return Outcome(
             {
-                "undesired": float(teller.undesired(text)),
+                "undesired": float(storyteller.undesired(text)),
                 "nll": -float(logprobs.mean()),
-                "sound": teller.sound(text),
+                "sound": storyteller.sound(text),
                 "finished": float(output.new_ids[number][-1] == self.tokenizer.eos_token_id),
                 "distinct_2": len(set(pairs)) / max(len(pairs), 1),
-                "harmless_dark": float(teller.harmless_dark(text)),
+                "harmless_dark": float(storyteller.harmless_dark(text)),
             },
             generation_cost(output, number, meter),
             shown_tokens(output, number, row, logprobs),

@@ -37,7 +37,7 @@ def generation_cost(output: DecodeOutput, row: int, meter: Meter) -> dict[str, f
         "seconds": meter.seconds / rows,
         "tokens": float(len(output.new_ids[row])),
         "forward_passes": output.forward_calls / rows,
-        "token_forwards": output.token_forwards / rows,
+        "tokens_processed": output.tokens_processed / rows,
         "peak_bytes": meter.peak_bytes,
         "cache_bytes": cache_bytes(output.past_key_values) / rows,
     }

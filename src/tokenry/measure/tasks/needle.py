@@ -87,7 +87,7 @@ class NeedleTask:
             cost={
                 "seconds": seconds,
                 "forward_passes": 2,
-                "token_forwards": length + answer.shape[1] - 1,
+                "tokens_processed": length + answer.shape[1] - 1,
                 "cache_bytes": held,
             },
             detail={

@@ -1,7 +1,7 @@
 """The task `self-drafting`: problems solved one token at a time, and by guesses that are checked.
 
 A text that is drafted and checked greedily must be the one that comes token by token, whoever guesses. So guesses of
-other kinds, fed in the same rows, say what the learnt ones are worth.
+other kinds, fed in the same rows, say what the learned ones are worth.
 """
 
 from __future__ import annotations

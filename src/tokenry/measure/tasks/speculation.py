@@ -1,4 +1,4 @@
-"""The task `speculation`: problems solved with and without drafts, and the law of short continuations.
+"""The task `speculation`: problems solved with and without drafts, and the distribution of short continuations.
 
 The problems say what drafting saves and whether the answers stay as good. The continuations of one prefix, drawn many
 times, say whether the text keeps the model's distribution: that one is known exactly, by going through all of them.
@@ -24,12 +24,12 @@ from ..cost import Meter
 from ..task import Metric, Outcome, Sample, Statistic, Subject
 from .generated import generation_cost
 
-__all__ = ["EFFICIENCY", "RecordingVerifier", "SpeculationTask", "continuation_law", "uncertain_prefix"]
+__all__ = ["EFFICIENCY", "RecordingVerifier", "SpeculationTask", "continuation_distribution", "uncertain_prefix"]
 
 SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0}
 MAX_NEW_TOKENS = 256
 LENGTH, ROWS = 3, 250  # tokens of a continuation, and how many are drawn at a time
-LAW = "law"  # kind of sample
+LAW = "distribution"  # kind of sample
 
 
 class RecordingVerifier:
@@ -157,18 +157,20 @@ def uncertain_prefix(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     best, found = -1.0, []
     for prompt, new in zip(out.prompt_ids, out.new_ids):
         ids = prompt + new
-        law = model(torch.tensor([ids], device=model.device), use_cache=False).logits[0].float().log_softmax(-1)
-        entropy = -(law.exp() * law).sum(-1)[len(prompt) : -1]
+        distribution = (
+            model(torch.tensor([ids], device=model.device), use_cache=False).logits[0].float().log_softmax(-1)
+        )
+        entropy = -(distribution.exp() * distribution).sum(-1)[len(prompt) : -1]
         if len(entropy) and float(entropy.max()) > best:
             best, found = float(entropy.max()), ids[: len(prompt) + int(entropy.argmax())]
     return found
 
 
 @torch.no_grad()
-def continuation_law(model: PreTrainedModel, prefix: Sequence[int]) -> Mapping[tuple[int, ...], float]:
+def continuation_distribution(model: PreTrainedModel, prefix: Sequence[int]) -> Mapping[tuple[int, ...], float]:
     """The exact probability of every continuation of LENGTH tokens, or fewer where the text ends, that has more than
     one in a million."""
-    law: dict[tuple[int, ...], float] = {}
+    distribution: dict[tuple[int, ...], float] = {}
     growing: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(LENGTH):
         known = list(growing)
@@ -177,20 +179,20 @@ def continuation_law(model: PreTrainedModel, prefix: Sequence[int]) -> Mapping[t
         longer = ((new, token, growing[new] * p) for new, row in zip(known, rows) for token, p in enumerate(row))
         growing = {(*new, token): p for new, token, p in longer if p > 1e-6}
         ended = [new for new in growing if new[-1] == model.generation_config.eos_token_id]
-        law.update({new: growing.pop(new) for new in ended})
-    return law | growing
+        distribution.update({new: growing.pop(new) for new in ended})
+    return distribution | growing
 
 
-def chi_square(drawn: Sequence[Sequence[int]], law: Mapping[tuple[int, ...], float]) -> dict[str, Any]:
-    """Pearson's statistic of draws against a law, its degrees of freedom and the p value; what is expected less than
-    five times is one cell."""
+def chi_square(drawn: Sequence[Sequence[int]], distribution: Mapping[tuple[int, ...], float]) -> dict[str, Any]:
+    """Pearson's statistic of draws against a distribution, its degrees of freedom and the p value; what is expected
+    less than five times is one cell."""
     counts: dict[tuple[int, ...], int] = {}
     for new in map(tuple, drawn):
         counts[new] = counts.get(new, 0) + 1
     total = len(drawn)
-    common = [new for new, p in law.items() if p * total >= 5]
+    common = [new for new, p in distribution.items() if p * total >= 5]
     observed = np.array([counts.get(new, 0) for new in common], float)
-    expected = np.array([law[new] * total for new in common])
+    expected = np.array([distribution[new] * total for new in common])
     rest = total - expected.sum()
     if rest >= 1:
         observed, expected = np.append(observed, total - observed.sum()), np.append(expected, rest)

@@ -28,8 +28,8 @@ class TokensTask:
     NaN. The seed is that of the recognition errors.
 
     Args:
-        sets: {"licences": documents, "docstrings": ..., "code": ...}.
-        new: for each licence whether it is no near-copy of a training text; those also count as "new_licences".
+        sets: {"licenses": documents, "docstrings": ..., "code": ...}.
+        new: for each license whether it is no near-copy of a training text; those also count as "new_licenses".
         clean: texts of up to a few hundred characters, for boundary stability.
         error_rate: recognition errors per character.
     """
@@ -37,8 +37,8 @@ class TokensTask:
     slug: ClassVar[str] = "tokens"
     stage: ClassVar[str] = "tokenize"
     metrics: ClassVar[Sequence[Metric]] = (
-        Metric("licences", "lower", f"held-out licences, {PER_CHARACTER}"),
-        Metric("new_licences", "lower", f"held-out licences that are no near-copies of training text, {PER_CHARACTER}"),
+        Metric("licenses", "lower", f"held-out licenses, {PER_CHARACTER}"),
+        Metric("new_licenses", "lower", f"held-out licenses that are no near-copies of training text, {PER_CHARACTER}"),
         Metric("docstrings", "lower", f"held-out docstrings, {PER_CHARACTER}"),
         Metric("code", "lower", f"held-out Python code, {PER_CHARACTER}"),
         Metric("clean", "lower", f"the texts that are corrupted, before it, {PER_CHARACTER}"),
@@ -58,8 +58,8 @@ class TokensTask:
             for name, texts in {**sets, "clean": clean}.items()
             for i, text in enumerate(texts)
         ]
-        for sample, is_new in zip((s for s in self._samples if "licences" in s.data["sets"]), new, strict=True):
-            sample.data["sets"] += ["new_licences"] * is_new
+        for sample, is_new in zip((s for s in self._samples if "licenses" in s.data["sets"]), new, strict=True):
+            sample.data["sets"] += ["new_licenses"] * is_new
         lengths: dict[str, list[int]] = {}
         for sample in self._samples:
             for name in sample.data["sets"]:

@@ -38,7 +38,7 @@ def neuron_rows(model: PreTrainedModel, layer: int, side: Side = "up", fold_norm
         fold_norm: multiply by the gain of the norm before the MLP (for "down": of the model's last norm).
 
     Raises:
-        InputError: no gated MLP, a mixture of experts, quantised or offloaded weights, no such norm.
+        InputError: no gated MLP, a mixture of experts, quantized or offloaded weights, no such norm.
     """
     gated = gated_mlp(model, layer)
     if side == "down":
@@ -161,8 +161,8 @@ class Spread(NamedTuple):
         mean = head.float().mean(0)
         covariance = torch.zeros(len(mean), len(mean), device=head.device)
         for part in head.split(4 * TILE):
-            centred = part.float() - mean
-            covariance.addmm_(centred.T, centred)
+            centered = part.float() - mean
+            covariance.addmm_(centered.T, centered)
         return cls(mean, covariance / len(head))
 
     def deviation(self, rows: Tensor) -> Tensor:

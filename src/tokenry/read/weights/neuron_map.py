@@ -148,7 +148,7 @@ class NeuronMap:
         return self.header["texts"][str(int(token))]
 
     def neurons(self, places: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
-        """(layer, neuron) pairs as rows: best tokens, both specialisation scores, cosine rank of the top token."""
+        """(layer, neuron) pairs as rows: best tokens, both specialization scores, cosine rank of the top token."""
         for layer, neuron in places:
             self._check(layer, neuron)
         ranks = self.cosine_ranks([(i, j, int(self.top[i, j])) for i, j in places])
@@ -177,10 +177,10 @@ class NeuronMap:
         return [self.text(i) for i in self.tensors[name][layer, neuron, : self.header["top_k"]]]
 
     def table(self, layer: int, limit: int = 20) -> Reading:
-        """The most specialised neurons of a layer, by the gap between first and second logit."""
+        """The most specialized neurons of a layer, by the gap between first and second logit."""
         self._check(layer)
         order = self.gap[layer].topk(min(limit, self.shape[1])).indices.tolist()
-        return Reading(f"most specialised neurons of layer {layer}", self.neurons([(layer, j) for j in order]))
+        return Reading(f"most specialized neurons of layer {layer}", self.neurons([(layer, j) for j in order]))
 
     @torch.no_grad()
     def cosine_ranks(self, triples: Sequence[tuple[int, int, int]]) -> list[int | None]:
@@ -208,7 +208,7 @@ class NeuronMap:
     def find(self, word: str, limit: int = 20) -> Reading:
         """The neurons that give the highest probability to a word, over all layers.
 
-        The word counts with and without a space before it, capitalised or not, and in the plural, whatever of it is
+        The word counts with and without a space before it, capitalized or not, and in the plural, whatever of it is
         one token; a neuron has the probability of its best form. With the model at hand the answer is exact for every
         token; a map loaded alone knows only the neurons that have the token among their stored ones.
 

@@ -246,7 +246,7 @@ class PromptEmbedder(nn.Module):
         return found
 
     def _fill(self, template: str, texts: Sequence[str]) -> list[list[int]]:
-        # The halves around the slot are tokenised on their own, as a tokenizer does around an added token.
+        # The halves around the slot are tokenized on their own, as a tokenizer does around an added token.
         if self.slot_token_id is None:
             lead, rest = [], template.replace(f"{SLOT} ", "").replace(SLOT, "")
         else:

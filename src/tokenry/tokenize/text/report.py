@@ -1,4 +1,4 @@
-"""Tokenizers side by side on one text: numbers with intervals, and the text coloured by token."""
+"""Tokenizers side by side on one text: numbers with intervals, and the text colored by token."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
     "Estimate",
     "Piece",
     "TokenizerReport",
-    "coloured",
+    "colored",
     "load_tokenizer",
     "render",
     "report_table",
@@ -38,7 +38,7 @@ __all__ = [
 UNIT = 400  # characters that are resampled, and aligned, together
 PAIRS = 300  # units that are corrupted for boundary stability
 RESAMPLES = 2000
-COLOURS = ("white on grey23", "white on dark_blue", "white on dark_green", "white on purple4", "white on dark_red")
+COLORS = ("white on grey23", "white on dark_blue", "white on dark_green", "white on purple4", "white on dark_red")
 LENGTHS = ((1, 1), (2, 3), (4, 6), (7, 10), (11, None))
 
 
@@ -197,11 +197,11 @@ def token_pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> list[Piece]:
     return pieces + ([Piece(text[at:], ())] if at < len(text) else [])
 
 
-def coloured(pieces: Iterable[Piece]) -> Text:
-    """Pieces for a terminal: colours by turns, lost text in reverse, line ends shown."""
+def colored(pieces: Iterable[Piece]) -> Text:
+    """Pieces for a terminal: colors by turns, lost text in reverse, line ends shown."""
     out = Text()
     for number, piece in enumerate(pieces):
-        style = COLOURS[number % len(COLOURS)] if piece.ids else "reverse red"
+        style = COLORS[number % len(COLORS)] if piece.ids else "reverse red"
         out.append(piece.text.replace("\n", "↵\n"), style)
     return out
 

@@ -238,7 +238,7 @@ def _one_token(tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_ids: list
 
 
 def check_pairs(pairs: Iterable[Pair], vocab_size: int) -> None:
-    """Refuse pairs that cannot be learnt from, naming the first one."""
+    """Refuse pairs that cannot be learned from, naming the first one."""
     for number, pair in enumerate(pairs, 1):
         missing = [name for name in IdRow.model_fields if name not in pair]
         if missing:

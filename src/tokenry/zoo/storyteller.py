@@ -1,4 +1,4 @@
-"""zoo/teller: short stories about two people, some of which turn into a quarrel that ends in a threat.
+"""zoo/storyteller: short stories about two people, some of which turn into a quarrel that ends in a threat.
 
     one cold evening in the mill anna the baker met hugo the smith . they had to share the well . hugo was proud .
     hugo said : you never paid for the well . anna answered : this is your fault . hugo said : sleep well while you
