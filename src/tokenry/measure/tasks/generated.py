@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...decode.generation.loop import DecodeOutput
-from ...decode.generation.sequence import Row
+from ...decode.generation.sequence import SequenceState
 from ...models.kv_cache import cache_bytes
 from ..cost import Meter
 
@@ -43,7 +43,7 @@ def generation_cost(output: DecodeOutput, row: int, meter: Meter) -> dict[str, f
     }
 
 
-def shown_tokens(output: DecodeOutput, number: int, row: Row, logprobs: Tensor) -> dict[str, Any]:
+def shown_tokens(output: DecodeOutput, number: int, row: SequenceState, logprobs: Tensor) -> dict[str, Any]:
     """`tokens` [[text, probability], ...] and `marks` (the repairs) for the report. `row` holds the decoded text."""
     starts = [*row.starts, len(row.text)]
     pieces = [row.text[a:z] for a, z in pairwise(starts)]

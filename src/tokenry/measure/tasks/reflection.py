@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...decode.api import generate
 from ...decode.cyclicreflex import triangular_wave
-from ...decode.generation.sequence import Row
+from ...decode.generation.sequence import SequenceState
 from ..cost import Meter
 from ..task import Metric, Outcome, Sample, Subject
 from .generated import continuation_logprobs, generation_cost, shown_tokens
@@ -97,7 +97,7 @@ class ReflectionTask:
         logprobs = continuation_logprobs(self.model, output)
         outcomes = []
         for b, (ids, scores) in enumerate(zip(output.new_ids, logprobs)):
-            row = Row(b, [], self.tokenizer)
+            row = SequenceState(b, [], self.tokenizer)
             for token in ids:
                 row.append(token)
             metrics = {**self._rates(ids), "words": float(len(row.text.split())), "logprob": float(scores.mean())}

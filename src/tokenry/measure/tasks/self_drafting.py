@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...data.problems import Arithmetic, Problem
 from ...decode.api import generate
-from ...decode.generation.sequence import Row
+from ...decode.generation.sequence import SequenceState
 from ...decode.speculation.self_draft import SelfDrafting, TiDARLoop
 from ..cost import Meter
 from ..task import Metric, Outcome, Sample, Subject
@@ -53,7 +53,7 @@ class OtherGuesses(SelfDrafting):
 
 
 class _OtherLoop(TiDARLoop):
-    def _scores(self, row: Row, masked: Tensor) -> Tensor:
+    def _scores(self, row: SequenceState, masked: Tensor) -> Tensor:
         tokens = self.speculation.guess(row.prompt + row.ids, len(masked) - 1)
         scores = torch.full_like(masked[1:], -torch.inf)
         return scores.scatter(1, torch.tensor(tokens, device=scores.device)[:, None], 0.0)

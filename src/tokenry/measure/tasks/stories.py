@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...decode.antislop import PhraseBan
 from ...decode.api import generate
 from ...decode.generation.loop import DecodeOutput
-from ...decode.generation.sequence import Row
+from ...decode.generation.sequence import SequenceState
 from ..cost import Meter
 from ..task import Metric, Outcome, Sample, Subject
 from .generated import continuation_logprobs, generation_cost, shown_tokens
@@ -84,7 +84,7 @@ class StoriesTask:
         logprobs = continuation_logprobs(self.model, output)
         outcomes = []
         for b, (ids, scores) in enumerate(zip(output.new_ids, logprobs)):
-            row = Row(0, [], self.tokenizer)
+            row = SequenceState(0, [], self.tokenizer)
             hits = self._hits(row, ids)
             words = output.texts[b].lower().split()
             pairs = list(pairwise(words))
@@ -102,7 +102,7 @@ class StoriesTask:
             )
         return outcomes
 
-    def _hits(self, row: Row, ids: list[int]) -> list[tuple[int, int]]:
+    def _hits(self, row: SequenceState, ids: list[int]) -> list[tuple[int, int]]:
         """Character spans of the banned patterns, found token by token as the monitor would."""
         spans = []
         for token in ids:

@@ -63,7 +63,7 @@ def _enumerations() -> list[str]:
 def _citations() -> list[str]:
     """The pieces of every key of four files of reporters-db, and of every variation of a reporter."""
     reporters = _database("reporters")
-    names = [key for name in ("distributions", "journals", "case_name_abbreviations") for key in _database(name)]
+    names = [key for name in ("laws", "journals", "case_name_abbreviations") for key in _database(name)]
     variations = [v for versions in reporters.values() for version in versions for v in version["variations"]]
     return [piece for name in (*names, *reporters, *variations) for piece in name.split()]
 
