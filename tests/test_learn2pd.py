@@ -15,11 +15,13 @@ from tokenry.cli.options import parse_methods
 from tokenry.core.errors import InputError
 from tokenry.decode import generate
 from tokenry.decode.creditdecoding import CreditDecoding, CreditFusion
+from tokenry.decode.denoising.blocks import block_values, in_columns
 from tokenry.decode.denoising.contract import DiffusionMethod, DiffusionParts
 from tokenry.decode.denoising.loop import LengthPolicy, LogitsTransform, MaskedDiffusionModel, diffusion_generate
+from tokenry.decode.denoising.oracle import OraclePolicy
 from tokenry.decode.denoising.state import DiffusionState, Edit
 from tokenry.decode.denoising.unmask import FixedCount, Threshold
-from tokenry.decode.learn2pd import EndOfTextTruncation, Learn2PD, LearnedFilter, OraclePolicy, block_values, in_columns
+from tokenry.decode.learn2pd import EndOfTextTruncation, Learn2PD, LearnedFilter
 from tokenry.evidence import learn2pd as experiment
 from tokenry.learned.confidence_filter import ConfidenceFilter, TraceDataset
 from tokenry.measure.compare import compare
