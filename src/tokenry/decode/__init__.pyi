@@ -70,7 +70,6 @@ from .specreason import SpecReason as SpecReason
 from .spectr import Spectr as Spectr
 from .speculation.acceptance import acceptance_report as acceptance_report
 from .speculation.acceptance import optimal_acceptance as optimal_acceptance
-from .speculation.acceptance import subset_gap as subset_gap
 from .speculation.acceptance import verifier_acceptance as verifier_acceptance
 from .speculation.drafters import EarlyExitDrafter as EarlyExitDrafter
 from .speculation.drafters import ModelDrafter as ModelDrafter
@@ -91,8 +90,6 @@ from .speculation.verifiers import RecursiveRejectionVerifier as RecursiveReject
 from .speculation.verifiers import Selection as Selection
 from .speculation.verifiers import SingleDraftVerifier as SingleDraftVerifier
 from .speculation.verifiers import kseq_acceptance_probability as kseq_acceptance_probability
-from .speculation.verifiers import kseq_division_factor as kseq_division_factor
-from .speculation.verifiers import kseq_residual as kseq_residual
 from .speculation.verifiers import sample_drafts as sample_drafts
 from .tidar import TiDAR as TiDAR
 from .tip import ThoughtSwitchPenalty as ThoughtSwitchPenalty

@@ -73,10 +73,6 @@ class ReasoningStats:
     judge_seconds: float
 
     @property
-    def rejected_tokens(self) -> int:
-        return self.small_tokens + self.base_tokens - self.kept_tokens
-
-    @property
     def acceptance(self) -> float:
         """Share of judged steps that were kept; NaN if none was judged."""
         return self.accepted / self.judged if self.judged else math.nan
