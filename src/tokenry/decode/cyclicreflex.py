@@ -21,12 +21,7 @@ from ..core.fields import Logits, Share, read_none, require
 from .reasoning.bias import BiasLogitsProcessor
 from .reasoning.reflection import ReflectionMethod
 
-__all__ = [
-    "CyclicReflectionLogitsProcessor",
-    "CyclicReflex",
-    "constant_schedule",
-    "triangular_wave",
-]
+__all__ = ["CyclicReflectionLogitsProcessor", "CyclicReflex", "constant_schedule", "triangular_wave"]
 
 
 class CyclicReflex(ReflectionMethod):

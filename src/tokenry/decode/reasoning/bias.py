@@ -24,8 +24,9 @@ class BiasLogitsProcessor(LogitsProcessor):
     A bias depends on how many tokens are generated, so the length of the prompt must be known. The decode loop says it
     with `begin` and `end`. In plain `generate` it is `prompt_length`; where that is None, a processor is for one
     generation: its first call has the prompts alone, and every further one has one more column. A prompt that is no
-    longer than the one before may follow, since no generation falls below its prompt. Anything else is refused: longer
-    prompts, and assisted decoding, which goes back and forth.
+    longer than the one before may follow, since no generation falls below its prompt. A prompt that is the whole output
+    before goes on with that generation. Anything else is refused: other longer prompts, and assisted decoding, which
+    goes back and forth.
 
     Args:
         prompt_length: columns of the prompts, padding included; None: those of the first call.
