@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tokenry import InputError
 from tokenry.decode import Antislop, DecodeLoop, NGramBan, PhraseBan, RegexBan, SequenceState, loop
-from tokenry.decode.antislop import start_tokens
+from tokenry.decode.bans.phrases import start_tokens
 from tokenry.decode.generation.monitor import held_tokens
 
 # --- the distribution of the process, by enumeration -----------------------------------------------------------------

@@ -16,16 +16,10 @@ from tokenry.cli import difficulty as cli
 from tokenry.cli import main
 from tokenry.data.problems import Arithmetic, draw_problems, split_of
 from tokenry.decode import CyclicReflex, PhraseBan, Spectr, TransformersEngine, Violation, encode_prompts, loop
-from tokenry.decode.diffadapt import (
-    DEFAULT_STRATEGIES,
-    DiffAdapt,
-    Strategy,
-    TemperatureByRow,
-    generate_by_strategy,
-    oracle_strategy,
-)
+from tokenry.decode.diffadapt import DiffAdapt, TemperatureByRow, generate_by_strategy, oracle_strategy
 from tokenry.decode.generation.sampler import row_seed
 from tokenry.decode.generation.sequence import SequenceState
+from tokenry.decode.reasoning.strategies import DEFAULT_STRATEGIES, Strategy
 from tokenry.evidence import diffadapt as experiment
 from tokenry.learned.difficulty_probe import CLASSES, DifficultyProbe, read_questions
 from tokenry.measure.compare import compare
@@ -623,7 +617,7 @@ def test_with_antislop_a_wave_and_streaming_equals_brute_force(llama, chat, prob
         strategy = next(s for s in STRATEGIES if s.name == name)
         prompt = whole_prompt(chat, question, strategy.suffix)
         generator = torch.Generator().manual_seed(row_seed(12, b))
-        expected = brute_force(llama, chat, prompt, strategy, PhraseBan(phrases), wave, generator, 60)
+        expected = brute_force(llama, chat, prompt, strategy, PhraseBan(phrases), wave.processor(), generator, 60)
         assert out.new_ids[b] == expected
         assert streamers[b].ended and streamers[b].tokens == expected
         assert len(expected) <= strategy.tokens(60)

@@ -20,7 +20,8 @@ from tokenry.decode import (
     loop,
     reflection_token_ids,
 )
-from tokenry.decode.reasoning.steps import StepModel, StepPrompts
+from tokenry.decode.reasoning.step_prompts import StepPrompts
+from tokenry.decode.reasoning.steps import StepModel
 from tokenry.judge import CRewScorer, Reference, SlopProfile
 from tokenry.judge.text.slop import Pattern
 from tokenry.learned.difficulty_probe import read_questions

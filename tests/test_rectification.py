@@ -14,16 +14,11 @@ from tokenry import InputError
 from tokenry.cli import main
 from tokenry.decode import Antislop, PhraseBan, generate, loop
 from tokenry.decode.contract import Plugins
+from tokenry.decode.generation.caps import cap_distribution, cap_top_tokens, iterate_caps
 from tokenry.decode.generation.monitor import Violation
 from tokenry.decode.generation.sampler import row_seed
 from tokenry.decode.generation.sequence import SequenceState
-from tokenry.decode.rectification import (
-    Rectification,
-    RectifierLogitsProcessor,
-    cap_distribution,
-    cap_top_tokens,
-    iterate_caps,
-)
+from tokenry.decode.rectification import Rectification, RectifierLogitsProcessor
 from tokenry.evidence import rectification as experiment
 from tokenry.learned.dead_end_values import DeadEndValueModel, ValueCache, vocabulary_hash
 from tokenry.measure.compare import Comparison

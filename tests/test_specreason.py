@@ -12,8 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, TextStreamer
 
 from tokenry import InputError, catalog, decode, generate
 from tokenry.decode.reasoning.scores import DigitScorer, StepScore
-from tokenry.decode.reasoning.speculative import SMALL_STREAM, Speculation
-from tokenry.decode.reasoning.steps import PRESETS, StepModel, StepPrompts, prompts_for
+from tokenry.decode.reasoning.speculative import SMALL_STREAM, StepSpeculation
+from tokenry.decode.reasoning.step_prompts import PRESETS, StepPrompts, prompts_for
+from tokenry.decode.reasoning.steps import StepModel
 from tokenry.models.load import LoadedModel
 from tokenry.zoo.reasoner import build_tokenizer, judging_prompt
 
@@ -92,7 +93,7 @@ def test_threshold_0_is_the_small_model_alone(seed):
         result = reasoner(scorer, threshold=0).generate(QUESTIONS[0], seed=seed)
         assert set(sources(result)) == {"small"} and len(result.steps) > 2
         assert result.text == plainly(SMALL, QUESTIONS[0], seed + SMALL_STREAM)[: len(result.text)]
-        assert result.stats.base_tokens == result.stats.rejected_tokens == 0
+        assert result.stats.base_tokens == 0 and result.stats.kept_tokens == result.stats.small_tokens
 
 
 @pytest.mark.parametrize("seed", [0, 3])
@@ -224,7 +225,7 @@ def test_the_logits_of_the_cache_are_those_of_a_fresh_reading():
 def test_after_a_rejection_the_cache_holds_the_prefix_and_the_step():
     """One row: the cache itself is cut, so its length says what it holds."""
     one = reasoner(threshold=9, do_sample=False)
-    speculation, lengths = Speculation(one, QUESTIONS[:1], None), []
+    speculation, lengths = StepSpeculation(one, QUESTIONS[:1], None), []
     write, engine = speculation.base.write, speculation.base.engine
 
     def watched(texts, limits, separator):
@@ -241,7 +242,7 @@ def test_after_a_rejection_the_cache_holds_the_prefix_and_the_step():
 
 
 def test_an_accepted_step_costs_the_base_one_forward():
-    speculation = Speculation(reasoner(threshold=0, token_budget=200, max_step_tokens=80), QUESTIONS[:1], 0)
+    speculation = StepSpeculation(reasoner(threshold=0, token_budget=200, max_step_tokens=80), QUESTIONS[:1], 0)
     with torch.no_grad():
         speculation.round()
         before = speculation.base.engine.calls
@@ -382,10 +383,10 @@ def test_token_accounting(seed):
     one = reasoner(alternating(), threshold=4.5)
     for result in one.generate_many(QUESTIONS, seed=seed):
         stats = result.stats
-        assert stats.kept_tokens + stats.rejected_tokens == stats.small_tokens + stats.base_tokens
         assert stats.kept_tokens == len(BASE.tokenizer.encode(result.text)) + (result.steps[-1].end == "eos")
         rejected = [step for step in result.steps if step.rejected_text is not None]
-        assert stats.rejected_tokens == sum(step.small_tokens for step in rejected)
+        thrown_away = sum(step.small_tokens for step in rejected)
+        assert stats.kept_tokens + thrown_away == stats.small_tokens + stats.base_tokens
         assert stats.judged - stats.accepted == len(rejected) > 0
         assert all(step.source == "base" and step.base_tokens > 0 for step in rejected)
         assert stats.kept_tokens <= 60
@@ -452,7 +453,7 @@ def test_a_step_that_is_cut_goes_on_without_a_separator():
 def test_the_context_window_ends_it():
     result = reasoner(Fixed(), token_budget=8192).generate(QUESTIONS[0], seed=0)
     assert result.stop_reason in ("context", "finished", "repeated")
-    speculation = Speculation(reasoner(Fixed(), token_budget=8192, max_step_tokens=99), QUESTIONS[:1], 0)
+    speculation = StepSpeculation(reasoner(Fixed(), token_budget=8192, max_step_tokens=99), QUESTIONS[:1], 0)
     speculation.base.window = 40
     judging = BASE.tokenizer.encode("\n<eos><user>score<assistant>score=")
     assert speculation._limit(speculation.rows[0]) == 40 - len(speculation.base.starts[0]) - len(judging)

@@ -1,11 +1,11 @@
 from ..learned.confidence_filter import ConfidenceFilter as ConfidenceFilter
 from ..models.prompts import encode_prompts as encode_prompts
 from .antislop import Antislop as Antislop
-from .antislop import NGramBan as NGramBan
-from .antislop import PhraseBan as PhraseBan
-from .antislop import RegexBan as RegexBan
 from .api import generate as generate
 from .api import loop as loop
+from .bans.ngrams import NGramBan as NGramBan
+from .bans.patterns import RegexBan as RegexBan
+from .bans.phrases import PhraseBan as PhraseBan
 from .budget_forcing import BudgetForcing as BudgetForcing
 from .budget_forcing import BudgetForcingMonitor as BudgetForcingMonitor
 from .contract import DecodeMethod as DecodeMethod
@@ -16,11 +16,11 @@ from .cyclicreflex import CyclicReflectionLogitsProcessor as CyclicReflectionLog
 from .cyclicreflex import CyclicReflex as CyclicReflex
 from .cyclicreflex import triangular_wave as triangular_wave
 from .daedal import Daedal as Daedal
-from .daedal import DaedalLength as DaedalLength
-from .daedal import LengthTrace as LengthTrace
-from .daedal import eos_confidence as eos_confidence
 from .denoising.contract import DiffusionMethod as DiffusionMethod
 from .denoising.contract import DiffusionParts as DiffusionParts
+from .denoising.growth import DaedalLength as DaedalLength
+from .denoising.growth import LengthTrace as LengthTrace
+from .denoising.growth import eos_confidence as eos_confidence
 from .denoising.loop import DiffusionOutput as DiffusionOutput
 from .denoising.loop import DiffusionStats as DiffusionStats
 from .denoising.loop import LengthPolicy as LengthPolicy
@@ -28,6 +28,8 @@ from .denoising.loop import LogitsTransform as LogitsTransform
 from .denoising.loop import MaskedDiffusionModel as MaskedDiffusionModel
 from .denoising.loop import diffusion_generate as diffusion_generate
 from .denoising.loop import sampling_warpers as sampling_warpers
+from .denoising.oracle import OraclePolicy as OraclePolicy
+from .denoising.oracle import collect_egp_traces as collect_egp_traces
 from .denoising.state import DiffusionState as DiffusionState
 from .denoising.state import Edit as Edit
 from .denoising.transforms import Forbid as Forbid
@@ -39,7 +41,7 @@ from .denoising.unmask import Runs as Runs
 from .denoising.unmask import Threshold as Threshold
 from .denoising.unmask import UnmaskPolicy as UnmaskPolicy
 from .diffadapt import DiffAdapt as DiffAdapt
-from .diffadapt import Strategy as Strategy
+from .generation.caps import cap_distribution as cap_distribution
 from .generation.engine import TransformersEngine as TransformersEngine
 from .generation.loop import DecodeLoop as DecodeLoop
 from .generation.loop import DecodeOutput as DecodeOutput
@@ -49,8 +51,6 @@ from .generation.sequence import SequenceState as SequenceState
 from .learn2pd import EndOfTextTruncation as EndOfTextTruncation
 from .learn2pd import Learn2PD as Learn2PD
 from .learn2pd import LearnedFilter as LearnedFilter
-from .learn2pd import OraclePolicy as OraclePolicy
-from .learn2pd import collect_egp_traces as collect_egp_traces
 from .masked_diffusion import MaskedDiffusion as MaskedDiffusion
 from .optimal_mdsd import OptimalMDSD as OptimalMDSD
 from .reasoning.reflection import reflection_token_ids as reflection_token_ids
@@ -59,10 +59,10 @@ from .reasoning.scores import LikelihoodScorer as LikelihoodScorer
 from .reasoning.scores import StepScore as StepScore
 from .reasoning.speculative import SpeculativeReasoner as SpeculativeReasoner
 from .reasoning.speculative import step_speedup as step_speedup
-from .reasoning.steps import StepPrompts as StepPrompts
+from .reasoning.step_prompts import StepPrompts as StepPrompts
+from .reasoning.strategies import Strategy as Strategy
 from .rectification import Rectification as Rectification
 from .rectification import RectifierLogitsProcessor as RectifierLogitsProcessor
-from .rectification import cap_distribution as cap_distribution
 from .skipdecode import SkipDecode as SkipDecode
 from .skipdecode import SkipSchedule as SkipSchedule
 from .skipdecode import skip_forward as skip_forward
@@ -70,7 +70,6 @@ from .specreason import SpecReason as SpecReason
 from .spectr import Spectr as Spectr
 from .speculation.acceptance import acceptance_report as acceptance_report
 from .speculation.acceptance import optimal_acceptance as optimal_acceptance
-from .speculation.acceptance import subset_gap as subset_gap
 from .speculation.acceptance import verifier_acceptance as verifier_acceptance
 from .speculation.drafters import EarlyExitDrafter as EarlyExitDrafter
 from .speculation.drafters import ModelDrafter as ModelDrafter
@@ -91,8 +90,6 @@ from .speculation.verifiers import RecursiveRejectionVerifier as RecursiveReject
 from .speculation.verifiers import Selection as Selection
 from .speculation.verifiers import SingleDraftVerifier as SingleDraftVerifier
 from .speculation.verifiers import kseq_acceptance_probability as kseq_acceptance_probability
-from .speculation.verifiers import kseq_division_factor as kseq_division_factor
-from .speculation.verifiers import kseq_residual as kseq_residual
 from .speculation.verifiers import sample_drafts as sample_drafts
 from .tidar import TiDAR as TiDAR
 from .tip import ThoughtSwitchPenalty as ThoughtSwitchPenalty

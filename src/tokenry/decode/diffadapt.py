@@ -7,7 +7,6 @@ soon. The question is read once; what a strategy adds to the prompt comes after 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,59 +20,114 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import LogitsProcessor, TemperatureLogitsWarper
 
 from ..core.errors import InputError
-from ..core.fields import Probability, Temperature, check
-from ..core.files import explained, read_json
-from ..core.schemas import Fields, checked
+from ..core.fields import Probability
 from ..learned.difficulty_probe import CLASSES, DifficultyProbe, Prompt, Questions, read_questions
 from ..models.batch import left_padded, shared_length
 from ..models.prompts import listed_prompts, prompt_ids
 from .api import generate
 from .contract import DecodeMethod
 from .generation.loop import DecodeOutput
+from .reasoning.strategies import DEFAULT_STRATEGIES, NORMAL, Strategy, read_strategies
 
-__all__ = ["DEFAULT_STRATEGIES", "DiffAdapt", "DiffAdaptOutput", "Strategy", "generate_by_strategy", "oracle_strategy"]
-
-EASY, NORMAL, HARD = CLASSES
+__all__ = ["DiffAdapt", "DiffAdaptOutput", "generate_by_strategy", "oracle_strategy"]
 
 
-@dataclass(frozen=True)
-class Strategy:
-    """How questions of one class are answered.
+class DiffAdapt(DecodeMethod):
+    """A probe reads the question, and its class decides prompt, temperature and budget."""
 
-    Attributes:
-        name: "easy", "normal" or "hard".
-        suffix: put right behind the question, its leading space or line break included.
-        temperature: of sampling, > 0.
-        budget: share of `max_new_tokens`, in (0, 1].
-    """
+    slug: ClassVar[str] = "diffadapt"
+    title: ClassVar[str] = "DiffAdapt"
+    paper: ClassVar[str] = (
+        "DiffAdapt: Difficulty-Adaptive Reasoning for Token-Efficient LLM Inference, arXiv 2510.19669"
+    )
+    claim: ClassVar[str] = (
+        "A small probe on the question's state picks one of three strategies and saves 10 to 20 % of the tokens at "
+        "equal accuracy."
+    )
 
-    name: str
-    suffix: str = ""
-    temperature: float = 0.8
-    budget: float = 1.0
+    probe: Annotated[DifficultyProbe | None, WithJsonSchema({"type": "string"})] = Field(
+        None, description="folder of a probe trained on this model, or in Python the probe itself"
+    )
+    strategies: Annotated[tuple[Strategy, ...], BeforeValidator(read_strategies)] = Field(
+        DEFAULT_STRATEGIES,
+        description="for easy, normal and hard: a JSON file, a list of objects with name, suffix, temperature, budget",
+    )
+    min_confidence: Probability = Field(
+        0.0, description="questions whose best class is less probable are treated as normal"
+    )
 
-    def __post_init__(self) -> None:
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+    @field_validator("probe", mode="before")
+    @classmethod
+    def _from_a_folder(cls, probe: Any) -> Any:
+        return DifficultyProbe.load(probe) if isinstance(probe, str | Path) else probe
+
+    @field_validator("probe")
+    @classmethod
+    def _knows_the_classes(cls, probe: DifficultyProbe | None) -> DifficultyProbe | None:
+        if probe is not None and probe.n_classes != len(CLASSES):
+            raise InputError(f"the probe has {probe.n_classes} classes; give one that tells {', '.join(CLASSES)}")
+        return probe
+
+    @field_validator("strategies")
+    @classmethod
+    def _one_for_each_class(cls, strategies: tuple[Strategy, ...]) -> tuple[Strategy, ...]:
+        names = sorted(strategy.name for strategy in strategies)
+        if names != sorted(CLASSES):
+            raise InputError(f"the strategies are {', '.join(names) or 'none'}; give one each for {', '.join(CLASSES)}")
+        return tuple(sorted(strategies, key=lambda strategy: CLASSES.index(strategy.name)))
+
+    def choose(self, probs: Tensor) -> list[Strategy]:
+        """The strategy for each row of probabilities (batch, 3)."""
+        best = probs.max(-1)
+        sure = best.values >= self.min_confidence
+        normal = CLASSES.index(NORMAL)
+        return [self.strategies[i if good else normal] for i, good in zip(best.indices.tolist(), sure.tolist())]
+
+    def generate(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        max_new_tokens: int = 256,
+        chat: bool = True,
+        **options: Any,
+    ) -> DiffAdaptOutput:
+        """Read the questions, choose a strategy for each, and continue them in one batch.
+
+        Args:
+            prompts: a question or several, each a text or messages of which the last is the user's.
+            max_new_tokens: the full budget.
+            options: as in `tokenry.generate`, but sampling is on, and the temperature is the strategy's.
+
+        Raises:
+            InputError: no probe, one of another model or template, an empty prompt, a temperature, max_new_tokens < 1.
+        """
+        prompts = _as_list(prompts)
+        if self.probe is None:
             raise InputError(
-                f"temperature={self.temperature} of strategy {self.name!r} is not allowed; give a number > 0"
+                "diffadapt has no probe; train one with `tokenry read --method difficulty-probe` and give probe=FOLDER"
             )
-        check(f"temperature of strategy {self.name!r}", self.temperature, Temperature)
-        if not 0 < self.budget <= 1:
-            raise InputError(f"budget={self.budget} of strategy {self.name!r} is not allowed; give a share in (0, 1]")
+        self.probe.check(model, tokenizer, chat)
+        questions = read_questions(model, tokenizer, prompts, chat)
+        probs = self.probe.probabilities(questions.states)
+        chosen = self.choose(probs)
+        output = generate_by_strategy(
+            model,
+            tokenizer,
+            prompts,
+            chosen,
+            max_new_tokens=max_new_tokens,
+            questions=questions,
+            chat=chat,
+            **options,
+        )
+        common = {name: output.get(name) for name in DecodeOutput.__dataclass_fields__}  # drafting adds its own
+        return DiffAdaptOutput(**common, strategy=[strategy.name for strategy in chosen], probs=probs)
 
-    def __str__(self) -> str:
-        return f"{self.name} (temperature {self.temperature}, budget {self.budget})"
 
-    def tokens(self, max_new_tokens: int) -> int:
-        """The budget in tokens: the share rounded down, at least 1."""
-        return max(1, math.floor(round(self.budget * max_new_tokens, 6)))
-
-
-DEFAULT_STRATEGIES = (
-    Strategy(EASY, "\n\nGo straight to the solution, then check the result once.", 0.5, 0.4),
-    Strategy(NORMAL, "\n\nThink step by step and proceed systematically.", 0.8, 1.0),
-    Strategy(HARD, "\n\nYou have little room: settle on one approach and stop early with your best answer.", 0.4, 0.5),
-)
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    return listed_prompts(prompts, texts_only="diffadapt puts words behind questions before they are encoded")
 
 
 @dataclass
@@ -82,30 +136,6 @@ class DiffAdaptOutput(DecodeOutput):
 
     strategy: list[str] | None = None
     probs: Tensor | None = None
-
-
-class TemperatureByRow(TemperatureLogitsWarper):
-    """Divides the scores of each row by its own temperature.
-
-    Rows may come all together or alone, as the decode loop has it; alone they are known by their prompts (batch,
-    columns).
-    """
-
-    def __init__(self, prompts: Tensor, temperatures: Sequence[float]) -> None:
-        self.prompts = prompts
-        self.temperatures = torch.tensor(temperatures, device=prompts.device)[:, None]
-        for prompt in prompts:
-            others = {float(t) for t in self.temperatures[(prompts == prompt).all(-1)]}
-            if len(others) > 1:
-                raise InputError(
-                    f"the same prompt is in the batch with temperatures {sorted(others)}; put it in separate batches"
-                )
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if len(input_ids) == len(self.prompts):
-            return scores / self.temperatures
-        same = (input_ids[:, None, : self.prompts.shape[1]] == self.prompts).all(-1)
-        return scores / self.temperatures[same.int().argmax(-1)]
 
 
 def generate_by_strategy(
@@ -176,124 +206,28 @@ def _lay_out(
     return torch.cat([questions.ids, ids], 1), torch.cat([mask, after], 1), questions.cache
 
 
-class StrategyRow(Fields):
-    """A strategy in a file."""
+class TemperatureByRow(TemperatureLogitsWarper):
+    """Divides the scores of each row by its own temperature.
 
-    name: str
-    suffix: str = ""
-    temperature: float = 0.8
-    budget: float = 1.0
+    Rows may come all together or alone, as the decode loop has it; alone they are known by their prompts (batch,
+    columns).
+    """
 
-    def strategy(self) -> Strategy:
-        return Strategy(self.name, self.suffix, self.temperature, self.budget)
+    def __init__(self, prompts: Tensor, temperatures: Sequence[float]) -> None:
+        self.prompts = prompts
+        self.temperatures = torch.tensor(temperatures, device=prompts.device)[:, None]
+        for prompt in prompts:
+            others = {float(t) for t in self.temperatures[(prompts == prompt).all(-1)]}
+            if len(others) > 1:
+                raise InputError(
+                    f"the same prompt is in the batch with temperatures {sorted(others)}; put it in separate batches"
+                )
 
-
-def _read_probe(value: Any) -> Any:
-    return DifficultyProbe.load(value) if isinstance(value, str | Path) else value
-
-
-def _read_strategies(value: Any) -> Any:
-    """Strategies from a JSON file: a list of objects with name, suffix, temperature and budget. Other values pass."""
-    if not isinstance(value, str | Path):
-        return value
-    problem = f"the file {str(value)!r} is no JSON list of strategies"
-    remedy = "give objects with name, suffix, temperature and budget"
-    with explained(problem, remedy):
-        found = read_json(value)
-        return tuple(checked(StrategyRow, one, problem, remedy).strategy() for one in found)
-
-
-class DiffAdapt(DecodeMethod):
-    """A probe reads the question, and its class decides prompt, temperature and budget."""
-
-    slug: ClassVar[str] = "diffadapt"
-    title: ClassVar[str] = "DiffAdapt"
-    paper: ClassVar[str] = (
-        "DiffAdapt: Difficulty-Adaptive Reasoning for Token-Efficient LLM Inference, arXiv 2510.19669"
-    )
-    claim: ClassVar[str] = (
-        "A small probe on the question's state picks one of three strategies and saves 10 to 20 % of the tokens at "
-        "equal accuracy."
-    )
-
-    probe: Annotated[DifficultyProbe | None, BeforeValidator(_read_probe), WithJsonSchema({"type": "string"})] = Field(
-        None, description="folder of a probe trained on this model, or in Python the probe itself"
-    )
-    strategies: Annotated[tuple[Strategy, ...], BeforeValidator(_read_strategies)] = Field(
-        DEFAULT_STRATEGIES,
-        description="for easy, normal and hard: a JSON file, a list of objects with name, suffix, temperature, budget",
-    )
-    min_confidence: Probability = Field(
-        0.0, description="questions whose best class is less probable are treated as normal"
-    )
-
-    @field_validator("probe")
-    @classmethod
-    def _knows_the_classes(cls, probe: DifficultyProbe | None) -> DifficultyProbe | None:
-        if probe is not None and probe.n_classes != len(CLASSES):
-            raise InputError(f"the probe has {probe.n_classes} classes; give one that tells {', '.join(CLASSES)}")
-        return probe
-
-    @field_validator("strategies")
-    @classmethod
-    def _one_for_each_class(cls, strategies: tuple[Strategy, ...]) -> tuple[Strategy, ...]:
-        names = sorted(strategy.name for strategy in strategies)
-        if names != sorted(CLASSES):
-            raise InputError(f"the strategies are {', '.join(names) or 'none'}; give one each for {', '.join(CLASSES)}")
-        return tuple(sorted(strategies, key=lambda strategy: CLASSES.index(strategy.name)))
-
-    def choose(self, probs: Tensor) -> list[Strategy]:
-        """The strategy for each row of probabilities (batch, 3)."""
-        best = probs.max(-1)
-        sure = best.values >= self.min_confidence
-        normal = CLASSES.index(NORMAL)
-        return [self.strategies[i if good else normal] for i, good in zip(best.indices.tolist(), sure.tolist())]
-
-    def generate(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        prompts: Prompt | Sequence[Prompt],
-        *,
-        max_new_tokens: int = 256,
-        chat: bool = True,
-        **options: Any,
-    ) -> DiffAdaptOutput:
-        """Read the questions, choose a strategy for each, and continue them in one batch.
-
-        Args:
-            prompts: a question or several, each a text or messages of which the last is the user's.
-            max_new_tokens: the full budget.
-            options: as in `tokenry.generate`, but sampling is on, and the temperature is the strategy's.
-
-        Raises:
-            InputError: no probe, one of another model or template, an empty prompt, a temperature, max_new_tokens < 1.
-        """
-        prompts = _as_list(prompts)
-        if self.probe is None:
-            raise InputError(
-                "diffadapt has no probe; train one with `tokenry read --method difficulty-probe` and give probe=FOLDER"
-            )
-        self.probe.check(model, tokenizer, chat)
-        questions = read_questions(model, tokenizer, prompts, chat)
-        probs = self.probe.probabilities(questions.states)
-        chosen = self.choose(probs)
-        output = generate_by_strategy(
-            model,
-            tokenizer,
-            prompts,
-            chosen,
-            max_new_tokens=max_new_tokens,
-            questions=questions,
-            chat=chat,
-            **options,
-        )
-        common = {name: output.get(name) for name in DecodeOutput.__dataclass_fields__}  # drafting adds its own
-        return DiffAdaptOutput(**common, strategy=[strategy.name for strategy in chosen], probs=probs)
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    return listed_prompts(prompts, texts_only="diffadapt puts words behind questions before they are encoded")
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if len(input_ids) == len(self.prompts):
+            return scores / self.temperatures
+        same = (input_ids[:, None, : self.prompts.shape[1]] == self.prompts).all(-1)
+        return scores / self.temperatures[same.int().argmax(-1)]
 
 
 def oracle_strategy(table: Mapping[str, tuple[Sequence[bool], Sequence[float]]]) -> list[str]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import InputError
-from ..core.fields import Layers, Multiple, Positive, Tokens
+from ..core.fields import Layers, Multiple, Positive, Tokens, read_ids
 from ..hooks.holding import hooked
 from ..hooks.layers import LayerSwitch
 from ..hooks.residual import Feed, on_feed
@@ -25,7 +25,6 @@ from ..hooks.skip_schedule import SkipSchedule, skip_forward
 from ..models.anatomy import decoder_body, decoder_layers
 from .contract import DecodeMethod, Plugins
 from .generation.engine import layers_needed
-from .reasoning.reflection import read_ids
 
 __all__ = ["SkipDecode", "SkipPolicy", "SkipSchedule", "skip_forward"]
 

@@ -8,7 +8,7 @@ of the base model. The base model reads many tokens at a time where it would hav
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -20,56 +20,16 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..core.errors import InputError
 from ..core.fields import Times, Tokens
-from ..core.files import explained, parse_json, read_json, shown
 from ..models.load import LoadedModel, load
 from ..models.prompts import listed_prompts
 from .contract import DecodeMethod, Plugins
 from .generation.loop import DecodeOutput
 from .generation.options import ending
 from .reasoning.scores import DigitScorer, LikelihoodScorer, StepScorer
-from .reasoning.speculative import ReasoningResult, Speculation, SpeculativeReasoner, check_threshold
-from .reasoning.steps import PRESETS, Messages, StepPrompts, prompts_for
+from .reasoning.speculative import ReasoningResult, SpeculativeReasoner, StepSpeculation, check_threshold
+from .reasoning.step_prompts import Messages, StepPrompts, prompts_for, read_prompts
 
 __all__ = ["SpecReason", "SpecReasonOutput"]
-
-
-# --- the method ------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class SpecReasonOutput(DecodeOutput):
-    """A `DecodeOutput` in tokens of the base model, with the `ReasoningResult` of each row."""
-
-    results: list[ReasoningResult] | None = None
-
-
-KINDS = "texts, for answers a list of texts, and for chat true or false"
-FIELD_TYPES = {
-    "answers": lambda value: isinstance(value, list) and all(isinstance(text, str) for text in value),
-    "chat": lambda value: isinstance(value, bool),
-}
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _read_prompts(value: Any) -> Any:
-    """Prompts from a name, or from JSON: a file, or an object with the fields of `StepPrompts`. Other values pass."""
-    if not isinstance(value, str | Path):
-        return value
-    if value in PRESETS:
-        return PRESETS[value]
-    with explained(f"{str(value)!r} is neither {' nor '.join(PRESETS)} nor JSON", "give a file or an object"):
-        given = parse_json(str(value)) if str(value).lstrip().startswith("{") else read_json(value)
-    known = [f.name for f in fields(StepPrompts)]
-    unknown = [name for name in given if name not in known] if isinstance(given, dict) else [given]
-    if unknown:
-        raise ValueError(f"prompts have no field {unknown[0]!r}; the fields are {', '.join(known)}")
-    wrong = [name for name, text in given.items() if not FIELD_TYPES.get(name, _is_text)(text)]
-    if wrong:
-        raise ValueError(f"the field {wrong[0]!r} of the prompts is {shown(given[wrong[0]])}; give {KINDS}")
-    return StepPrompts(**given)
 
 
 class SpecReason(DecodeMethod):
@@ -99,7 +59,7 @@ class SpecReason(DecodeMethod):
     )
     first_n_base_steps: Times = Field(0, description="steps at the beginning that the base model writes")
     max_step_tokens: Tokens = Field(512, description="most tokens of a step")
-    prompts: Annotated[StepPrompts | None, BeforeValidator(_read_prompts), WithJsonSchema({"type": "string"})] = Field(
+    prompts: Annotated[StepPrompts | None, BeforeValidator(read_prompts), WithJsonSchema({"type": "string"})] = Field(
         None, description="the words around the steps: chat, lines (zoo/reasoner) or JSON; none for what fits the model"
     )
 
@@ -186,6 +146,13 @@ class SpecReason(DecodeMethod):
         return _output(reasoner.run(problems, seed, _streaming(streamers, tokenizer, words, problems)))
 
 
+@dataclass
+class SpecReasonOutput(DecodeOutput):
+    """A `DecodeOutput` in tokens of the base model, with the `ReasoningResult` of each row."""
+
+    results: list[ReasoningResult] | None = None
+
+
 def _loaded(small: Any, model: PreTrainedModel) -> LoadedModel:
     return _load_once(str(small), model.dtype, model.device) if isinstance(small, str | Path) else LoadedModel(*small)
 
@@ -215,7 +182,7 @@ def _streaming(
     return put
 
 
-def _output(speculation: Speculation) -> SpecReasonOutput:
+def _output(speculation: StepSpeculation) -> SpecReasonOutput:
     """The results in tokens of the base model."""
     results, base = speculation.results(), speculation.base
     ends = [[base.tokenizer.eos_token_id] if r.steps[-1].end == "eos" else [] for r in results]

@@ -18,9 +18,8 @@ from typing import Annotated, ClassVar
 from pydantic import BeforeValidator, Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..core.fields import Probability, TokenId
+from ..core.fields import Probability, TokenId, read_none
 from .contract import DecodeMethod, Plugins
-from .reasoning.reflection import read_none
 from .speculation.self_draft import SelfDrafting, check_model
 
 __all__ = ["TiDAR"]

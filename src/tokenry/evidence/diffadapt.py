@@ -22,7 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..core.files import read_json
 from ..data.problems import Arithmetic, Problem, Split, draw_problems
 from ..decode.api import generate
-from ..decode.diffadapt import DiffAdapt, Strategy, generate_by_strategy, oracle_strategy
+from ..decode.diffadapt import DiffAdapt, generate_by_strategy, oracle_strategy
+from ..decode.reasoning.strategies import Strategy
 from ..learned.difficulty_probe import CLASSES, DifficultyProbe
 from ..measure.build_cache import digest, kept_folder, read, write
 from ..measure.compare import Comparison

@@ -24,9 +24,10 @@ from ..core.errors import InputError
 from ..data.problems import draw_problems
 from ..data.puzzles import PUZZLES
 from ..decode.denoising.loop import MaskedDiffusionModel, diffusion_generate
+from ..decode.denoising.oracle import OraclePolicy, collect_egp_traces
 from ..decode.denoising.state import DiffusionState, Prediction
 from ..decode.denoising.unmask import FixedCount, Threshold, UnmaskPolicy, best_first
-from ..decode.learn2pd import EndOfTextTruncation, Learn2PD, LearnedFilter, OraclePolicy, collect_egp_traces
+from ..decode.learn2pd import EndOfTextTruncation, Learn2PD, LearnedFilter
 from ..learned.confidence_filter import ConfidenceFilter, TraceDataset
 from ..measure.build_cache import digest, kept_folder, read, write
 from ..measure.compare import Comparison

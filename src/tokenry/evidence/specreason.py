@@ -20,7 +20,7 @@ from ..core.errors import InputError
 from ..data.problems import Arithmetic, Problem, draw_problems
 from ..decode.reasoning.scores import StepScore, StepScorer
 from ..decode.reasoning.speculative import ReasoningResult, SpeculativeReasoner, step_speedup
-from ..decode.reasoning.steps import PRESETS, Messages, prompts_for
+from ..decode.reasoning.step_prompts import PRESETS, Messages, prompts_for
 from ..decode.specreason import SpecReason
 from ..measure.compare import Comparison
 from ..measure.statistics import Interval, bootstrap_statistic

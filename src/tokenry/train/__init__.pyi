@@ -1,4 +1,4 @@
-from ..decode.learn2pd import collect_egp_traces as collect_egp_traces
+from ..decode.denoising.oracle import collect_egp_traces as collect_egp_traces
 from ..learned.confidence_filter import ConfidenceFilter as ConfidenceFilter
 from ..learned.confidence_filter import TraceDataset as TraceDataset
 from ..learned.dead_end_values import DeadEndValueModel as DeadEndValueModel

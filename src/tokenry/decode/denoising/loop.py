@@ -224,11 +224,6 @@ class DiffusionStats:
         """Width of the window over `nfe`, row by row."""
         return [len(steps) / max(1, n) for steps, n in zip(self.commit_step, self.nfe)]
 
-    @property
-    def commits_per_step(self) -> list[list[int]]:
-        """How many tokens each forward of a row committed."""
-        return [[steps.count(i + 1) for i in range(n)] for steps, n in zip(self.commit_step, self.nfe)]
-
     def summary(self) -> dict[str, Any]:
         """The first row, for JSON."""
         confidence = [round(p, 4) for p in self.commit_confidence[0]]

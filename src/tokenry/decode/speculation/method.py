@@ -7,9 +7,8 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...core.fields import Drafts, Layers, Multiple
+from ...core.fields import Drafts, Layers, Multiple, read_none
 from ..contract import DecodeMethod, Plugins
-from ..reasoning.reflection import read_none
 from .drafters import check_same_tokens, make_drafter
 from .loop import Speculation, make_verifier
 
