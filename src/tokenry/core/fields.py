@@ -73,6 +73,7 @@ def check(name: str, value: Any, declared: Any) -> None:
 def shown(value: Any, most: int = 60) -> str:
     """A value as a refusal shows it: quoted, on one line, and cut where it is long."""
     text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    text = " ".join(text.split()) if "\n" in text else text
     return text if len(text) <= most else text[: most - 3] + "..."
 
 

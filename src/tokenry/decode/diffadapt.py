@@ -15,11 +15,12 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
-from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import LogitsProcessor, TemperatureLogitsWarper
 
+from ..core.artifact import ArtifactField
 from ..core.errors import InputError
 from ..core.fields import Probability, Temperature, check
 from ..core.files import explained, read_json
@@ -188,10 +189,6 @@ class StrategyRow(Fields):
         return Strategy(self.name, self.suffix, self.temperature, self.budget)
 
 
-def _read_probe(value: Any) -> Any:
-    return DifficultyProbe.load(value) if isinstance(value, str | Path) else value
-
-
 def _read_strategies(value: Any) -> Any:
     """Strategies from a JSON file: a list of objects with name, suffix, temperature and budget. Other values pass."""
     if not isinstance(value, str | Path):
@@ -216,7 +213,7 @@ class DiffAdapt(DecodeMethod):
         "equal accuracy."
     )
 
-    probe: Annotated[DifficultyProbe | None, BeforeValidator(_read_probe), WithJsonSchema({"type": "string"})] = Field(
+    probe: ArtifactField[DifficultyProbe] | None = Field(
         None, description="folder of a probe trained on this model, or in Python the probe itself"
     )
     strategies: Annotated[tuple[Strategy, ...], BeforeValidator(_read_strategies)] = Field(
