@@ -29,7 +29,7 @@ __all__ = ["EFFICIENCY", "RecordingVerifier", "SpeculationTask", "continuation_d
 SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0}
 MAX_NEW_TOKENS = 256
 LENGTH, ROWS = 3, 250  # tokens of a continuation, and how many are drawn at a time
-LAW = "distribution"  # kind of sample
+LAW = "law"  # kind of sample
 
 
 class RecordingVerifier:
