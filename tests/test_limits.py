@@ -39,13 +39,12 @@ def build(tmp_path, llama):
     """A method with some options; one that cannot do without a folder gets one."""
     ConfidenceFilter(32).bind(llama).save(tmp_path)
     required = {
-        ("decode", "rectification"): ("rectifier", DeadEndValueModel(llama)),
-        ("decode", "learn2pd"): ("filter", str(tmp_path)),
+        ("decode", "rectification"): {"rectifier": DeadEndValueModel(llama)},
+        ("decode", "learn2pd"): {"filter": str(tmp_path)},
     }
 
     def made(entry, **values):
-        given = [required[entry.stage, entry.slug]] if (entry.stage, entry.slug) in required else []
-        return entry.load()(**dict(given), **values)
+        return entry.load()(**required.get((entry.stage, entry.slug), {}), **values)
 
     return made
 

@@ -52,7 +52,9 @@ class CompressKV(SelectMethod):
     )
 
     profile: ArtifactField[HeadProfile] | None = Field(
-        None, description="head profile (JSON) made for the model; the embedded model brings its own"
+        None,
+        description="file of a head profile made for the model, or in Python the profile itself; the embedded model "
+        "brings its own",
     )
     budget: int = Field(
         256, ge=2, le=2**20, description="cache entries per layer, mean over layers; more than the window"
