@@ -178,7 +178,7 @@ def use_probe(kit, path):
 
 
 def use_filter(kit, path):
-    ConfidenceFilter.from_pretrained(path)(torch.zeros(1, 4))
+    ConfidenceFilter.load(path)(torch.zeros(1, 4))
 
 
 def use_slop(kit, path):

@@ -119,7 +119,7 @@ def test_saved_and_read(tmp_path):
     made = random_filter(6).bind(model)
     made.save(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"filter.json", "filter.safetensors"}
-    again = ConfidenceFilter.from_pretrained(tmp_path)
+    again = ConfidenceFilter.load(tmp_path)
     conf = torch.rand(4, 6)
     assert torch.equal(again(conf), made(conf)) and not again.training
     assert again.made_for == made.made_for and again.made_for["temperature"] == 0
@@ -616,7 +616,7 @@ def test_accept_thresholds_are_refused(folder, value):
         (lambda: ConfidenceFilter(4, 0), "hidden=0"),
         (lambda: ConfidenceFilter(32)(torch.rand(2, 16)), "filter was trained for blocks of 32, not 16"),
         (lambda: ConfidenceFilter(4).save("/nowhere"), "belongs to no model yet"),
-        (lambda: ConfidenceFilter.from_pretrained("/nowhere"), "there is no filter in '/nowhere'"),
+        (lambda: ConfidenceFilter.load("/nowhere"), "there is no filter in '/nowhere'"),
         (lambda: Learn2PD(filter="/nowhere"), "learn2pd: there is no filter in '/nowhere'"),
         (lambda: Learn2PD(filter=3), "filter=3 is not allowed"),
     ],
@@ -655,13 +655,13 @@ def test_damaged_filters_are_refused(tmp_path):
     header = json.loads((tmp_path / "filter.json").read_text())
     (tmp_path / "filter.json").write_text(json.dumps({**header, "format": 9}))
     with pytest.raises(InputError, match="format 9, this version reads 1; update"):
-        ConfidenceFilter.from_pretrained(tmp_path)
+        ConfidenceFilter.load(tmp_path)
     (tmp_path / "filter.json").write_text(json.dumps({**header, "hidden": 5}))
     with pytest.raises(InputError, match="no filter"):
-        ConfidenceFilter.from_pretrained(tmp_path)
+        ConfidenceFilter.load(tmp_path)
     (tmp_path / "filter.json").write_text("{")
     with pytest.raises(InputError, match="no filter"):
-        ConfidenceFilter.from_pretrained(tmp_path)
+        ConfidenceFilter.load(tmp_path)
 
 
 def test_a_model_without_end_of_text_is_refused(folder):

@@ -400,14 +400,16 @@ def test_the_command_line_refuses(args, message):
     assert result.exit_code == 2 and message in result.output
 
 
-def test_compare_trains_a_rectifier_where_none_is_given(tmp_path, monkeypatch):
+def test_compare_trains_a_rectifier_where_none_is_given(rectifier, tmp_path, monkeypatch):
     def build(*args, method, **kwargs):
         raise InputError(f"method={method}")
 
     monkeypatch.setattr(experiment, "build", build)
     args = ["compare", "rectification", "--model", "zoo/storyteller", "--store", str(tmp_path / "runs.sqlite")]
     assert "method=None" in CliRunner().invoke(main, args).output
-    assert "eps=0.2" in CliRunner().invoke(main, [*args, "-o", "rectifier=folder", "-o", "eps=0.2"]).output
+    rectifier.save(tmp_path / "rectifier")
+    given = ["-o", f"rectifier={tmp_path / 'rectifier'}", "-o", "eps=0.2"]
+    assert "eps=0.2" in CliRunner().invoke(main, [*args, *given]).output
 
 
 # --- the chain of letters: exact values ------------------------------------------------------------------------
@@ -813,7 +815,7 @@ def test_numbers_out_of_range_are_refused(rectifier, values, message):
     with pytest.raises(InputError, match=message):
         RectifierLogitsProcessor(rectifier, **values)
     with pytest.raises(InputError, match=message):
-        Rectification(rectifier="folder", **values)
+        Rectification(rectifier=rectifier, **values)
 
 
 def test_training_mode_and_nan_are_refused(rectifier):

@@ -278,7 +278,7 @@ def test_the_command_line_trains_and_decodes(folder, tmp_path):
     assert summary["prompts"] == 36 and summary["held_out"] == 4 and summary["steps"] <= 300
     assert summary["after"]["loss"] < summary["before"]["loss"]
     assert set(summary["after"]) == set(Learn2PDTraining.measures)
-    assert ConfidenceFilter.from_pretrained(out).block_length == 8
+    assert ConfidenceFilter.load(out).block_length == 8
     assert "exists and is not an empty folder" in tokenry(*command, code=2)
     decode = ["decode", "--method", "learn2pd", "--model", folder, "-o", f"filter={out}", "--max-new-tokens", 16]
     found = json.loads(tokenry(*decode, "--greedy", "--json", "sort 940271="))

@@ -98,6 +98,7 @@ def read_ids(value: Any) -> Any:
 def shown(value: Any, most: int = 60) -> str:
     """A value as a refusal shows it: quoted, on one line, and cut where it is long."""
     text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    text = " ".join(text.split()) if "\n" in text else text
     return text if len(text) <= most else text[: most - 3] + "..."
 
 

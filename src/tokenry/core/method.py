@@ -112,7 +112,8 @@ def _explain(cls: type[Method], error: ValidationError) -> str:
         prefix = f"{cls.slug}: " + (f"{name}: " if name else "")
         return prefix + message
     allowed = options[name].range or options[name].type
-    return f"{cls.slug}: {name}={shown(problem['input'])} is not allowed ({message.lower()}); give {allowed}"
+    why = message[:1].lower() + message[1:]
+    return f"{cls.slug}: {name}={shown(problem['input'])} is not allowed ({why}); give {allowed}"
 
 
 def _show(value: Any) -> str:
@@ -130,6 +131,8 @@ def _variants(schema: dict) -> list[dict]:
 def _type(schema: dict) -> str:
     names = {"integer": "whole number", "number": "number", "boolean": "true or false", "string": "text"}
     kinds = [names.get(s.get("type", ""), "list" if s.get("type") == "array" else "") for s in _variants(schema)]
+    if any(s.get("format") == "path" for s in _variants(schema)):
+        return "path"
     return " or ".join(dict.fromkeys(k for k in kinds if k)) or "value"
 
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
-from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import LogitsProcessor, TemperatureLogitsWarper
 
+from ..core.artifact import ArtifactField
 from ..core.errors import InputError
 from ..core.fields import Probability
 from ..learned.difficulty_probe import CLASSES, DifficultyProbe, Prompt, Questions, read_questions
@@ -45,7 +45,7 @@ class DiffAdapt(DecodeMethod):
         "equal accuracy."
     )
 
-    probe: Annotated[DifficultyProbe | None, WithJsonSchema({"type": "string"})] = Field(
+    probe: ArtifactField[DifficultyProbe] | None = Field(
         None, description="folder of a probe trained on this model, or in Python the probe itself"
     )
     strategies: Annotated[tuple[Strategy, ...], BeforeValidator(read_strategies)] = Field(
@@ -55,11 +55,6 @@ class DiffAdapt(DecodeMethod):
     min_confidence: Probability = Field(
         0.0, description="questions whose best class is less probable are treated as normal"
     )
-
-    @field_validator("probe", mode="before")
-    @classmethod
-    def _from_a_folder(cls, probe: Any) -> Any:
-        return DifficultyProbe.load(probe) if isinstance(probe, str | Path) else probe
 
     @field_validator("probe")
     @classmethod

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..core.artifact import ArtifactField
 from ..core.errors import InputError
 from ..core.fields import Block, Probability, Tokens
 from ..learned.confidence_filter import ConfidenceFilter, TraceDataset
@@ -44,7 +45,9 @@ class Learn2PD(DiffusionMethod):
         "masked-diffusion models in a fraction of the forward passes, at the same quality."
     )
 
-    filter: str = Field(description="folder of a filter; `tokenry train --method learn2pd` makes one")
+    filter: ArtifactField[ConfidenceFilter] = Field(
+        description="folder of a filter, or in Python the filter itself; `tokenry train --method learn2pd` makes one"
+    )
     accept_threshold: float = Field(0.96, gt=0, lt=1, description="tokens more probably final than this are committed")
     eotp: bool = Field(True, description="cut the window after the predicted end of the text")
     eotp_min_confidence: Probability = Field(
@@ -56,19 +59,17 @@ class Learn2PD(DiffusionMethod):
     @model_validator(mode="before")
     @classmethod
     def _block_of_the_filter(cls, values: dict) -> dict:
-        if not isinstance(values.get("filter"), str):
+        made = ConfidenceFilter.opened(values.get("filter"))
+        if not isinstance(made, ConfidenceFilter):
             return values
-        return {"block_length": ConfidenceFilter.from_pretrained(values["filter"]).block_length, **values}
-
-    _made: ConfidenceFilter = PrivateAttr()
+        return {"block_length": made.block_length, **values, "filter": made}
 
     @model_validator(mode="after")
     def _same_block(self) -> Learn2PD:
-        self._made = ConfidenceFilter.from_pretrained(self.filter)
-        if self._made.block_length != self.block_length:
+        if self.filter.block_length != self.block_length:
             raise InputError(
-                f"the filter was trained for blocks of {self._made.block_length}, block_length is {self.block_length}; "
-                "leave it out, or train a filter for it"
+                f"the filter was trained for blocks of {self.filter.block_length}, block_length is "
+                f"{self.block_length}; leave it out, or train a filter for it"
             )
         return self
 
@@ -80,10 +81,10 @@ class Learn2PD(DiffusionMethod):
         return collect_egp_traces(model, tokenizer, prompts, **options)
 
     def check(self, model: MaskedDiffusionModel, do_sample: bool) -> None:
-        self._made.check(model.model, do_sample)
+        self.filter.check(model.model, do_sample)
 
     def parts(self, max_new_tokens: int) -> DiffusionParts:
-        policy = LearnedFilter(self._made, self.accept_threshold, self.min_per_step)
+        policy = LearnedFilter(self.filter, self.accept_threshold, self.min_per_step)
         length = EndOfTextTruncation(self.eotp_min_confidence) if self.eotp else None
         return DiffusionParts(unmask=policy, length=length)
 

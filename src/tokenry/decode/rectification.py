@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import LogitsProcessor
 
+from ..core.artifact import ArtifactField
 from ..core.errors import InputError
 from ..core.fields import Portion, Share
 from ..learned.dead_end_values import DeadEndValueModel, ValueCache
@@ -41,7 +42,10 @@ class Rectification(DecodeMethod):
         "cost in quality."
     )
 
-    rectifier: str = Field(description="folder of a rectifier; `tokenry train --method rectifier` makes one")
+    rectifier: ArtifactField[DeadEndValueModel] = Field(
+        description="folder of a rectifier, or in Python the rectifier itself; `tokenry train --method rectifier` "
+        "makes one"
+    )
     eps: Share = Field(0.1, description="taken off every cap; larger is stricter")
     mode: Literal["project", "iterate"] = Field("project", description="caps met exactly, or the published two passes")
     p_min: float = Field(1e-7, ge=1e-30, le=1, description="smallest cap")
@@ -53,8 +57,8 @@ class Rectification(DecodeMethod):
         return self
 
     def processor(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> RectifierLogitsProcessor:
-        """The rectifier of the folder as a logits processor for this model."""
-        rectifier = DeadEndValueModel.load(self.rectifier, model.device)
+        """The rectifier as a logits processor for this model; it moves to the model's device."""
+        rectifier = self.rectifier.to(model.device)
         rectifier.check(tokenizer)
         vocabulary = model.config.get_text_config().vocab_size
         if rectifier.vocab_size != vocabulary:

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..core.artifact import read_tensors
 from ..core.errors import InputError
+from ..core.tensors import read_tensors
 from ..data.problems import draw_problems
 from ..data.puzzles import PUZZLES
 from ..decode.denoising.loop import MaskedDiffusionModel, diffusion_generate

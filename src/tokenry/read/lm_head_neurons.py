@@ -104,7 +104,7 @@ class LMHeadNeurons(Method):
             if trace.model is None or tokenizer is None:
                 raise InputError("names of neurons need a map, or the traced model and a tokenizer; give one of them")
             names = self.map(trace.model, tokenizer)
-        names.check(trace.header["fingerprint"])
+        names.check_made_for(trace.header["fingerprint"])
         rows = []
         for position, found in enumerate(_strongest(trace, layers, names, top, least)):
             start, stop = trace.offsets[position].tolist() if trace.text else (0, 0)
