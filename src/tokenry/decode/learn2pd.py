@@ -10,7 +10,7 @@ exactly what agrees with it (extremely greedy parallel decoding, EGP).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field, PrivateAttr, model_validator
@@ -23,6 +23,7 @@ from ..core.fields import Block, Probability, Tokens
 from ..learned.confidence_filter import ConfidenceFilter, TraceDataset
 from ..models.prompts import encode_prompts
 from ..text.words import listed
+from .contract import TraceMethod
 from .denoising.contract import DiffusionMethod, DiffusionParts
 from .denoising.loop import LengthPolicy, MaskedDiffusionModel, diffusion_generate
 from .denoising.state import DiffusionState, Edit, Prediction
@@ -248,6 +249,26 @@ def collect_egp_traces(
     return TraceDataset.join(steps)
 
 
+class EGPTraces(TraceMethod):
+    """What a filter is trained on: see `collect_egp_traces`."""
+
+    slug: ClassVar[str] = "learn2pd"
+
+    block_length: Block = Field(32, description="tokens of a block; that of the filter to train")
+
+    def collect(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        chat: bool = True,
+    ) -> TraceDataset:
+        widths = {"gen_length": max_new_tokens, "block_length": self.block_length}
+        return collect_egp_traces(model, tokenizer, prompts, chat=chat, batch_size=len(prompts), **widths)
+
+
 # --- the method ----------------------------------------------------------------------------------------------------
 
 
@@ -264,6 +285,8 @@ class Learn2PD(DiffusionMethod):
         "A tiny filter that has learned from the confidences of a block which predictions are final decodes "
         "masked-diffusion models in a fraction of the forward passes, at the same quality."
     )
+
+    tracer: ClassVar[type[TraceMethod]] = EGPTraces
 
     filter: str = Field(description="folder of a filter; `tokenry train --method learn2pd` makes one")
     accept_threshold: float = Field(0.96, gt=0, lt=1, description="tokens more probably final than this are committed")
@@ -292,13 +315,6 @@ class Learn2PD(DiffusionMethod):
                 "leave it out, or train a filter for it"
             )
         return self
-
-    @staticmethod
-    def traces(
-        model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], **options: Any
-    ) -> TraceDataset:
-        """What a filter is trained on: see `collect_egp_traces`."""
-        return collect_egp_traces(model, tokenizer, prompts, **options)
 
     def check(self, model: MaskedDiffusionModel, do_sample: bool) -> None:
         self._made.check(model.model, do_sample)
