@@ -32,7 +32,7 @@ from tokenry.decode import Antislop
 from tokenry.decode.diffadapt import DiffAdapt
 from tokenry.decode.specreason import SpecReason
 from tokenry.evidence.token_prepending import DevScores
-from tokenry.evidence.token_prepending import SequenceState as DevRow
+from tokenry.evidence.token_prepending import Row as DevRow
 from tokenry.judge import Reference, SlopProfile
 from tokenry.learned.confidence_filter import ConfidenceFilter, TraceDataset
 from tokenry.learned.dead_end_values import DeadEndValueModel
@@ -432,7 +432,7 @@ def valid(kit, tmp_path_factory):
 
     def write(name):
         if name not in made:
-            suffix = ".safetensors" if name in ("trace", "neuron map") else ""
+            suffix = ".safetensors" if name in ("trace", "neuron map", "filter traces") else ""
             made[name] = tmp_path_factory.mktemp("valid") / f"file{suffix}"
             READERS[name][0](kit, made[name])
         return made[name]

@@ -159,9 +159,6 @@ KNOWN = {  # function: parameters; those without a case above hand on to one tha
     "tokens_per_character": {"texts"},
     "term_lengths": {"terms"},
     "boundary_stability": {"pairs"},
-    "Learn2PDTraining.traces": {"prompts"},
-    "Learn2PDTraining.trainer": {"prompts"},
-    "Learn2PDTraining.score": {"prompts"},
 }
 
 

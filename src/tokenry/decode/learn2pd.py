@@ -29,7 +29,7 @@ from .denoising.loop import LengthPolicy, MaskedDiffusionModel, diffusion_genera
 from .denoising.state import DiffusionState, Edit, Prediction
 from .denoising.unmask import FixedCount, UnmaskPolicy, best_first
 
-__all__ = ["EndOfTextTruncation", "Learn2PD", "LearnedFilter", "OraclePolicy", "collect_egp_traces"]
+__all__ = ["EGPTraces", "EndOfTextTruncation", "Learn2PD", "LearnedFilter", "OraclePolicy", "collect_egp_traces"]
 
 UNKNOWN = -1  # no token
 

@@ -13,7 +13,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..core.method import Method
 
-__all__ = ["HouseArguments", "MeanLossTrainer", "TrainMethod", "report_progress"]
+__all__ = ["HouseConfig", "MeanLossTrainer", "TrainMethod", "report_progress"]
 
 
 class TrainMethod(Method):
@@ -59,7 +59,7 @@ class TrainMethod(Method):
 
 
 @dataclass
-class HouseArguments(TrainingArguments):
+class HouseConfig(TrainingArguments):
     """`TrainingArguments` with what all trainers here want: nothing is saved or reported on the way, and the collator
     gets every column of the examples."""
 

@@ -20,7 +20,7 @@ from ...hooks.layers import skip_layers
 from ...hooks.residual import edit_inputs
 from ...models.anatomy import decoder_layers
 from ..adapters import with_adapter
-from ..contract import HouseArguments, MeanLossTrainer
+from ..contract import HouseConfig, MeanLossTrainer
 from .collator import FTPOCollator, last_logits
 from .losses import choice_win, final_token_dpo_loss, ftpo_loss
 from .pairs import Pair, check_pairs
@@ -29,8 +29,8 @@ __all__ = ["FTPOConfig", "FTPOTrainer", "FinalTokenDPOTrainer"]
 
 
 @dataclass
-class FTPOConfig(HouseArguments):
-    """`HouseArguments` with the terms of `ftpo_loss` and the paper's schedule."""
+class FTPOConfig(HouseConfig):
+    """`HouseConfig` with the terms of `ftpo_loss` and the paper's schedule."""
 
     margin: float = field(default=2.0, metadata={"help": "logits by which a chosen token must beat the rejected one"})
     lambda_nontarget: float = field(default=0.4, metadata={"help": "weight on the drift of all other logits"})

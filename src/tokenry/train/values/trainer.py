@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from ...core.errors import InputError
 from ...learned.dead_end_values import DeadEndValueModel
-from ..contract import HouseArguments, MeanLossTrainer
+from ..contract import HouseConfig, MeanLossTrainer
 from .collator import RectifierCollator
 from .episodes import Episode, check_episodes
 from .loss import sarsa_loss
@@ -22,8 +22,8 @@ __all__ = ["RectifierConfig", "RectifierTrainer"]
 
 
 @dataclass
-class RectifierConfig(HouseArguments):
-    """`HouseArguments` with the terms of `sarsa_loss` and the published schedule."""
+class RectifierConfig(HouseConfig):
+    """`HouseConfig` with the terms of `sarsa_loss` and the published schedule."""
 
     gamma: float = field(default=1.0, metadata={"help": "discount from one token to the next"})
     q_min: float = field(default=-1.0, metadata={"help": "smallest target"})
