@@ -92,8 +92,7 @@ class Learn2PDTraining(TrainMethod):
                 f"the traces are those of {made_with.model!r} (weights {made_with.fingerprint}), not of the weights "
                 f"{found}; trace this model with `tokenry decode --save-traces`"
             )
-        names = {"epochs", "lr", "split_by", "mask_loss", "hidden", "accept_threshold", "seed"}
-        trainer = FilterTrainer(_joined(prompts), progress=progress, **self.model_dump(include=names))
+        trainer = FilterTrainer(_joined(prompts), progress=progress, **self.model_dump())
         trainer.filter.bind(model)
         return trainer
 

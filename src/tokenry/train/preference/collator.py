@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from ...core.errors import InputError
-from ...models.batch import left_padded
+from ...models.batch import left_padded, position_ids, right_padded
 from .pairs import Pair
 
 __all__ = ["FTPOCollator", "last_logits"]
@@ -33,14 +32,14 @@ class FTPOCollator:
         if longest > self.max_length and not self.truncate:
             raise InputError(f"a context has {longest} tokens, max_length is {self.max_length}; raise it or truncate")
         contexts = [pair["prompt_ids"][-self.max_length :] for pair in pairs]
-        ids, present = left_padded(contexts, torch.device("cpu"), self.pad_token_id)
-        chosen = [torch.tensor(pair["chosen_ids"]) for pair in pairs]
+        ids, mask = left_padded(contexts, pad=self.pad_token_id)
+        chosen_ids, chosen_mask = right_padded([pair["chosen_ids"] for pair in pairs], self.pad_token_id)
         return {
             "input_ids": ids,
-            "attention_mask": present.long(),
-            "position_ids": (present.cumsum(1) - 1).clamp_min(0),
-            "chosen_ids": pad_sequence(chosen, batch_first=True, padding_value=self.pad_token_id),
-            "chosen_mask": pad_sequence([torch.ones_like(c, dtype=torch.bool) for c in chosen], batch_first=True),
+            "attention_mask": mask.long(),
+            "position_ids": position_ids(mask),
+            "chosen_ids": chosen_ids,
+            "chosen_mask": chosen_mask,
             "rejected_ids": torch.tensor([pair["rejected_id"] for pair in pairs]),
         }
 

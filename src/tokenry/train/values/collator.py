@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
+from ...models.batch import right_padded
 from .episodes import Episode
 
 __all__ = ["RectifierCollator"]
@@ -26,17 +26,16 @@ class RectifierCollator:
 
     def __call__(self, episodes: Sequence[Episode]) -> dict[str, Tensor]:
         rows = [[*e["prompt_ids"], *e["continuation_ids"]][-self.max_length :] for e in episodes]
-        ids = [torch.tensor(row) for row in rows]
-        rewards = [torch.tensor(self._rewards(e, len(row))) for e, row in zip(episodes, rows)]
+        ids, mask = right_padded(rows, self.pad_token_id)
         return {
-            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
-            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-            "rewards": pad_sequence(rewards, batch_first=True),
+            "input_ids": ids,
+            "attention_mask": mask.long(),
+            "rewards": torch.tensor([self._rewards(e, len(row), ids.shape[1]) for e, row in zip(episodes, rows)]),
         }
 
     @staticmethod
-    def _rewards(episode: Episode, length: int) -> list[float]:
+    def _rewards(episode: Episode, length: int, width: int) -> list[float]:
         """A number for each token; one reward for the whole comes with its last token."""
         given = episode["reward"] if isinstance(episode["reward"], list | tuple) else [episode["reward"]]
         given = [float(r) for r in given][-length:]
-        return [0.0] * (length - len(given)) + given
+        return [0.0] * (length - len(given)) + given + [0.0] * (width - length)
