@@ -398,10 +398,21 @@ def test_the_command_line_refuses_before_the_work(arguments, message, tmp_path):
     assert message in " ".join(output.split())
 
 
-def test_a_file_of_somebody_is_kept(tmp_path):
-    (tmp_path / "mine").write_text("mine")
-    command = ["decode", "a", "--method", "learn2pd", "--model", "/nowhere", "--save-traces", tmp_path / "mine"]
-    assert "exists already" in tokenry(*command, code=2)
-    assert "give what `tokenry decode --method learn2pd --save-traces FILE` writes" in " ".join(
-        tokenry("train", "--method", "learn2pd", "--data", tmp_path / "no", "--output", tmp_path / "o", code=2).split()
-    )
+def test_files_of_others_stay(folder, tmp_path):
+    mine = tmp_path / "mine"
+    mine.write_text("years of work")
+    command = ["decode", "sort 12=", "--method", "learn2pd", "-o", "block_length=8", "--max-new-tokens", 8]
+    command += ["--model", folder, "--save-traces", mine]
+    assert "exists already" in tokenry(*command, code=2) and mine.read_text() == "years of work"
+    assert "traces of 1 prompts" in tokenry(*command, "--force")
+    before = mine.read_bytes()
+    tokenry(*command)  # it is known as ours
+    assert mine.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["mine"]
+    wrong = ["-o", "block_length=16"]
+    assert "gen_length=8 is not a multiple of block_length=16" in tokenry(*command[:4], *wrong, *command[6:], code=2)
+    assert mine.read_bytes() == before
+
+
+def test_what_train_reads_is_said(tmp_path):
+    said = tokenry("train", "--method", "learn2pd", "--data", tmp_path / "no", "--output", tmp_path / "o", code=2)
+    assert "give what `tokenry decode --method learn2pd --save-traces FILE` writes" in " ".join(said.split())
