@@ -18,7 +18,6 @@ from tokenry.decode import Antislop
 from tokenry.decode.cyclicreflex import CyclicReflex
 from tokenry.tokenize.kl3m import KL3M
 from tokenry.train.ftpo import FTPO
-from tokenry.train.learn2pd import Learn2PDTraining
 from tokenry.train.preference.pairs import read_pairs
 from tokenry.train.rectifier import Rectifier
 
@@ -151,14 +150,12 @@ class Words:
 RECORDS = {
     "pairs": lambda path: read_pairs(path),
     "episodes": lambda path: Rectifier().read(path, Words()),
-    "training prompts": lambda path: Learn2PDTraining().read(path, None),
     "solutions": lambda path: judge.read_rows(path),
     "problems": lambda path: difficulty.read_problems(path, "number").questions,
 }
 ROWS = {
     "pairs": [{"prompt": "q", "chosen": ["a"], "rejected": "b"}],
     "episodes": [{"prompt": "q", "continuation": "b", "reward": -1}],
-    "training prompts": [{"prompt": "q"}],
     "solutions": [{"prompt": "q", "solution": "b", "answer": "c"}],
     "problems": [{"question": "q", "answer": 1}],
 }
@@ -169,7 +166,6 @@ WRONG = {  # the field, and values that it cannot have; ... is a field that is m
         "continuation": (..., None, 5),
         "reward": (..., None, "x", True, 1, -2, float("nan"), [0.5], {}),
     },
-    "training prompts": {"prompt": (..., None, 3, " ", ["q"])},
     "solutions": {"prompt": (..., None, 3, " "), "solution": (..., None, 5, ["b"]), "answer": ([], {}, True)},
     "problems": {"question": (..., None, 3, " ", []), "answer": (..., None, [], True, float("inf"))},
 }

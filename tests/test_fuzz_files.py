@@ -7,6 +7,7 @@ import contextlib
 import copy
 import gzip
 import json
+import math
 import os
 import shutil
 import struct
@@ -33,9 +34,10 @@ from tokenry.decode.specreason import SpecReason
 from tokenry.evidence.token_prepending import DevScores
 from tokenry.evidence.token_prepending import Row as DevRow
 from tokenry.judge import Reference, SlopProfile
-from tokenry.learned.confidence_filter import ConfidenceFilter
+from tokenry.learned.confidence_filter import ConfidenceFilter, TraceDataset
 from tokenry.learned.dead_end_values import DeadEndValueModel
 from tokenry.learned.difficulty_probe import DifficultyProbe
+from tokenry.learned.filter_traces import TraceWriter
 from tokenry.measure.store import RunStore
 from tokenry.measure.task import Outcome
 from tokenry.read import LMHeadNeurons, NeuronMap
@@ -45,7 +47,9 @@ from tokenry.trace.trace import Trace, capture
 from tokenry.train.ftpo import FTPO
 from tokenry.train.learn2pd import Learn2PDTraining
 from tokenry.train.preference.pairs import check_pairs
-from tokenry.train.rectifier import Rectifier, RectifierCollator, check_episodes
+from tokenry.train.rectifier import Rectifier
+from tokenry.train.values.collator import RectifierCollator
+from tokenry.train.values.episodes import check_episodes
 from tokenry.zoo import recipes
 
 EXAMPLES = int(os.environ.get("TOKENRY_FUZZ", "60"))  # damaged files for each reader
@@ -110,6 +114,19 @@ def write_map(kit, path):
 def write_profile(kit, path):
     shape = {"layers": 2, "heads": 2, "kv_heads": 1}
     HeadProfile(model="m", **shape, order=((0, 1), (1,)), scores=((1, 2), (3, 4)), error=(1.0, 2.0)).save(path)
+
+
+def write_filter_traces(kit, path):
+    mask = torch.rand(60, 3, generator=torch.Generator().manual_seed(0)) > 0.5
+    with TraceWriter(path, kit.model) as writer:
+        writer.add(TraceDataset(torch.linspace(0, 1, 180).reshape(60, 3), mask.roll(1, 0), mask, torch.arange(60) // 6))
+
+
+def use_filter_traces(kit, path):
+    method = Learn2PDTraining(epochs=1)
+    trainer = method.trainer(kit.model, kit.tokenizer, method.read(path, kit.tokenizer), path)
+    trainer.train()
+    assert all(math.isfinite(value) for value in trainer.report().values())
 
 
 PAIR = {"prompt_ids": [5, 6], "chosen_ids": [10, 11, 12, 13], "rejected_id": 9}
@@ -239,7 +256,7 @@ READERS = {
     "pairs of texts": (lines(TEXT_PAIR, TEXT_PAIR), use_pairs),
     "rewinds": (lines(REWIND, REWIND), use_pairs),
     "episodes": (lines(*EPISODES), use_episodes),
-    "training prompts": (lines({"prompt": "a"}), lambda kit, path: Learn2PDTraining().read(path, kit.tokenizer)),
+    "filter traces": (write_filter_traces, use_filter_traces),
     "solutions": (lines({"prompt": "a", "solution": "b", "answer": 3}), use_solutions),
     "problems": (lines({"question": "a", "answer": 3}), use_problems),
     "strategies": (text(json.dumps(STRATEGIES)), lambda kit, path: DiffAdapt(strategies=str(path))),
@@ -415,7 +432,7 @@ def valid(kit, tmp_path_factory):
 
     def write(name):
         if name not in made:
-            suffix = ".safetensors" if name in ("trace", "neuron map") else ""
+            suffix = ".safetensors" if name in ("trace", "neuron map", "filter traces") else ""
             made[name] = tmp_path_factory.mktemp("valid") / f"file{suffix}"
             READERS[name][0](kit, made[name])
         return made[name]

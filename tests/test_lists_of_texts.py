@@ -122,7 +122,8 @@ KNOWN = {  # function: parameters; those without a case above hand on to one tha
     "DecodeLoop.generate": {"stop"},
     "DiffAdapt.generate": {"prompts"},
     "generate_by_strategy": {"prompts"},
-    "Learn2PD.traces": {"prompts"},
+    "EGPTraces.collect": {"prompts"},
+    "TraceMethod.collect": {"prompts"},
     "collect_egp_traces": {"prompts"},
     "SpecReason.generate": {"prompts"},
     "SpeculativeReasoner.generate_many": {"problems"},
@@ -159,9 +160,6 @@ KNOWN = {  # function: parameters; those without a case above hand on to one tha
     "tokens_per_character": {"texts"},
     "term_lengths": {"terms"},
     "boundary_stability": {"pairs"},
-    "Learn2PDTraining.traces": {"prompts"},
-    "Learn2PDTraining.trainer": {"prompts"},
-    "Learn2PDTraining.score": {"prompts"},
 }
 
 

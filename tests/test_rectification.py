@@ -24,16 +24,16 @@ from tokenry.learned.dead_end_values import DeadEndValueModel, ValueCache, vocab
 from tokenry.measure.compare import Comparison
 from tokenry.measure.task import Experiment, Outcome, Sample, Subject
 from tokenry.measure.tasks.discourse import DiscourseTask
-from tokenry.train.rectifier import (
+from tokenry.train import (
     Rectifier,
     RectifierCollator,
     RectifierConfig,
     RectifierTrainer,
-    check_episodes,
     keep_extremes,
     read_episodes,
     sarsa_loss,
 )
+from tokenry.train.values.episodes import check_episodes
 from tokenry.zoo import storyteller
 
 PROMPTS = ["the old lighthouse", "Elara walked along the shore and", "the"]

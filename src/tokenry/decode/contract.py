@@ -12,10 +12,11 @@ from transformers.generation.logits_process import LogitsProcessor
 
 from ..core.errors import InputError
 from ..core.method import Method
+from ..learned.confidence_filter import TraceDataset
 from .generation.engine import LayerPolicy
 from .generation.monitor import Monitor
 
-__all__ = ["DecodeMethod", "Plugins"]
+__all__ = ["DecodeMethod", "Plugins", "TraceMethod"]
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,35 @@ class Plugins:
         )
 
 
+class TraceMethod(Method):
+    """How a model's decoding is traced for the training of a decode method, with options of its own."""
+
+    stage: ClassVar[str] = "decode"
+
+    def collect(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        chat: bool = True,
+    ) -> TraceDataset:
+        """The traces of a batch of prompts, numbered from 0; each has some."""
+        raise NotImplementedError
+
+
 class DecodeMethod(Method):
     """A method of the decode stage: parameters, and the plug-ins they stand for on a given model.
 
     A method that must read the prompts before it knows what to do has no plug-ins but a `generate` of its own with the
     arguments of `tokenry.generate`, which hands over to it.
+
+    Class attributes: `tracer` (what collects the traces that its training reads; none where it is not trained so).
     """
 
     stage: ClassVar[str] = "decode"
+    tracer: ClassVar[type[TraceMethod] | None] = None
 
     def plugins(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Plugins:
         """The plug-ins for one call of `generate`; new ones for every call."""

@@ -9,22 +9,21 @@ exactly what agrees with it (extremely greedy parallel decoding, EGP).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.artifact import ArtifactField
 from ..core.errors import InputError
 from ..core.fields import Block, Probability, Tokens
-from ..learned.confidence_filter import ConfidenceFilter, TraceDataset
+from ..learned.confidence_filter import ConfidenceFilter
+from .contract import TraceMethod
 from .denoising.blocks import block_values, in_columns
 from .denoising.contract import DiffusionMethod, DiffusionParts
 from .denoising.loop import LengthPolicy, MaskedDiffusionModel
-from .denoising.oracle import collect_egp_traces
+from .denoising.oracle import EGPTraces
 from .denoising.state import DiffusionState, Edit, Prediction
 from .denoising.unmask import UnmaskPolicy, best_first
 
@@ -44,6 +43,8 @@ class Learn2PD(DiffusionMethod):
         "A tiny filter that has learned from the confidences of a block which predictions are final decodes "
         "masked-diffusion models in a fraction of the forward passes, at the same quality."
     )
+
+    tracer: ClassVar[type[TraceMethod]] = EGPTraces
 
     filter: ArtifactField[ConfidenceFilter] = Field(
         description="folder of a filter, or in Python the filter itself; `tokenry train --method learn2pd` makes one"
@@ -72,13 +73,6 @@ class Learn2PD(DiffusionMethod):
                 f"{self.block_length}; leave it out, or train a filter for it"
             )
         return self
-
-    @staticmethod
-    def traces(
-        model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], **options: Any
-    ) -> TraceDataset:
-        """What a filter is trained on: see `collect_egp_traces`."""
-        return collect_egp_traces(model, tokenizer, prompts, **options)
 
     def check(self, model: MaskedDiffusionModel, do_sample: bool) -> None:
         self.filter.check(model.model, do_sample)

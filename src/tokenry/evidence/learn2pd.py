@@ -34,7 +34,8 @@ from ..measure.compare import Comparison
 from ..measure.statistics import Interval
 from ..measure.task import Experiment, Finding, Subject
 from ..measure.tasks.denoising import PuzzleTask, cost_ratio
-from ..train.learn2pd import FilterTrainer, filter_report
+from ..train.filters.loss import filter_report
+from ..train.filters.trainer import FilterTrainer
 
 __all__ = ["build"]
 

@@ -6,22 +6,26 @@ Extremely greedy parallel decoding (EGP) of Learning to Parallel, arXiv 2509.251
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...core.errors import InputError
+from ...core.fields import Block
 from ...learned.confidence_filter import TraceDataset
 from ...models.prompts import encode_prompts
 from ...text.words import listed
+from ..contract import TraceMethod
 from .blocks import block_values
 from .loop import MaskedDiffusionModel, diffusion_generate
 from .state import DiffusionState, Edit, Prediction
 from .unmask import FixedCount, UnmaskPolicy
 
-__all__ = ["OraclePolicy", "collect_egp_traces"]
+__all__ = ["EGPTraces", "OraclePolicy", "collect_egp_traces"]
 
 UNKNOWN = -1  # no token
 
@@ -130,3 +134,23 @@ def collect_egp_traces(
         if progress:
             progress(min(start + batch_size, len(prompts)), len(prompts))
     return TraceDataset.join(steps)
+
+
+class EGPTraces(TraceMethod):
+    """What a filter is trained on: see `collect_egp_traces`."""
+
+    slug: ClassVar[str] = "learn2pd"
+
+    block_length: Block = Field(32, description="tokens of a block; that of the filter to train")
+
+    def collect(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        chat: bool = True,
+    ) -> TraceDataset:
+        widths = {"gen_length": max_new_tokens, "block_length": self.block_length}
+        return collect_egp_traces(model, tokenizer, prompts, chat=chat, batch_size=len(prompts), **widths)
