@@ -36,8 +36,8 @@ BAD = {  # of options and arguments that are no numbers
     "tokenizers": ["", "zzz", "m[/]x"],
 }
 FILES = {  # what is read and written: tests of readers and writers
-    "prompts", "save-pairs", "save-traces", "data", "output", "context", "files", "file", "text", "html", "report", "picture",
-    "store", "trace", "map", "save-map", "save", "problems", "pairs",
+    "prompts", "save-pairs", "save-traces", "data", "output", "context", "files", "file", "text", "html", "report",
+    "picture", "store", "trace", "map", "save-map", "save", "problems", "pairs",
 }  # fmt: skip
 
 
