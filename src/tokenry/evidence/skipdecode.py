@@ -36,7 +36,7 @@ from ..measure.tasks.depth import (
     smallest_depth,
 )
 from ..models.anatomy import decoder_layers
-from ..models.load import LoadedModel, load
+from ..models.load import Loaded, load
 from ..models.prompts import rendered
 from ..zoo.reasoner import solution
 
@@ -137,7 +137,7 @@ def describe(made: Callable[..., SkipSchedule]) -> dict[str, Any]:
 # --- before the comparison -----------------------------------------------------------------------------------------
 
 
-def solutions(reasoner: LoadedModel, count: int) -> list[dict[str, list[int]]]:
+def solutions(reasoner: Loaded, count: int) -> list[dict[str, list[int]]]:
     """Problems of the training split with a written solution: ids, and labels that leave the question out."""
     tokenizer, rng, rows = reasoner.tokenizer, random.Random("solutions for skipdecode"), []
     for problem in draw_problems(Arithmetic(), count, seed=7, split="train", levels=LEVELS):
@@ -149,7 +149,7 @@ def solutions(reasoner: LoadedModel, count: int) -> list[dict[str, list[int]]]:
     return rows
 
 
-def train(reasoner: LoadedModel, made: Callable[..., SkipSchedule], steps: int) -> PreTrainedModel:
+def train(reasoner: Loaded, made: Callable[..., SkipSchedule], steps: int) -> PreTrainedModel:
     """The reasoner trained with this schedule; from the cache folder where it has been before."""
     settings = [describe(made), steps, BATCH, RATE, LEVELS, PLANNED, PROBLEM_DEPTHS]
     name = digest(settings)
@@ -163,7 +163,7 @@ def train(reasoner: LoadedModel, made: Callable[..., SkipSchedule], steps: int) 
     return load(folder, device=reasoner.model.device).model
 
 
-def make_trainer(reasoner: LoadedModel, made: Callable[..., SkipSchedule], steps: int) -> Any:
+def make_trainer(reasoner: Loaded, made: Callable[..., SkipSchedule], steps: int) -> Any:
     """A trainer of a copy of the reasoner, silent and with its files in a folder that goes away."""
     from copy import deepcopy
 

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,11 +20,12 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, cached_file, is_vision_available
 
 from ..core.errors import InputError
 
-__all__ = ["check_weights", "read_config", "read_tokenizer", "reading"]
+__all__ = ["check_weights", "read_config", "read_processor", "read_tokenizer", "reading"]
 
 MALFORMED = (  # what transformers, torch and tokenizers raise over files that are not what they should be
     OSError,
@@ -135,6 +137,26 @@ def _check_sizes(config: dict[str, Any], where: str, bits: int | None) -> None:
 def read_tokenizer(folder: str | Path, trust_remote_code: bool = False, **options: Any) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id, once there and back; `options` as of `from_pretrained`."""
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+    return _tried(tokenizer)
+
+
+def read_processor(
+    folder: str | Path, trust_remote_code: bool = False, **options: Any
+) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """What makes inputs of images and text; the tokenizer where the checkpoint has nothing else, or no image can be
+    read here."""
+    names = (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME)
+    has_one = any(cached_file(folder, name, _raise_exceptions_for_missing_entries=False) for name in names)
+    if has_one and not is_vision_available():
+        warnings.warn(f"{str(folder)!r} gets text only, as pillow is missing; `pip install pillow`", stacklevel=4)
+    if not has_one or not is_vision_available():
+        return read_tokenizer(folder, trust_remote_code, **options)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+    _tried(processor.tokenizer)
+    return processor
+
+
+def _tried(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     tokenizer.decode(tokenizer(["a b"]).input_ids[0])  # some broken fields fail only in use
     return tokenizer
 

@@ -29,7 +29,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from ...core.errors import InputError
 from ...models.batch import left_padded, shared_length
-from ...models.load import LoadedModel
+from ...models.load import Loaded
 from ...text.token_text import TokenText
 from ...text.words import listed
 from ..generation.engine import TransformersEngine
@@ -77,7 +77,7 @@ class StepModel:
 
     def __init__(
         self,
-        loaded: LoadedModel,
+        loaded: Loaded,
         starts: Sequence[str],
         special: bool = False,
         seed: int | None = None,
