@@ -37,7 +37,7 @@ from ..measure.tasks.depth import (
 )
 from ..models.anatomy import decoder_layers
 from ..models.load import Loaded, load
-from ..models.prompts import rendered
+from ..models.prompts import prompt_ids
 from ..zoo.reasoner import solution
 
 __all__ = ["build"]
@@ -141,9 +141,7 @@ def solutions(reasoner: Loaded, count: int) -> list[dict[str, list[int]]]:
     """Problems of the training split with a written solution: ids, and labels that leave the question out."""
     tokenizer, rng, rows = reasoner.tokenizer, random.Random("solutions for skipdecode"), []
     for problem in draw_problems(Arithmetic(), count, seed=7, split="train", levels=LEVELS):
-        turn = [{"role": "user", "content": problem.question}]
-        text = rendered(tokenizer, turn, add_generation_prompt=True)
-        prompt = tokenizer.encode(text, add_special_tokens=False)
+        prompt = prompt_ids(tokenizer, problem.question)
         answer = [*tokenizer.encode(solution(problem, rng), add_special_tokens=False), tokenizer.eos_token_id]
         rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
     return rows

@@ -38,6 +38,7 @@ from ..core.fields import (
 from ..hooks.layers import skip_layers
 from ..hooks.residual import edit_inputs
 from ..models.anatomy import decoder_layers
+from ..models.batch import left_padded, position_ids, right_padded
 from .adapters import lora_last_layers, merged, save_adapter, with_adapter
 from .contract import TrainMethod, report_progress
 from .preference.losses import choice_win, final_token_dpo_loss, ftpo_loss, others, target_ids
@@ -74,16 +75,14 @@ class FTPOCollator:
         if longest > self.max_length and not self.truncate:
             raise InputError(f"a context has {longest} tokens, max_length is {self.max_length}; raise it or truncate")
         contexts = [pair["prompt_ids"][-self.max_length :] for pair in pairs]
-        width, most = min(longest, self.max_length), max(len(pair["chosen_ids"]) for pair in pairs)
-        ids = torch.tensor([[self.pad_token_id] * (width - len(c)) + list(c) for c in contexts])
-        mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in contexts])
-        chosen = [list(pair["chosen_ids"]) for pair in pairs]
+        ids, mask = left_padded(contexts, pad=self.pad_token_id)
+        chosen_ids, chosen_mask = right_padded([pair["chosen_ids"] for pair in pairs], self.pad_token_id)
         return {
             "input_ids": ids,
-            "attention_mask": mask,
-            "position_ids": (mask.cumsum(1) - 1).clamp_min(0),
-            "chosen_ids": torch.tensor([c + [self.pad_token_id] * (most - len(c)) for c in chosen]),
-            "chosen_mask": torch.tensor([[True] * len(c) + [False] * (most - len(c)) for c in chosen]),
+            "attention_mask": mask.long(),
+            "position_ids": position_ids(mask),
+            "chosen_ids": chosen_ids,
+            "chosen_mask": chosen_mask,
             "rejected_ids": torch.tensor([pair["rejected_id"] for pair in pairs]),
         }
 

@@ -31,6 +31,7 @@ from ..core.fields import Batch, Layers, Passes, Portion, Rate, Seed, Times
 from ..core.files import is_number, read_records
 from ..core.schemas import Fields, checked
 from ..learned.dead_end_values import DeadEndValueModel
+from ..models.batch import right_padded
 from .contract import TrainMethod, report_progress
 from .preference.pairs import TokenId
 
@@ -206,11 +207,11 @@ class RectifierCollator:
 
     def __call__(self, episodes: Sequence[Episode]) -> dict[str, Tensor]:
         rows = [[*e["prompt_ids"], *e["continuation_ids"]][-self.max_length :] for e in episodes]
-        width = max(map(len, rows))
+        ids, mask = right_padded(rows, self.pad_token_id)
         return {
-            "input_ids": torch.tensor([row + [self.pad_token_id] * (width - len(row)) for row in rows]),
-            "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
-            "rewards": torch.tensor([self._rewards(e, len(row), width) for e, row in zip(episodes, rows)]),
+            "input_ids": ids,
+            "attention_mask": mask.long(),
+            "rewards": torch.tensor([self._rewards(e, len(row), ids.shape[1]) for e, row in zip(episodes, rows)]),
         }
 
     @staticmethod

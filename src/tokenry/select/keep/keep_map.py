@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ...models.batch import position_ids
+
 __all__ = ["KeepMap", "LayerView", "TokenScorer"]
 
 
@@ -54,7 +56,7 @@ class KeepMap:
         columns = self.columns[layer]
         if self.valid is None:
             return columns
-        place = (self.valid.long().cumsum(1) - 1).masked_fill(~self.valid, -1)
+        place = position_ids(self.valid).masked_fill(~self.valid, -1)
         return place.gather(1, columns)
 
     def kv_bytes(self) -> int:
@@ -88,7 +90,7 @@ class LayerView:
         batch, _, length, _ = self.keys.shape
         if self.valid is None:
             return torch.arange(length, device=self.keys.device).expand(batch, length)
-        return (self.valid.long().cumsum(1) - 1).clamp(min=0)
+        return position_ids(self.valid)
 
 
 class TokenScorer(Protocol):
