@@ -63,10 +63,6 @@ class KeepMap:
         """Bytes of the kept keys and values of the prompt, over all layers that may be cut."""
         return sum(c.numel() * self.column_bytes[layer] for layer, c in self.columns.items())
 
-    def full_bytes(self) -> int:
-        """Bytes of the same layers without compression."""
-        return sum(c.shape[0] * self.length * self.column_bytes[layer] for layer, c in self.columns.items())
-
 
 # --- scorers ---------------------------------------------------------------------------------------------------
 
