@@ -1,5 +1,6 @@
 """Kinds of models, vision-language checkpoints with their processors, and models that work beside others."""
 
+import copy
 import gc
 import inspect
 import weakref
@@ -101,7 +102,9 @@ def test_loaded_is_a_pair_that_knows_more(saved):
     model, tokenizer = loaded
     assert (model, tokenizer) == (loaded.model, loaded.tokenizer) == (loaded[0], loaded[1]) and len(loaded) == 2
     assert loaded.processor is tokenizer and loaded.kind == "causal"
-    assert load("zoo/denoiser").kind == "denoiser"
+    assert copy.copy(loaded) == loaded
+    denoiser = load("zoo/denoiser")
+    assert denoiser.kind == copy.copy(denoiser).kind == "denoiser"
 
 
 # --- vision and language -------------------------------------------------------------------------------------------

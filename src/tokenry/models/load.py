@@ -55,8 +55,6 @@ CACHE_FORMAT = 1  # raise when the conversion changes, so that older copies are 
 MANIFEST = "tokenry.json"
 ZOO = "zoo/"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
 # Weights of another shape are refused by `check_weights`, by name.
 WATCHED = {"ignore_mismatched_sizes": True, "output_loading_info": True}
 UNREAD = ("seq2seq", "vision", "embedding")  # kinds that no method takes
@@ -68,19 +66,18 @@ class Loaded(tuple[PreTrainedModel, PreTrainedTokenizerBase]):
 
     Attributes:
         processor: the tokenizer, or what makes inputs of images and text where the checkpoint has such a processor.
-        kind: what the model is for, see `kind_of`.
     """
 
     processor: PreTrainedTokenizerBase | ProcessorMixin
-    kind: Kind
 
-    def __new__(
-        cls, model: PreTrainedModel, processor: PreTrainedTokenizerBase | ProcessorMixin, kind: Kind = "causal"
-    ) -> Loaded:
+    def __new__(cls, model: PreTrainedModel, processor: PreTrainedTokenizerBase | ProcessorMixin) -> Loaded:
         tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
         loaded = super().__new__(cls, (model, tokenizer))
-        loaded.processor, loaded.kind = processor, kind
+        loaded.processor = processor
         return loaded
+
+    def __getnewargs__(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | ProcessorMixin]:
+        return self.model, self.processor  # for copies
 
     @property
     def model(self) -> PreTrainedModel:
@@ -89,6 +86,11 @@ class Loaded(tuple[PreTrainedModel, PreTrainedTokenizerBase]):
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self[1]
+
+    @property
+    def kind(self) -> Kind:
+        """What the model is for."""
+        return kind_of(self.model.config)
 
 
 _LOADING = threading.RLock()
@@ -133,9 +135,8 @@ def load(
         model = load_diffusion_checkpoint(folder, dtype)
         if model is None:
             model = _load(folder, str(name), trust_remote_code=trust_remote_code, dtype=dtype)
-        kind = kind_of(model.config)
-        read = read_processor if kind == "vision_language" else read_tokenizer
-        loaded = Loaded(model.to(device).eval(), read(folder, trust_remote_code, padding_side="left"), kind)
+        read = read_processor if kind_of(model.config) == "vision_language" else read_tokenizer
+        loaded = Loaded(model.to(device).eval(), read(folder, trust_remote_code, padding_side="left"))
         if loaded.tokenizer.pad_token_id is None:
             loaded.tokenizer.pad_token = loaded.tokenizer.eos_token
     check_generation_settings(settings, model.config.get_text_config().vocab_size, str(name))
