@@ -161,8 +161,7 @@ def shared(name: str | Path, like: PreTrainedModel) -> Loaded:
 
 
 def _load(folder: str, name: str, *, trust_remote_code: bool, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a folder or hub id, of any kind that methods take."""
-    read_config(folder)
+    """The model of a folder or hub id, of any kind that methods take; `read_config` has looked at its config."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     kind = kind_of(config)
     if kind == "vision_language":
