@@ -25,7 +25,7 @@ from tokenry.decode.reasoning.steps import StepModel
 from tokenry.judge import CRewScorer, Reference, SlopProfile
 from tokenry.judge.text.slop import Pattern
 from tokenry.learned.difficulty_probe import read_questions
-from tokenry.models.load import LoadedModel
+from tokenry.models.load import Loaded
 from tokenry.read.difficulty_probe import question_states
 from tokenry.read.lm_head_neurons import clamp_effect
 from tokenry.represent import PromptEmbedder
@@ -56,7 +56,7 @@ ONE = {  # a single text is a list of one
     "clamp_effect.prompts": lambda m, t, x: [row["prompt"] for row in clamp_effect(m, t, x, (0, 0), [0.0]).rows],
     "CRewScorer.read": lambda m, t, x: [s.text for s in CRewScorer(m, t).read(x, x)],
     "StepPrompts.judging": lambda m, t, x: StepPrompts(chat=False, think="").judging(t, TEXT, x, "so"),
-    "StepModel.starts": lambda m, t, x: StepModel(LoadedModel(m, t), x).starts,
+    "StepModel.starts": lambda m, t, x: StepModel(Loaded(m, t), x).starts,
     "Reference.count": lambda m, t, x: Reference.count("x", x),
     "SlopProfile.fit": lambda m, t, x: SlopProfile.fit(x, Reference("x", 1, {}, {}), 1),
     "SlopProfile.ban_list": lambda m, t, x: PROFILE.ban_list(whitelist=x),

@@ -15,7 +15,7 @@ from tokenry.decode.reasoning.scores import DigitScorer, StepScore
 from tokenry.decode.reasoning.speculative import SMALL_STREAM, StepSpeculation
 from tokenry.decode.reasoning.step_prompts import PRESETS, StepPrompts, prompts_for
 from tokenry.decode.reasoning.steps import StepModel
-from tokenry.models.load import LoadedModel
+from tokenry.models.load import Loaded
 from tokenry.zoo.reasoner import build_tokenizer, judging_prompt
 
 LINES = PRESETS["lines"]
@@ -24,7 +24,7 @@ QUESTIONS = ["12+35-8*3=", "7+8=", "99-3*9+14="]
 
 
 @lru_cache
-def random_model(seed: int, width: int = 32) -> LoadedModel:
+def random_model(seed: int, width: int = 32) -> Loaded:
     """A random model that ends lines often, texts and thinking never, and likes digits."""
     tokenizer = build_tokenizer()
     torch.manual_seed(seed)
@@ -49,7 +49,7 @@ def random_model(seed: int, width: int = 32) -> LoadedModel:
         bias[tokenizer.convert_tokens_to_ids("\n")] = 2.5
         bias[tokenizer.convert_tokens_to_ids(["<eos>", "</think>"])] = -30
         model.lm_head.bias = torch.nn.Parameter(bias)
-    return LoadedModel(model, tokenizer)
+    return Loaded(model, tokenizer)
 
 
 BASE, SMALL = random_model(1), random_model(2, 16)
@@ -364,10 +364,10 @@ def test_messages_and_raw_texts():
 def test_models_with_different_vocabularies(smollm2, tokenizer, llama):
     """The base is a chat model, the small one has a byte-level vocabulary of 320 tokens and no template."""
     raw = StepPrompts(separator=" ", chat=False)
-    base = LoadedModel(*smollm2)
+    base = Loaded(*smollm2)
     scorer = alternating()
     one = decode.SpeculativeReasoner(
-        base, LoadedModel(llama, tokenizer), scorer, prompts=raw, token_budget=24, max_step_tokens=8
+        base, Loaded(llama, tokenizer), scorer, prompts=raw, token_budget=24, max_step_tokens=8
     )
     result = one.generate("The sea was", seed=0)
     assert {"small", "base"} == set(sources(result))
@@ -636,7 +636,7 @@ def test_a_problem_that_is_none():
 
 
 def test_a_tokenizer_without_a_template(llama, tokenizer):
-    one = decode.SpeculativeReasoner(LoadedModel(llama, tokenizer), SMALL, Fixed())
+    one = decode.SpeculativeReasoner(Loaded(llama, tokenizer), SMALL, Fixed())
     with pytest.raises(InputError, match="no chat template; use StepPrompts"):
         one.generate("1+1=")
 

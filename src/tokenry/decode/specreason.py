@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -20,7 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..core.errors import InputError
 from ..core.fields import Times, Tokens
-from ..models.load import LoadedModel, load
+from ..models.load import Loaded, shared
 from ..models.prompts import listed_prompts
 from .contract import DecodeMethod, Plugins
 from .generation.loop import DecodeOutput
@@ -69,7 +68,7 @@ class SpecReason(DecodeMethod):
         check_threshold(threshold)
         return threshold
 
-    def scorer(self, base: LoadedModel, prompts: StepPrompts) -> StepScorer:
+    def scorer(self, base: Loaded, prompts: StepPrompts) -> StepScorer:
         """The judge: the base model."""
         if self.score_method == "likelihood":
             return LikelihoodScorer(*base, prompts=prompts)
@@ -130,7 +129,7 @@ class SpecReason(DecodeMethod):
                 raise InputError(f"specreason writes with two models and takes no {name}; leave them out")
         words = self.prompts or prompts_for(model)
         words = words if chat else replace(words, chat=False)
-        base = LoadedModel(model, tokenizer)
+        base = Loaded(model, tokenizer)
         reasoner = SpeculativeReasoner(
             base,
             _loaded(self.small, model),
@@ -153,13 +152,8 @@ class SpecReasonOutput(DecodeOutput):
     results: list[ReasoningResult] | None = None
 
 
-def _loaded(small: Any, model: PreTrainedModel) -> LoadedModel:
-    return _load_once(str(small), model.dtype, model.device) if isinstance(small, str | Path) else LoadedModel(*small)
-
-
-@lru_cache(maxsize=1)
-def _load_once(name: str, dtype: torch.dtype, device: torch.device) -> LoadedModel:
-    return load(name, dtype, device)
+def _loaded(small: Any, model: PreTrainedModel) -> Loaded:
+    return shared(small, like=model) if isinstance(small, str | Path) else Loaded(*small)
 
 
 def _streaming(

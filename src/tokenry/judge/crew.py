@@ -17,6 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import InputError
 from ..core.method import Method
+from ..models.batch import left_padded, position_ids
+from ..models.positions import context_window
 from ..models.prompts import listed_prompts, rendered
 from ..text.answers import Marker, answer_tokens, check_marker, find_answer, normalise_answer
 from ..text.spans import text_offsets
@@ -226,7 +228,7 @@ class CRewScorer:
             check_encodable(text, "a prompt or solution")
         shown, start = self._prompt(prompt)
         ids = self.tokenizer(solution, add_special_tokens=False).input_ids
-        window = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        window = context_window(self.model)
         if window is not None and len(start) + len(ids) > window:
             raise InputError(
                 f"a prompt and solution have {len(start) + len(ids)} tokens, the model's context window {window}; "
@@ -250,19 +252,15 @@ class CRewScorer:
 
     def _fill(self, rows: Sequence[_Row]) -> None:
         """One forward of left-padded rows, whose answers then share columns; logits of these columns only."""
-        width = max(len(row.ids) for row in rows)
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, width - len(row.ids) :] = torch.tensor(row.ids)
-            mask[i, width - len(row.ids) :] = 1
+        ids, mask = left_padded([row.ids for row in rows])
+        width = ids.shape[1]
         before = [torch.tensor(row.positions) + width - len(row.ids) - 1 for row in rows]  # row t predicts token t + 1
         columns = torch.cat(before).unique()
         device = self.model.device
         logits = self.model(
             input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0).to(device),
+            attention_mask=mask.long().to(device),
+            position_ids=position_ids(mask).to(device),
             logits_to_keep=columns.to(device),
             use_cache=False,
         ).logits

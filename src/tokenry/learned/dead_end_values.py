@@ -8,7 +8,6 @@ Without discount Q(prefix, token) is minus the probability of that end, a number
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import re
@@ -23,8 +22,10 @@ from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedModel, P
 
 from ..core.artifact import Artifact, Folder, Header
 from ..core.errors import InputError
+from ..core.hashes import digest
 from ..core.schemas import Fields
 from ..core.tensors import with_weights
+from ..models.batch import position_ids
 from ..models.kv_cache import layer_lengths, remove_last
 from ..models.masks import sees_both_sides
 
@@ -116,7 +117,7 @@ class DeadEndValueModel(Artifact, nn.Module):
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask.long()
             if self.takes_positions:
-                positions = (attention_mask.long().cumsum(1) - 1).clamp_min(0)
+                positions = position_ids(attention_mask)
                 inputs["position_ids"] = positions[:, -input_ids.shape[1] :]
         return self.trunk(input_ids=input_ids, **inputs, return_dict=True).last_hidden_state
 
@@ -188,7 +189,7 @@ def _check_sizes(config: dict[str, Any], tensors: int) -> None:
 
 def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """A short hash of all tokens and their ids."""
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+    return digest(sorted(tokenizer.get_vocab().items()), 16)
 
 
 class ValueCache:

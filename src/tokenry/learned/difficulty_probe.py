@@ -9,7 +9,6 @@ Paper: DiffAdapt: Difficulty-Adaptive Reasoning for Token-Efficient LLM Inferenc
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ from ..core.schemas import Fields
 from ..core.tensors import with_weights
 from ..hooks.residual import capture_residual
 from ..models.anatomy import decoder_body, decoder_layers, fingerprint
-from ..models.batch import left_padded
+from ..models.batch import left_padded, position_arguments
 from ..models.positions import check_prompt_fits
 from ..models.prompts import Prompt, listed_prompts, question_ids, template_hash
 
@@ -62,11 +61,9 @@ def read_questions(
     ids, mask = left_padded(rows, model.device, tokenizer.pad_token_id or 0)
     body, cache = decoder_body(model), DynamicCache(config=model.config)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
-    if "position_ids" in inspect.signature(body.forward).parameters:
-        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     last = len(decoder_layers(model)) - 1
     with capture_residual(model, [last]) as caught:
-        body(**inputs)
+        body(**inputs, **position_arguments(body, mask))
     return Questions(ids, mask, cache, caught[last][0][:, -1].float())
 
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
 from ..core.errors import InputError
-from ..models.anatomy import vocabulary_size
-from ..models.masks import check_bidirectional, make_bidirectional, own_position
+from ..models.masks import check_bidirectional, check_mask_token, make_bidirectional, own_position
 
 __all__ = ["MaskedDiffusionTrainer", "hide_tokens", "masked_diffusion_loss"]
 
@@ -36,11 +35,7 @@ class MaskedDiffusionTrainer(Trainer):
     def __init__(
         self, model: PreTrainedModel, *args: Any, mask_token_id: int, shift: bool = False, eps: float = 1e-3, **kw: Any
     ) -> None:
-        size = vocabulary_size(model)
-        if not 0 <= mask_token_id < size:
-            raise InputError(
-                f"mask_token_id={mask_token_id} is outside the vocabulary of {size}; choose an unused token"
-            )
+        check_mask_token(model, mask_token_id)
         check_bidirectional(make_bidirectional(model))
         super().__init__(model, *args, **kw)
         self.model_accepts_loss_kwargs = False  # the loss is a mean of its own, whatever the accumulation

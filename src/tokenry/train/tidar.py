@@ -15,8 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, Trainer
 
 from ..core.errors import InputError
-from ..models.anatomy import vocabulary_size
-from ..models.masks import as_attention_mask, block_diffusion_mask, check_full_attention, check_mask
+from ..models.masks import as_attention_mask, block_diffusion_mask, check_full_attention, check_mask, check_mask_token
 
 __all__ = ["TiDARLoss", "TiDARTrainer", "tidar_loss"]
 
@@ -44,11 +43,7 @@ class TiDARTrainer(Trainer):
         alpha: float = 1.0,
         **kw: Any,
     ) -> None:
-        size = vocabulary_size(model)
-        if not 0 <= mask_token_id < size:
-            raise InputError(
-                f"mask_token_id={mask_token_id} is outside the vocabulary of {size}; choose an unused token"
-            )
+        check_mask_token(model, mask_token_id)
         check_full_attention(model)
         check_mask(model, block_diffusion_mask(2 * block_size, block_size))
         super().__init__(model, *args, **kw)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from ...core.errors import InputError
-from ...models.load import LoadedModel
+from ...models.load import Loaded
 from ...models.prompts import listed_prompts
 from .scores import HIGHEST, LOWEST, DigitScorer, StepScore, StepScorer
 from .step_prompts import Messages, StepPrompts, prompts_for
@@ -133,8 +133,8 @@ class SpeculativeReasoner:
 
     def __init__(
         self,
-        base: LoadedModel,
-        small: LoadedModel,
+        base: Loaded,
+        small: Loaded,
         scorer: StepScorer | None = None,
         *,
         threshold: float = 7.0,
@@ -150,7 +150,7 @@ class SpeculativeReasoner:
                 raise InputError(f"{name}={value} is not allowed; give a number of tokens >= 1")
         if first_n_base_steps < 0:
             raise InputError(f"first_n_base_steps={first_n_base_steps} is not allowed; give a number of steps >= 0")
-        self.base, self.small = LoadedModel(*base), LoadedModel(*small)
+        self.base, self.small = Loaded(*base), Loaded(*small)
         self.prompts = prompts or prompts_for(self.base.model)
         self.scorer = scorer or DigitScorer(*self.base, prompts=self.prompts)
         self.threshold, self.first_n_base_steps = threshold, first_n_base_steps

@@ -29,7 +29,8 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from ...core.errors import InputError
 from ...models.batch import left_padded, shared_length
-from ...models.load import LoadedModel
+from ...models.load import Loaded
+from ...models.positions import context_window
 from ...text.token_text import TokenText
 from ...text.words import listed
 from ..generation.engine import TransformersEngine
@@ -77,7 +78,7 @@ class StepModel:
 
     def __init__(
         self,
-        loaded: LoadedModel,
+        loaded: Loaded,
         starts: Sequence[str],
         special: bool = False,
         seed: int | None = None,
@@ -93,7 +94,7 @@ class StepModel:
         self.starts = [self.encode(text) for text in starts]
         self.held: list[list[int]] = [[] for _ in starts]  # the tokens in the cache
         self.fed = [0] * len(starts)
-        self.window = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        self.window = context_window(self.model)
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=self.special)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -20,7 +19,7 @@ from ...core.errors import InputError
 from ...hooks.layers import skip_layers
 from ...models.anatomy import decoder_layers
 from ...models.batch import left_padded, shared_length
-from ...models.load import load
+from ...models.load import shared
 from ...models.positions import fixed_positions
 from ..generation.engine import TransformersEngine
 from .tree import ROOT, DraftTree
@@ -296,7 +295,7 @@ def make_drafter(drafter: str | PreTrainedModel | Drafter, target: PreTrainedMod
     if drafter == "early-exit":
         return EarlyExitDrafter(layers)
     if isinstance(drafter, str):
-        return ModelDrafter(_loaded(drafter, target.device, target.dtype)[0])
+        return ModelDrafter(shared(drafter, like=target).model)
     if isinstance(drafter, PreTrainedModel) or hasattr(drafter, "get_base_model"):  # or one of peft
         return ModelDrafter(drafter)
     if not all(hasattr(drafter, name) for name in ("begin", "root", "extend")):
@@ -309,7 +308,7 @@ def make_drafter(drafter: str | PreTrainedModel | Drafter, target: PreTrainedMod
 
 def check_same_tokens(name: str, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a draft model by name whose ids mean other tokens than the target's."""
-    other = _loaded(name, target.device, target.dtype)[1].get_vocab()
+    other = shared(name, like=target).tokenizer.get_vocab()
     mine = tokenizer.get_vocab()
     if other != mine:
         token = next(t for t in [*other, *mine] if other.get(t) != mine.get(t))
@@ -317,8 +316,3 @@ def check_same_tokens(name: str, target: PreTrainedModel, tokenizer: PreTrainedT
             f"the token {token!r} is {other.get(token)} for {name} and {mine.get(token)} for the target; the ids must "
             "mean the same tokens"
         )
-
-
-@lru_cache(maxsize=2)
-def _loaded(name: str, device: torch.device, dtype: torch.dtype):
-    return load(name, dtype, device)

@@ -15,8 +15,7 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 from transformers.generation.streamers import BaseStreamer
 
 from ...core.errors import InputError
-from ...models.anatomy import vocabulary_size
-from ...models.masks import as_attention_mask, check_full_attention, check_mask, draft_mask
+from ...models.masks import as_attention_mask, check_full_attention, check_mask, check_mask_token, draft_mask
 from ..api import loop
 from ..generation.loop import DecodeOutput
 from ..generation.monitor import Monitor
@@ -176,9 +175,7 @@ class TiDARLoop(SpeculativeLoop):
 
 def check_model(model: PreTrainedModel, mask_token_id: int) -> None:
     """Refuse a model that has no place for guesses; the forwards that this needs are done once for a model."""
-    size = vocabulary_size(model)
-    if not 0 <= mask_token_id < size:
-        raise InputError(f"mask_token_id={mask_token_id} is outside the vocabulary of {size}; choose an unused token")
+    check_mask_token(model, mask_token_id)
     check_full_attention(model)
     if getattr(model.config.get_text_config(), "rope_parameters", None) is None:
         name = type(model).__name__

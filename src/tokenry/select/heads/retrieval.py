@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...core.errors import InputError
 from ...hooks.attention import AttentionCall, observe
-from ...models.anatomy import fingerprint, full_attention_layers, shape_of
+from ...models.anatomy import fingerprint, full_attention_layers, head_mixer, shape_of
 from ..keep.topk import find_answer_span, keep_topk, rouge1_recall, semantic_retrieval_scores, window_scores
 from .profile import HeadProfile
 
@@ -151,7 +151,8 @@ def layer_eviction_error(
             queries, keys = call.query[:, :, length - window : length], call.key[:, :, :length]
             scores = window_scores(queries, keys, heads, kernel, call.scaling)
             kept = keep_topk(scores, budget - window)[0]
-            error[call.layer] += _output_error(call, length, kept, window, eps)
+            project = head_mixer(model, call.layer)[0]
+            error[call.layer] += _output_error(call, project, length, kept, window, eps)
 
         with observe(model, compare):
             model(torch.tensor([prompt_ids + answer_ids], device=model.device), use_cache=False)
@@ -160,7 +161,7 @@ def layer_eviction_error(
     return error / error.sum()
 
 
-def _output_error(call: AttentionCall, length: int, kept: Tensor, window: int, eps: float) -> float:
+def _output_error(call: AttentionCall, project: nn.Module, length: int, kept: Tensor, window: int, eps: float) -> float:
     """Relative change of the attention output of the tokens after the prompt, summed over them."""
     visible = torch.zeros(call.key.shape[2], dtype=torch.bool, device=kept.device)
     visible[kept] = True
@@ -169,7 +170,6 @@ def _output_error(call: AttentionCall, length: int, kept: Tensor, window: int, e
     short = full * visible
     short = short / short.sum(-1, keepdim=True)  # the softmax over the visible keys
     values = call.value.float().repeat_interleave(call.heads // call.value.shape[1], dim=1)
-    project = call.module.o_proj
 
     def output(rows: Tensor) -> Tensor:
         mixed = (rows @ values).transpose(1, 2).flatten(2)
