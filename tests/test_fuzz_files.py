@@ -143,7 +143,7 @@ def use_episodes(kit, path):
 
 
 def use_solutions(kit, path):
-    assert all(isinstance(part, str | None) for row in cli_judge.read_rows(str(path)) for part in row)
+    assert all(isinstance(part, str | None) for row in cli_judge.read_rows(str(path)) for part in vars(row).values())
 
 
 def use_problems(kit, path):

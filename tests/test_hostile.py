@@ -71,7 +71,7 @@ def right(path, place):
         "list": [],
         "find": ["shorter cache"],
         "show": ["antislop"],
-        "tokenize train": ["--output", out, text],
+        "tokenize train": ["--method", "kl3m", "--output", out, text],
         "tokenize encode": ["--tokenizer", str(place / "model"), "the sea"],
         "tokenize report": ["--text", text, str(place / "model")],
         "select": ["--method", "compresskv", "--context", text, *model, "--max-new-tokens", "2", "who?"],
@@ -119,8 +119,7 @@ def cases():
             [v for v in NUMBERS if beyond(v, parameter.type.declared)] if bounded else BAD.get(named(parameter), ())
         )
         for value in values:
-            group = path == ("tokenize",)  # its option is looked at by a command of the group
-            if not group and not is_its_own(path, parameter, value):
+            if not is_its_own(path, parameter, value):
                 yield pytest.param(path, parameter, value, id=f"{' '.join(path)} {named(parameter)} {value[:12]}")
 
 
@@ -195,7 +194,6 @@ def test_an_option_of_a_method_is_right_or_refused(entry, name, value, closed):
         (["read", "--method", "lm-head-neurons", "--least", ".5", "--find", "y"], "without a text or a trace"),
         (["read", "--method", "difficulty-probe", "--least", ".5", "--arithmetic", "4"], "with difficulty-probe"),
         (["read", "--method", "difficulty-probe", "--arithmetic", "4", "--marker", "x"], "with --arithmetic"),
-        (["tokenize", "--method", "kl3m", "encode", "--tokenizer", "zzz", "x"], "--method would have no effect"),
         (["judge", "--method", "crew", "--top-k", "3", "SOLUTIONS"], "without --pairs"),
         (["judge", "--method", "crew", "--trace", "--raw", "SOLUTIONS"], "with --trace"),
     ],

@@ -175,7 +175,8 @@ def test_links_are_followed_and_devices_stay_devices(name, folder, texts):
 
 
 def test_a_folder_of_a_model_is_not_a_place_for_a_tokenizer(folder, texts):
-    args = ["tokenize", "train", texts / "in.txt", "-o", "vocab_size=600", "-o", "custom_tokens=none", "--output"]
+    small = ["-o", "vocab_size=600", "-o", "custom_tokens=none"]
+    args = ["tokenize", "train", "--method", "kl3m", texts / "in.txt", *small, "--output"]
     before = {file.name: file.read_bytes() for file in Path(folder).iterdir()}
     code, said = run(*args, folder)
     assert code == 2 and NEEDS_FORCE in said

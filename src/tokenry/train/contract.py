@@ -6,12 +6,36 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from pydantic import ConfigDict, Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
+from ..core.fields import Share
 from ..core.method import Method
+from ..core.schemas import Exchanged
 
-__all__ = ["TrainMethod", "report_progress"]
+__all__ = ["TrainAnswer", "TrainMethod", "TrainRequest", "report_progress"]
+
+
+class TrainRequest(Exchanged):
+    """What is learned from, and where the result goes."""
+
+    data: str = Field(description="file with an example in each line, as JSON")
+    output: str = Field(description="new folder for what is trained")
+    hold_out: Share = Field(0.1, description="share of the examples that is only measured")
+
+
+class TrainAnswer(Exchanged):
+    """What was trained, with the method's measures before and after; the number of examples stands under their name."""
+
+    model_config = ConfigDict(extra="allow")
+
+    held_out: int = Field(ge=0)
+    steps: int = Field(ge=0)
+    seconds: float = Field(ge=0)
+    before: dict[str, float]
+    after: dict[str, float]
+    output: str
 
 
 class TrainMethod(Method):
@@ -22,6 +46,8 @@ class TrainMethod(Method):
     """
 
     stage: ClassVar[str] = "train"
+    input: ClassVar[type[Exchanged]] = TrainRequest
+    output: ClassVar[type[Exchanged]] = TrainAnswer
     examples: ClassVar[str]
     measures: ClassVar[dict[str, str]]
     next_step: ClassVar[str]
