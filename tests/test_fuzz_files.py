@@ -22,7 +22,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tokenry import InputError
-from tokenry.cli import difficulty as cli_difficulty
 from tokenry.cli import judge as cli_judge
 from tokenry.cli.decode import read_prompts
 from tokenry.cli.options import read_text
@@ -38,7 +37,7 @@ from tokenry.learned.dead_end_values import DeadEndValueModel
 from tokenry.learned.difficulty_probe import DifficultyProbe
 from tokenry.measure.store import RunStore
 from tokenry.measure.task import Outcome
-from tokenry.read import LMHeadNeurons, NeuronMap
+from tokenry.read import DifficultyProbeMethod, LMHeadNeurons, NeuronMap
 from tokenry.select.heads.profile import HeadProfile
 from tokenry.tokenize import load_tokenizer
 from tokenry.trace.trace import Trace, capture
@@ -147,7 +146,7 @@ def use_solutions(kit, path):
 
 
 def use_problems(kit, path):
-    problems = cli_difficulty.read_problems(str(path), "number")
+    problems = DifficultyProbeMethod(marker="number").examples(str(path), read_text(str(path), "data"))
     assert [problems.is_correct(i, "3") in (True, False) for i in range(len(problems.questions))]
 
 

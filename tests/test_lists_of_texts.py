@@ -140,7 +140,7 @@ KNOWN = {  # function: parameters; those without a case above hand on to one tha
     "SlopProfile.ban_list": {"whitelist"},
     "Method.from_strings": {"pairs"},
     "DifficultyProbeMethod.profile": {"prompts"},
-    "DifficultyProbeMethod.fit": {"prompts"},
+    "DifficultyProbeMethod.probe": {"prompts"},
     "entropy_profile": {"prompts"},
     "question_states": {"prompts"},
     "clamp_effect": {"prompts"},

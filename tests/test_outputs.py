@@ -83,7 +83,7 @@ def commands(folder: str, texts: Path) -> dict[str, tuple[list[object], str]]:
         "decode --save-pairs": (tiny(folder, *decode), "--save-pairs"),
         "judge --pairs": (tiny(folder, "judge", texts / "rows.jsonl", "--method", "crew", "--raw"), "--pairs"),
         "represent --output": (tiny(folder, "represent", texts / "in.txt"), "--output"),
-        "read --save-map": (tiny(folder, "read", "--method", "lm-head-neurons", "--layer", 1), "--save-map"),
+        "fit --save": (tiny(folder, "fit", "lm-head-neurons"), "--save"),
         "tokenize report --html": (["tokenize", "report", folder, "--text", texts / "in.txt"], "--html"),
     }
 
@@ -91,7 +91,7 @@ def commands(folder: str, texts: Path) -> dict[str, tuple[list[object], str]]:
 FILES = tuple(commands("", Path()))
 SUFFIX = {"represent --output": ".npy"}
 MEASURED_ELSEWHERE = {"compare --report", "compare --picture", "compare --store"}  # need an experiment, see below
-FOLDERS = {"tokenize train --output", "train --output", "read --save", "zoo build --output"}
+FOLDERS = {"tokenize train --output", "train --output", "zoo build --output"}
 
 
 def test_every_option_that_names_an_output_is_tried_here():
@@ -124,7 +124,7 @@ def test_files_of_others_stay(name, folder, texts):
     assert code == 0 and mine.read_bytes() != b"years of work"
     before = mine.read_bytes()
     code, said = run(*args, option, mine)  # pages and tensors are known as ours
-    assert code == (0 if name in ("tokenize report --html", "read --save-map") else 2), said
+    assert code == (0 if name in ("tokenize report --html", "fit --save") else 2), said
     assert mine.read_bytes() == before or code == 0
     assert sorted(p.name for p in texts.iterdir()) == sorted(["in.txt", "rows.jsonl", mine.name])
 
@@ -194,7 +194,7 @@ def test_other_folders_are_refused_before_the_work(texts):
     (place / "thesis.txt").write_text("years of work")
     for args in (
         ["train", "--method", "ftpo", "--data", texts / "rows.jsonl", "--output", place],
-        ["read", "--method", "difficulty-probe", "--arithmetic", 3, "--save", place],
+        ["fit", "difficulty-probe", "--data", "arithmetic:3", "--save", place],
         ["zoo", "build", "storyteller", "--output", place],
     ):
         code, said = run(*args)

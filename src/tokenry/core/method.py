@@ -46,6 +46,13 @@ def read_lines(value: Any, what: str = "entries") -> Any:
     return read_entries(value, what)
 
 
+def read_words(value: Any) -> Any:
+    """Words with commas between, or a JSON list of them."""
+    if not isinstance(value, str):
+        return value
+    return read_lines(value) if value.lstrip().startswith("[") else tuple(map(str.strip, value.split(",")))
+
+
 def _lines(value: Any, info: ValidationInfo) -> Any:
     return read_lines(value, info.field_name)
 
