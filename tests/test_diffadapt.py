@@ -886,7 +886,7 @@ def test_learning_refuses(args, message, tmp_path):
     ("args", "message"),
     [
         (["fit", "difficulty-probe", "--data", "arithmetic:3"], "Missing option '--save'"),
-        (["fit", "difficulty-probe", "--data", "arithmetic:3", "--save", "/nowhere/probe"], "cannot be written"),
+        (["fit", "difficulty-probe", "--data", "arithmetic:3", "--save", "/dev/null/probe"], "the output"),
         (["fit", "lm-head-neurons", "--data", "x", "--save", "map"], "learns from the model alone; leave --data out"),
         (["fit", "lm-head-neurons", "-o", "find=sea", "--save", "map"], "find would have no effect on what is learned"),
         (["read", "--method", "difficulty-probe", "hm"], "reads with what it has learned; `tokenry fit"),

@@ -61,7 +61,7 @@ def represent(
 ) -> None:
     """Embed the sentences of FILE, one a line; '-' reads standard input."""
     if slug is None and options:
-        raise InputError(f"the option {options[0]!r} needs a method; add --method, see `tokenry list --stage represent`")
+        raise InputError(f"the option {options[0]!r} needs a method; add --method, see `tokenry list`")
     (method,) = parse_methods([slug], options, "represent") if slug is not None else (None,)
     check_output(output, force)
     texts = read_lines(file)
