@@ -123,14 +123,13 @@ class LMHeadNeurons(ReadMethod):
         """
         if loaded is None and (artifact is None or isinstance(given, str)):
             raise InputError("a text, or names without a map, need the model and a tokenizer; give loaded=load(...)")
+        if isinstance(given, Trace) and not _layers(given):
+            raise InputError('this trace does not hold neurons; capture again with neurons="all" or neurons=[layer]')
         names = self.map(*loaded) if artifact is None else artifact
         trace = self._traced(given, names, loaded) if isinstance(given, str) else given
-        layers = sorted(int(name.removeprefix("mlp.")) for name in trace.tensors if name.startswith("mlp."))
-        if not layers:
-            raise InputError('this trace does not hold neurons; capture again with neurons="all" or neurons=[layer]')
         names.check(trace.header["fingerprint"])
         rows = []
-        for position, found in enumerate(_strongest(trace, layers, names, self.per_token, self.min_prob)):
+        for position, found in enumerate(_strongest(trace, names, self.per_token, self.min_prob)):
             start, stop = trace.offsets[position].tolist() if trace.text else (0, 0)
             token = trace.text[start:stop] or f"<{int(trace.ids[position])}>"
             rows += [{"position": position, "token": token, **_named(names, *neuron)} for neuron in found]
@@ -164,12 +163,15 @@ def _overlap(names: NeuronMap, other: NeuronMap) -> Reading:
     return Reading(title, [{"layer": i, "share": a, "chance": b} for i, (a, b) in enumerate(found.by_layer)])
 
 
-def _strongest(
-    trace: Trace, layers: Sequence[int], names: NeuronMap, top: int, min_prob: float
-) -> list[list[tuple[int, int, float]]]:
+def _layers(trace: Trace) -> list[int]:
+    """Layers whose neurons a trace holds."""
+    return sorted(int(name.removeprefix("mlp.")) for name in trace.tensors if name.startswith("mlp."))
+
+
+def _strongest(trace: Trace, names: NeuronMap, top: int, min_prob: float) -> list[list[tuple[int, int, float]]]:
     """For every token the `top` (layer, neuron, activation) of largest size among the named neurons."""
     sizes, places, signed = [], [], []
-    for layer in layers:
+    for layer in _layers(trace):
         values = trace.neurons(layer).float()
         named = (names.probability[layer] >= min_prob).nonzero().squeeze(1)
         best = values[:, named].abs().topk(min(top, len(named)))
