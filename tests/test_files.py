@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from tokenry import InputError
-from tokenry.cli import difficulty, judge, main
+from tokenry.cli import judge, main
 from tokenry.cli.decode import read_prompts
 from tokenry.cli.options import read_text
 from tokenry.cli.represent import read_lines
@@ -16,6 +16,7 @@ from tokenry.core.files import as_text, entries_of
 from tokenry.core.files import read_text as library_read_text
 from tokenry.decode import Antislop
 from tokenry.decode.cyclicreflex import CyclicReflex
+from tokenry.read import DifficultyProbeMethod
 from tokenry.tokenize.kl3m import KL3M
 from tokenry.train.ftpo import FTPO
 from tokenry.train.preference.pairs import read_pairs
@@ -151,7 +152,7 @@ RECORDS = {
     "pairs": lambda path: read_pairs(path),
     "episodes": lambda path: Rectifier().read(path, Words()),
     "solutions": lambda path: judge.read_rows(path),
-    "problems": lambda path: difficulty.read_problems(path, "number").questions,
+    "problems": lambda path: DifficultyProbeMethod(marker="number").examples(path, read_text(path, "data")).questions,
 }
 ROWS = {
     "pairs": [{"prompt": "q", "chosen": ["a"], "rejected": "b"}],

@@ -23,7 +23,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tokenry import InputError
-from tokenry.cli import difficulty as cli_difficulty
 from tokenry.cli import judge as cli_judge
 from tokenry.cli.decode import read_prompts
 from tokenry.cli.options import read_text
@@ -40,7 +39,7 @@ from tokenry.learned.difficulty_probe import DifficultyProbe
 from tokenry.learned.filter_traces import TraceWriter
 from tokenry.measure.store import RunStore
 from tokenry.measure.task import Outcome
-from tokenry.read import LMHeadNeurons, NeuronMap
+from tokenry.read import DifficultyProbeMethod, LMHeadNeurons, NeuronMap
 from tokenry.select.heads.profile import HeadProfile
 from tokenry.tokenize import load_tokenizer
 from tokenry.trace.trace import Trace, capture
@@ -160,11 +159,11 @@ def use_episodes(kit, path):
 
 
 def use_solutions(kit, path):
-    assert all(isinstance(part, str | None) for row in cli_judge.read_rows(str(path)) for part in row)
+    assert all(isinstance(part, str | None) for row in cli_judge.read_rows(str(path)) for part in vars(row).values())
 
 
 def use_problems(kit, path):
-    problems = cli_difficulty.read_problems(str(path), "number")
+    problems = DifficultyProbeMethod(marker="number").examples(str(path), read_text(str(path), "data"))
     assert [problems.is_correct(i, "3") in (True, False) for i in range(len(problems.questions))]
 
 

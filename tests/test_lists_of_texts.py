@@ -30,7 +30,7 @@ from tokenry.read.difficulty_probe import question_states
 from tokenry.read.lm_head_neurons import clamp_effect
 from tokenry.represent import PromptEmbedder
 from tokenry.represent.text.sentence_transformer import TokenPrependingTransformer
-from tokenry.tokenize import KL3M, train_char_bpe, train_domain_bpe
+from tokenry.tokenize import KL3M
 from tokenry.tokenize.text.measures import boundary_stability, term_lengths, token_counts, tokens_per_character
 
 TEXT = "the old lighthouse"
@@ -63,13 +63,12 @@ ONE = {  # a single text is a list of one
     "PromptEmbedder.rows": lambda m, t, x: PromptEmbedder(m, t).rows(x),
     "PromptEmbedder.tokenize": lambda m, t, x: PromptEmbedder(m, t).tokenize(x)["input_ids"],
     "preprocess": lambda m, t, x: TokenPrependingTransformer(PromptEmbedder(m, t)).preprocess(x)["input_ids"],
-    "train_domain_bpe.custom_tokens": lambda m, t, x: len(train_domain_bpe([TEXT], 512, custom_tokens=x)),
 }
 REFUSED = {  # one text cannot be what is meant
     "PromptEmbedder.encode": lambda m, t, x: PromptEmbedder(m, t).encode(x),
-    "train_domain_bpe.texts": lambda m, t, x: train_domain_bpe(x),
-    "train_char_bpe.texts": lambda m, t, x: train_char_bpe(x),
     "KL3M.train": lambda m, t, x: KL3M().train(x),
+    "KL3M.train, kind=char": lambda m, t, x: KL3M(kind="char").train(x),
+    "KL3M.custom_tokens": lambda m, t, x: KL3M(custom_tokens=x),  # a path
     "token_counts": lambda m, t, x: token_counts(t, x),
     "tokens_per_character": lambda m, t, x: tokens_per_character(t, x),
     "term_lengths": lambda m, t, x: term_lengths(t, x),
@@ -143,7 +142,7 @@ KNOWN = {  # function: parameters; those without a case above hand on to one tha
     "SlopProfile.ban_list": {"whitelist"},
     "Method.from_strings": {"pairs"},
     "DifficultyProbeMethod.profile": {"prompts"},
-    "DifficultyProbeMethod.fit": {"prompts"},
+    "DifficultyProbeMethod.probe": {"prompts"},
     "entropy_profile": {"prompts"},
     "question_states": {"prompts"},
     "clamp_effect": {"prompts"},
@@ -152,10 +151,10 @@ KNOWN = {  # function: parameters; those without a case above hand on to one tha
     "PromptEmbedder.encode": {"sentences"},
     "PromptEmbedder.encode_layers": {"sentences"},
     "TokenPrependingTransformer.preprocess": {"inputs"},
+    "Encoder.encode": {"sentences"},
     "custom_tokens": {"groups"},
     "KL3M.train": {"texts"},
-    "train_char_bpe": {"texts"},
-    "train_domain_bpe": {"texts", "custom_tokens"},
+    "TokenizeMethod.train": {"texts"},
     "token_counts": {"texts"},
     "tokens_per_character": {"texts"},
     "term_lengths": {"terms"},

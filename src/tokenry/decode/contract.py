@@ -12,8 +12,10 @@ from transformers.generation.logits_process import LogitsProcessor
 
 from ..core.errors import InputError
 from ..core.method import Method
+from ..core.schemas import Exchanged
 from ..learned.confidence_filter import TraceDataset
 from .generation.engine import LayerPolicy
+from .generation.exchange import DecodeAnswer, DecodeRequest
 from .generation.monitor import Monitor
 
 __all__ = ["DecodeMethod", "Plugins", "TraceMethod"]
@@ -74,6 +76,8 @@ class DecodeMethod(Method):
 
     stage: ClassVar[str] = "decode"
     tracer: ClassVar[type[TraceMethod] | None] = None
+    input: ClassVar[type[Exchanged]] = DecodeRequest
+    output: ClassVar[type[Exchanged]] = DecodeAnswer
 
     def plugins(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Plugins:
         """The plug-ins for one call of `generate`; new ones for every call."""

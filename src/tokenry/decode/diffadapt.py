@@ -101,7 +101,7 @@ class DiffAdapt(DecodeMethod):
         prompts = _as_list(prompts)
         if self.probe is None:
             raise InputError(
-                "diffadapt has no probe; train one with `tokenry read --method difficulty-probe` and give probe=FOLDER"
+                "diffadapt has no probe; train one with `tokenry fit difficulty-probe` and give probe=FOLDER"
             )
         self.probe.check(model, tokenizer, chat)
         questions = read_questions(model, tokenizer, prompts, chat)

@@ -8,12 +8,36 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from pydantic import ConfigDict, Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from ..core.fields import Share
 from ..core.method import Method
+from ..core.schemas import Exchanged
 
-__all__ = ["HouseConfig", "MeanLossTrainer", "TrainMethod", "report_progress"]
+__all__ = ["HouseConfig", "MeanLossTrainer", "TrainAnswer", "TrainMethod", "TrainRequest", "report_progress"]
+
+
+class TrainRequest(Exchanged):
+    """What is learned from, and where the result goes."""
+
+    data: str = Field(description="file with what is learned from")
+    output: str = Field(description="new folder for what is trained")
+    hold_out: Share = Field(0.1, description="share of the examples that is only measured")
+
+
+class TrainAnswer(Exchanged):
+    """What was trained, with the method's measures before and after; the number of examples stands under their name."""
+
+    model_config = ConfigDict(extra="allow")
+
+    held_out: int = Field(ge=0)
+    steps: int = Field(ge=0)
+    seconds: float = Field(ge=0)
+    before: dict[str, float]
+    after: dict[str, float]
+    output: str
 
 
 class TrainMethod(Method):
@@ -25,6 +49,8 @@ class TrainMethod(Method):
     """
 
     stage: ClassVar[str] = "train"
+    input: ClassVar[type[Exchanged]] = TrainRequest
+    output: ClassVar[type[Exchanged]] = TrainAnswer
     examples: ClassVar[str]
     data: ClassVar[str] = "a file of JSON lines"
     measures: ClassVar[dict[str, str]]

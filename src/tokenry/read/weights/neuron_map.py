@@ -20,9 +20,9 @@ from ...models.anatomy import decoder_layers, fingerprint, unembedding
 from ..contract import Reading
 from .directions import TILE, Side, Spread, neuron_rows, top_tokens
 
-__all__ = ["NeuronMap", "Overlap"]
+__all__ = ["LayerProgress", "NeuronMap", "Overlap"]
 
-Progress = Callable[[int, int, str], None]
+LayerProgress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class NeuronMap(Artifact):
         top_k: int = 10,
         chunk: int = 512,
         bottom: bool = False,
-        progress: Progress | None = None,
+        progress: LayerProgress | None = None,
     ) -> NeuronMap:
         """Decode every neuron of every layer. Arguments as for `LMHeadNeurons`.
 
@@ -147,9 +147,9 @@ class NeuronMap(Artifact):
         first, second = self.tensors["logits"][..., :2].unbind(-1)
         return (first - second) / self.tensors["deviation"]
 
-    def named_layers(self, least: float) -> list[int]:
+    def named_layers(self, min_prob: float) -> list[int]:
         """Layers with a neuron whose top token has at least this probability."""
-        return (self.probability >= least).any(1).nonzero().flatten().tolist()
+        return (self.probability >= min_prob).any(1).nonzero().flatten().tolist()
 
     def text(self, token: int) -> str:
         """What a stored token decodes to."""
