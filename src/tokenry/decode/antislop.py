@@ -27,7 +27,7 @@ from ..core.method import Lines
 from ..text.ngrams import Begun, Found, NGrams
 from ..text.token_text import special_tokens
 from ..text.words import STOP_WORDS, FoldedText, Word, WordList, bare, fold, inside_word, listed, words
-from .contract import DecodeMethod, Plugins
+from .contract import LoopMethod, Plugins
 from .generation.monitor import Violation
 from .generation.sequence import SequenceState
 
@@ -362,7 +362,7 @@ def _rule(ngram: Sequence[str]) -> str:
     return "ngram:" + " ".join(ngram)
 
 
-class Antislop(DecodeMethod):
+class Antislop(LoopMethod):
     """The sampler as one method: phrases, regular expressions and n-grams with one strength."""
 
     slug: ClassVar[str] = "antislop"

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import InputError
 from ..core.fields import Times, TokenId, Tokens
-from .contract import DecodeMethod, Plugins
+from .contract import LoopMethod, Plugins
 from .generation.monitor import Violation
 from .generation.sequence import SequenceState
 from .reasoning.reflection import checked_ids, end_think_ids, read_ids, read_none, require
@@ -104,7 +104,7 @@ def _find(ids: list[int], mark: list[int]) -> bool:
     return any(ids[i : i + len(mark)] == mark for i in range(len(ids) - len(mark) + 1))
 
 
-class BudgetForcing(DecodeMethod):
+class BudgetForcing(LoopMethod):
     """Budget forcing: ignore the end of thinking a few times, or close thinking at a limit."""
 
     slug: ClassVar[str] = "budget-forcing"

@@ -22,7 +22,7 @@ from transformers.generation.logits_process import LogitsProcessor
 from ..core.errors import InputError
 from ..core.fields import Portion, Share
 from ..learned.dead_end_values import DeadEndValueModel, ValueCache
-from .contract import DecodeMethod, Plugins
+from .contract import LoopMethod, Plugins
 
 __all__ = ["Rectification", "RectifierLogitsProcessor", "cap_distribution", "cap_top_tokens", "iterate_caps"]
 
@@ -259,7 +259,7 @@ class RectifierLogitsProcessor(LogitsProcessor):
 # --- the method ----------------------------------------------------------------------------------------------------
 
 
-class Rectification(DecodeMethod):
+class Rectification(LoopMethod):
     """Cap every next token by the risk that the text it leads to ends undesired."""
 
     slug: ClassVar[str] = "rectification"

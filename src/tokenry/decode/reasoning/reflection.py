@@ -23,7 +23,7 @@ from ...core.errors import InputError
 from ...core.fields import TokenId
 from ...core.method import Lines
 from ...text.words import listed
-from ..contract import DecodeMethod, Plugins
+from ..contract import LoopMethod, Plugins
 
 __all__ = ["REFLECTION_WORDS", "BiasLogitsProcessor", "ReflectionMethod", "end_think_ids", "reflection_token_ids"]
 
@@ -223,7 +223,7 @@ TokenIds = Annotated[tuple[TokenId, ...] | None, BeforeValidator(read_ids)]
 EndThink = Annotated[str | tuple[TokenId, ...] | None, BeforeValidator(read_ids)]
 
 
-class ReflectionMethod(DecodeMethod):
+class ReflectionMethod(LoopMethod):
     """What the wave and TIP share: whose logits they change, until when, and how they act as a logits processor.
 
     With `tokenizer=` (or `token_ids=` and `end_think` given as ids or None) the method itself is a logits processor:
