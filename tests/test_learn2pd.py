@@ -16,7 +16,7 @@ from tokenry.core.errors import InputError
 from tokenry.decode import generate
 from tokenry.decode.creditdecoding import CreditDecoding, CreditFusion
 from tokenry.decode.denoising.blocks import block_values, in_columns
-from tokenry.decode.denoising.contract import DiffusionMethod, DiffusionParts
+from tokenry.decode.denoising.contract import DiffusionMethod, DiffusionMethods, DiffusionParts
 from tokenry.decode.denoising.loop import LengthPolicy, LogitsTransform, MaskedDiffusionModel, diffusion_generate
 from tokenry.decode.denoising.oracle import OraclePolicy
 from tokenry.decode.denoising.state import DiffusionState, Edit
@@ -635,7 +635,7 @@ def test_another_block_length_is_refused(denoiser, folder):
     with pytest.raises(InputError, match="filter was trained for blocks of 4, block_length is 8; leave it out"):
         Learn2PD(filter=folder, block_length=8)
     with pytest.raises(InputError, match="different values of block_length"):
-        Learn2PD(filter=folder).beside(CreditDecoding(block_length=8)).options(8)
+        DiffusionMethods([Learn2PD(filter=folder), CreditDecoding(block_length=8)]).options(8)
 
 
 def test_another_model_and_drawn_tokens_are_refused(folder):
@@ -683,8 +683,8 @@ def test_two_length_policies_are_refused(folder):
 
     Other.slug = "other"
     with pytest.raises(InputError, match="both decide how wide the window is; use one of them, or switch it off in"):
-        Learn2PD(filter=folder).beside(Other()).options(8)
-    assert Learn2PD(filter=folder, eotp=False).beside(Other()).options(8)["unmask"] is not None
+        DiffusionMethods([Learn2PD(filter=folder), Other()]).options(8)
+    assert DiffusionMethods([Learn2PD(filter=folder, eotp=False), Other()]).options(8)["unmask"] is not None
 
 
 # --- the comparison ------------------------------------------------------------------------------------------------

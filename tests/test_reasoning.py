@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tokenry import InputError, catalog
 from tokenry.data.problems import Arithmetic, Problem, draw_problems
 from tokenry.decode import BudgetForcing, CyclicReflex
-from tokenry.decode.generation.loop import DecodeOutput
+from tokenry.decode.generation.output import DecodeOutput
 from tokenry.evidence import cyclicreflex_reasoner as experiment
 from tokenry.evidence.cyclicreflex_reasoner import Choice, Trial
 from tokenry.measure import docs

@@ -130,7 +130,7 @@ def generate_one(
     output = generate(model, tokenizer, prompt, streamers=streamers, seed=seed, **settings)
     if pairs:
         pairs.add(output.pairs)
-    stats = getattr(output, "stats", None)
+    stats = output.stats
     if json_output:
         events = [{k: v for k, v in vars(e).items() if k != "context_ids"} for e in output.events]
         calls = {"forward_calls": output.forward_calls, "tokens_processed": output.tokens_processed}
@@ -205,7 +205,7 @@ def show_traces(tracer: Any, summary: dict[str, Any], model: str) -> None:
 
 def strategy(output: Any, row: int) -> dict[str, str]:
     """How a row was answered, where a method has chosen that."""
-    return {"strategy": output.strategy[row]} if "strategy" in output else {}
+    return {"strategy": output.strategy[row]} if output.strategy else {}
 
 
 def sampling_options(greedy: bool, temperature: float, min_p: float, top_p: float, top_k: int) -> dict[str, Any]:

@@ -8,8 +8,12 @@ from .bans.patterns import RegexBan as RegexBan
 from .bans.phrases import PhraseBan as PhraseBan
 from .budget_forcing import BudgetForcing as BudgetForcing
 from .budget_forcing import BudgetForcingMonitor as BudgetForcingMonitor
+from .contract import Call as Call
 from .contract import DecodeMethod as DecodeMethod
-from .contract import Plugins as Plugins
+from .contract import LoopMethod as LoopMethod
+from .contract import Plan as Plan
+from .contract import PlanMethod as PlanMethod
+from .contract import RunnerMethod as RunnerMethod
 from .creditdecoding import CreditDecoding as CreditDecoding
 from .creditdecoding import CreditFusion as CreditFusion
 from .cyclicreflex import CyclicReflectionLogitsProcessor as CyclicReflectionLogitsProcessor
@@ -43,10 +47,12 @@ from .denoising.unmask import UnmaskPolicy as UnmaskPolicy
 from .diffadapt import DiffAdapt as DiffAdapt
 from .generation.caps import cap_distribution as cap_distribution
 from .generation.engine import TransformersEngine as TransformersEngine
+from .generation.job import Job as Job
 from .generation.loop import DecodeLoop as DecodeLoop
-from .generation.loop import DecodeOutput as DecodeOutput
 from .generation.monitor import RewindEvent as RewindEvent
 from .generation.monitor import Violation as Violation
+from .generation.output import DecodeOutput as DecodeOutput
+from .generation.plugins import Plugins as Plugins
 from .generation.sequence import SequenceState as SequenceState
 from .learn2pd import EndOfTextTruncation as EndOfTextTruncation
 from .learn2pd import Learn2PD as Learn2PD

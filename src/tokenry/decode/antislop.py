@@ -21,12 +21,12 @@ from .bans.ban import Ban
 from .bans.ngrams import NGramBan
 from .bans.patterns import RegexBan
 from .bans.phrases import PhraseBan
-from .contract import DecodeMethod, Plugins
+from .contract import LoopMethod, Plugins
 
 __all__ = ["Antislop"]
 
 
-class Antislop(DecodeMethod):
+class Antislop(LoopMethod):
     """The sampler as one method: phrases, regular expressions and n-grams with one strength."""
 
     slug: ClassVar[str] = "antislop"

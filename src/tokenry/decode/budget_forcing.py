@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import InputError
 from ..core.fields import Times, TokenId, Tokens, read_ids, read_none, require
-from .contract import DecodeMethod, Plugins
+from .contract import LoopMethod, Plugins
 from .generation.monitor import Violation
 from .generation.sequence import SequenceState
 from .reasoning.bias import checked_ids
@@ -24,7 +24,7 @@ __all__ = ["BudgetForcing", "BudgetForcingMonitor"]
 Limit = Annotated[Tokens | None, BeforeValidator(read_none)]
 
 
-class BudgetForcing(DecodeMethod):
+class BudgetForcing(LoopMethod):
     """Budget forcing: ignore the end of thinking a few times, or close thinking at a limit."""
 
     slug: ClassVar[str] = "budget-forcing"

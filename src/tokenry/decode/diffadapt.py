@@ -8,7 +8,7 @@ soon. The question is read once; what a strategy adds to the prompt comes after 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -25,14 +25,14 @@ from ..learned.difficulty_probe import CLASSES, DifficultyProbe, Prompt, Questio
 from ..models.batch import left_padded, shared_length
 from ..models.prompts import listed_prompts, prompt_ids
 from .api import generate
-from .contract import DecodeMethod
-from .generation.loop import DecodeOutput
+from .contract import Call, DecodeMethod, Plan, PlanMethod, Plugins
+from .generation.output import DecodeOutput
 from .reasoning.strategies import DEFAULT_STRATEGIES, NORMAL, Strategy, read_strategies
 
-__all__ = ["DiffAdapt", "DiffAdaptOutput", "generate_by_strategy", "oracle_strategy"]
+__all__ = ["DiffAdapt", "generate_by_strategy", "oracle_strategy"]
 
 
-class DiffAdapt(DecodeMethod):
+class DiffAdapt(PlanMethod):
     """A probe reads the question, and its class decides prompt, temperature and budget."""
 
     slug: ClassVar[str] = "diffadapt"
@@ -78,59 +78,48 @@ class DiffAdapt(DecodeMethod):
         normal = CLASSES.index(NORMAL)
         return [self.strategies[i if good else normal] for i, good in zip(best.indices.tolist(), sure.tolist())]
 
-    def generate(
+    def plan(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         prompts: Prompt | Sequence[Prompt],
-        *,
-        max_new_tokens: int = 256,
-        chat: bool = True,
-        **options: Any,
-    ) -> DiffAdaptOutput:
-        """Read the questions, choose a strategy for each, and continue them in one batch.
+        call: Call,
+    ) -> Plan:
+        """Read the questions, and choose a strategy for each.
 
         Args:
             prompts: a question or several, each a text or messages of which the last is the user's.
-            max_new_tokens: the full budget.
-            options: as in `tokenry.generate`, but sampling is on, and the temperature is the strategy's.
+            call: `max_new_tokens` is the full budget; sampling is on, and the temperature is the strategy's.
 
         Raises:
-            InputError: no probe, one of another model or template, an empty prompt, a temperature, max_new_tokens < 1.
+            InputError: no probe, one of another model or template, an empty prompt, a temperature.
         """
         prompts = _as_list(prompts)
         if self.probe is None:
             raise InputError(
                 "diffadapt has no probe; train one with `tokenry fit difficulty-probe` and give probe=FOLDER"
             )
-        self.probe.check(model, tokenizer, chat)
-        questions = read_questions(model, tokenizer, prompts, chat)
+        self.probe.check(model, tokenizer, call.chat)
+        questions = read_questions(model, tokenizer, prompts, call.chat)
         probs = self.probe.probabilities(questions.states)
-        chosen = self.choose(probs)
-        output = generate_by_strategy(
-            model,
-            tokenizer,
-            prompts,
-            chosen,
-            max_new_tokens=max_new_tokens,
-            questions=questions,
-            chat=chat,
-            **options,
-        )
-        common = {name: output.get(name) for name in DecodeOutput.__dataclass_fields__}  # drafting adds its own
-        return DiffAdaptOutput(**common, strategy=[strategy.name for strategy in chosen], probs=probs)
+        plan = plan_by_strategy(model, tokenizer, prompts, self.choose(probs), call, questions)
+        return replace(plan, probs=probs)
+
+    def generate(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        methods: Sequence[DecodeMethod] = (),
+        **options: Any,
+    ) -> DecodeOutput:
+        """`tokenry.generate` with this method and others."""
+        return generate(model, tokenizer, prompts, methods=[self, *methods], **options)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return listed_prompts(prompts, texts_only="diffadapt puts words behind questions before they are encoded")
-
-
-@dataclass
-class DiffAdaptOutput(DecodeOutput):
-    """A `DecodeOutput` with the name of each row's strategy and the probabilities of the classes (batch, 3)."""
-
-    strategy: list[str] | None = None
-    probs: Tensor | None = None
 
 
 def generate_by_strategy(
@@ -156,30 +145,49 @@ def generate_by_strategy(
     Raises:
         InputError: not one strategy for each prompt, a temperature in `options`, and what `tokenry.generate` refuses.
     """
-    prompts = listed_prompts(prompts)
-    if len(prompts) != len(strategies):
-        raise InputError(f"{len(strategies)} strategies for {len(prompts)} prompts; give one strategy for each prompt")
-    if options.get("temperature", 1.0) != 1.0:
-        raise InputError(f"temperature={options['temperature']} is the strategy's to say; set it there")
-    if options.get("num_return_sequences") not in (None, 1):
-        raise InputError("num_return_sequences is not possible with budgets of single prompts; repeat the prompts")
-    rows = [prompt_ids(tokenizer, prompt, one.suffix, chat) for prompt, one in zip(prompts, strategies)]
-    ids, mask, cache = _lay_out(rows, questions, tokenizer.pad_token_id or 0, model.device)
-    own = TemperatureByRow(ids, [strategy.temperature for strategy in strategies])
+    call = Call(max_new_tokens=max_new_tokens, chat=chat, options=options)
+    plan = plan_by_strategy(model, tokenizer, listed_prompts(prompts), strategies, call, questions)
     output = generate(
         model,
         tokenizer,
-        BatchEncoding({"input_ids": ids, "attention_mask": mask}),
-        processors=[*processors, own],
-        past_key_values=cache,
+        plan.prompts,
+        processors=[*processors, *plan.plugins.processors],
         max_new_tokens=max_new_tokens,
-        budgets=[strategy.tokens(max_new_tokens) for strategy in strategies],
-        **{"do_sample": True, **options, "temperature": 1.0},
+        **{**options, **plan.options},
     )
-    if questions is not None:
-        output.forward_calls += 1
-        output.tokens_processed += int(questions.mask.sum())
-    return output
+    return plan.finish(output)
+
+
+def plan_by_strategy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    strategies: Sequence[Strategy],
+    call: Call,
+    questions: Questions | None = None,
+) -> Plan:
+    """See `generate_by_strategy`."""
+    if len(prompts) != len(strategies):
+        raise InputError(f"{len(strategies)} strategies for {len(prompts)} prompts; give one strategy for each prompt")
+    if call.options.get("temperature", 1.0) != 1.0:
+        raise InputError(f"temperature={call.options['temperature']} is the strategy's to say; set it there")
+    if call.options.get("num_return_sequences") not in (None, 1):
+        raise InputError("num_return_sequences is not possible with budgets of single prompts; repeat the prompts")
+    rows = [prompt_ids(tokenizer, prompt, one.suffix, call.chat) for prompt, one in zip(prompts, strategies)]
+    ids, mask, cache = _lay_out(rows, questions, tokenizer.pad_token_id or 0, model.device)
+    return Plan(
+        BatchEncoding({"input_ids": ids, "attention_mask": mask}),
+        Plugins(processors=[TemperatureByRow(ids, [strategy.temperature for strategy in strategies])]),
+        {
+            "do_sample": True,
+            **call.options,
+            "temperature": 1.0,
+            "past_key_values": cache,
+            "budgets": [strategy.tokens(call.max_new_tokens) for strategy in strategies],
+        },
+        strategy=[strategy.name for strategy in strategies],
+        tokens_read=0 if questions is None else int(questions.mask.sum()),
+    )
 
 
 def _lay_out(

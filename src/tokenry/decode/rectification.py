@@ -23,13 +23,13 @@ from ..core.artifact import ArtifactField
 from ..core.errors import InputError
 from ..core.fields import Portion, Share
 from ..learned.dead_end_values import DeadEndValueModel, ValueCache
-from .contract import DecodeMethod, Plugins
+from .contract import LoopMethod, Plugins
 from .generation.caps import cap_distribution, cap_top_tokens, iterate_caps
 
 __all__ = ["Rectification", "RectifierLogitsProcessor"]
 
 
-class Rectification(DecodeMethod):
+class Rectification(LoopMethod):
     """Cap every next token by the risk that the text it leads to ends undesired."""
 
     slug: ClassVar[str] = "rectification"

@@ -23,7 +23,7 @@ from ..hooks.layers import LayerSwitch
 from ..hooks.residual import Feed, on_feed
 from ..hooks.skip_schedule import SkipSchedule, skip_forward
 from ..models.anatomy import decoder_body, decoder_layers
-from .contract import DecodeMethod, Plugins
+from .contract import LoopMethod, Plugins
 from .generation.engine import layers_needed
 
 __all__ = ["SkipDecode", "SkipPolicy", "SkipSchedule", "skip_forward"]
@@ -31,7 +31,7 @@ __all__ = ["SkipDecode", "SkipPolicy", "SkipSchedule", "skip_forward"]
 Depths = Annotated[tuple[Layers, ...] | None, BeforeValidator(read_ids)]
 
 
-class SkipDecode(DecodeMethod):
+class SkipDecode(LoopMethod):
     """Fewer layers for later tokens.
 
     In plain `generate` it is a context manager on the model, and needs `planned_new_tokens`:

@@ -21,9 +21,9 @@ from ..core.errors import InputError
 from ..core.fields import Times, Tokens
 from ..models.load import Loaded, shared
 from ..models.prompts import listed_prompts
-from .contract import DecodeMethod, Plugins
-from .generation.loop import DecodeOutput
+from .contract import Call, DecodeMethod, RunnerMethod, refuse_others
 from .generation.options import ending
+from .generation.output import DecodeOutput
 from .reasoning.scores import DigitScorer, LikelihoodScorer, StepScorer
 from .reasoning.speculative import ReasoningResult, SpeculativeReasoner, StepSpeculation, check_threshold
 from .reasoning.step_prompts import Messages, StepPrompts, prompts_for, read_prompts
@@ -31,7 +31,7 @@ from .reasoning.step_prompts import Messages, StepPrompts, prompts_for, read_pro
 __all__ = ["SpecReason", "SpecReasonOutput"]
 
 
-class SpecReason(DecodeMethod):
+class SpecReason(RunnerMethod):
     """A small model writes each step, the base model scores it, and rewrites it if the score is too low."""
 
     slug: ClassVar[str] = "specreason"
@@ -74,61 +74,37 @@ class SpecReason(DecodeMethod):
             return LikelihoodScorer(*base, prompts=prompts)
         return DigitScorer(*base, method=self.score_method, prompts=prompts)
 
-    def plugins(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Plugins:
-        raise InputError(
-            "specreason writes with two models by turns, so no plug-in can stand for it; call "
-            "SpecReason(...).generate(model, tokenizer, prompts)"
-        )
-
-    def generate(
+    def run(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         prompts: Messages | Sequence[Messages],
-        *,
-        max_new_tokens: int = 256,
-        chat: bool = True,
-        seed: int | None = None,
-        streamers: Sequence[BaseStreamer] = (),
-        **options: Any,
+        call: Call,
+        others: Sequence[DecodeMethod] = (),
     ) -> SpecReasonOutput:
         """Solve problems with `model` as the base model.
 
         Args:
             prompts: a problem or several, each a text or messages of which the last is the user's.
-            max_new_tokens: the budget of kept tokens.
-            chat: use the chat templates.
-            streamers: one per row; they get whole steps.
-            options: what `generate` takes. Plug-ins and other methods are refused.
+            call: `max_new_tokens` is the budget of kept tokens; streamers get whole steps. Plug-ins are refused.
         """
-        with ending(streamers) as streamers:
-            return self._generate(model, tokenizer, prompts, max_new_tokens, chat, seed, streamers, options)
+        refuse_others(self, others)
+        for name, given in {**vars(call.plugins), "stop": call.stop}.items():
+            if given:
+                raise InputError(f"specreason writes with two models and takes no {name}; leave them out")
+        with ending(call.streamers) as streamers:
+            return self._run(model, tokenizer, prompts, call, streamers)
 
-    def _generate(
+    def _run(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         prompts: Messages | Sequence[Messages],
-        max_new_tokens: int,
-        chat: bool,
-        seed: int | None,
+        call: Call,
         streamers: Sequence[BaseStreamer],
-        options: dict[str, Any],
     ) -> SpecReasonOutput:
-        for name in (
-            "methods",
-            "processors",
-            "monitors",
-            "layer_policy",
-            "interventions",
-            "final_processors",
-            "speculation",
-            "stop",
-        ):
-            if options.pop(name, None):
-                raise InputError(f"specreason writes with two models and takes no {name}; leave them out")
         words = self.prompts or prompts_for(model)
-        words = words if chat else replace(words, chat=False)
+        words = words if call.chat else replace(words, chat=False)
         base = Loaded(model, tokenizer)
         reasoner = SpeculativeReasoner(
             base,
@@ -136,13 +112,13 @@ class SpecReason(DecodeMethod):
             self.scorer(base, words),
             threshold=self.threshold,
             max_step_tokens=self.max_step_tokens,
-            token_budget=max_new_tokens,
+            token_budget=call.max_new_tokens,
             first_n_base_steps=self.first_n_base_steps,
             prompts=words,
-            **options,
+            **call.options,
         )
         problems = listed_prompts(prompts, texts_only="specreason reads prompts with two tokenizers")
-        return _output(reasoner.run(problems, seed, _streaming(streamers, tokenizer, words, problems)))
+        return _output(reasoner.run(problems, call.seed, _streaming(streamers, tokenizer, words, problems)))
 
 
 @dataclass

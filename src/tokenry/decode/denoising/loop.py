@@ -30,7 +30,7 @@ from ...core.errors import InputError
 from ...core.fields import Temperature, TorchSeed, check
 from ...models.batch import position_ids
 from ...models.masks import check_bidirectional, check_mask_token, own_position
-from ..generation.loop import DecodeOutput
+from ..generation.output import DecodeOutput
 from .cache import DiffusionCache
 from .state import DiffusionState, Edit, Prediction
 from .unmask import FixedCount, UnmaskPolicy

@@ -12,7 +12,7 @@ from ...core.errors import InputError
 from ...core.fields import TokenId, read_ids
 from ...core.method import Lines
 from ...text.words import listed
-from ..contract import DecodeMethod, Plugins
+from ..contract import LoopMethod, Plugins
 from .bias import BiasLogitsProcessor, checked_ids
 
 __all__ = ["REFLECTION_WORDS", "ReflectionMethod", "end_think_ids", "reflection_token_ids"]
@@ -23,7 +23,7 @@ TokenIds = Annotated[tuple[TokenId, ...] | None, BeforeValidator(read_ids)]
 EndThink = Annotated[str | tuple[TokenId, ...] | None, BeforeValidator(read_ids)]
 
 
-class ReflectionMethod(DecodeMethod):
+class ReflectionMethod(LoopMethod):
     """What the wave and TIP share: whose logits they change, and until when.
 
     In plain `generate` they are a logits processor, a new one for every generation:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...decode.api import generate
 from ...decode.bans.phrases import PhraseBan
-from ...decode.generation.loop import DecodeOutput
+from ...decode.generation.output import DecodeOutput
 from ...decode.generation.sequence import SequenceState
 from ..cost import Meter
 from ..task import Metric, Outcome, Sample, Subject
