@@ -117,6 +117,7 @@ KNOWN = {  # function: parameters; those without a case above hand on to one tha
     "generate": {"stop"},
     "loop": {"stop"},
     "Job.__init__": {"stop"},
+    "Plan.__init__": {"strategy"},
     "Call.__init__": {"stop"},
     "DiffAdapt.plan": {"prompts"},
     "DiffAdapt.generate": {"prompts"},
