@@ -261,9 +261,9 @@ def test_the_cache_is_a_fresh_prefill_after_every_step(make_model, tokenizer, mo
         engine = self.engine
         for row in self.rows:
             ids = row.prompt + row.ids[: row.fed]
-            columns = engine.mask[row.number, : engine.columns].nonzero().squeeze(1)
-            assert len(columns) == len(ids) == int(engine.live[row.number]) and row.fed <= len(row.ids) - 1
-            assert engine.tokens[row.number, columns].tolist() == ids
+            columns = engine.grid.mask[row.number, : engine.columns].nonzero().squeeze(1)
+            assert len(columns) == len(ids) == int(engine.grid.live[row.number]) and row.fed <= len(row.ids) - 1
+            assert engine.grid.tokens[row.number, columns].tolist() == ids
             fresh = model(torch.tensor([ids]), use_cache=True).past_key_values
             for mine, theirs in zip(engine.cache.layers, fresh.layers):
                 held = mine.keys.shape[2]

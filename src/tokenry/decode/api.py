@@ -26,8 +26,9 @@ from ..models.positions import check_prompt_fits, context_window, fixed_position
 from ..models.prompts import Prompts, encode_prompts
 from ..text.words import listed
 from .contract import Call, DecodeMethod, LoopMethod, Plan, PlanMethod, Plugins, RunnerMethod, refuse_others
-from .generation.engine import LayerPolicy, TransformersEngine
+from .generation.engine import TransformersEngine
 from .generation.job import Job
+from .generation.layer_policy import LayerPolicy
 from .generation.loop import DecodeLoop
 from .generation.monitor import Monitor
 from .generation.options import AfterPrompt, check_config, check_processors, ending, kept_by_generate

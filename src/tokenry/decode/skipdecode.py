@@ -24,7 +24,7 @@ from ..hooks.residual import Feed, on_feed
 from ..hooks.skip_schedule import SkipSchedule, skip_forward
 from ..models.anatomy import decoder_body, decoder_layers
 from .contract import LoopMethod, Plugins
-from .generation.engine import layers_needed
+from .generation.layer_policy import layers_needed
 
 __all__ = ["SkipDecode", "SkipPolicy", "SkipSchedule", "skip_forward"]
 

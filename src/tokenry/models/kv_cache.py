@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ __all__ = [
     "gather_columns",
     "held_columns",
     "keep_of_last",
+    "later_inputs",
     "layer_lengths",
     "new_cache",
     "remove_last",
@@ -54,6 +56,26 @@ def state_argument(model: PreTrainedModel) -> str | None:
                 "past_key_values"
             )
     return next((name for name in ("past_key_values", "cache_params", "state") if name in accepted), None)
+
+
+def later_inputs(model: PreTrainedModel) -> dict[str, Any]:
+    """What `generate` feeds behind the first token of a text of two; both where the model keeps nothing.
+
+    Raises:
+        InputError: other tokens than these.
+    """
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    new = 1 if state_argument(model) else 2
+    given = {"attention_mask": torch.ones_like(ids), "use_cache": True} | (
+        {"next_sequence_length": 1} if new == 1 else {}
+    )
+    fed = model.prepare_inputs_for_generation(ids, is_first_iteration=False, **given)
+    if fed.get("input_ids") is None or fed["input_ids"].shape[1] != new:
+        raise InputError(
+            f"{type(model).__name__} is not continued with its next token alone, but with others beside it; use a "
+            "model that is"
+        )
+    return fed
 
 
 def new_cache(model: PreTrainedModel) -> Cache | None:

@@ -7,8 +7,9 @@ from itertools import chain
 from transformers import PreTrainedModel
 
 from ..core.errors import InputError
+from .kv_cache import forward_arguments
 
-__all__ = ["check_prompt_fits", "context_window", "fixed_positions"]
+__all__ = ["check_prompt_fits", "context_window", "fixed_positions", "position_obstacle"]
 
 OFFSETS = (0, 2)  # rows of a table before the first position (OPT has two)
 
@@ -39,3 +40,17 @@ def check_prompt_fits(model: PreTrainedModel, length: int, new: int = 1) -> None
             f"the prompt has {length} tokens and with {new} new ones more than the model's {window} positions; shorten "
             "it"
         )
+
+
+def position_obstacle(model: PreTrainedModel) -> str | None:
+    """Why a token's position is the number of its column, whatever one says; None if it is not."""
+    name, config = type(model).__name__, model.config.get_text_config()
+    if "position_ids" not in forward_arguments(model):
+        return f"{name} takes no position_ids"
+    if getattr(config, "alibi", False):
+        return f"{name} has ALiBi, which counts columns"
+    if "local" in getattr(config, "attention_layers", ()):
+        return f"{name} has local attention, which counts columns"
+    if hasattr(config, "num_image_with_embedding"):
+        return f"{name} widens every mask by the columns of an image"
+    return None

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation.logits_process import LogitsProcessor
 
 from ...core.errors import InputError
-from .engine import Engine, LayerPolicy
+from .engine import Engine
+from .layer_policy import LayerPolicy
 from .monitor import Monitor
 
 if TYPE_CHECKING:

@@ -149,7 +149,7 @@ class TiDARLoop(SpeculativeLoop):
     def _feed(self, tokens: list[int], sees: Tensor, places: Tensor, count: int) -> Tensor:
         """Feed these tokens and masks up to the width of `sees`; logits (count, vocabulary) of the last rows."""
         masks = [self.speculation.mask_token_id] * (places.shape[1] - len(tokens))
-        logits = self.engine.feed_block(torch.tensor([tokens + masks], device=self.device), sees, places, count)
+        logits = self.engine.forward_block(torch.tensor([tokens + masks], device=self.device), sees, places, count)
         logits[:, self.speculation.mask_token_id] = -torch.inf
         return logits
 
