@@ -47,7 +47,7 @@ def read_lines(value: Any, what: str = "entries") -> Any:
 
 
 def _lines(value: Any, info: ValidationInfo) -> Any:
-    return read_lines(value, info.field_name)
+    return read_lines(value, info.field_name or "entries")
 
 
 Lines = Annotated[tuple[str, ...], BeforeValidator(_lines)]
