@@ -150,28 +150,34 @@ class KL3M(Method):
         "short tokens cut wrong and right spellings at the same places."
     )
 
-    kind: Literal["domain", "char"] = Field("domain", description="domain, or char for short tokens and no custom ones")
+    kind: Literal["domain", "char"] = Field(
+        default="domain", description="domain, or char for short tokens and no custom ones"
+    )
     vocab_size: int | None = Field(
-        None,
+        default=None,
         ge=282,
         le=2**20,
         description="entries before padding, with room for custom ones; none is 32768, char 4096",
     )
-    min_frequency: Count = Field(2, description="a pair seen less often is never merged")
-    normalization: Normalization = Field("nfkc", description="Unicode normal form of the input; nfc keeps ½, ™ and ²")
-    lowercase: bool = Field(False, description="lower-case the input")
+    min_frequency: Count = Field(default=2, description="a pair seen less often is never merged")
+    normalization: Normalization = Field(
+        default="nfkc", description="Unicode normal form of the input; nfc keeps ½, ™ and ²"
+    )
+    lowercase: bool = Field(default=False, description="lower-case the input")
     max_chars: int | None = Field(
-        None, ge=2, le=1024, description="kind=char: longest token, in byte-level characters; none is 3"
+        default=None, ge=2, le=1024, description="kind=char: longest token, in byte-level characters; none is 3"
     )
     custom_tokens: Annotated[tuple[str, ...], BeforeValidator(_read_custom)] = Field(
-        tuple(GROUPS), description="kind=domain: groups, further tokens, or a file with one a line; none for no tokens"
+        default=tuple(GROUPS),
+        description="kind=domain: groups, further tokens, or a file with one a line; none for no tokens",
     )
-    pad_to_power_of_two: bool = Field(True, description="fill up by whitespace runs, then reserved tokens")
+    pad_to_power_of_two: bool = Field(default=True, description="fill up by whitespace runs, then reserved tokens")
     single_word_alpha: bool = Field(
-        True, description="custom tokens of letters and digits match whole words only; false is the paper's code"
+        default=True,
+        description="custom tokens of letters and digits match whole words only; false is the paper's code",
     )
     official_alphabet: bool = Field(
-        False, description="start from chr(0) to chr(254) as the published char files do, and lose unseen bytes"
+        default=False, description="start from chr(0) to chr(254) as the published char files do, and lose unseen bytes"
     )
 
     @model_validator(mode="after")
