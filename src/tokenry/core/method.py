@@ -54,7 +54,7 @@ def read_words(value: Any) -> Any:
 
 
 def _lines(value: Any, info: ValidationInfo) -> Any:
-    return read_lines(value, info.field_name)
+    return read_lines(value, info.field_name or "entries")
 
 
 Lines = Annotated[tuple[str, ...], BeforeValidator(_lines)]

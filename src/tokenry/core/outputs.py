@@ -170,12 +170,12 @@ class LineWriter:
                 self.file.writelines(lines)
                 self.file.flush()
             except OSError:
-                self._drop()
+                self._drop(self.file)
                 raise
 
-    def _drop(self) -> None:
+    def _drop(self, file: IO[str]) -> None:
         """Forget what was written; closing tries to write the rest once more."""
-        file, self.file = self.file, None
+        self.file = None
         with suppress(OSError):
             file.close()
         if self.regular:

@@ -45,8 +45,11 @@ class Problem:
 class VerifiableTask(Protocol):
     """A kind of problem: draws one of a level, and tells a right answer from a wrong one."""
 
-    name: str
-    levels: Sequence[int]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def levels(self) -> Sequence[int]: ...
 
     def draw(self, level: int, rng: random.Random) -> Problem: ...
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..core.errors import InputError
-from ..models.anatomy import attention_modules, decoder_body
+from ..models.anatomy import attention_modules, decoder_body, layer_number
 from ..models.masks import OBSERVED as NAME
 from .holding import hold, owned
 from .residual import Feed, on_feed
@@ -93,10 +94,10 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    call = AttentionCall(module.layer_idx, query, key, value, attention_mask, scale, module)
+    call = AttentionCall(layer_number(module), query, key, value, attention_mask, scale, module)
     consumers = getattr(module, _ACTIVE, ())
     for editor in (c for c, is_editor in consumers if is_editor):
         call.mask = editor(call)

@@ -29,7 +29,7 @@ def _skipping(kind: type[nn.Module]) -> type[nn.Module]:
         __slots__ = ("switch",)
 
     # Afterwards, since transformers wraps the forward of a subclass; and before what the block itself may have there.
-    Skipped.forward = property(lambda self: self.switch.pass_on)
+    Skipped.forward = property(lambda self: self.switch.pass_on)  # pyright: ignore[reportAttributeAccessIssue]
     return Skipped
 
 
@@ -94,7 +94,7 @@ class LayerSwitch:
             }
         return self.lists[running]
 
-    def _pass_on(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor | tuple[Tensor]:
+    def _pass_on(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor | tuple:
         return hidden_states if self.rest is None else (hidden_states, *self.rest)
 
     def _watched(self, blocks: _Blocks) -> AbstractContextManager[None]:
@@ -141,7 +141,7 @@ def mask_layers(model: PreTrainedModel, mask: Tensor) -> Iterator[None]:
         )
 
     def hook(keep: Tensor) -> Callable:
-        def mix(module: nn.Module, args: tuple, kwargs: dict, output: object) -> object:
+        def mix(module: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple) -> Tensor | tuple:
             before, after = args[0] if args else kwargs["hidden_states"], hidden_states(output)
             if keep.shape[-2] != after.shape[1]:
                 raise InputError(f"the mask has {keep.shape[-2]} columns, the text {after.shape[1]}; give one for each")

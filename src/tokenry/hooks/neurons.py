@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -51,7 +51,9 @@ class _Columns:
         return 0 if self.prompt is None else self.prompt.shape[1]  # 0 also if a cache was there before the clamp
 
     def _goes_on(self, ids: Tensor) -> bool:
-        return 0 < self._held < ids.shape[1] and torch.equal(ids[:, : self._held], self.prompt)
+        if self.prompt is None or not 0 < self._held < ids.shape[1]:
+            return False
+        return torch.equal(ids[:, : self._held], self.prompt)
 
 
 def clamp_neurons(
@@ -91,7 +93,7 @@ def clamp_neurons(
 
     edits = {}
     for layer, values in neurons.items():
-        width = down_projection(model, layer).in_features
+        width = cast(int, down_projection(model, layer).in_features)
         if side == "product":
             edits[down_projection(model, layer)] = hold(values, 0, width)
         else:

@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ def edit_residual(model: PreTrainedModel, edits: Mapping[int, Callable[[Tensor],
     with hold(model), ExitStack() as stack:
         for index, edit in edits.items():
 
-            def hook(module: nn.Module, args: tuple, output: object, edit: Callable = edit) -> object:
+            def hook(module: nn.Module, args: tuple, output: Tensor | tuple, edit: Callable = edit) -> Tensor | tuple:
                 edited = edit(hidden_states(output))
                 return edited if isinstance(output, Tensor) else (edited, *output[1:])  # older blocks: (hidden, ...)
 
@@ -123,7 +124,8 @@ def on_feed(model: PreTrainedModel, begin: Callable[[Feed], None]) -> Iterator[N
 
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
         inputs = given(module, args, kwargs)
-        ids, embeds, cache = inputs.get("input_ids"), inputs.get("inputs_embeds"), inputs.get("past_key_values")
+        ids, cache = inputs.get("input_ids"), inputs.get("past_key_values")
+        embeds = cast(Tensor, inputs.get("inputs_embeds"))  # given where ids are not
         if ids is None and seen and seen[0].shape == embeds.shape[:2]:
             ids = seen.pop()
         for name in ("cache_params", "state"):
@@ -215,5 +217,5 @@ def ablate_heads(model: PreTrainedModel, heads: Mapping[int, Sequence[int]]):
     edits = {}
     for layer, chosen in heads.items():
         mixer, head_dim = head_mixer(model, layer)
-        edits[mixer] = silence(head_dim, layer, chosen, mixer.in_features // head_dim)
+        edits[mixer] = silence(head_dim, layer, chosen, cast(int, mixer.in_features) // head_dim)
     return edit_inputs(model, edits)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from ..core.errors import InputError
 from ..core.fields import Tokens, check
@@ -63,15 +63,15 @@ class SkipSchedule:
                 f"warmup={self.warmup} is not allowed for {layers} layers; give 1 to {layers - 1} (layer 0 must run: "
                 "the length of the cache is read from it)"
             )
-        self._default("e_max", layers)
+        e_max = self._default("e_max", layers)
         if self.kind == "custom":
-            self._check_depths(least)
+            self._check_depths(least, e_max)
             object.__setattr__(self, "e_min", self.depths[-1])
-        self._default("e_min", min(self.e_max, max(least, math.ceil(layers / 2))))
-        if not least <= self.e_max <= layers:
-            raise InputError(f"e_max={self.e_max} is not allowed; give {least} (warmup + 1) to {layers} layers")
-        if not least <= self.e_min <= self.e_max:
-            raise InputError(f"e_min={self.e_min} is not allowed; give {least} (warmup + 1) to e_max={self.e_max}")
+        e_min = self._default("e_min", min(e_max, max(least, math.ceil(layers / 2))))
+        if not least <= e_max <= layers:
+            raise InputError(f"e_max={e_max} is not allowed; give {least} (warmup + 1) to {layers} layers")
+        if not least <= e_min <= e_max:
+            raise InputError(f"e_min={e_min} is not allowed; give {least} (warmup + 1) to e_max={e_max}")
         if self.kind not in Kind.__args__:
             raise InputError(f"schedule {self.kind!r} is unknown; use one of {', '.join(Kind.__args__)}")
         if self.planned_new_tokens > 0:
@@ -80,17 +80,18 @@ class SkipSchedule:
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name}={getattr(self, name)} is not allowed; give a number > 0")
 
-    def _default(self, name: str, value: int) -> None:
+    def _default(self, name: str, value: int) -> int:
         if getattr(self, name) is None:
             object.__setattr__(self, name, value)
+        return getattr(self, name)
 
-    def _check_depths(self, least: int) -> None:
+    def _check_depths(self, least: int, e_max: int) -> None:
         if not self.depths:
             raise InputError("a custom schedule has no depths; give the depth of each new token")
-        before = self.e_max
+        before = e_max
         for position, depth in enumerate(self.depths):
-            if not least <= depth <= self.e_max:
-                raise InputError(f"depth {depth} at new token {position} is not allowed; give {least} to {self.e_max}")
+            if not least <= depth <= e_max:
+                raise InputError(f"depth {depth} at new token {position} is not allowed; give {least} to {e_max}")
             if depth > before:
                 raise InputError(f"depth grows from {before} to {depth} at new token {position}; it may only fall")
             before = depth
@@ -106,9 +107,9 @@ class SkipSchedule:
         if not 1 <= target < math.inf:
             raise InputError(f"target_speedup={target} is not allowed; give a number >= 1")
         most = cls(num_layers, e_max, **settings)
-        least = most.warmup + 1
-        tries = [(most.e_max, low) for low in range(most.e_max, least - 1, -1)]
-        tries += [(high, least) for high in range(most.e_max - 1, least - 1, -1)]
+        least, (_, deepest) = most.warmup + 1, most.bounds
+        tries = [(deepest, low) for low in range(deepest, least - 1, -1)]
+        tries += [(high, least) for high in range(deepest - 1, least - 1, -1)]
         for high, low in tries:
             found = replace(most, e_max=high, e_min=low)
             if found.speedup() >= target:
@@ -117,6 +118,12 @@ class SkipSchedule:
             f"target_speedup={target} cannot be reached with {num_layers} layers and warmup={most.warmup}; give a "
             f"number up to {num_layers / least:.2f}"
         )
+
+    @cached_property
+    def bounds(self) -> tuple[int, int]:
+        """`e_min` and `e_max`, which are numbers once the schedule is made."""
+        assert self.e_min is not None and self.e_max is not None
+        return self.e_min, self.e_max
 
     @property
     def end(self) -> int:
@@ -139,7 +146,7 @@ class SkipSchedule:
 
     def _depth(self, i: int, last: int) -> int:
         """Of new token `i` of 0 to `last`, rounded half up."""
-        high, low = self.e_max, self.e_min
+        low, high = self.bounds
         if self.kind == "constant":
             return low
         if self.kind == "linear":  # in whole numbers, so that halves are halves
@@ -148,13 +155,13 @@ class SkipSchedule:
 
     @cached_property
     def _sets(self) -> dict[int, frozenset[int]]:
-        depths = range(self.e_min, self.e_max + 1)
-        return {d: frozenset(i for i, need in enumerate(self.needs) if d >= need) for d in depths}
+        low, high = self.bounds
+        return {d: frozenset(i for i, need in enumerate(self.needs) if d >= need) for d in range(low, high + 1)}
 
     def depth(self, t: int) -> int:
         """How many layers column `t` runs, E(t)."""
         if t < self.prompt_len:
-            return self.e_max
+            return self.bounds[1]
         return self._table[min(t - self.prompt_len, len(self._table) - 1)]
 
     def layers(self, t: int) -> frozenset[int]:
@@ -168,7 +175,7 @@ class SkipSchedule:
     def executed(self, new: Tensor) -> Tensor:
         """Boolean (layers, *shape of `new`): which layers run, for new tokens of these numbers (negative: prompt)."""
         table = torch.tensor(self._table, device=new.device)
-        depths = table[new.clamp(0, len(self._table) - 1)].where(new >= 0, self.e_max)
+        depths = table[new.clamp(0, len(self._table) - 1)].where(new >= 0, self.bounds[1])
         needs = torch.tensor(self.needs, device=new.device)
         return depths[None] >= needs.view(-1, *[1] * new.dim())
 

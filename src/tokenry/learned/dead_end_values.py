@@ -12,7 +12,7 @@ import inspect
 import json
 import re
 from copy import deepcopy
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -26,7 +26,7 @@ from ..core.hashes import digest
 from ..core.schemas import Fields
 from ..core.tensors import with_weights
 from ..models.batch import position_ids
-from ..models.kv_cache import layer_lengths, remove_last
+from ..models.kv_cache import key_layers, layer_lengths, remove_last
 from ..models.masks import sees_both_sides
 
 __all__ = ["DeadEndValueModel", "DeadEndValues", "ValueCache", "vocabulary_hash"]
@@ -77,6 +77,7 @@ class DeadEndValueModel(Artifact, nn.Module):
         "tokens); train a rectifier with this model's tokenizer"
     )
     errors = (StrictDataclassError,)
+    trunk: PreTrainedModel
 
     def __init__(self, trunk: PreTrainedModel, hidden_mult: int = 2) -> None:
         super().__init__()
@@ -86,7 +87,7 @@ class DeadEndValueModel(Artifact, nn.Module):
             raise InputError("the trunk has adapters, which are not saved with it; call merge_and_unload() first")
         if trunk.config.is_encoder_decoder or sees_both_sides(trunk):
             raise InputError(f"{type(trunk).__name__} is bidirectional, but the trunk must be causal; use a decoder")
-        self.trunk, self.hidden_mult = trunk.base_model, hidden_mult
+        self.trunk, self.hidden_mult = cast(PreTrainedModel, trunk.base_model), hidden_mult
         config = trunk.config.get_text_config()
         hidden = hidden_mult * config.hidden_size
         self.vocab_size = config.vocab_size
@@ -202,14 +203,14 @@ class ValueCache:
 
     def __init__(self, model: DeadEndValueModel) -> None:
         self.model = model
-        self.tokens: Tensor | None = None  # (rows, columns) fed, with their mask
-        self.mask: Tensor | None = None
+        self.tokens = torch.zeros(0, 0, dtype=torch.long)  # (rows, columns) fed, with their mask
+        self.mask = torch.zeros(0, 0, dtype=torch.bool)
         self.cache = DynamicCache()
         self.tokens_processed = 0
 
     @property
     def columns(self) -> int:
-        return 0 if self.tokens is None else self.tokens.shape[1]
+        return self.tokens.shape[1]
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, mask: Tensor) -> Tensor:
@@ -223,7 +224,7 @@ class ValueCache:
 
     def common(self, input_ids: Tensor, mask: Tensor) -> int:
         """How many leading columns of every row are in the cache; at most all but the newest."""
-        if self.tokens is None or len(self.tokens) != len(input_ids):
+        if len(self.tokens) != len(input_ids):
             return 0
         n = min(self.columns, input_ids.shape[1] - 1)
         same = (self.tokens[:, :n] == input_ids[:, :n]) & (self.mask[:, :n] == mask[:, :n])
@@ -236,7 +237,7 @@ class ValueCache:
     def _row(self, number: int) -> ValueCache:
         part = ValueCache(self.model)
         part.tokens, part.mask = self.tokens[number : number + 1], self.mask[number : number + 1]
-        for index, layer in enumerate(self.cache.layers):
+        for index, layer in enumerate(key_layers(self.cache)):
             part.cache.update(layer.keys[number : number + 1], layer.values[number : number + 1], index)
         return part
 
@@ -253,7 +254,7 @@ class ValueCache:
     def _reorder(self, input_ids: Tensor, mask: Tensor) -> bool:
         """Put the rows in the order of these, if all their older columns are there in some row."""
         n = input_ids.shape[1] - 1
-        if self.tokens is None or not 0 < n <= self.columns:
+        if not 0 < n <= self.columns:
             return False
         same = (input_ids[:, None, :n] == self.tokens[None, :, :n]) & (mask[:, None, :n] == self.mask[None, :, :n])
         found = same.all(-1)

@@ -25,7 +25,7 @@ from ..core.schemas import Fields
 from ..core.tensors import with_weights
 from ..hooks.residual import capture_residual
 from ..models.anatomy import decoder_body, decoder_layers, fingerprint
-from ..models.batch import left_padded, position_arguments
+from ..models.batch import left_padded, pad_id, position_arguments
 from ..models.positions import check_prompt_fits
 from ..models.prompts import Prompt, listed_prompts, question_ids, template_hash
 
@@ -58,7 +58,7 @@ def read_questions(
     if not rows or not all(rows):
         raise InputError("there is no question to read; give at least one prompt, each with some text")
     check_prompt_fits(model, max(map(len, rows)))
-    ids, mask = left_padded(rows, model.device, tokenizer.pad_token_id or 0)
+    ids, mask = left_padded(rows, model.device, pad_id(tokenizer))
     body, cache = decoder_body(model), DynamicCache(config=model.config)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
     last = len(decoder_layers(model)) - 1
@@ -106,6 +106,8 @@ class DifficultyProbe(Artifact, nn.Module):
     fields = ProbeHeader
     remedy = "give a folder written by DifficultyProbe.save"
     unbound = "the probe belongs to no model yet; call bind(model, tokenizer) before save"
+    mean: Tensor
+    deviation: Tensor
 
     def __init__(self, hidden_size: int, hidden: int = 256, n_classes: int = len(CLASSES)) -> None:
         super().__init__()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..core.errors import InputError
-from .kv_cache import new_cache, state_argument
+from .kv_cache import new_cache, state_argument, without_adapters
 
 __all__ = [
     "Projection",
@@ -33,12 +33,17 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
         raise InputError(
             f"{type(model).__name__} has no attention layers with q_proj; use a Llama- or Gemma-like model"
         )
-    if any(module.layer_idx is None or module.layer_idx < 0 for module in found):
+    if any(module.layer_idx is None or layer_number(module) < 0 for module in found):
         raise InputError(
             f"attention layers of {type(model).__name__} do not know their number, as they are shared; use a model in "
             "which every layer has its own"
         )
-    return sorted(found, key=lambda m: m.layer_idx)
+    return sorted(found, key=layer_number)
+
+
+def layer_number(module: nn.Module) -> int:
+    """Which layer an attention module belongs to."""
+    return cast(int, module.layer_idx)
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -48,7 +53,8 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
         InputError: the decoder has no list of `num_hidden_layers` blocks, or several.
     """
     count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", 0)
-    lists = outermost(decoder_body(model), lambda part: isinstance(part, nn.ModuleList) and len(part) == count)
+    found = outermost(decoder_body(model), lambda part: isinstance(part, nn.ModuleList) and len(part) == count)
+    lists = cast(list[nn.ModuleList], found)
     if len(lists) > 1:  # as long as the blocks may be a list of norms or of projections
         lists = [blocks for blocks in lists if isinstance(blocks[0], GradientCheckpointingLayer)]
     if len(lists) != 1:
@@ -67,7 +73,7 @@ def decoder_body(model: PreTrainedModel) -> PreTrainedModel:
         raise InputError(
             f"{type(model).__name__} puts virtual tokens before each text, which hooks do not see; use a LoRA adapter"
         )
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = without_adapters(model)
     # OPT calls its decoder without its base model; a head may be called `decoder`, too; Llama 4 names no base model
     found = (inner.get_decoder(), inner.base_model, getattr(inner, "model", None))
     return next((part for part in found if isinstance(part, PreTrainedModel) and part is not inner), inner)
@@ -108,7 +114,7 @@ def head_mixer(model: PreTrainedModel, layer: int) -> tuple[nn.Module, int]:
     """The projection that mixes the heads of a layer, and head_dim: its input is (batch, time, heads * head_dim)."""
     layers = decoder_layers(model)
     check_layers(layers, [layer])
-    attention = getattr(layers[layer], "self_attn", None)
+    attention = cast(Any, getattr(layers[layer], "self_attn", None))
     for name in ("o_proj", "out_proj"):
         if hasattr(attention, name):
             return getattr(attention, name), attention.head_dim
@@ -140,7 +146,7 @@ def gated_mlp(model: PreTrainedModel, layer: int) -> dict[Literal["gate", "up"],
     """
     layers = decoder_layers(model)
     check_layers(layers, [layer])
-    mlp = getattr(layers[layer], "mlp", None)
+    mlp = cast(Any, getattr(layers[layer], "mlp", None))
     if hasattr(mlp, "experts") or hasattr(layers[layer], "block_sparse_moe"):
         raise InputError(
             f"layer {layer} of {type(model).__name__} is a mixture of experts, whose neurons have no one number; "
@@ -167,7 +173,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 def vocabulary_size(model: PreTrainedModel) -> int:
     """How many tokens have an embedding."""
-    return unwrapped(model.get_input_embeddings()).num_embeddings
+    return cast(int, unwrapped(model.get_input_embeddings()).num_embeddings)
 
 
 def effective_weight(module: nn.Module, what: str) -> Tensor:
@@ -179,27 +185,28 @@ def effective_weight(module: nn.Module, what: str) -> Tensor:
     Raises:
         InputError: quantized or offloaded weights, or an adapter whose change is no sum.
     """
-    parts = module._modules
+    layer = cast(Any, module)  # peft gives its layers much that no plain one has
+    parts = layer._modules
     if "modules_to_save" in parts:  # peft: a copy that was trained as a whole
-        off = module.disable_adapters or not module.active_adapters
-        module = module.original_module if off else module.modules_to_save[module.active_adapters[0]]
+        off = layer.disable_adapters or not layer.active_adapters
+        layer = layer.original_module if off else layer.modules_to_save[layer.active_adapters[0]]
     elif "token_adapter" in parts:  # peft: some rows of an embedding
-        module = module.token_adapter
-    weight = unwrapped(module).weight.detach()
+        layer = layer.token_adapter
+    weight = cast(Tensor, unwrapped(layer).weight).detach()
     if not weight.is_floating_point() or weight.itemsize < 2 or weight.dim() != 2:
         raise InputError(f"{what} holds quantized weights ({weight.dtype}); load the model in bfloat16 or float32")
     if weight.is_meta:
         raise InputError(f"{what} is offloaded; load the model on one device")
-    if "base_layer" not in module._modules or module.disable_adapters != module.merged:
+    if "base_layer" not in layer._modules or layer.disable_adapters != layer.merged:
         return weight  # no adapter, or one that is off, or in the weight already
-    for name in module.active_adapters:
-        if module.merged or not hasattr(module, "lora_A") or name in module.lora_variant:  # such as DoRA
+    for name in layer.active_adapters:
+        if layer.merged or not hasattr(layer, "lora_A") or name in layer.lora_variant:  # such as DoRA
             raise InputError(
-                f"{what} has the adapter {name!r} ({type(module).__name__}), whose change of the weight is not a sum; "
+                f"{what} has the adapter {name!r} ({type(layer).__name__}), whose change of the weight is not a sum; "
                 "call merge_and_unload() first"
             )
-        if name in module.scaling:
-            weight = weight + module.get_delta_weight(name).detach().to(weight.dtype)
+        if name in layer.scaling:
+            weight = weight + layer.get_delta_weight(name).detach().to(weight.dtype)
     return weight
 
 
@@ -220,7 +227,12 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 def unembedding(model: PreTrainedModel) -> Tensor:
     """The weight (vocabulary, width) of the output head."""
-    return effective_weight(model.get_output_embeddings(), "the output head")
+    return effective_weight(output_head(model), "the output head")
+
+
+def output_head(model: PreTrainedModel) -> nn.Module:
+    """The layer that makes logits of final hidden states."""
+    return cast(nn.Module, model.get_output_embeddings())
 
 
 def full_attention_layers(model: PreTrainedModel) -> list[int]:

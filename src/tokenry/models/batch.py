@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
-__all__ = ["left_padded", "position_arguments", "position_ids", "right_padded", "shared_length"]
+__all__ = ["left_padded", "pad_id", "position_arguments", "position_ids", "right_padded", "shared_length"]
 
 
 def left_padded(
@@ -25,6 +27,11 @@ def right_padded(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[Tensor, T
     width = max(map(len, rows))
     ids = torch.tensor([list(row) + [pad] * (width - len(row)) for row in rows])
     return ids, torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills rows up; 0 where the tokenizer has none."""
+    return cast(int, tokenizer.pad_token_id or 0)
 
 
 def position_ids(mask: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -27,19 +27,25 @@ __all__ = [
     "gather_columns",
     "held_columns",
     "keep_of_last",
+    "key_layers",
     "later_inputs",
     "layer_lengths",
     "new_cache",
     "remove_last",
     "rewind_obstacle",
     "state_argument",
+    "without_adapters",
 ]
 
 
 def forward_arguments(model: PreTrainedModel) -> Collection[str]:
     """The names that the model's forward takes; an adapter of peft hands on whatever it is given."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return inspect.signature(inner.forward).parameters
+    return inspect.signature(without_adapters(model).forward).parameters
+
+
+def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
+    """The model inside what peft puts around it, or the model."""
+    return cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def state_argument(model: PreTrainedModel) -> str | None:
@@ -80,12 +86,12 @@ def later_inputs(model: PreTrainedModel) -> dict[str, Any]:
 
 def new_cache(model: PreTrainedModel) -> Cache | None:
     """An empty cache; None where the model makes its own in the first forward."""
-    if state_argument(model) in (None, "state") or not model._supports_default_dynamic_cache():
+    if state_argument(model) in (None, "state") or not cast(Any, model)._supports_default_dynamic_cache():
         return None
     return DynamicCache(config=model.config)
 
 
-def held_columns(cache: object) -> int:
+def held_columns(cache: Any) -> int:
     """How many columns a cache holds, 0 also for none.
 
     Raises:
@@ -116,6 +122,12 @@ def rewind_obstacle(cache: Cache | None) -> str | None:
     return None
 
 
+def key_layers(cache: Cache) -> list[Any]:
+    """The layers of a cache, for their `keys` and `values` (None before a layer is used) and, with a window, their
+    `cumulative_length`. To type checkers a layer is of any kind, also of those that have none of these."""
+    return cache.layers
+
+
 def is_sliding(cache: object) -> bool:
     """Whether any layer keeps only a window."""
     return any(getattr(layer, "is_sliding", False) for layer in getattr(cache, "layers", []))
@@ -139,7 +151,7 @@ def remove_last(cache: Cache, counts: Sequence[int]) -> None:
     `Cache.crop` gives one count to every layer, which is wrong when layers were skipped, and shrinks sliding
     layers to their window, so that a second rewind would find too little.
     """
-    for layer, count in zip(cache.layers, counts, strict=True):
+    for layer, count in zip(key_layers(cache), counts, strict=True):
         if count == 0 or layer.keys is None:
             continue
         layer.keys, layer.values = layer.keys[:, :, :-count], layer.values[:, :, :-count]
@@ -154,7 +166,7 @@ def gather_columns(cache: Cache, columns: Tensor) -> None:
     columns keeps what it still has (the rest lies outside every later window).
     """
     kept = columns.shape[1]
-    for layer in cache.layers:
+    for layer in key_layers(cache):
         if layer.keys is None:
             continue
         held = layer.keys.shape[-2]
@@ -174,7 +186,7 @@ def keep_of_last(cache: Cache, index: Tensor, count: int) -> None:
     Written in place at the front of these columns, so that what lies before them is not copied.
     """
     kept = index.shape[1]
-    for layer in cache.layers:
+    for layer in key_layers(cache):
         if layer.keys is None:
             continue
         start = layer.keys.shape[-2] - count
@@ -222,7 +234,7 @@ class ShortLayer(DynamicLayer):
         super().reset()
         self.columns, self.length, self.valid = self.columns[:, :0], 0, None
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         self._take(beam_idx)
 

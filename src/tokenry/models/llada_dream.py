@@ -91,7 +91,7 @@ def _dream_config(config: dict[str, Any]) -> Qwen2Config:
     return Qwen2Config(
         rope_parameters={"rope_type": "default", "rope_theta": config["rope_theta"]},
         bos_token_id=None,
-        token_shift=True,
+        token_shift=True,  # pyright: ignore[reportCallIssue]  # a config keeps any further name
         **{name: config[name] for name in (*SIZES, *TOKENS)},
     )
 

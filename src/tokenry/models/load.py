@@ -20,11 +20,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from filelock import FileLock
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -136,7 +137,8 @@ def load(
         if model is None:
             model = _load(folder, str(name), trust_remote_code=trust_remote_code, dtype=dtype)
         read = read_processor if kind_of(model.config) == "vision_language" else read_tokenizer
-        loaded = Loaded(model.to(device).eval(), read(folder, trust_remote_code, padding_side="left"))
+        cast(nn.Module, model).to(device)  # transformers gives its own `to` no signature
+        loaded = Loaded(model.eval(), read(folder, trust_remote_code, padding_side="left"))
         if loaded.tokenizer.pad_token_id is None:
             loaded.tokenizer.pad_token = loaded.tokenizer.eos_token
     check_generation_settings(settings, model.config.get_text_config().vocab_size, str(name))
@@ -165,9 +167,7 @@ def _load(folder: str, name: str, *, trust_remote_code: bool, dtype: torch.dtype
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     kind = kind_of(config)
     if kind == "vision_language":
-        model, found = AutoModelForImageTextToText.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, dtype=dtype, **WATCHED
-        )
+        model, found = _watched(AutoModelForImageTextToText, folder, trust_remote_code=trust_remote_code, dtype=dtype)
         check_weights(found, type(model).__name__)
         return model
     _check_kind(kind, config, name)
@@ -190,9 +190,7 @@ def load_causal(folder: str, *, trust_remote_code: bool = False, **options: Any)
         InputError: an encoder, or weights that are not its own; and see `reading`, in which this stands.
     """
     read_config(Path(folder) / options.get("subfolder", ""))
-    model, found = AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=trust_remote_code, **WATCHED, **options
-    )
+    model, found = _watched(AutoModelForCausalLM, folder, trust_remote_code=trust_remote_code, **options)
     denoises = not getattr(model.config.get_text_config(decoder=True), "is_causal", True)
     if sees_both_sides(model) and not denoises:
         raise InputError(
@@ -201,6 +199,11 @@ def load_causal(folder: str, *, trust_remote_code: bool = False, **options: Any)
         )
     check_weights(found, type(model).__name__)
     return model
+
+
+def _watched(kind: Any, folder: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and the names of weights that were missing, unexpected or of another shape."""
+    return kind.from_pretrained(folder, **WATCHED, **options)
 
 
 def cache_folder() -> Path:
@@ -227,7 +230,7 @@ def _device(device: str | torch.device | None) -> torch.device:
         (found.type == "cpu" and found.index in (None, 0))
         or (here is not None and found.type == here.type and (found.index or 0) < torch.accelerator.device_count())
     )
-    if not usable:
+    if found is None or not usable:
         raise InputError(f"there is no device {str(device)!r} here; use cpu" + (f" or {here.type}" if here else ""))
     return found
 
@@ -313,7 +316,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     )
     config = source.config
     if hasattr(config, "quantization_config"):
-        del config.quantization_config
+        del config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
     config._name_or_path = HUB_ID
     # A plain model: one that was read from GGUF cannot be saved.
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)

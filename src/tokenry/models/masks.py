@@ -15,7 +15,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ..core.errors import InputError
 from .anatomy import decoder_body, outermost, vocabulary_size
-from .kv_cache import is_sliding, rewind_obstacle
+from .kv_cache import is_sliding, key_layers, rewind_obstacle
 
 __all__ = [
     "as_attention_mask",
@@ -234,7 +234,7 @@ def tree_mask(
             "with full or sliding attention"
         )
     full = as_attention_mask(model, allowed[:, None])
-    near = [layer for layer in cache.layers if getattr(layer, "is_sliding", False)]
+    near = [layer for layer in key_layers(cache) if getattr(layer, "is_sliding", False)]
     if not near:
         return full
     layer, new = near[0], allowed.shape[1]

@@ -35,9 +35,10 @@ def check_prompt_fits(model: PreTrainedModel, length: int, new: int = 1) -> None
     window = context_window(model)
     if window is not None and length >= window:
         raise InputError(f"the prompt has {length} tokens, the model's context window {window}; shorten the prompt")
-    if fixed_positions(model) is not None and length + new > window:
+    fixed = fixed_positions(model)
+    if fixed is not None and length + new > fixed:
         raise InputError(
-            f"the prompt has {length} tokens and with {new} new ones more than the model's {window} positions; shorten "
+            f"the prompt has {length} tokens and with {new} new ones more than the model's {fixed} positions; shorten "
             "it"
         )
 

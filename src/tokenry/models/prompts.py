@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 import torch
@@ -13,7 +13,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from ..core.errors import InputError
 from ..text.token_text import check_encodable
-from .batch import left_padded, shared_length
+from .batch import left_padded, pad_id, shared_length
 
 __all__ = ["Prompt", "Prompts", "encode_prompts", "listed_prompts", "prompt_ids", "question_ids", "rendered"]
 
@@ -27,7 +27,7 @@ Prompts = str | Messages | Ids | Mapping[str, Any] | Sequence[str | Messages | I
 RAISED = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
-def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], **options: Any) -> str:
+def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
     """The text of messages in the chat template.
 
     Args:
@@ -37,7 +37,7 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str,
         InputError: the template cannot take these messages, or is none, or makes nothing of them.
     """
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        text = cast(str, tokenizer.apply_chat_template(cast(list, messages), tokenize=False, **options))
     except RAISED as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
@@ -70,7 +70,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, chat: b
     if any(_is_ids(row) for row in rows):
         if not all(_is_ids(row) and len(row) for row in rows):
             raise InputError("some prompts are ids and some are not, or empty; give ids for all of them, or texts")
-        ids, mask = left_padded([torch.as_tensor(row).tolist() for row in rows], "cpu", tokenizer.pad_token_id or 0)
+        ids, mask = left_padded([torch.as_tensor(row).tolist() for row in rows], "cpu", pad_id(tokenizer))
         return BatchEncoding({"input_ids": ids, "attention_mask": mask.long()})
     if not rows or any(isinstance(p, str) and not p.strip() for p in rows):
         raise InputError("the prompt is empty; give some text to continue")

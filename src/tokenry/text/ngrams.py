@@ -24,9 +24,9 @@ class _Node:
 
     __slots__ = ("children", "kept", "ngram", "own")
 
-    def __init__(self) -> None:
+    def __init__(self, kept: frozenset[str] = frozenset()) -> None:
         self.children: dict[str, _Node] = {}
-        self.kept: frozenset[str] | None = None
+        self.kept = kept
         self.ngram: NGram | None = None
         self.own: frozenset[str] = frozenset()
 
@@ -80,6 +80,6 @@ class NGrams:
         self.kept |= own
         node = self.root
         for word in ngram:
-            node = node.children.setdefault(word, _Node())
-            node.kept = own if node.kept is None else node.kept & own
+            node = node.children.setdefault(word, _Node(own))
+            node.kept &= own
         node.ngram, node.own = ngram, own

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from copy import copy
+from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -84,4 +85,5 @@ class TokenText:
 
     def _decode(self, stop: int) -> str:
         ids = self.context + self.ids[:stop] if self.lead < 0 else self.ids[self.lead : stop]
-        return self.tokenizer.decode(ids, skip_special_tokens=self.skip_special, clean_up_tokenization_spaces=False)
+        text = self.tokenizer.decode(ids, skip_special_tokens=self.skip_special, clean_up_tokenization_spaces=False)
+        return cast(str, text)  # one text of a flat list

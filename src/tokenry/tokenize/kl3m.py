@@ -39,9 +39,11 @@ class KL3M(TokenizeMethod):
         "short tokens cut wrong and right spellings at the same places."
     )
 
-    kind: Literal["domain", "char"] = Field("domain", description="domain, or char for short tokens and no custom ones")
+    kind: Literal["domain", "char"] = Field(
+        default="domain", description="domain, or char for short tokens and no custom ones"
+    )
     vocab_size: int | None = Field(
-        None,
+        default=None,
         ge=282,
         le=2**20,
         description="entries before padding, with room for custom ones; none is 32768, char 4096",
@@ -52,17 +54,18 @@ class KL3M(TokenizeMethod):
     )
     lowercase: bool = Field(False, description="lower-case the input")
     max_chars: int | None = Field(
-        None, ge=2, le=1024, description="kind=char: longest token, in byte-level characters; none is 3"
+        default=None, ge=2, le=1024, description="kind=char: longest token, in byte-level characters; none is 3"
     )
     custom_tokens: Annotated[tuple[str, ...], BeforeValidator(read_custom_tokens)] = Field(
         tuple(GROUPS), description="kind=domain: groups, further tokens, or a file with one a line; none for no tokens"
     )
-    pad_to_power_of_two: bool = Field(True, description="fill up by whitespace runs, then reserved tokens")
+    pad_to_power_of_two: bool = Field(default=True, description="fill up by whitespace runs, then reserved tokens")
     single_word_alpha: bool = Field(
-        True, description="custom tokens of letters and digits match whole words only; false is the paper's code"
+        default=True,
+        description="custom tokens of letters and digits match whole words only; false is the paper's code",
     )
     official_alphabet: bool = Field(
-        False, description="start from chr(0) to chr(254) as the published char files do, and lose unseen bytes"
+        default=False, description="start from chr(0) to chr(254) as the published char files do, and lose unseen bytes"
     )
 
     @model_validator(mode="after")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from ..core.errors import InputError
 from ..core.hashes import digest
 from ..hooks.attention import AttentionCall, allowed, is_edited
 from ..hooks.residual import Feed
-from ..models.anatomy import fingerprint, head_mixer
+from ..models.anatomy import fingerprint, head_mixer, output_head
 from ..text.spans import find_spans, text_offsets
 from .reducers import Reducer
 
@@ -36,7 +37,7 @@ class Recorder:
         self.settings: dict[str, dict] = {}  # how to rebuild the maps of a layer
         self.valid = torch.zeros(0, 0, dtype=torch.bool)  # (batch, columns): not padding
         self.prompt = 0
-        self.feed: Feed | None = None
+        self.feed = Feed(ids=None, mask=None, positions=None, start=0, new=0)  # the newest; this one stands for none
         self.unfinished = False  # a forward has begun; still so afterwards if it was refused or failed on its way
 
     # --- during a forward ------------------------------------------------------------------------------------
@@ -49,13 +50,13 @@ class Recorder:
         if feed.start > held:
             raise InputError(f"the cache holds {feed.start} tokens, {held} were traced; capture from the first forward")
         if feed.start < held:
-            self._take_back(feed, held)
+            self._take_back(feed, len(feed.ids), held)
         if self.valid.shape[1] == 0:
             self.settings, self.prompt = {}, feed.new
             self.live = [copy.deepcopy(list(self.reducers)) for _ in feed.ids]
         self.feed, self.unfinished = feed, True
         self.start, self.stop = self.valid.shape[1], self.valid.shape[1] + feed.new
-        self.valid = self._valid(feed, device)
+        self.valid = self._valid(feed, feed.ids)
         positions = torch.arange(self.start, self.stop, device=device) if feed.positions is None else feed.positions
         self._add("ids", feed.ids)
         self._add("position_ids", positions.expand(len(feed.ids), -1))
@@ -63,21 +64,21 @@ class Recorder:
         wanted = torch.isin(order, self.positions.to(device)) & self.valid[:, self.start :]
         self.wanted.append(wanted.any(0).nonzero().squeeze(1) + self.start)
 
-    def _valid(self, feed: Feed, device: torch.device) -> Tensor:
+    def _valid(self, feed: Feed, ids: Tensor) -> Tensor:
         """Which of all columns so far are tokens; a mask with a column for each may also hide older ones."""
-        new = torch.ones(feed.ids.shape, dtype=torch.bool, device=device)
+        new = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
         if isinstance(feed.mask, Tensor) and feed.mask.dim() == 2:
             if feed.mask.shape[1] == self.stop:
                 return feed.mask.bool()
             new = feed.mask[:, -feed.new :].bool()
-        elif feed.mask is not None and len(feed.ids) > 1:
+        elif feed.mask is not None and len(ids) > 1:
             raise InputError("a mask prepared for attention does not tell which columns are padding; pass a 2-D mask")
         return new if self.start == 0 else torch.cat([self.valid, new], 1)
 
-    def _take_back(self, feed: Feed, held: int) -> None:
+    def _take_back(self, feed: Feed, rows: int, held: int) -> None:
         keep = feed.start
         if feed.start > 0:
-            if len(feed.ids) > 1:
+            if rows > 1:
                 raise InputError(
                     f"the cache holds {feed.start} columns after {held} were fed; "
                     "trace one sequence at a time where tokens are taken back"
@@ -184,7 +185,7 @@ class Recorder:
         self._add("final", output[0])
         self.unfinished = False
 
-    def check_logits(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+    def check_logits(self, module: PreTrainedModel, args: tuple, kwargs: dict, output: Any) -> None:
         """Refuse a model that changes its logits after the head in a way `head_logits` does not know."""
         chosen = isinstance(kwargs.get("logits_to_keep"), Tensor)  # then the last row may be any column
         if chosen or len(self.columns["final"]) > 1 or getattr(output, "logits", None) is None:
@@ -203,7 +204,7 @@ class Recorder:
         """Tensors and header of every row."""
         self._forget_unfinished()
         whole = {name: _join(parts) for name, parts in self.columns.items() if parts}
-        if self.qk and not self.settings and self.feed is not None:
+        if self.qk and not self.settings and self.feed.ids is not None:
             raise InputError(
                 f"the attention of {type(self.model).__name__} does not go through transformers' attention functions, "
                 "so it cannot be observed; leave qk out"
@@ -249,7 +250,7 @@ class Recorder:
             made.append((tensors, header | {"text": text, "spans": find_spans(text, starts, int(valid.sum()), prompt)}))
         return made
 
-    def _head_outputs(self, row: int, valid: Tensor, heads: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _head_outputs(self, row: int, valid: Tensor, heads: dict[int, Tensor]) -> dict[str, Tensor]:
         if not heads:
             return {}
         columns = torch.cat(self.wanted)
@@ -266,7 +267,7 @@ def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits (n, vocab) in float32 from final hidden states (n, width), scaled and capped as the config says."""
     config = model.config.get_text_config()
     with torch.no_grad():
-        logits = model.get_output_embeddings()(hidden).float()
+        logits = output_head(model)(hidden).float()
     logits = logits * (getattr(config, "logit_scale", None) or 1.0)  # Cohere
     logits = logits / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
     cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)  # Gemma

@@ -16,7 +16,7 @@ import json
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, Strict
@@ -152,7 +152,7 @@ class Trace:
         spans = find_spans(self.text, starts, len(self), length)
         return Trace(self.tensors, {**self.header, "spans": spans}, self.model)
 
-    def hidden(self, layer: int | str) -> Tensor:
+    def hidden(self, layer: int | Literal["final"]) -> Tensor:
         """Hidden states (T, width): "final" after the norm, or resid[layer], 0 the embeddings, L (or -1) the last."""
         if layer == "final":
             return self.tensors["final"]
@@ -174,9 +174,9 @@ class Trace:
         if setting["edited"]:
             raise InputError(f"the mask of layer {layer} was edited during the capture; record rows with a reducer")
         picked = _index(rows, len(self))
-        heads = torch.arange(query.shape[1]) if heads is None else torch.as_tensor(heads)
-        key = key[:, heads // (query.shape[1] // key.shape[1])]  # query head h reads key head h // group
-        scores = torch.einsum("rhd,khd->hrk", query[picked][:, heads], key) * setting["scaling"]
+        wanted = torch.arange(query.shape[1]) if heads is None else torch.as_tensor(heads)
+        key = key[:, wanted // (query.shape[1] // key.shape[1])]  # query head h reads key head h // group
+        scores = torch.einsum("rhd,khd->hrk", query[picked][:, wanted], key) * setting["scaling"]
         back = picked[:, None] - torch.arange(len(self))
         seen = (back >= 0) & (back < (setting["window"] or len(self)))
         return scores.masked_fill(~seen, -torch.inf).softmax(-1)
@@ -243,10 +243,10 @@ def capture(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     hidden: Collection[int] = (),
-    qk: Collection[int] | str | None = None,
+    qk: Collection[int] | Literal["all"] | None = None,
     head_outputs: Collection[int] = (),
     reducers: Sequence[Reducer] = (),
-    neurons: Collection[int] | str = (),
+    neurons: Collection[int] | Literal["all"] = (),
 ) -> Iterator[Captured]:
     """Record the tokens fed to `model`, in one forward or in cached steps (`model.generate`, without beams).
 

@@ -39,11 +39,11 @@ def _html() -> list[str]:
     return tags + [form for name in ATTRIBUTES for form in (f" {name}=", f" {name.upper()}=")]
 
 
-def _json() -> list[str]:
+def _json() -> Sequence[str]:
     return '{" "} [" "] ": "," ":" null true false'.split()
 
 
-def _xml() -> list[str]:
+def _xml() -> Sequence[str]:
     return "<!-- --> <![CDATA[ ]]> <?xml <xml </xml>".split()
 
 
@@ -73,7 +73,7 @@ def _database(name: str) -> dict[str, Any]:
     return json.loads((files("reporters_db") / "data" / f"{name}.json").read_text(encoding="utf-8"))
 
 
-GROUPS: Mapping[str, Callable[[], list[str]]] = {
+GROUPS: Mapping[str, Callable[[], Sequence[str]]] = {
     "whitespace": _whitespace,
     "markdown": _markdown,
     "html": _html,
