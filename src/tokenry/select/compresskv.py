@@ -121,6 +121,7 @@ class CompressKV(SelectMethod):
             raise InputError(f"top_heads={top} is more than the model's {count} heads; give 1 to {count}")
         if self.heads == "random":
             return {layer: random.Random(f"{self.seed} {layer}").sample(range(count), top) for layer in layers}
+        assert profile is not None  # it is, as its heads are wanted
         short = [layer for layer in layers if len(profile.order[layer]) < top]
         if short:
             raise InputError(
@@ -133,6 +134,7 @@ class CompressKV(SelectMethod):
     def _budgets(self, layers: list[int], profile: HeadProfile | None) -> dict[int, int]:
         if not self.adaptive:
             return dict.fromkeys(layers, self.budget)
+        assert profile is not None  # it is, as its errors are wanted
         if profile.error is None:
             raise InputError(
                 "the head profile has no layer errors; measure them with layer_eviction_error or give adaptive=False"

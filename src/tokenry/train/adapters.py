@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -61,7 +61,7 @@ def without_adapter(model: PeftModel) -> PreTrainedModel:
 def untie(model: PreTrainedModel) -> None:
     """Give the unembedding weights of its own where it shares the embeddings', so that it can be trained alone."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    head = getattr(head, "base_layer", head)  # with an adapter on it
+    head = cast(nn.Linear, getattr(head, "base_layer", head))  # with an adapter on it
     if head.weight is embeddings.weight:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
     model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
@@ -69,6 +69,6 @@ def untie(model: PreTrainedModel) -> None:
 
 def merged(model: PeftModel) -> PreTrainedModel:
     """The plain model with the active adapter merged into its weights; embeddings keep their own."""
-    untie(model.get_base_model())
+    untie(cast(PreTrainedModel, model.get_base_model()))
     with torch.no_grad():
         return model.merge_and_unload()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from pydantic import Field
@@ -35,6 +35,9 @@ from .contract import TrainMethod, report_progress
 from .preference.evaluation import score_pairs
 from .preference.pairs import Pair, balance_pairs, read_pairs, to_pairs, without_function_words
 from .preference.trainer import FTPOConfig, FTPOTrainer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 __all__ = ["FTPO", "auto_learning_rate"]
 
@@ -136,9 +139,10 @@ class FTPO(TrainMethod):
 
     def save(self, trainer: FTPOTrainer, folder: Path) -> None:
         """The merged model, which loads anywhere, and the adapter beside it."""
-        save_adapter(trainer.model, folder / "adapter")
-        merged(trainer.model).save_pretrained(folder)
-        trainer.processing_class.save_pretrained(folder)
+        model, tokenizer = cast("PeftModel", trainer.model), cast(PreTrainedTokenizerBase, trainer.processing_class)
+        save_adapter(model, folder / "adapter")
+        merged(model).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def auto_learning_rate(examples: int, batch_size: int, rank: int, scale: float = 0.15) -> float:

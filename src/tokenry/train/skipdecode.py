@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..core.errors import InputError
 from ..hooks.layers import mask_layers
-from ..hooks.skip_schedule import SkipSchedule
+from ..hooks.skip_schedule import Kind, SkipSchedule
 from ..models.anatomy import decoder_layers
 
 try:
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]  # they are public there
 except ModuleNotFoundError:
     raise InputError("SkipDecodeTrainer needs the package trl; run `pip install tokenry[train]`") from None
 
@@ -35,6 +36,9 @@ class SkipDecodeTrainer(SFTTrainer):
         InputError: a schedule that the model has no layers for, LayerDrop, or a router's auxiliary loss.
     """
 
+    model: PreTrainedModel
+    args: SkipDecodeConfig
+
     def __init__(self, model: Any, args: SkipDecodeConfig, *further: Any, **kwargs: Any) -> None:
         super().__init__(model, args, *further, **kwargs)
         self.schedule = SkipSchedule(
@@ -43,7 +47,7 @@ class SkipDecodeTrainer(SFTTrainer):
             args.e_min,
             args.warmup,
             planned_new_tokens=args.planned_new_tokens,
-            kind=args.schedule,
+            kind=cast(Kind, args.schedule),  # others are refused
             power=args.power,
         )
         if getattr(self.model.config, "layerdrop", 0):
@@ -72,7 +76,9 @@ class SkipDecodeTrainer(SFTTrainer):
         if not (self.args.sample_e_min and self.model.training):
             return self.schedule
         rng = random.Random(f"{self.args.seed} {self.state.global_step}")
-        return replace(self.schedule, e_min=rng.randint(self.schedule.e_min, self.schedule.e_max))
+        # the schedule has filled in what was none
+        least, most = cast(tuple[int, int], (self.schedule.e_min, self.schedule.e_max))
+        return replace(self.schedule, e_min=rng.randint(least, most))
 
 
 @dataclass

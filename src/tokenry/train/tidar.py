@@ -7,7 +7,7 @@ and each other, and predict the tokens at their own places: a block is hidden as
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +100,7 @@ def tidar_loss(
     learned = _learnt(input_ids, mask_token_id, block_size, attention_mask, labels)
     if not alpha >= 0:
         raise InputError(f"alpha={alpha} is not allowed; give a weight >= 0")
-    inner = getattr(model, "module", model)  # what spreads a model over devices has no config
+    inner = cast(PreTrainedModel, getattr(model, "module", model))  # what spreads a model over devices has no config
     outputs = model(
         input_ids=torch.cat([input_ids, torch.full_like(input_ids, mask_token_id)], 1),
         attention_mask=as_attention_mask(inner, block_diffusion_mask(length, block_size)),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def examples(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[list[int], int]]:
     """Endless training examples: ids of prompt and window, and how many of them are the prompt."""
     rng = random.Random(seed)
-    vocabulary, eos = tokenizer.get_vocab(), tokenizer.eos_token_id
+    vocabulary, eos = tokenizer.get_vocab(), cast(int, tokenizer.eos_token_id)
     while True:
         (task,) = rng.choices(PUZZLES, SHARES)
         problem = task.draw(rng.choice(LEVELS[task.name]), rng)
@@ -89,7 +90,7 @@ def train(seed: int = 0, progress: Progress | None = None) -> tuple[PreTrainedMo
     tokenizer = build_tokenizer()
     own = {"tie_word_embeddings": False, "is_causal": False, "mask_token_id": tokenizer.mask_token_id}
     model = untrained_llama(tokenizer, 128, **own, **SHAPE)
-    batches = batches_by_length(examples(tokenizer, seed), BATCH_TOKENS, tokenizer.pad_token_id)
+    batches = batches_by_length(examples(tokenizer, seed), BATCH_TOKENS, cast(int, tokenizer.pad_token_id))
     fit(model, batches, STEPS, learning_rate=3e-3, loss=_loss, progress=progress)
     return model, tokenizer
 
@@ -114,12 +115,13 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[
     Returns also `ends`: the share of all answers after which every token is end-of-text.
     """
     denoiser = MaskedDiffusionModel(model, tokenizer)
-    found, ends = {}, []
+    found, ends, eos = {}, [], cast(int, tokenizer.eos_token_id)
     for task in PUZZLES:
         problems = draw_problems(task, 120, levels=LEVELS[task.name])
         inputs = encode_prompts(tokenizer, [problem.question for problem in problems])
         out = diffusion_generate(denoiser, **inputs, gen_length=20, block_length=None, tokenizer=tokenizer)
-        right = [task.check(problem, text) for problem, text in zip(problems, out.texts)]
+        right = [task.check(problem, text) for problem, text in zip(problems, cast(list[str], out.texts))]
         found[task.name] = sum(right) / len(right)
-        ends += [set(window[len(ids) :]) == {tokenizer.eos_token_id} for window, ids in zip(out.windows, out.new_ids)]
+        windows, answers = cast(tuple[list[list[int]], list[list[int]]], (out.windows, out.new_ids))
+        ends += [set(window[len(ids) :]) == {eos} for window, ids in zip(windows, answers)]
     return {**found, "ends": sum(ends) / len(ends)}

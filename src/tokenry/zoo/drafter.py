@@ -9,10 +9,11 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
+from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.problems import Arithmetic, Problem, draw_problems
 from ..decode.api import generate
@@ -38,7 +39,7 @@ SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "max_new_tokens":
 
 def teacher_texts(
     teacher: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[Problem],
     seed: int,
     size: int = 250,
@@ -48,7 +49,8 @@ def teacher_texts(
     for start in range(0, len(problems), size):
         batch = [p.question + (DIRECT if rng.random() < DIRECT_SHARE else "") for p in problems[start : start + size]]
         out = generate(teacher, tokenizer, batch, seed=seed + start, **SAMPLING)
-        found += [(prompt + new, len(prompt)) for prompt, new in zip(out.prompt_ids, out.new_ids)]
+        prompts, written = cast(tuple[list[list[int]], list[list[int]]], (out.prompt_ids, out.new_ids))
+        found += [(prompt + new, len(prompt)) for prompt, new in zip(prompts, written)]
     return found
 
 
@@ -73,22 +75,23 @@ def shuffled(batches: list[dict[str, Tensor]], seed: int) -> Iterator[dict[str, 
         yield from rng.sample(batches, len(batches))
 
 
-def train(seed: int = 0, progress: Progress | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def train(seed: int = 0, progress: Progress | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Collect texts and what the teacher says about them, then distil it, from the seed."""
     teacher, tokenizer = load(TEACHER, device="cpu")
     problems = draw_problems(Arithmetic(), SAMPLED, seed, "train", LEVELS)
     own = teacher_texts(teacher, tokenizer, problems, seed)
     texts = chain(own, islice(examples(tokenizer, seed + 1), TAUGHT))
-    batches = batches_by_length(texts, BATCH_TOKENS, tokenizer.pad_token_id, seed)
+    batches = batches_by_length(texts, BATCH_TOKENS, cast(int, tokenizer.pad_token_id), seed)
     known = [with_targets(teacher, batch) for batch in batches]
     torch.manual_seed(seed)
-    student = LlamaForCausalLM(type(teacher.config).from_dict({**teacher.config.to_dict(), **SHAPE}))
+    shape = type(teacher.config).from_dict({**teacher.config.to_dict(), **SHAPE})
+    student = LlamaForCausalLM(cast(LlamaConfig, shape))
     fit(student, shuffled(known, seed), STEPS, learning_rate=3e-3, loss=distillation_loss, progress=progress)
     return student, tokenizer
 
 
 @torch.no_grad()
-def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
+def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
     """On 120 test problems: `agreement`, the mean over the teacher's own texts at temperature 1 of sum min(p, q), which
     is the acceptance rate of one draft; `same`, how often both think the same token the likeliest; `accuracy`, the
     share of problems that the model solves by itself at temperature 0.8."""
@@ -106,5 +109,5 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[
     return {
         "agreement": float(torch.cat(shared).mean()),
         "same": float(torch.cat(same).mean()),
-        "accuracy": sum(task.check(p, text) for p, text in zip(problems, texts)) / len(problems),
+        "accuracy": sum(task.check(p, text) for p, text in zip(problems, cast(list[str], texts))) / len(problems),
     }

@@ -22,9 +22,10 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import cast
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..data.problems import Arithmetic, Problem, apply_sign, by_difficulty, draw_problems, split_of
 from ..decode.api import generate
@@ -142,9 +143,9 @@ def judging_prompt(question: str, steps: str) -> str:
     return f"<user>{question}<assistant><think>\n{steps}\n<eos><user>{asked}<assistant>{begin}"
 
 
-def examples(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[list[int], int]]:
+def examples(tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[tuple[list[int], int]]:
     """Endless training examples: token ids, and how many of them are the prompt."""
-    task, rng = Arithmetic(), random.Random(seed)
+    task, rng, eos = Arithmetic(), random.Random(seed), cast(int, tokenizer.eos_token_id)
     while True:
         problem = task.draw(rng.choice(LEVELS), rng)
         if split_of(problem.question) != "train":
@@ -158,7 +159,7 @@ def examples(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[li
             prompt = f"<user>{problem.question}{DIRECT if direct else ''}<assistant><think>\n"
             text = solution(problem, rng, direct)
         head = tokenizer.encode(prompt, add_special_tokens=False)
-        yield head + tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id], len(head)
+        yield head + tokenizer.encode(text, add_special_tokens=False) + [eos], len(head)
 
 
 # --- the recipe ----------------------------------------------------------------------------------------------------
@@ -174,7 +175,7 @@ def untrained(seed: int = 0, shape: Mapping[str, int] = SHAPE) -> tuple[PreTrain
 def train(seed: int = 0, progress: Progress | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Train it from the seed."""
     model, tokenizer = untrained(seed)
-    batches = batches_by_length(examples(tokenizer, seed), BATCH_TOKENS, tokenizer.pad_token_id)
+    batches = batches_by_length(examples(tokenizer, seed), BATCH_TOKENS, cast(int, tokenizer.pad_token_id))
     for steps, learning_rate in PHASES:
         fit(model, batches, steps, learning_rate, progress=progress)
     return model, tokenizer
@@ -192,15 +193,16 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[
         style: generate(model, tokenizer, [problem.question + style for problem in problems], **options)
         for style in ("", DIRECT)
     }
-    right = {s: [task.check(p, text) for p, text in zip(problems, out.texts)] for s, out in outputs.items()}
+    texts = {style: cast(list[str], out.texts) for style, out in outputs.items()}
+    right = {style: [task.check(p, text) for p, text in zip(problems, texts[style])] for style in texts}
     levels = by_difficulty(problems)
     return {
         "accuracy": _share(right[""]),
         "easiest": _share([right[""][i] for i in levels[LEVELS[0]]]),
         "hardest": _share([right[""][i] for i in levels[LEVELS[-1]]]),
         "direct": _share(right[DIRECT]),
-        "finished": _share([ids[-1] == tokenizer.eos_token_id for ids in outputs[""].new_ids]),
-        "reflects": _share(["wait" in text or "check" in text for text in outputs[""].texts]),
+        "finished": _share([ids[-1] == tokenizer.eos_token_id for ids in cast(list[list[int]], outputs[""].new_ids)]),
+        "reflects": _share(["wait" in text or "check" in text for text in texts[""]]),
         "judges": _judged_rightly(model, tokenizer, problems),
     }
 
@@ -215,7 +217,7 @@ def _judged_rightly(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, 
     cases = [(problem, *judgment(problem, rng)) for problem in problems]
     texts = [judging_prompt(problem.question, steps) for problem, steps, _ in cases]
     inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
-    good, bad = tokenizer.convert_tokens_to_ids(["9", "0"])
+    good, bad = cast(list[int], tokenizer.convert_tokens_to_ids(["9", "0"]))
     logits = model(**inputs, logits_to_keep=1).logits[:, -1]
     return _share(
         [found == (score == 9) for found, (_, _, score) in zip((logits[:, good] > logits[:, bad]).tolist(), cases)]

@@ -198,7 +198,8 @@ def build(
 
 def save(loaded: Loaded, folder: Path) -> None:
     """In Hugging Face format, half precision."""
-    loaded.model.to(torch.float16).save_pretrained(folder)
+    half = loaded.model.to(torch.float16)  # pyright: ignore[reportArgumentType]  # wrapped, it does not look like a method
+    half.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
 
 

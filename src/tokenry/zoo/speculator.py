@@ -7,6 +7,7 @@ judge.
 from __future__ import annotations
 
 from itertools import islice
+from typing import cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -29,8 +30,9 @@ LAST, SMALL = 1200, 2500  # steps of the last phase, tokens of a batch
 def train(seed: int = 0, progress: Progress | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Train it from the seed: most of a long schedule, then a short one with smaller batches of new examples."""
     model, tokenizer = untrained(seed, SHAPE)
-    first = batches_by_length(examples(tokenizer, seed), LARGE, tokenizer.pad_token_id)
+    pad = cast(int, tokenizer.pad_token_id)
+    first = batches_by_length(examples(tokenizer, seed), LARGE, pad)
     fit(model, islice(first, FIRST), PLANNED, learning_rate=2e-3, progress=progress)
-    last = batches_by_length(examples(tokenizer, seed + 1), SMALL, tokenizer.pad_token_id)
+    last = batches_by_length(examples(tokenizer, seed + 1), SMALL, pad)
     fit(model, last, LAST, learning_rate=1e-3, warmup=50, progress=progress)
     return model, tokenizer

@@ -16,6 +16,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import cast
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -276,7 +277,7 @@ def examples(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[li
     while True:
         text = story(rng)
         if split_of(text[: text.index(".") + 1]) == "train":
-            yield [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id], 0
+            yield [*tokenizer.encode(text, add_special_tokens=False), cast(int, tokenizer.eos_token_id)], 0
 
 
 def untrained(tokenizer: PreTrainedTokenizerFast, **shape: int) -> LlamaForCausalLM:
@@ -289,7 +290,7 @@ def train(seed: int = 0, progress: Progress | None = None) -> tuple[PreTrainedMo
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     model = untrained(tokenizer)
-    batches = batches_by_length(examples(tokenizer, seed), BATCH_TOKENS, tokenizer.pad_token_id)
+    batches = batches_by_length(examples(tokenizer, seed), BATCH_TOKENS, cast(int, tokenizer.pad_token_id))
     fit(model, batches, STEPS, learning_rate=3e-3, warmup=100, progress=progress)
     return model, tokenizer
 
@@ -299,8 +300,8 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[
     prompts = openings(200, "test")
     options = {"do_sample": True, "top_k": 0, "max_new_tokens": 80, "seed": 0}
     output = generate(model, tokenizer, prompts, **options)
-    texts = [f"{prompt} {text}" for prompt, text in zip(prompts, output.texts)]
-    ended = [ids[-1] == tokenizer.eos_token_id for ids in output.new_ids]
+    texts = [f"{prompt} {text}" for prompt, text in zip(prompts, cast(list[str], output.texts))]
+    ended = [ids[-1] == tokenizer.eos_token_id for ids in cast(list[list[int]], output.new_ids)]
     return {
         "nats_per_token": _loss(model, tokenizer),
         "sound": sum(map(sound, texts)) / len(texts),

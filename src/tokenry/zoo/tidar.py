@@ -8,14 +8,16 @@ not give more back.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.problems import Arithmetic, draw_problems
 from ..decode.api import generate
+from ..decode.speculation.loop import SpeculativeOutput
 from ..decode.tidar import TiDAR
 from ..models.load import load
 from ..train.tidar import tidar_loss
@@ -30,7 +32,7 @@ PROBLEMS, MAX_NEW_TOKENS, ROWS = 240, 256, 60  # what is measured, and how many 
 PHASES, BATCH_TOKENS = ((2200, 1e-3), (600, 6e-4)), 2000  # (steps, highest learning rate) of each
 
 
-def untrained(seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def untrained(seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The reasoner with a mask token that means nothing yet."""
     model, tokenizer = load(START, device="cpu")
     torch.manual_seed(seed)
@@ -40,20 +42,22 @@ def untrained(seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     return model, tokenizer
 
 
-def lessons(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[dict[str, Tensor]]:
+def lessons(tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[dict[str, Tensor]]:
     """Batches of the reasoner's lessons, padded to whole blocks. Prompts are read and not learned."""
-    for batch in batches_by_length(examples(tokenizer, seed), BATCH_TOKENS, tokenizer.pad_token_id):
+    padding = cast(int, tokenizer.pad_token_id)
+    for batch in batches_by_length(examples(tokenizer, seed), BATCH_TOKENS, padding):
         missing = -batch["input_ids"].shape[1] % BLOCK
-        fill = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
+        fill = {"input_ids": padding, "attention_mask": 0, "labels": -100}
         yield {name: pad(batch[name], (0, missing), value=value) for name, value in fill.items()}
 
 
 def loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     """What it learns: next tokens and masked ones alike."""
-    return tidar_loss(model, mask_token_id=model.config.mask_token_id, block_size=BLOCK, **batch).loss
+    ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
+    return tidar_loss(model, ids, model.config.mask_token_id, BLOCK, attention_mask=mask, labels=labels).loss
 
 
-def train(seed: int = 0, progress: Progress | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def train(seed: int = 0, progress: Progress | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Teach it from the seed, with examples that the reasoner has not had."""
     model, tokenizer = untrained(seed)
     batches = lessons(tokenizer, seed + 1)
@@ -62,27 +66,30 @@ def train(seed: int = 0, progress: Progress | None = None) -> tuple[PreTrainedMo
     return model, tokenizer
 
 
-def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
+def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
     """Greedy, on test problems of all levels: `accuracy`; and on a quarter of them `tokens_per_forward` of a text that
     is drafted, and `same`, the share of these texts that are those of one token at a time."""
     questions = [problem.question for problem in draw_problems(Arithmetic(), PROBLEMS // 4, levels=LEVELS)]
     plain = generate(model, tokenizer, questions, max_new_tokens=MAX_NEW_TOKENS)
+    method = TiDAR()  # pyright: ignore[reportCallIssue]  # the defaults that Field is given by place are not seen
     drafted = [
-        generate(model, tokenizer, question, methods=[TiDAR()], max_new_tokens=MAX_NEW_TOKENS) for question in questions
+        cast(SpeculativeOutput, generate(model, tokenizer, question, methods=[method], max_new_tokens=MAX_NEW_TOKENS))
+        for question in questions
     ]
     emitted, calls = (sum(getattr(out.stats, name) for out in drafted) for name in ("emitted", "target_calls"))
+    rows = [cast(list[list[int]], out.new_ids)[0] for out in drafted]
     return {
         "accuracy": sum(solved(model, tokenizer)) / PROBLEMS,
         "tokens_per_forward": emitted / calls,
-        "same": sum(out.new_ids[0] == ids for out, ids in zip(drafted, plain.new_ids)) / len(questions),
+        "same": sum(row == ids for row, ids in zip(rows, cast(list[list[int]], plain.new_ids))) / len(questions),
     }
 
 
-def solved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, count: int = PROBLEMS) -> list[bool]:
+def solved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int = PROBLEMS) -> list[bool]:
     """Which test problems of all levels are solved one token at a time, by the likeliest ones."""
     task, problems, found = Arithmetic(), draw_problems(Arithmetic(), count, levels=LEVELS), []
     for start in range(0, count, ROWS):
         batch = problems[start : start + ROWS]
         texts = generate(model, tokenizer, [p.question for p in batch], max_new_tokens=MAX_NEW_TOKENS).texts
-        found += [task.check(problem, text) for problem, text in zip(batch, texts)]
+        found += [task.check(problem, text) for problem, text in zip(batch, cast(list[str], texts))]
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .tidar import PHASES, PROBLEMS, lessons, solved, untrained
 from .training import Progress, fit
@@ -10,7 +10,7 @@ from .training import Progress, fit
 __all__ = ["measure", "train"]
 
 
-def train(seed: int = 0, progress: Progress | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def train(seed: int = 0, progress: Progress | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Teach it next tokens alone."""
     model, tokenizer = untrained(seed)
     batches = lessons(tokenizer, seed + 1)
@@ -19,6 +19,6 @@ def train(seed: int = 0, progress: Progress | None = None) -> tuple[PreTrainedMo
     return model, tokenizer
 
 
-def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
+def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
     """`accuracy` as that of zoo/tidar."""
     return {"accuracy": sum(solved(model, tokenizer)) / PROBLEMS}

@@ -19,11 +19,11 @@ padding. tokenry's own `CompressKV` has no such limit.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from kvpress import ScorerPress
-from kvpress.utils import get_prerope_query_states
+from kvpress.utils import get_prerope_query_states  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import rotate_half
@@ -36,7 +36,7 @@ __all__ = ["CompressKVPress"]
 
 
 @dataclass
-class CompressKVPress(ScorerPress):
+class CompressKVPress(ScorerPress):  # pyright: ignore[reportGeneralTypeIssues]  # kvpress is not there, see above
     """Keep `budget` entries per layer on average, chosen by the layer's semantic retrieval heads.
 
     Args:
@@ -72,15 +72,16 @@ class CompressKVPress(ScorerPress):
 
     def post_init_from_model(self, model: PreTrainedModel) -> None:
         """Check the profile against the model and split the budget over its layers."""
-        self.profile.check(model)
-        layers = self.profile.layers
+        profile = cast(HeadProfile, self.profile)
+        profile.check(model)
+        layers = profile.layers
         if not self.adaptive:
             self.budgets = [self.budget] * layers
             return
-        if self.profile.error is None:
+        if profile.error is None:
             raise InputError("the head profile has no layer errors; measure them or give adaptive=False")
         most = int(self.max_factor * self.budget)
-        self.budgets = allocate_layer_budgets(self.profile.error, self.budget * layers, self.min_tokens, most)
+        self.budgets = allocate_layer_budgets(profile.error, self.budget * layers, self.min_tokens, most)
 
     def score(
         self,
@@ -96,8 +97,8 @@ class CompressKVPress(ScorerPress):
         cos, sin = (t[:, -w:].unsqueeze(1) for t in kwargs["position_embeddings"])
         queries = get_prerope_query_states(module, hidden_states[:, -w:])
         queries = queries * cos + rotate_half(queries) * sin
-        heads = self.profile.order[module.layer_idx][: self.top_heads]
-        scores = window_scores(queries, keys, heads, self.kernel_size, module.scaling)
+        heads = cast(HeadProfile, self.profile).order[cast(int, module.layer_idx)][: self.top_heads]
+        scores = window_scores(queries, keys, heads, self.kernel_size, cast(float, module.scaling))
         window = (scores.amax(-1, keepdim=True) + 1).expand(-1, w)
         return torch.cat([scores, window], -1)[:, None].expand(-1, keys.shape[1], -1)
 
@@ -111,7 +112,7 @@ class CompressKVPress(ScorerPress):
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
         """Keep this layer's own number of entries instead of a ratio."""
-        budget = self.budgets[module.layer_idx]
+        budget = self.budgets[cast(int, module.layer_idx)]
         if budget >= keys.shape[2]:
             return keys, values
         scores = self.score(module, hidden_states, keys, values, attentions, kwargs)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ from ..keep.keep_map import KeepMap, LayerView, TokenScorer
 from ..keep.topk import keep_topk
 
 __all__ = ["CacheCutter", "PerLayerMask"]
+
+_CUTTER = "_tokenry_cutter"  # attribute on the attention modules that are cut: whose they are
 
 
 # --- the cutter ------------------------------------------------------------------------------------------------
@@ -58,15 +60,15 @@ class PerLayerMask:
 
     def _visible(self, layer: int, total: int) -> Tensor | None:
         """(batch, total) bool over the layer's own columns."""
-        keep, columns = self.keep, self.keep.columns[layer]
-        if self.mask is None and keep.valid is None:
-            return None
-        seen = keep.valid if self.mask is None else self.mask[:, : keep.length]
-        if self.mask is not None and keep.valid is not None:
-            seen = seen & keep.valid  # padding of the prompt stays hidden whatever a later mask says
-        later = columns.new_ones(columns.shape[0], total - columns.shape[1], dtype=torch.bool)
+        columns, valid, length = self.keep.columns[layer], self.keep.valid, self.keep.length
         if self.mask is not None:
-            later = self.mask[:, keep.length :]
+            seen, later = self.mask[:, :length], self.mask[:, length:]
+            if valid is not None:
+                seen = seen & valid  # padding of the prompt stays hidden whatever a later mask says
+        elif valid is not None:
+            seen, later = valid, columns.new_ones(columns.shape[0], total - columns.shape[1], dtype=torch.bool)
+        else:
+            return None
         return torch.cat([seen.gather(1, columns), later], 1)
 
 
@@ -124,7 +126,7 @@ class CacheCutter:
             )
         with ExitStack() as stack:  # whatever was opened is closed again when a later step fails
             stack.enter_context(hold(self.model))
-            if any(isinstance(getattr(m, "_tokenry_cutter", None), CacheCutter) for m in modules):
+            if any(isinstance(getattr(m, _CUTTER, None), CacheCutter) for m in modules):
                 raise InputError("the cache of this model is already being compressed; leave the other context first")
             if self.scorer.reads_attention and implementation != "eager":
                 stack.enter_context(observe(self.model, self._remember))
@@ -141,8 +143,8 @@ class CacheCutter:
                 if module.layer_idx in masked:
                     stack.enter_context(hooked(module, self._before_layer, before=True, with_kwargs=True))
                 if module.layer_idx in self.budgets:
-                    module._tokenry_cutter = self
-                    stack.callback(delattr, module, "_tokenry_cutter")
+                    setattr(module, _CUTTER, self)
+                    stack.callback(delattr, module, _CUTTER)
                     stack.enter_context(hooked(module, self._after_layer, with_kwargs=True))
             self._stack = stack.pop_all()
         return self
@@ -159,7 +161,7 @@ class CacheCutter:
         """
         keep = self.trace = KeepMap(next(iter(calls.values())).query.shape[2])
         for layer in self.budgets:
-            store = cache.layers[layer]
+            store: Any = cache.layers[layer]  # a DynamicLayer that holds keys and values
             view = LayerView(layer, store.keys, store.values, None, _newest_rows(calls[layer]))
             cache.layers[layer] = self._cut(view, store, keep)
         return keep
@@ -174,7 +176,7 @@ class CacheCutter:
         tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
         q_length = tokens.shape[1]
         self._mask = None
-        if held_columns(cache) == 0:
+        if cache is None or held_columns(cache) == 0:
             self.trace = KeepMap(q_length, self._check_prompt(cache, mask))
             return (), kwargs
         keep = _kept(cache)
@@ -232,11 +234,12 @@ class CacheCutter:
         return valid
 
     def _before_layer(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        if self._mask is None or module.layer_idx not in self._mask.keep.columns:
+        layer = cast(int, module.layer_idx)
+        if self._mask is None or layer not in self._mask.keep.columns:
             return None
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        held = layer_lengths(kwargs["past_key_values"])[module.layer_idx]
-        mask = self._mask.build(module.layer_idx, held, hidden.shape[1])
+        held = layer_lengths(kwargs["past_key_values"])[layer]
+        mask = self._mask.build(layer, held, hidden.shape[1])
         if mask is not None and decoder_body(self.model).config._attn_implementation == "eager":  # which adds its mask
             mask = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(~mask, torch.finfo(hidden.dtype).min)
         return args, kwargs | {"attention_mask": mask}
@@ -248,7 +251,8 @@ class CacheCutter:
         cache = kwargs.get("past_key_values")
         if cache is None or self._mask is not None or self.trace is None:
             return
-        store, layer, keep = cache.layers[module.layer_idx], module.layer_idx, self.trace
+        layer, keep = cast(int, module.layer_idx), self.trace
+        store = cache.layers[layer]
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         if store.get_seq_length() != hidden.shape[1]:
             return  # a later forward on a cache that was short enough to stay whole

@@ -6,7 +6,7 @@ CompressKV, arXiv 2508.02401, sections 3.1 and 3.3. `calibrate_model` in calibra
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ def identify_retrieval_heads(
             written, rows = answer_ids, _forced_rows(model, prompt_ids, answer_ids)
         else:
             written, rows = _written_rows(model, tokenizer, prompt_ids, max_new_tokens)
-            if rouge1_recall(tokenizer.decode(written), prompt.answer) <= rouge_threshold:
+            if rouge1_recall(cast(str, tokenizer.decode(written)), prompt.answer) <= rouge_threshold:
                 continue
         total = total + semantic_retrieval_scores(rows, span, prompt_ids, written).cpu()
         counted += 1

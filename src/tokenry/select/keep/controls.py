@@ -46,7 +46,8 @@ class UniformStride:
     def score(self, view: LayerView) -> Tensor:
         place = view.places()
         bits = max(1, (place.shape[1] - 1).bit_length())
-        reversed_place = sum(((place >> i) & 1) << (bits - 1 - i) for i in range(bits))
+        turned = (((place >> i) & 1) << (bits - 1 - i) for i in range(bits))
+        reversed_place = sum(turned, torch.zeros_like(place))
         return -reversed_place.float()
 
 

@@ -90,9 +90,13 @@ class LayerView:
 
 
 class TokenScorer(Protocol):
-    """Says what each token of the prompt is worth to one layer. `reads_attention`: whether it asks for rows."""
+    """Says what each token of the prompt is worth to one layer."""
 
-    reads_attention: bool
+    @property
+    def reads_attention(self) -> bool:
+        """Whether it asks for rows."""
+        ...
 
     def score(self, view: LayerView) -> Tensor:
         """(batch, T), higher is kept first."""
+        ...

@@ -45,7 +45,8 @@ def split_traces(
     order = names[torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))]
     few = max(1, len(names) // 10)
     parts = (order[2 * few :], order[:few], order[few : 2 * few])
-    return tuple(traces.take(torch.isin(groups, part)) for part in parts)
+    training, validation, test = (traces.take(torch.isin(groups, part)) for part in parts)
+    return training, validation, test
 
 
 def check_traces(traces: TraceDataset, mask_loss: bool = False) -> None:

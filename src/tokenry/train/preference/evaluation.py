@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from .collator import FTPOCollator, last_logits
 from .losses import others, target_ids
 from .pairs import Pair
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 __all__ = ["score_pairs"]
 
@@ -40,7 +44,7 @@ def score_pairs(
         columns["rejected"].append(probability.gather(1, rejected)[:, 0])
         columns["chosen"].append((probability.gather(1, chosen) * mask).sum(1))
         if adapter:
-            with model.disable_adapter():
+            with cast("PeftModel", model).disable_adapter():
                 drift = (logits - last_logits(model, batch).float()).abs()
             outside = others(drift, target_ids(chosen, mask, batch["rejected_ids"]))
             columns["drift"].append((drift * outside).sum(1) / outside.sum(1))

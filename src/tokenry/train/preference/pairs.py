@@ -11,7 +11,7 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from pydantic import BeforeValidator, Field, Strict
 from transformers import PreTrainedTokenizerBase
@@ -157,12 +157,16 @@ def pairs_from_rewinds(
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, rewind: Mapping[str, Any]) -> None:
     text = rewind.get("rejected_text")
-    own = tokenizer.decode([rewind["rejected"]]) if rewind["rejected"] < len(tokenizer) else ""
+    own = _text_of(tokenizer, [rewind["rejected"]]) if rewind["rejected"] < len(tokenizer) else ""
     if text is not None and (not own or not text.startswith(own.rstrip("\ufffd"))):
         raise InputError(
             f"the rejected token {rewind['rejected']} is {own!r} for this tokenizer but began {text!r}; "
             "train the model that the pairs were made with"
         )
+
+
+def _text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return cast(str, tokenizer.decode(list(ids)))
 
 
 class _Patterns:
@@ -178,11 +182,11 @@ class _Patterns:
         self.prefixes = {text[:n] for text in starts for n in range(2, len(text) + 1)}
 
     def allow(self, context: tuple[int, ...], token: int) -> bool:
-        word = fold(self.tokenizer.decode([token]).strip())
+        word = fold(_text_of(self.tokenizer, [token]).strip())
         if len(word) < 2 or "*" in word or not any(map(str.isalnum, word)) or word in self.prefixes:
             return False
-        before = self.tokenizer.decode(context[-TAIL:])
-        text = self.tokenizer.decode([*context[-TAIL:], token])
+        before = _text_of(self.tokenizer, context[-TAIL:])
+        text = _text_of(self.tokenizer, [*context[-TAIL:], token])
         known = len(fold(before))
         return not any(self._ends(fold(text), phrase, known) for phrase in self.phrases) and not self._completes(text)
 
@@ -321,7 +325,7 @@ def _fill(rows: list[Pair], share: Mapping[int, float], total: int) -> list[Pair
 
 def without_function_words(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> list[Pair]:
     """The pairs whose rejected token is not a function word such as " the", which no text can do without."""
-    kept = [p for p in pairs if tokenizer.decode([p["rejected_id"]]).strip().lower() not in FUNCTION_WORDS]
+    kept = [p for p in pairs if _text_of(tokenizer, [p["rejected_id"]]).strip().lower() not in FUNCTION_WORDS]
     if pairs and not kept:
         raise InputError(
             f"all {len(pairs)} pairs reject a function word; ban patterns that begin with another word, or set "

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ class FTPOConfig(HouseConfig):
             if getattr(self, name) <= 0:
                 raise InputError(f"{name}={getattr(self, name)} is not allowed; give a number > 0")
 
-    def loss_terms(self) -> dict[str, float]:
+    def loss_terms(self) -> dict[str, Any]:
         """The keyword arguments of `ftpo_loss`."""
         names = ("margin", "lambda_nontarget", "lambda_target", "tau_target", "lambda_aggregate", "tau_aggregate")
         return {name: getattr(self, name) for name in (*names, "temperature")}
@@ -75,6 +75,10 @@ class FTPOTrainer(MeanLossTrainer):
         InputError: neither adapter nor reference, or pairs that `check_pairs` refuses.
     """
 
+    model: PreTrainedModel  # or one of peft, which hands on what it has
+    args: FTPOConfig
+    data_collator: FTPOCollator
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -92,7 +96,7 @@ class FTPOTrainer(MeanLossTrainer):
         for pairs in (train_dataset, eval_dataset or ()):
             check_pairs(pairs, model.config.get_text_config().vocab_size)
         if peft_config is not None:
-            model = with_adapter(model, peft_config)
+            model = cast(PreTrainedModel, with_adapter(model, peft_config))
         if ref_model is None and not hasattr(model, "disable_adapter"):
             raise InputError(
                 "there is neither an adapter nor a reference, so the model would be compared with itself; "
@@ -148,7 +152,7 @@ class FTPOTrainer(MeanLossTrainer):
         wanted = sorted(name for name in self.parts if name.startswith("eval_") == evaluated)  # everywhere in one order
         if wanted:
             means = torch.stack([torch.stack(self.parts.pop(name)).mean() for name in wanted])
-            logs |= zip(wanted, self.accelerator.gather(means[None]).mean(0).tolist())
+            logs |= zip(wanted, cast(Tensor, self.accelerator.gather(means[None])).mean(0).tolist())
         super().log(logs, start_time)
 
 
@@ -174,14 +178,15 @@ class _StopAtChoiceWin(TrainerCallback):
             control.should_training_stop = True
 
 
-def _pad_id(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> int:
+def _pad_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> int:
     for owner in (tokenizer, model.config.get_text_config()):
-        if getattr(owner, "pad_token_id", None) is not None:
-            return owner.pad_token_id
+        pad = getattr(owner, "pad_token_id", None)
+        if pad is not None:
+            return pad
     return 0  # behind the attention mask any token will do
 
 
-def _frozen_layers(model: nn.Module) -> int:
+def _frozen_layers(model: PreTrainedModel) -> int:
     """How many blocks from the bottom have nothing to train, when the embeddings have not either."""
     layers = decoder_layers(model)
     if any(p.requires_grad for p in model.get_input_embeddings().parameters()):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
@@ -57,6 +57,9 @@ class RectifierTrainer(MeanLossTrainer):
         InputError: no tokenizer, no episodes, or some that `check_episodes` refuses.
     """
 
+    model: DeadEndValueModel
+    data_collator: RectifierCollator
+
     def __init__(
         self,
         model: DeadEndValueModel,
@@ -75,7 +78,7 @@ class RectifierTrainer(MeanLossTrainer):
             check_episodes(episodes, model.vocab_size)
         model.bind(processing_class)
         if data_collator is None:
-            pad = processing_class.pad_token_id
+            pad = cast(int | None, processing_class.pad_token_id)
             data_collator = RectifierCollator(pad or 0, args.max_length)  # masked, so any token will do
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class=processing_class, **kwargs
@@ -83,14 +86,14 @@ class RectifierTrainer(MeanLossTrainer):
         self.add_callback(_AverageHead())
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        values = model(inputs["input_ids"], inputs["attention_mask"])
+        q, target_q = values = model(inputs["input_ids"], inputs["attention_mask"])
         terms = {name: getattr(self.args, name) for name in ("gamma", "q_min", "q_max")}
-        loss = sarsa_loss(*values, inputs["input_ids"], inputs["rewards"], inputs["attention_mask"], **terms)
+        loss = sarsa_loss(q, target_q, inputs["input_ids"], inputs["rewards"], inputs["attention_mask"], **terms)
         return (loss, values) if return_outputs else loss
 
 
 class _AverageHead(TrainerCallback):
     """Moves the averaged head after every optimiser step."""
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
+    def on_step_end(self, args, state, control, model: Any = None, **kwargs):
         model.update_target(args.target_update)
