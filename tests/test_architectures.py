@@ -417,7 +417,7 @@ TRUE = {
 ABSENT = {
     "blt": "num_hidden_layers",  # generate asks for it to make the cache
     "dots3_note": "text hidden size",  # its towers have sizes of their own; the text model is dots3_note_text
-    "gemma3n": "PIL",  # its vision tower comes from timm; the text model is gemma3n_text
+    "gemma3n": "timm|PIL",  # its vision tower comes from timm; the text model is gemma3n_text
     "gemma4_assistant": "hidden_size_per_layer_input must be 0",  # they draft from the states of a Gemma 4
     "gemma4_unified_assistant": "set of layer types",
     "musicgen": "dropout",  # three models in one, fed with code books
