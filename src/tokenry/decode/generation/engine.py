@@ -137,7 +137,7 @@ class TransformersEngine:
         return logits
 
     def _forward(self, tokens: Tensor, mask: Tensor | None, depth_of: int | None = None, **extra: Any) -> Tensor:
-        """Feed a block. With a layer policy, the layers that run are those of the column `depth_of`."""
+        """Feed a block. With a layer policy, the layers that run are those of the column `depth_of`; None: all."""
         grid, start = self.grid, self.columns
         positions, fed = grid.add(tokens, mask)
         inputs: dict[str, Any] = {"input_ids": tokens}
@@ -147,7 +147,7 @@ class TransformersEngine:
             inputs["attention_mask"] = grid.mask[:, : grid.columns].long()
         if self.takes_positions:
             inputs["position_ids"] = positions
-        with nullcontext() if self.layers is None else self.layers.running(depth_of):
+        with nullcontext() if self.layers is None or depth_of is None else self.layers.running(depth_of):
             output = self.model(**inputs, **self.last_only, **extra, return_dict=True)
         logits, self.stale = output.logits, self.carrier is None
         if self.carrier is not None and not isinstance(self.cache, Cache):
