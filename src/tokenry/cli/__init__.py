@@ -6,11 +6,12 @@ Nothing heavy is imported before a command needs it, so that `tokenry list` answ
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import re
 import sys
-from typing import Any
+from typing import Any, cast
 
 import click
 
@@ -38,7 +39,7 @@ class Commands(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="backslashreplace")
+                cast(io.TextIOWrapper, stream).reconfigure(errors="backslashreplace")
         for argument in args:
             if not is_unicode(argument):
                 raise Refusal(f"the argument {shown(argument)} is not UTF-8; give it in UTF-8, and rename such a file")

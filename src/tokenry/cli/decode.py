@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import click
 
@@ -113,7 +113,7 @@ def read_prompts(prompt: str | None, path: str | None) -> list[str]:
         if not prompts:
             raise InputError(f"the file {path!r} has no prompts; write one a line")
         return prompts
-    text = read_text("-", "prompt") if prompt == "-" else prompt
+    text = read_text("-", "prompt") if prompt == "-" else cast(str, prompt)
     if not text.strip():
         raise InputError("the prompt is empty; give some text to continue")
     return [text]
@@ -160,10 +160,11 @@ def generate_many(
     """A JSON line for each prompt as its batch is done; the seed of a batch is `seed` + its first prompt's number."""
     from ..decode import generate
 
+    model, tokenizer = loaded
     with progress("decode", len(prompts)) as update:
         for start in range(0, len(prompts), size):
             batch = prompts[start : start + size]
-            output = generate(*loaded, batch, seed=seed + start, **settings)
+            output = generate(model, tokenizer, batch, seed=seed + start, **settings)
             if pairs:
                 pairs.add(output.pairs)
             for b, (prompt, text) in enumerate(zip(batch, output.texts)):

@@ -10,14 +10,13 @@ forgotten when a rewind goes further back.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.fields import Count, Probability
 from ..core.method import Lines
-from .bans.ban import Ban
 from .bans.ngrams import NGramBan
 from .bans.patterns import RegexBan
 from .bans.phrases import PhraseBan
@@ -39,36 +38,39 @@ class Antislop(LoopMethod):
         "Banned phrases disappear completely while quality stays; banning their first tokens instead ruins the text."
     )
 
-    phrases: Lines = Field((), description="phrases to ban, or a text file with one a line")
-    regexes: Lines = Field((), description="regular expressions to ban, or a file with one a line")
+    phrases: Lines = Field(default=(), description="phrases to ban, or a text file with one a line")
+    regexes: Lines = Field(default=(), description="regular expressions to ban, or a file with one a line")
     ngrams: Lines = Field(
-        (), description="sequences of words to ban, stop words may stand between, or a file with one a line"
+        default=(), description="sequences of words to ban, stop words may stand between, or a file with one a line"
     )
-    strength: Probability = Field(1.0, description="probability factor 10^(-10 s); 1 bans, 0 does nothing")
-    prefer: Literal["longest", "shortest"] = Field("longest", description="which phrase counts at one start")
+    strength: Probability = Field(default=1.0, description="probability factor 10^(-10 s); 1 bans, 0 does nothing")
+    prefer: Literal["longest", "shortest"] = Field(default="longest", description="which phrase counts at one start")
     start_tokens: bool = Field(
-        False, description="lower every token that a phrase can start with, not only the rejected one (local sampler)"
+        default=False,
+        description="lower every token that a phrase can start with, not only the rejected one (local sampler)",
     )
-    max_span: Count | None = Field(None, description="longest regex match in characters; needed for streaming")
-    force_backtrack: bool = Field(False, description="drop temperature, min-p, top-p and top-k rather than give up")
-    invert_probs: bool = Field(False, description="favor unlikely replacements")
-    max_retries: Count = Field(100, description="repairs at one position before it is given up")
+    max_span: Count | None = Field(default=None, description="longest regex match in characters; needed for streaming")
+    force_backtrack: bool = Field(
+        default=False, description="drop temperature, min-p, top-p and top-k rather than give up"
+    )
+    invert_probs: bool = Field(default=False, description="favor unlikely replacements")
+    max_retries: Count = Field(default=100, description="repairs at one position before it is given up")
 
     @model_validator(mode="after")
     def _has_valid_patterns(self) -> Antislop:
         self.monitors()  # builds and thereby checks every pattern
         return self
 
-    def monitors(self) -> list[Ban]:
+    def monitors(self) -> list[PhraseBan | RegexBan | NGramBan]:
         """The monitors these parameters stand for; none at strength 0."""
         if self.strength == 0:
             return []
-        repair = {
+        repair: dict[str, Any] = {
             "force_backtrack": self.force_backtrack,
             "invert_probs": self.invert_probs,
             "max_retries": self.max_retries,
         }
-        made: list[Ban] = []
+        made: list[PhraseBan | RegexBan | NGramBan] = []
         if self.phrases:
             made.append(PhraseBan(self.phrases, self.strength, self.prefer, self.start_tokens, **repair))
         if self.regexes:

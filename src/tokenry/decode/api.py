@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -162,7 +162,8 @@ def generate(
         for method in reversed([method for method in methods if isinstance(method, LoopMethod)]):
             plugins = method.plugins(model, tokenizer) + plugins
         call = Call(plugins, max_new_tokens, seed, stop, chat, streamers, options)
-        first, *others = [method for method in methods if not isinstance(method, LoopMethod)] or [None]
+        readers = [method for method in methods if not isinstance(method, LoopMethod)]
+        first, others = readers[0] if readers else None, readers[1:]
         if isinstance(first, RunnerMethod):
             return first.run(model, tokenizer, prompts, call, others)
         if isinstance(first, PlanMethod):
@@ -182,7 +183,7 @@ def _looped(
 ) -> DecodeOutput:
     """Continue encoded prompts in the decode loop, behind what `model.generate` prepares."""
     plugins = {f.name: getattr(call.plugins, f.name) for f in fields(Plugins) if f.name != "processors"}
-    return model.generate(
+    return cast(Any, model).generate(
         **inputs.to(model.device),
         custom_generate=loop,
         logits_processor=LogitsProcessorList(call.plugins.processors),

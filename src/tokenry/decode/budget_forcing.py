@@ -6,7 +6,7 @@ Paper: s1: Simple test-time scaling, arXiv 2501.19393. A baseline of CyclicRefle
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, cast
 
 from pydantic import BeforeValidator, Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,17 +33,17 @@ class BudgetForcing(LoopMethod):
     claim: ClassVar[str] = "Longer thinking, forced by 'Wait', solves more problems; a limit keeps the length in hand."
 
     end_think: Annotated[str | tuple[TokenId, ...], BeforeValidator(read_ids)] = Field(
-        "</think>", description="mark that ends thinking: text, or token ids"
+        default="</think>", description="mark that ends thinking: text, or token ids"
     )
-    min_ignores: Times = Field(1, description="how often the end of thinking is ignored")
-    ignore_text: str = Field("Wait", description="what stands in place of an ignored end")
-    max_thinking_tokens: Limit = Field(None, description="tokens of thinking after which it is closed, or none")
-    close_text: str = Field("</think>\nFinal Answer:", description="what closes it")
+    min_ignores: Times = Field(default=1, description="how often the end of thinking is ignored")
+    ignore_text: str = Field(default="Wait", description="what stands in place of an ignored end")
+    max_thinking_tokens: Limit = Field(default=None, description="tokens of thinking after which it is closed, or none")
+    close_text: str = Field(default="</think>\nFinal Answer:", description="what closes it")
 
     def plugins(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Plugins:
         if self.min_ignores == 0 and self.max_thinking_tokens is None:
             return Plugins()
-        end_ids = end_think_ids(tokenizer, self.end_think)
+        end_ids = cast(Sequence[int], end_think_ids(tokenizer, self.end_think))  # of an end there is
         monitor = BudgetForcingMonitor(
             end_ids, tokenizer, self.min_ignores, self.ignore_text, self.max_thinking_tokens, self.close_text
         )

@@ -40,12 +40,14 @@ class CreditDecoding(DiffusionMethod):
         "been the best for some steps get a bonus."
     )
 
-    alpha: Weight = Field(0.7, description="weight of the credit; 0 is threshold decoding")
-    gamma: Portion = Field(0.2, description="exponent on the probability of the best token")
-    beta: Share = Field(0.8, description="what is left of the credit after a step")
-    threshold: Portion = Field(0.9, description="tokens at least this probable are committed")
-    slots: Slots = Field(None, description="tokens that a position remembers; none for the whole vocabulary")
-    scope: Scope = Field("block", description="credit begins anew with each block, or lasts for the whole window")
+    alpha: Weight = Field(default=0.7, description="weight of the credit; 0 is threshold decoding")
+    gamma: Portion = Field(default=0.2, description="exponent on the probability of the best token")
+    beta: Share = Field(default=0.8, description="what is left of the credit after a step")
+    threshold: Portion = Field(default=0.9, description="tokens at least this probable are committed")
+    slots: Slots = Field(default=None, description="tokens that a position remembers; none for the whole vocabulary")
+    scope: Scope = Field(
+        default="block", description="credit begins anew with each block, or lasts for the whole window"
+    )
 
     def parts(self, max_new_tokens: int) -> DiffusionParts:
         credit = CreditFusion(self.alpha, self.gamma, self.beta, self.slots, self.scope)
@@ -94,17 +96,17 @@ class CreditFusion(LogitsTransform):
             if not fits:
                 raise InputError(f"{name}={value!r} is not allowed; give {allowed}")
         self.alpha, self.gamma, self.beta, self.slots, self.scope = alpha, gamma, beta, slots, scope
-        self.values: Tensor | None = None  # (batch, window, vocabulary or slots) float32
+        self.begun, self.values = False, torch.empty(0)  # (batch, window, vocabulary or slots) float32
         self.ids: Tensor | None = None  # (batch, window, slots) the token of each slot
         self.start = self.vocabulary = 0
 
     def reset(self, state: DiffusionState) -> None:
         """A new generation starts: no credit."""
-        self.values = self.ids = None
+        self.begun, self.values, self.ids = False, torch.empty(0), None
 
     def reindex(self, edit: Edit) -> None:
         """Columns have moved, and their credit with them; new masks have none."""
-        if self.values is not None:
+        if self.begun:
             edit = edit.after(self.start)
             self.values = edit.take(self.values, 0.0)
             self.ids = None if self.ids is None else edit.take(self.ids, EMPTY)
@@ -112,7 +114,7 @@ class CreditFusion(LogitsTransform):
     @property
     def credit(self) -> Tensor:
         """The credit (batch, time, vocabulary) as it is now, 0 outside what has gathered some."""
-        if self.values is None:
+        if not self.begun:
             raise InputError("there is no credit yet; generate something first")
         batch, window = self.values.shape[:2]
         whole = torch.zeros(batch, self.start + window, self.vocabulary, device=self.values.device)
@@ -123,7 +125,7 @@ class CreditFusion(LogitsTransform):
         return whole
 
     def __call__(self, logits: Tensor, state: DiffusionState) -> Tensor:
-        if self.values is None:
+        if not self.begun:
             self._begin(logits, state)
         self._check(logits)
         where = state.in_block if self.scope == "block" else state.in_window
@@ -152,7 +154,7 @@ class CreditFusion(LogitsTransform):
             raise InputError(f"credit has shape {credit}, logits {tuple(logits.shape)}; call reset or reindex")
 
     def _begin(self, logits: Tensor, state: DiffusionState) -> None:
-        self.start, self.vocabulary = state.start, logits.shape[-1]
+        self.begun, self.start, self.vocabulary = True, state.start, logits.shape[-1]
         shape = (logits.shape[0], logits.shape[1] - state.start, self.slots or self.vocabulary)
         self.values = torch.zeros(shape, device=logits.device)
         self.ids = None if self.slots is None else torch.full(shape, EMPTY, device=logits.device)
@@ -173,11 +175,11 @@ class CreditFusion(LogitsTransform):
             raise InputError("the logits are not finite; look for an overflow in the model, or use float32")
         p = (highest - logits.logsumexp(-1, keepdim=True)).exp()
         earned = (p**self.gamma).masked_fill(~earning[..., None], 0.0)
-        values.scatter_add_(2, best if self.ids is None else self._slot(best, earning, values, span), earned)
+        slot = best if self.ids is None else self._slot(best, earning, values, self._part(self.ids, span))
+        values.scatter_add_(2, slot, earned)
 
-    def _slot(self, best: Tensor, earning: Tensor, values: Tensor, span: slice) -> Tensor:
+    def _slot(self, best: Tensor, earning: Tensor, values: Tensor, ids: Tensor) -> Tensor:
         """The slot (batch, columns, 1) of the best token: its own, else a free one, else that with the least credit."""
-        ids = self._part(self.ids, span)
         own = ids == best
         slot = values.masked_fill(ids == EMPTY, -1.0).masked_fill(own, -2.0).argmin(-1, keepdim=True)
         new = earning[..., None] & ~own.any(-1, keepdim=True)

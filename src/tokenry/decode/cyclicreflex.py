@@ -37,11 +37,11 @@ class CyclicReflex(ReflectionMethod):
         "discouraged by turns."
     )
 
-    amplitude: Logits = Field(3.0, description="height of the wave in logits; 0 does nothing")
-    period: float = Field(600.0, ge=0.01, le=2**20, description="length of one wave in tokens")
-    shift: Share = Field(0.0, description="start of the wave, as a fraction of a period")
+    amplitude: Logits = Field(default=3.0, description="height of the wave in logits; 0 does nothing")
+    period: float = Field(default=600.0, ge=0.01, le=2**20, description="length of one wave in tokens")
+    shift: Share = Field(default=0.0, description="start of the wave, as a fraction of a period")
     windows: tuple[tuple[int, int], ...] | None = Field(
-        None, description="positions where the wave acts, as START:END,START:END; none for all"
+        default=None, description="positions where the wave acts, as START:END,START:END; none for all"
     )
 
     @field_validator("windows", mode="before")

@@ -34,22 +34,23 @@ class Daedal(DiffusionMethod):
 
     policy: ClassVar[type[DaedalLength]] = DaedalLength
 
-    initial_gen_length: Tokens = Field(64, description="width of the window at first")
-    max_gen_length: Tokens = Field(2048, description="widest window; max_new_tokens limits it, too")
-    expansion_factor: int = Field(8, ge=2, le=4096, description="masks that come at a time")
-    high_conf_threshold: Portion = Field(0.9, description="tokens at least this probable are committed")
+    initial_gen_length: Tokens = Field(default=64, description="width of the window at first")
+    max_gen_length: Tokens = Field(default=2048, description="widest window; max_new_tokens limits it, too")
+    expansion_factor: int = Field(default=8, ge=2, le=4096, description="masks that come at a time")
+    high_conf_threshold: Portion = Field(default=0.9, description="tokens at least this probable are committed")
     low_conf_threshold: Share = Field(
-        0.1, description="a mask whose best token is less probable may give way to several; 0: never"
+        default=0.1, description="a mask whose best token is less probable may give way to several; 0: never"
     )
     eos_confidence_threshold: Probability = Field(
-        0.5, description="the window grows at first while its end is less certain; 0: not at all"
+        default=0.5, description="the window grows at first while its end is less certain; 0: not at all"
     )
     expand_eos_confidence_threshold: Probability = Field(
-        0.9, description="masks are inserted while its end is less certain"
+        default=0.9, description="masks are inserted while its end is less certain"
     )
-    eos_check_tokens: Tokens = Field(32, description="end-of-text tokens that make a certain end")
+    eos_check_tokens: Tokens = Field(default=32, description="end-of-text tokens that make a certain end")
     tail: Tail = Field(
-        "eos", description="what comes after a window that has grown, half of eos_check_tokens: eos, mask, or none"
+        default="eos",
+        description="what comes after a window that has grown, half of eos_check_tokens: eos, mask, or none",
     )
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -46,14 +46,14 @@ class DiffAdapt(PlanMethod):
     )
 
     probe: ArtifactField[DifficultyProbe] | None = Field(
-        None, description="folder of a probe trained on this model, or in Python the probe itself"
+        default=None, description="folder of a probe trained on this model, or in Python the probe itself"
     )
     strategies: Annotated[tuple[Strategy, ...], BeforeValidator(read_strategies)] = Field(
-        DEFAULT_STRATEGIES,
+        default=DEFAULT_STRATEGIES,
         description="for easy, normal and hard: a JSON file, a list of objects with name, suffix, temperature, budget",
     )
     min_confidence: Probability = Field(
-        0.0, description="questions whose best class is less probable are treated as normal"
+        default=0.0, description="questions whose best class is less probable are treated as normal"
     )
 
     @field_validator("probe")
@@ -174,7 +174,7 @@ def plan_by_strategy(
     if call.options.get("num_return_sequences") not in (None, 1):
         raise InputError("num_return_sequences is not possible with budgets of single prompts; repeat the prompts")
     rows = [prompt_ids(tokenizer, prompt, one.suffix, call.chat) for prompt, one in zip(prompts, strategies)]
-    ids, mask, cache = _lay_out(rows, questions, tokenizer.pad_token_id or 0, model.device)
+    ids, mask, cache = _lay_out(rows, questions, cast(int, tokenizer.pad_token_id or 0), model.device)
     return Plan(
         BatchEncoding({"input_ids": ids, "attention_mask": mask}),
         Plugins(processors=[TemperatureByRow(ids, [strategy.temperature for strategy in strategies])]),
@@ -243,5 +243,5 @@ def oracle_strategy(table: Mapping[str, tuple[Sequence[bool], Sequence[float]]])
         raise InputError(f"the table has {', '.join(table) or 'nothing'}; it needs at least {NORMAL!r}")
     names = list(table)
     cost = np.array([np.where(np.asarray(right, bool), tokens, np.inf) for right, tokens in table.values()], float)
-    best, solved = cost.argmin(0), np.isfinite(cost).any(0)
+    best, solved = cost.argmin(0), np.isfinite(cost.min(0))
     return [names[i] if good else NORMAL for i, good in zip(best, solved)]

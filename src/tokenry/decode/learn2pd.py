@@ -49,13 +49,15 @@ class Learn2PD(DiffusionMethod):
     filter: ArtifactField[ConfidenceFilter] = Field(
         description="folder of a filter, or in Python the filter itself; `tokenry train --method learn2pd` makes one"
     )
-    accept_threshold: float = Field(0.96, gt=0, lt=1, description="tokens more probably final than this are committed")
-    eotp: bool = Field(True, description="cut the window after the predicted end of the text")
-    eotp_min_confidence: Probability = Field(
-        0.0, description="least confidence of an end that is not committed; 0.9 is the safe choice"
+    accept_threshold: float = Field(
+        default=0.96, gt=0, lt=1, description="tokens more probably final than this are committed"
     )
-    min_per_step: Tokens = Field(1, description="most confident tokens that are committed in any case")
-    block_length: Block = Field(32, description="tokens of a block; that of the filter")
+    eotp: bool = Field(default=True, description="cut the window after the predicted end of the text")
+    eotp_min_confidence: Probability = Field(
+        default=0.0, description="least confidence of an end that is not committed; 0.9 is the safe choice"
+    )
+    min_per_step: Tokens = Field(default=1, description="most confident tokens that are committed in any case")
+    block_length: Block = Field(default=32, description="tokens of a block; that of the filter")
 
     @model_validator(mode="before")
     @classmethod

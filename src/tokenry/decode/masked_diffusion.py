@@ -29,17 +29,19 @@ class MaskedDiffusion(DiffusionMethod):
     )
 
     policy: Literal["fixed", "threshold", "factor", "runs", "chance"] = Field(
-        "threshold", description="what is committed in a step"
+        default="threshold", description="what is committed in a step"
     )
     steps: Annotated[Tokens | None, BeforeValidator(read_none)] = Field(
-        None, description="forward passes with fixed and chance; none: one for every token"
+        default=None, description="forward passes with fixed and chance; none: one for every token"
     )
-    confidence: Confidence = Field("probability", description="what the best tokens are, with fixed")
-    position_temperature: float = Field(0.0, ge=0, le=10_000, description="above 0 the positions are drawn, with fixed")
-    threshold: Portion = Field(0.9, description="least probability, with threshold and runs")
-    low: Probability = Field(0.4, description="least probability of the best of a run of masks, with runs")
-    factor: Positive = Field(1.0, description="the larger, the more at once, with factor")
-    guidance: Weight = Field(0.0, description="classifier-free guidance; doubles the forwards")
+    confidence: Confidence = Field(default="probability", description="what the best tokens are, with fixed")
+    position_temperature: float = Field(
+        default=0.0, ge=0, le=10_000, description="above 0 the positions are drawn, with fixed"
+    )
+    threshold: Portion = Field(default=0.9, description="least probability, with threshold and runs")
+    low: Probability = Field(default=0.4, description="least probability of the best of a run of masks, with runs")
+    factor: Positive = Field(default=1.0, description="the larger, the more at once, with factor")
+    guidance: Weight = Field(default=0.0, description="classifier-free guidance; doubles the forwards")
 
     @field_validator("position_temperature")
     @classmethod

@@ -28,6 +28,6 @@ class OptimalMDSD(DraftingMethod):
     )
 
     verifier: Literal["single", "naive", "rrs", "rrs-without", "kseq", "greedy"] = Field(
-        "greedy", description="how the token is selected among the drafts"
+        default="greedy", description="how the token is selected among the drafts"
     )
-    num_drafts: Drafts = Field(4, description="drafts per position")
+    num_drafts: Drafts = Field(default=4, description="drafts per position")

@@ -11,6 +11,7 @@ here, `mode="project"`, is the distribution nearest to the model's that does.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -46,10 +47,12 @@ class Rectification(LoopMethod):
         description="folder of a rectifier, or in Python the rectifier itself; `tokenry train --method rectifier` "
         "makes one"
     )
-    eps: Share = Field(0.1, description="taken off every cap; larger is stricter")
-    mode: Literal["project", "iterate"] = Field("project", description="caps met exactly, or the published two passes")
-    p_min: float = Field(1e-7, ge=1e-30, le=1, description="smallest cap")
-    p_max: Portion = Field(1.0, description="largest cap")
+    eps: Share = Field(default=0.1, description="taken off every cap; larger is stricter")
+    mode: Literal["project", "iterate"] = Field(
+        default="project", description="caps met exactly, or the published two passes"
+    )
+    p_min: float = Field(default=1e-7, ge=1e-30, le=1, description="smallest cap")
+    p_max: Portion = Field(default=1.0, description="largest cap")
 
     @model_validator(mode="after")
     def _bounds_in_order(self) -> Rectification:
@@ -172,14 +175,14 @@ class RectifierLogitsProcessor(LogitsProcessor):
             return torch.cat([self.alone[b](ids[b : b + 1], mask[b : b + 1]) for b in rows])
         if self.alone is None:
             self.alone, self.together = self.together.rows(), ValueCache(self.rectifier)
-        return self._row_values(ids)
+        return self._row_values(ids, self.alone)
 
-    def _row_values(self, ids: Tensor) -> Tensor:
+    def _row_values(self, ids: Tensor, caches: Sequence[ValueCache]) -> Tensor:
         """Q (1, vocab) of one row, which is told from the others by what it has in common with what they read."""
-        masks = [self._mask(ids, b) for b in range(self.batch)]
-        common = [(cache.common(ids, mask), -cache.columns) for cache, mask in zip(self.alone, masks)]
-        b = max(range(self.batch), key=common.__getitem__)
-        return self.alone[b](ids, masks[b])
+        masks = [self._mask(ids, b) for b in range(len(caches))]
+        common = [(cache.common(ids, mask), -cache.columns) for cache, mask in zip(caches, masks)]
+        b = max(range(len(caches)), key=common.__getitem__)
+        return caches[b](ids, masks[b])
 
     def _mask(self, ids: Tensor, row: int | None = None) -> Tensor:
         """Which ids (batch, time) are no padding, by the mask of the prompts or else by a leading run of pad tokens."""

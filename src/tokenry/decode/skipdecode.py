@@ -54,22 +54,26 @@ class SkipDecode(LoopMethod):
     )
 
     e_min: int | None = Field(
-        None, ge=2, le=1024, description="layers of the last planned token; none: half of the layers"
+        default=None, ge=2, le=1024, description="layers of the last planned token; none: half of the layers"
     )
-    e_max: int | None = Field(None, ge=2, le=1024, description="layers of the prompt and the first token; none: all")
-    warmup: Layers = Field(2, description="first layers that always run")
+    e_max: int | None = Field(
+        default=None, ge=2, le=1024, description="layers of the prompt and the first token; none: all"
+    )
+    warmup: Layers = Field(default=2, description="first layers that always run")
     schedule: Literal["linear", "constant", "power"] = Field(
-        "linear", description="how depth falls behind the prompt; constant: e_min at once"
+        default="linear", description="how depth falls behind the prompt; constant: e_min at once"
     )
-    power: Positive = Field(2.0, description="exponent of the schedule 'power'")
+    power: Positive = Field(default=2.0, description="exponent of the schedule 'power'")
     planned_new_tokens: Tokens | None = Field(
-        None, description="new tokens after which e_min is reached; none: max_new_tokens"
+        default=None, description="new tokens after which e_min is reached; none: max_new_tokens"
     )
     target_speedup: Multiple | None = Field(
-        None,
+        default=None,
         description="times fewer layers, instead of e_min: 2 runs half of them on average",
     )
-    depths: Depths = Field(None, description="layers of each new token, instead of e_min and a schedule: 30,28,26")
+    depths: Depths = Field(
+        default=None, description="layers of each new token, instead of e_min and a schedule: 30,28,26"
+    )
 
     @model_validator(mode="after")
     def _one_of_them(self) -> SkipDecode:
@@ -123,11 +127,12 @@ class SkipPolicy:
 
     def begin(self, prompt_columns: int, new_columns: int | None) -> None:
         planned = self.method.planned_new_tokens
-        if planned is None and new_columns is None:
+        length = planned or new_columns
+        if length is None:
             raise InputError("nobody says how many tokens will come; give planned_new_tokens=N")
         if planned is not None and new_columns is not None and new_columns > planned:
             warn_beyond(planned, new_columns)
-        self.schedule = self.method.schedule_for(self.num_layers, prompt_columns, planned or new_columns)
+        self.schedule = self.method.schedule_for(self.num_layers, prompt_columns, length)
 
     def layers(self, column: int) -> frozenset[int]:
         return self.schedule.layers(column)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator
@@ -23,7 +23,7 @@ from ..models.load import Loaded, shared
 from ..models.prompts import listed_prompts
 from .contract import Call, DecodeMethod, RunnerMethod, refuse_others
 from .generation.options import ending
-from .generation.output import DecodeOutput
+from .generation.output import UNSET, DecodeOutput
 from .reasoning.scores import DigitScorer, LikelihoodScorer, StepScorer
 from .reasoning.speculative import ReasoningResult, SpeculativeReasoner, StepSpeculation, check_threshold
 from .reasoning.step_prompts import Messages, StepPrompts, prompts_for, read_prompts
@@ -45,21 +45,22 @@ class SpecReason(RunnerMethod):
     )
 
     small: Annotated[Any, WithJsonSchema({"type": "string"})] = Field(
-        "zoo/speculator",
+        default="zoo/speculator",
         description="the small model: a name or folder as for --model, or in Python what tokenry.load returns",
     )
     threshold: float = Field(
-        7.0, ge=-100, le=100, description="lowest score of 0 to 9 at which a step of the small model is kept"
+        default=7.0, ge=-100, le=100, description="lowest score of 0 to 9 at which a step of the small model is kept"
     )
     score_method: Literal["greedy", "average", "digits", "likelihood"] = Field(
-        "greedy",
+        default="greedy",
         description="the score: the likeliest token where a digit is asked for, the mean of likely digits or of all "
         "digits; or 9 times the probability of the step's least probable token",
     )
-    first_n_base_steps: Times = Field(0, description="steps at the beginning that the base model writes")
-    max_step_tokens: Tokens = Field(512, description="most tokens of a step")
+    first_n_base_steps: Times = Field(default=0, description="steps at the beginning that the base model writes")
+    max_step_tokens: Tokens = Field(default=512, description="most tokens of a step")
     prompts: Annotated[StepPrompts | None, BeforeValidator(read_prompts), WithJsonSchema({"type": "string"})] = Field(
-        None, description="the words around the steps: chat, lines (zoo/reasoner) or JSON; none for what fits the model"
+        default=None,
+        description="the words around the steps: chat, lines (zoo/reasoner) or JSON; none for what fits the model",
     )
 
     @field_validator("threshold")
@@ -125,7 +126,7 @@ class SpecReason(RunnerMethod):
 class SpecReasonOutput(DecodeOutput):
     """A `DecodeOutput` in tokens of the base model, with the `ReasoningResult` of each row."""
 
-    results: list[ReasoningResult] | None = None
+    results: list[ReasoningResult] = UNSET
 
 
 def _loaded(small: Any, model: PreTrainedModel) -> Loaded:
@@ -155,10 +156,10 @@ def _streaming(
 def _output(speculation: StepSpeculation) -> SpecReasonOutput:
     """The results in tokens of the base model."""
     results, base = speculation.results(), speculation.base
-    ends = [[base.tokenizer.eos_token_id] if r.steps[-1].end == "eos" else [] for r in results]
+    ends = [[cast(int, base.tokenizer.eos_token_id)] if r.steps[-1].end == "eos" else [] for r in results]
     ids = [base.tokenizer.encode(r.text, add_special_tokens=False) + end for r, end in zip(results, ends)]
     rows = [start + new for start, new in zip(base.starts, ids)]
-    pad = base.tokenizer.pad_token_id or 0
+    pad = cast(int, base.tokenizer.pad_token_id or 0)
     left, longest = max(map(len, base.starts)), max(map(len, ids))
     sequences = torch.full((len(rows), left + longest), pad, device=base.model.device)
     for line, start, row in zip(sequences, base.starts, rows):
@@ -167,7 +168,7 @@ def _output(speculation: StepSpeculation) -> SpecReasonOutput:
         sequences=sequences,
         new_ids=ids,
         prompt_ids=base.starts,
-        texts=[base.tokenizer.decode(new, skip_special_tokens=True) for new in ids],
+        texts=[cast(str, base.tokenizer.decode(new, skip_special_tokens=True)) for new in ids],
         events=[],
         forward_calls=base.engine.calls + speculation.small.engine.calls,
         tokens_processed=base.engine.tokens_processed + speculation.small.engine.tokens_processed,

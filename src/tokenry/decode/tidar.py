@@ -40,14 +40,14 @@ class TiDAR(LoopMethod):
     )
 
     block_size: Annotated[int | None, BeforeValidator(read_none)] = Field(
-        None,
+        default=None,
         ge=2,
         le=1024,
         description="tokens checked in a forward, and masks of a replica; none: what the model learned, or 8",
     )
-    beta: Probability = Field(1.0, description="trust in the causal rows; with 1 the text is exactly theirs")
+    beta: Probability = Field(default=1.0, description="trust in the causal rows; with 1 the text is exactly theirs")
     mask_token_id: Annotated[TokenId | None, BeforeValidator(read_none)] = Field(
-        None, description="an id that never occurs in text; none: that of the model"
+        default=None, description="an id that never occurs in text; none: that of the model"
     )
 
     def plugins(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Plugins:

@@ -27,9 +27,11 @@ class ThoughtSwitchPenalty(ReflectionMethod):
     paper: ClassVar[str] = "Thoughts Are All Over the Place: On the Underthinking of o1-Like LLMs, arXiv 2501.18585"
     claim: ClassVar[str] = "Reasoning models solve more problems when they are kept from switching thoughts too early."
 
-    alpha: Logits = Field(3.0, description="penalty in logits; 0 does nothing")
-    beta: float = Field(600, ge=0, le=2**20, description="tokens of a thought that it lasts; 0 does nothing")
-    per_thought: bool = Field(True, description="start again at every switch word; false: only at the first token")
+    alpha: Logits = Field(default=3.0, description="penalty in logits; 0 does nothing")
+    beta: float = Field(default=600, ge=0, le=2**20, description="tokens of a thought that it lasts; 0 does nothing")
+    per_thought: bool = Field(
+        default=True, description="start again at every switch word; false: only at the first token"
+    )
 
     def _build(
         self, token_ids: Sequence[int], end_think_ids: Sequence[int] | None, prompt_length: int | None

@@ -22,7 +22,7 @@ class JudgeRequest(Exchanged):
     """Solutions to score."""
 
     samples: list[Sample] = Field(min_length=1)
-    raw: bool = Field(False, description="take the prompts as they are, without the chat template")
+    raw: bool = Field(default=False, description="take the prompts as they are, without the chat template")
 
 
 class JudgeAnswer(RootModel[list[ScoredPrompt]]):

@@ -43,10 +43,10 @@ class CRew(JudgeMethod):
     claim: ClassVar[str] = "The probability a model gives its own final answer tells right from wrong solutions."
 
     aggregate: Literal["mean_prob", "geo_mean", "product", "min", "top2_gap"] = Field(
-        "mean_prob", description="how the probabilities of the answer's tokens become one score"
+        default="mean_prob", description="how the probabilities of the answer's tokens become one score"
     )
     marker: Annotated[Marker, WithJsonSchema({"type": "string"})] = Field(
-        "boxed",
+        default="boxed",
         description="where the answer is: boxed, answer (after 'A:', 'The answer is' or '####'), number (the last), "
         "or a regex with one group",
     )
@@ -77,7 +77,7 @@ class CRew(JudgeMethod):
     def _judge(self, solution: Solution, gold: str | None) -> Judged:
         span = self.find(solution.text, solution.finished)
         tokens = [] if span is None else answer_tokens(solution.text, solution.offsets, span)
-        answer = solution.text[slice(*span)] if tokens else None
+        answer = solution.text[slice(*span)] if span is not None and tokens else None
         correct = None
         if gold is not None:
             correct = answer is not None and normalise_answer(answer) == normalise_answer(gold)

@@ -81,8 +81,8 @@ class ReadRequest(Exchanged):
     """What is read: at most one of a text and a trace."""
 
     text: str | None = None
-    trace: str | None = Field(None, description="file of a saved trace of the model")
-    artifact: str | None = Field(None, description="what `tokenry fit` has saved for the model")
+    trace: str | None = Field(default=None, description="file of a saved trace of the model")
+    artifact: str | None = Field(default=None, description="what `tokenry fit` has saved for the model")
 
 
 class ReadAnswer(RootModel[list[Reading]]):

@@ -42,19 +42,21 @@ class DifficultyProbeMethod(ReadMethod):
     artifact: ClassVar[type] = DifficultyProbe
     learns_from: ClassVar[str] = "a file with lines of {question: ..., answer: ...}, or arithmetic:N for N sums"
 
-    n_samples: int = Field(10, ge=2, le=10_000, description="samples drawn of each question")
-    temperature: Temperature = Field(0.8, description="of these samples")
-    alpha: Probability = Field(0.7, description="correctness from which a question is solved")
+    n_samples: int = Field(default=10, ge=2, le=10_000, description="samples drawn of each question")
+    temperature: Temperature = Field(default=0.8, description="of these samples")
+    alpha: Probability = Field(default=0.7, description="correctness from which a question is solved")
     beta: Weight | None = Field(
-        None, description="entropy in nats up to which a solved question is normal; none: 60 % of them"
+        default=None, description="entropy in nats up to which a solved question is normal; none: 60 % of them"
     )
-    gamma: Probability = Field(0.3, description="correctness below which a question is hard")
-    hidden: int = Field(256, ge=0, le=2**16, description="width of the probe's hidden layer; 0 for a linear probe")
-    learning_rate: Rate = Field(1e-3, description="of AdamW")
-    epochs: Count = Field(100, description="passes over the questions")
-    max_new_tokens: Tokens = Field(256, description="the budget of an answer")
+    gamma: Probability = Field(default=0.3, description="correctness below which a question is hard")
+    hidden: int = Field(
+        default=256, ge=0, le=2**16, description="width of the probe's hidden layer; 0 for a linear probe"
+    )
+    learning_rate: Rate = Field(default=1e-3, description="of AdamW")
+    epochs: Count = Field(default=100, description="passes over the questions")
+    max_new_tokens: Tokens = Field(default=256, description="the budget of an answer")
     marker: str = Field(
-        "boxed",
+        default="boxed",
         description="where the answer of a sample is: boxed, answer (after 'A:', 'The answer is' or '####'), number "
         "(the last), or a regex with one group",
     )
@@ -66,7 +68,8 @@ class DifficultyProbeMethod(ReadMethod):
     @field_validator("marker")
     @classmethod
     def _is_marker(cls, marker: str) -> str:
-        return check_marker(marker)
+        check_marker(marker)
+        return marker
 
     @model_validator(mode="after")
     def _in_order(self) -> DifficultyProbeMethod:
@@ -133,7 +136,7 @@ class DifficultyProbeMethod(ReadMethod):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         prompts: Sequence[Prompt],
-        labels: Sequence[int],
+        labels: Sequence[int] | np.ndarray,
         chat: bool = True,
         seed: int = 0,
     ) -> DifficultyProbe:
@@ -149,8 +152,8 @@ BETA_PERCENTILE = 60  # of the entropy of questions that are mostly solved
 
 
 def label_by_entropy(
-    entropy: Sequence[float],
-    correctness: Sequence[float],
+    entropy: Sequence[float] | np.ndarray,
+    correctness: Sequence[float] | np.ndarray,
     alpha: float = 0.7,
     beta: float | None = None,
     gamma: float = 0.3,

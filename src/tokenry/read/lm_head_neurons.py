@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import isfinite
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, cast
 
 import torch
 from pydantic import BeforeValidator, Field
@@ -56,20 +56,26 @@ class LMHeadNeurons(ReadMethod):
     fit_options: ClassVar[tuple[str, ...]] = ("side", "fold_norm", "top_k", "chunk", "bottom")
     input_options: ClassVar[tuple[str, ...]] = ("min_prob", "per_token")
 
-    side: Side = Field("up", description="weights to decode: what a neuron reads (up, gate) or writes (down)")
-    fold_norm: bool = Field(False, description="multiply by the gain of the norm between the residual and the weights")
-    top_k: Entries = Field(10, description="tokens kept per neuron; at most the vocabulary")
-    chunk: Count = Field(512, description="neurons decoded at a time")
-    bottom: bool = Field(False, description="also the tokens a neuron points away from, for negative activations")
+    side: Side = Field(default="up", description="weights to decode: what a neuron reads (up, gate) or writes (down)")
+    fold_norm: bool = Field(
+        default=False, description="multiply by the gain of the norm between the residual and the weights"
+    )
+    top_k: Entries = Field(default=10, description="tokens kept per neuron; at most the vocabulary")
+    chunk: Count = Field(default=512, description="neurons decoded at a time")
+    bottom: bool = Field(
+        default=False, description="also the tokens a neuron points away from, for negative activations"
+    )
     find: Annotated[tuple[str, ...], BeforeValidator(read_words)] = Field(
-        (), description="words whose neurons are listed, with commas between or a JSON list"
+        default=(), description="words whose neurons are listed, with commas between or a JSON list"
     )
-    layer: Layer | None = Field(None, description="layer whose most specialized neurons are listed")
+    layer: Layer | None = Field(default=None, description="layer whose most specialized neurons are listed")
     overlap: str | None = Field(
-        None, description="saved map of another checkpoint, with which names are compared layer by layer"
+        default=None, description="saved map of another checkpoint, with which names are compared layer by layer"
     )
-    min_prob: Probability = Field(0.01, description="probability of its top token from which a neuron has a name")
-    per_token: Count = Field(3, description="named neurons listed of each token that is read")
+    min_prob: Probability = Field(
+        default=0.01, description="probability of its top token from which a neuron has a name"
+    )
+    per_token: Count = Field(default=3, description="named neurons listed of each token that is read")
 
     def map(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: LayerProgress | None = None
@@ -125,8 +131,9 @@ class LMHeadNeurons(ReadMethod):
             raise InputError("a text, or names without a map, need the model and a tokenizer; give loaded=load(...)")
         if isinstance(given, Trace) and not _layers(given):
             raise InputError('this trace does not hold neurons; capture again with neurons="all" or neurons=[layer]')
-        names = self.map(*loaded) if artifact is None else artifact
-        trace = self._traced(given, names, loaded) if isinstance(given, str) else given
+        live = cast(Loaded, loaded)  # where it is needed, it is there
+        names = self.map(*live) if artifact is None else artifact
+        trace = self._traced(given, names, live) if isinstance(given, str) else given
         names.check_made_for(trace.header["fingerprint"])
         rows = []
         for position, found in enumerate(_strongest(trace, names, self.per_token, self.min_prob)):
@@ -182,7 +189,8 @@ def _strongest(trace: Trace, names: NeuronMap, top: int, min_prob: float) -> lis
     sizes, places, signed = (torch.cat(parts, 1) for parts in (sizes, places, signed))
     order = sizes.topk(min(top, sizes.shape[1])).indices
     chosen = zip(places.gather(1, order).tolist(), signed.gather(1, order).tolist())
-    return [[(*divmod(p, names.shape[1]), v) for p, v in zip(*row)] for row in chosen]
+    width = names.shape[1]
+    return [[(p // width, p % width, v) for p, v in zip(*row)] for row in chosen]
 
 
 @torch.no_grad()

@@ -22,9 +22,11 @@ class RepresentRequest(Exchanged):
     """Texts to embed."""
 
     texts: list[str] = Field(min_length=1)
-    batch_size: Batch = Field(16, description="texts at a time")
-    max_seq_length: Tokens | None = Field(None, description="tokens of a text with its prompt; none: the model's")
-    truncate: bool = Field(False, description="cut longer texts at their end instead of refusing them")
+    batch_size: Batch = Field(default=16, description="texts at a time")
+    max_seq_length: Tokens | None = Field(
+        default=None, description="tokens of a text with its prompt; none: the model's"
+    )
+    truncate: bool = Field(default=False, description="cut longer texts at their end instead of refusing them")
 
 
 class RepresentAnswer(Exchanged):
@@ -36,13 +38,21 @@ class RepresentAnswer(Exchanged):
 class Encoder(Protocol):
     """An `nn.Module`, or a module of sentence-transformers, that embeds texts."""
 
-    max_seq_length: int | None
     truncate: bool
+
+    @property
+    def max_seq_length(self) -> int | None:
+        """Tokens of a text at most, prompt included."""
+        ...
+
+    @max_seq_length.setter
+    def max_seq_length(self, tokens: int | None) -> None: ...
 
     def encode(
         self, sentences: Sequence[str], batch_size: int = 16, progress: Callable[[int, int], None] | None = None
     ) -> Tensor:
         """(sentences, width), float32 on the CPU, in the order given. `progress` gets (done, all) after a batch."""
+        ...
 
 
 class RepresentMethod(Method):

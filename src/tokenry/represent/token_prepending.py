@@ -11,7 +11,7 @@ so every word of the next layer can attend to a summary of the whole sentence (s
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self, cast
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -52,22 +52,25 @@ class TokenPrepending(RepresentMethod):
         "sentence embeddings without training."
     )
 
-    start_layer: Layer = Field(1, description="first layer before which the slot is overwritten")
+    start_layer: Layer = Field(default=1, description="first layer before which the slot is overwritten")
     exit_layer: Layers = Field(
-        2, description="first layer before which it no longer is; above start_layer, 7 suits 7B models"
+        default=2, description="first layer before which it no longer is; above start_layer, 7 suits 7B models"
     )
     output_layer: int = Field(
-        -1, ge=-1024, le=1024, description="layers run before the embedding is read; -1: all, and the final norm"
+        default=-1,
+        ge=-1024,
+        le=1024,
+        description="layers run before the embedding is read; -1: all, and the final norm",
     )
     prompt: str = Field(
-        "prompteol", description="prompteol, cot, ke, metaeol, or a template with one {slot} and one {text}"
+        default="prompteol", description="prompteol, cot, ke, metaeol, or a template with one {slot} and one {text}"
     )
-    add_bos: bool | None = Field(None, description="put the BOS token first; none: as the tokenizer does")
+    add_bos: bool | None = Field(default=None, description="put the BOS token first; none: as the tokenizer does")
     slot_init: Literal["normal", "zeros", "mean"] = Field(
-        "normal", description="embedding of the slot: drawn from N(0, 1), zeros, or the mean of all embeddings"
+        default="normal", description="embedding of the slot: drawn from N(0, 1), zeros, or the mean of all embeddings"
     )
-    overwrite: bool = Field(True, description="false leaves the slot alone: the control")
-    seed: Seed = Field(0, description="seed of the slot's embedding")
+    overwrite: bool = Field(default=True, description="false leaves the slot alone: the control")
+    seed: Seed = Field(default=0, description="seed of the slot's embedding")
 
     @field_validator("prompt")
     @classmethod
@@ -113,9 +116,10 @@ class TokenPrepending(RepresentMethod):
         slot = vocabulary_size(model) if slot_token_id is None else slot_token_id
         return Prepending(model, slot, edited, self._vector(embedding))
 
-    def _vector(self, embedding: nn.Embedding) -> Tensor:
+    def _vector(self, embedding: nn.Module) -> Tensor:
         """The slot's embedding, scaled as the embedding scales its rows (Gemma)."""
-        scale, width = float(getattr(unwrapped(embedding), "embed_scale", 1.0)), unwrapped(embedding).embedding_dim
+        scale = float(getattr(unwrapped(embedding), "embed_scale", 1.0))
+        width = cast(int, unwrapped(embedding).embedding_dim)
         if self.slot_init == "mean":
             return scale * effective_weight(embedding, "the embedding").float().mean(0)
         if self.slot_init == "zeros":
@@ -176,7 +180,7 @@ class Prepending:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        stack, self._stack = self._stack, None
+        stack, self._stack = cast(ExitStack, self._stack), None
         stack.close()
 
     def _find_slot(self, feed: Feed) -> None:

@@ -52,25 +52,25 @@ class CompressKV(SelectMethod):
     )
 
     profile: ArtifactField[HeadProfile] | None = Field(
-        None,
+        default=None,
         description="file of a head profile made for the model, or in Python the profile itself; the embedded model "
         "brings its own",
     )
     budget: int = Field(
-        256, ge=2, le=2**20, description="cache entries per layer, mean over layers; more than the window"
+        default=256, ge=2, le=2**20, description="cache entries per layer, mean over layers; more than the window"
     )
-    window: Tokens = Field(8, description="newest prompt tokens, which vote and are always kept")
-    kernel: Block = Field(5, description="width of the average over neighboring tokens; odd")
-    top_heads: Count = Field(4, description="voting heads per layer; at most the model's heads")
-    adaptive: bool = Field(True, description="give layers that suffer more from a short cache a larger budget")
+    window: Tokens = Field(default=8, description="newest prompt tokens, which vote and are always kept")
+    kernel: Block = Field(default=5, description="width of the average over neighboring tokens; odd")
+    top_heads: Count = Field(default=4, description="voting heads per layer; at most the model's heads")
+    adaptive: bool = Field(default=True, description="give layers that suffer more from a short cache a larger budget")
     min_tokens: int = Field(
-        12, ge=2, le=2**20, description="smallest layer budget; above the window, at most the budget"
+        default=12, ge=2, le=2**20, description="smallest layer budget; above the window, at most the budget"
     )
-    max_factor: Multiple = Field(3.0, description="largest layer budget, as a multiple of the budget")
+    max_factor: Multiple = Field(default=3.0, description="largest layer budget, as a multiple of the budget")
     heads: Literal["retrieval", "random", "lowest", "all"] = Field(
-        "retrieval", description="which heads vote; the others are controls"
+        default="retrieval", description="which heads vote; the others are controls"
     )
-    seed: Seed = Field(0, description="seed of the random heads")
+    seed: Seed = Field(default=0, description="seed of the random heads")
 
     @model_validator(mode="after")
     def _fits_together(self) -> CompressKV:

@@ -20,7 +20,7 @@ class SelectRequest(Exchanged):
 
     context: str = Field(min_length=1, description="the text, of which tokens are kept")
     question: str = Field(min_length=1, description="asked after it")
-    max_new_tokens: Tokens = Field(64, description="of the answer")
+    max_new_tokens: Tokens = Field(default=64, description="of the answer")
 
 
 class SelectAnswer(Exchanged):

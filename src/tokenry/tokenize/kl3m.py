@@ -48,16 +48,17 @@ class KL3M(TokenizeMethod):
         le=2**20,
         description="entries before padding, with room for custom ones; none is 32768, char 4096",
     )
-    min_frequency: Count = Field(2, description="a pair seen less often is never merged")
+    min_frequency: Count = Field(default=2, description="a pair seen less often is never merged")
     normalization: Literal["none", "nfc", "nfd", "nfkc", "nfkd"] = Field(
-        "nfkc", description="Unicode normal form of the input; nfc keeps ½, ™ and ²"
+        default="nfkc", description="Unicode normal form of the input; nfc keeps ½, ™ and ²"
     )
-    lowercase: bool = Field(False, description="lower-case the input")
+    lowercase: bool = Field(default=False, description="lower-case the input")
     max_chars: int | None = Field(
         default=None, ge=2, le=1024, description="kind=char: longest token, in byte-level characters; none is 3"
     )
     custom_tokens: Annotated[tuple[str, ...], BeforeValidator(read_custom_tokens)] = Field(
-        tuple(GROUPS), description="kind=domain: groups, further tokens, or a file with one a line; none for no tokens"
+        default=tuple(GROUPS),
+        description="kind=domain: groups, further tokens, or a file with one a line; none for no tokens",
     )
     pad_to_power_of_two: bool = Field(default=True, description="fill up by whitespace runs, then reserved tokens")
     single_word_alpha: bool = Field(

@@ -25,7 +25,7 @@ class TrainRequest(Exchanged):
 
     data: str = Field(description="file with what is learned from")
     output: str = Field(description="new folder for what is trained")
-    hold_out: Share = Field(0.1, description="share of the examples that is only measured")
+    hold_out: Share = Field(default=0.1, description="share of the examples that is only measured")
 
 
 class TrainAnswer(Exchanged):

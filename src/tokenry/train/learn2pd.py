@@ -53,13 +53,17 @@ class Learn2PDTraining(TrainMethod):
     }
     next_step: ClassVar[str] = "tokenry decode --method learn2pd -o filter={output} --model {model} --greedy PROMPT"
 
-    hidden: Width | None = Field(None, description="width of the filter's hidden layer; default: as the block")
-    epochs: Count = Field(2000, description="most passes over the traces; it stops when validation does")
-    lr: Rate = Field(3e-3, description="learning rate")
-    split_by: SplitBy = Field("prompt", description="validation has prompts of its own, or steps of the same ones")
-    mask_loss: bool = Field(False, description="learn from masked positions alone")
-    accept_threshold: float = Field(0.96, gt=0, lt=1, description="at which false positives and negatives are counted")
-    seed: Seed = Field(0, description="of the order, the split and the first weights")
+    hidden: Width | None = Field(default=None, description="width of the filter's hidden layer; default: as the block")
+    epochs: Count = Field(default=2000, description="most passes over the traces; it stops when validation does")
+    lr: Rate = Field(default=3e-3, description="learning rate")
+    split_by: SplitBy = Field(
+        default="prompt", description="validation has prompts of its own, or steps of the same ones"
+    )
+    mask_loss: bool = Field(default=False, description="learn from masked positions alone")
+    accept_threshold: float = Field(
+        default=0.96, gt=0, lt=1, description="at which false positives and negatives are counted"
+    )
+    seed: Seed = Field(default=0, description="of the order, the split and the first weights")
 
     def read(self, path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[PromptTraces]:
         """The shuffled prompts in a file of traces, see `tokenry.learned.read_traces`."""

@@ -47,17 +47,19 @@ class Rectifier(TrainMethod):
         "tokenry decode --method rectification -o rectifier={output} --model {model} --raw PROMPT"
     )
 
-    layers: Layers = Field(4, description="blocks of the trunk, a new Llama with 4 heads")
-    width: int = Field(192, ge=8, le=2**14, multiple_of=8, description="its width, a multiple of 8")
-    hidden_mult: int = Field(2, ge=1, le=64, description="width of the head's hidden layer, in widths of the trunk")
-    gamma: Portion = Field(1.0, description="discount from one token to the next")
-    target_update: Portion = Field(0.1, description="share of the head that the averaged head takes over")
-    learning_rate: Rate = Field(3e-4, description="highest learning rate")
-    warmup_steps: Times = Field(500, description="steps until it is reached")
-    batch_size: Batch = Field(64, description="episodes in a step")
-    epochs: Passes = Field(3.0, description="passes over the episodes")
-    max_length: int = Field(1024, ge=2, le=2**20, description="tokens of an episode kept, from the right")
-    seed: Seed = Field(0, description="of the first weights and of the order")
+    layers: Layers = Field(default=4, description="blocks of the trunk, a new Llama with 4 heads")
+    width: int = Field(default=192, ge=8, le=2**14, multiple_of=8, description="its width, a multiple of 8")
+    hidden_mult: int = Field(
+        default=2, ge=1, le=64, description="width of the head's hidden layer, in widths of the trunk"
+    )
+    gamma: Portion = Field(default=1.0, description="discount from one token to the next")
+    target_update: Portion = Field(default=0.1, description="share of the head that the averaged head takes over")
+    learning_rate: Rate = Field(default=3e-4, description="highest learning rate")
+    warmup_steps: Times = Field(default=500, description="steps until it is reached")
+    batch_size: Batch = Field(default=64, description="episodes in a step")
+    epochs: Passes = Field(default=3.0, description="passes over the episodes")
+    max_length: int = Field(default=1024, ge=2, le=2**20, description="tokens of an episode kept, from the right")
+    seed: Seed = Field(default=0, description="of the first weights and of the order")
 
     def read(self, path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[Episode]:
         """The shuffled episodes in a file, see `read_episodes`."""

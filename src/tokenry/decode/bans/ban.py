@@ -56,7 +56,8 @@ class Ban:
 
     def tokens_from(self, row: SequenceState, char: int | None) -> int:
         """How many tokens a rewind to `char` would take back, with those that are not text yet."""
-        first = row.decoded.done if char is None else min(row.token_at(char), row.decoded.done)
+        done = row.token_text.done
+        first = done if char is None else min(row.token_at(char), done)
         return len(row.ids) - first
 
 

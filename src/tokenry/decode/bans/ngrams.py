@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import chain, takewhile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ...core.errors import InputError
 from ...text.ngrams import Begun, Found, NGrams
@@ -31,7 +31,7 @@ class NGramBan(Ban):
         ngrams: str | Sequence[str | Sequence[str]],
         strength: float = 1.0,
         stop_words: frozenset[str] = STOP_WORDS,
-        **repair: object,
+        **repair: Any,
     ) -> None:
         super().__init__(strength, **repair)
         given = [ngrams] if isinstance(ngrams, str) else ngrams

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import takewhile
+from typing import Any
 
 import regex
 
@@ -30,7 +31,7 @@ class RegexBan(Ban):
     """
 
     def __init__(
-        self, patterns: str | Sequence[str], max_span: int | None = None, strength: float = 1.0, **repair: object
+        self, patterns: str | Sequence[str], max_span: int | None = None, strength: float = 1.0, **repair: Any
     ) -> None:
         super().__init__(strength, **repair)
         if max_span is not None and max_span < 1:

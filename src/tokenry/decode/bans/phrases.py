@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any, cast
 
 import ahocorasick
 from transformers import PreTrainedTokenizerBase
@@ -35,7 +36,7 @@ class PhraseBan(Ban):
         strength: float = 1.0,
         prefer: str = "longest",
         start_tokens: bool = False,
-        **repair: object,
+        **repair: Any,
     ) -> None:
         super().__init__(strength, **repair)
         if prefer not in ("longest", "shortest"):
@@ -75,7 +76,7 @@ class PhraseBan(Ban):
         if best is None:
             return None
         start, _, phrase, stop = best
-        also = start_tokens(row.decoded.tokenizer, phrase) if self.start_tokens else ()
+        also = start_tokens(row.token_text.tokenizer, phrase) if self.start_tokens else ()
         return self.violation(row, f"phrase:{phrase}", start, stop, also)
 
     def hold(self, row: SequenceState) -> int:
@@ -112,9 +113,9 @@ def start_tokens(tokenizer: PreTrainedTokenizerBase, phrase: str) -> tuple[int, 
             ids = tokenizer.encode(text, add_special_tokens=False)[:1]
             if not ids:
                 continue
-            piece = tokenizer.decode(ids)
+            piece = cast(str, tokenizer.decode(ids))
             prefixes = [piece[:n] for n in range(1, len(piece)) if piece[:n].strip()]
             for token in ids + [t for p in prefixes for t in tokenizer.encode(p, add_special_tokens=False)[:1]]:
-                if token not in special and tokenizer.decode([token]).strip():
+                if token not in special and cast(str, tokenizer.decode([token])).strip():
                     found[token] = None
     return tuple(found)

@@ -6,6 +6,8 @@ start of each block. "prefix" keeps what is before the block and computes the re
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,13 +30,14 @@ class DiffusionCache:
     position (`shift`) the column before the block is computed too, since it predicts the first one of the block.
     """
 
+    raw: Tensor  # logits (batch, time, vocabulary), unshifted; with `kept` from the first forward on
+    valid: Tensor  # (batch,) columns from the first one that are kept
+    first: Tensor  # (batch,) what the next forward computes of each row
+    last: Tensor
+
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self.kept: list[list[Tensor]] = []  # keys and values of each layer (batch, heads, columns, size)
-        self.raw: Tensor | None = None  # logits (batch, time, vocabulary), unshifted
-        self.valid: Tensor | None = None  # (batch,) columns from the first one that are kept
-        self.first: Tensor | None = None  # (batch,) what the next forward computes of each row
-        self.last: Tensor | None = None
         self.groups: list[Tensor] = []  # rows (batch,) that are computed together
 
     @classmethod
@@ -51,7 +54,7 @@ class DiffusionCache:
 
     def begin(self, state: DiffusionState, shift: bool) -> None:
         """Choose the columns [first, last) that the next forward computes of each row."""
-        valid = torch.zeros_like(state.end) if self.valid is None else self.valid
+        valid = self.valid if self.kept else torch.zeros_like(state.end)
         first = (state.block_start - int(shift)).clamp(min=0)
         last = state.block_end if self.kind == "dual" else state.end
         stale = (first > valid) | ((last < state.end) & (valid < state.end))
@@ -88,17 +91,18 @@ class DiffusionCache:
         for layer, kept in enumerate(self.kept):
             outside = [torch.cat([t[rows, :, :first], t[rows, :, last:]], 2) for t in kept]
             if outside[0].shape[2]:
-                cache.update(*outside, layer)
+                cache.update(outside[0], outside[1], layer)
         return cache
 
     def _keep(self, rows: Tensor, first: int, last: int, cache: Cache, logits: Tensor, shape: torch.Size) -> None:
         """What a forward has computed of these rows; it stands last in its cache."""
-        if self.raw is None:
+        layers: list[Any] = cache.layers  # each with its keys and values
+        if not self.kept:
             self.raw = logits.new_zeros(*shape, logits.shape[-1])
-            pairs = [(layer.keys, layer.values) for layer in cache.layers]
+            pairs = [(layer.keys, layer.values) for layer in layers]
             self.kept = [[t.new_zeros(shape[0], t.shape[1], shape[1], t.shape[3]) for t in pair] for pair in pairs]
         self.raw[rows, first:last] = logits
-        for kept, layer in zip(self.kept, cache.layers):
+        for kept, layer in zip(self.kept, layers):
             for whole, new in zip(kept, (layer.keys, layer.values)):
                 whole[rows, :, first:last] = new[:, :, first - last :]
         self.valid[rows] = shape[1]

@@ -77,7 +77,7 @@ class DiffusionMethods:
 
     def __init__(self, methods: Sequence[DecodeMethod]) -> None:
         refuse_others(methods[0], [method for method in methods if not isinstance(method, DiffusionMethod)])
-        self.methods = tuple(methods)
+        self.methods = tuple(method for method in methods if isinstance(method, DiffusionMethod))
         self.slug = " and ".join(method.slug for method in methods)
 
     def options(self, max_new_tokens: int) -> dict[str, Any]:
@@ -151,8 +151,8 @@ class DiffusionMethod(RunnerMethod):
     """A decode method that needs a masked-diffusion model. It has no plug-ins for the other loop, which goes from left
     to right, but `parts` for this one."""
 
-    block_length: Tokens = Field(32, description="tokens of a block; the window is filled block by block")
-    cache: Cache = Field("none", description="keys and values kept within a block")
+    block_length: Tokens = Field(default=32, description="tokens of a block; the window is filled block by block")
+    cache: Cache = Field(default="none", description="keys and values kept within a block")
 
     def parts(self, max_new_tokens: int) -> DiffusionParts:
         """What it brings to the loop for windows of at most `max_new_tokens`; new ones for every call."""

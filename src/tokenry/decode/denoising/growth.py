@@ -44,6 +44,8 @@ class DaedalLength(LengthPolicy):
             the maximum.
     """
 
+    eos_token_id: int  # of the model, from the start of a generation on
+
     def __init__(
         self,
         maximum: int = 2048,
@@ -69,7 +71,6 @@ class DaedalLength(LengthPolicy):
         self.eos_threshold, self.expand_eos_threshold = eos_threshold, expand_eos_threshold
         self.eos_check_tokens, self.tail = eos_check_tokens, tail
         self.trace = LengthTrace()
-        self.eos_token_id: int | None = None
         self.silent: Tensor | None = None  # (batch,) rows that have grown and never had a c of SILENT; None: not asked
 
     # --- before the first step -------------------------------------------------------------------------------------

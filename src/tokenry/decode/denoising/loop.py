@@ -30,7 +30,7 @@ from ...core.errors import InputError
 from ...core.fields import Temperature, TorchSeed, check
 from ...models.batch import position_ids
 from ...models.masks import check_bidirectional, check_mask_token, own_position
-from ..generation.output import DecodeOutput
+from ..generation.output import UNSET, DecodeOutput
 from .cache import DiffusionCache
 from .state import DiffusionState, Edit, Prediction
 from .unmask import FixedCount, UnmaskPolicy
@@ -136,7 +136,7 @@ def _id(source: Any, name: str) -> int | None:
 class LogitsTransform:
     """Changes the logits before anything is chosen from them. `model` is set when a generation starts."""
 
-    model: MaskedDiffusionModel | None = None
+    model: MaskedDiffusionModel
 
     def reset(self, state: DiffusionState) -> None:
         """A new generation starts."""
@@ -185,9 +185,12 @@ def _predict(logits: Tensor, warpers: Sequence[LogitsProcessor] | None, state: D
     return Prediction(logits, tokens, (chosen - logits.logsumexp(-1)).exp())
 
 
+NO_IDS: Any = None  # warpers look at the scores alone
+
+
 def _sample(logits: Tensor, warpers: Sequence[LogitsProcessor], generator: torch.Generator | None) -> Tensor:
     for warper in warpers:
-        logits = warper(None, logits)
+        logits = warper(NO_IDS, logits)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
@@ -241,8 +244,8 @@ class DiffusionOutput(DecodeOutput):
     what stands in them before the first end-of-text token, a list per row. `texts` needs a tokenizer.
     """
 
-    windows: list[list[int]] | None = None
-    stats: DiffusionStats | None = None
+    windows: list[list[int]] = UNSET
+    stats: DiffusionStats = UNSET
 
 
 # --- the loop ------------------------------------------------------------------------------------------------------
@@ -347,7 +350,9 @@ def _output(
         effective_tokens=[len(ids) for ids in new_ids],
         seconds=time.perf_counter() - start,
     )
-    texts = None if tokenizer is None else [tokenizer.decode(ids, skip_special_tokens=True) for ids in new_ids]
+    texts: Any = None
+    if tokenizer is not None:
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in new_ids]
     prompts, present = state.x[:, : state.start], state.present[:, : state.start]
     return DiffusionOutput(
         sequences=state.x,

@@ -6,7 +6,7 @@ Extremely greedy parallel decoding (EGP) of Learning to Parallel, arXiv 2509.251
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -43,10 +43,11 @@ class OraclePolicy(UnmaskPolicy):
         InputError: when a generation starts, windows of another shape.
     """
 
+    answer: Tensor  # (batch, time) the reference in its columns
+    before: Tensor  # (batch, time) what the step before predicted
+
     def __init__(self, reference: Tensor) -> None:
         self.reference = reference
-        self.answer: Tensor | None = None  # (batch, time) the reference in its columns
-        self.before: Tensor | None = None  # (batch, time) what the step before predicted
 
     def reset(self, state: DiffusionState) -> None:
         windows = (len(state.x), state.x.shape[1] - state.start)
@@ -124,7 +125,8 @@ def collect_egp_traces(
         raise InputError("there are no prompts to collect traces from; give some")
     if not isinstance(model, MaskedDiffusionModel):
         model = MaskedDiffusionModel(model, tokenizer)
-    options, steps = {"gen_length": gen_length, "block_length": block_length}, []
+    options: dict[str, Any] = {"gen_length": gen_length, "block_length": block_length}
+    steps = []
     for start in range(0, len(prompts), batch_size):
         inputs = encode_prompts(tokenizer, prompts[start : start + batch_size], chat).to(model.device)
         plain = diffusion_generate(model, **inputs, unmask=FixedCount(), **options)
@@ -141,7 +143,7 @@ class EGPTraces(TraceMethod):
 
     slug: ClassVar[str] = "learn2pd"
 
-    block_length: Block = Field(32, description="tokens of a block; that of the filter to train")
+    block_length: Block = Field(default=32, description="tokens of a block; that of the filter to train")
 
     def collect(
         self,
@@ -152,5 +154,5 @@ class EGPTraces(TraceMethod):
         max_new_tokens: int,
         chat: bool = True,
     ) -> TraceDataset:
-        widths = {"gen_length": max_new_tokens, "block_length": self.block_length}
+        widths: dict[str, Any] = {"gen_length": max_new_tokens, "block_length": self.block_length}
         return collect_egp_traces(model, tokenizer, prompts, chat=chat, batch_size=len(prompts), **widths)

@@ -137,6 +137,8 @@ class Chance(UnmaskPolicy):
         InputError: steps < 1, or that cannot be shared out among the blocks.
     """
 
+    steps_per_block: Tensor  # (batch,), of a generation
+
     def __init__(self, steps: int, last: float = 1e-3) -> None:
         if steps < 1:
             raise InputError(f"steps={steps} is not allowed; give a number >= 1")
@@ -144,7 +146,6 @@ class Chance(UnmaskPolicy):
         if not 0 < last < 1:
             raise InputError(f"last={last} is not allowed; give a time in (0, 1)")
         self.steps, self.last = steps, last
-        self.steps_per_block: Tensor | None = None  # (batch,)
 
     def reset(self, state: DiffusionState) -> None:
         self.steps_per_block = steps_per_block(self.steps, state)

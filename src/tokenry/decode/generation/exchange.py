@@ -17,13 +17,13 @@ class DecodeRequest(Exchanged):
 
     prompt: str = Field(min_length=1)
     max_new_tokens: Tokens = 256
-    greedy: bool = Field(False, description="take the most probable token instead of sampling")
+    greedy: bool = Field(default=False, description="take the most probable token instead of sampling")
     temperature: Temperature = 1.0
     min_p: Probability = 0.05
     top_p: Portion = 1.0
-    top_k: Times = Field(0, description="0: no limit")
+    top_k: Times = Field(default=0, description="0: no limit")
     seed: Seed = 0
-    raw: bool = Field(False, description="continue the prompt itself, without the chat template")
+    raw: bool = Field(default=False, description="continue the prompt itself, without the chat template")
 
 
 class DecodeAnswer(Exchanged):

@@ -20,8 +20,9 @@ that plug-ins that do nothing give exactly the tokens of `model.generate` at the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -75,7 +76,8 @@ class DecodeLoop:
         if tokenizer is None and plugins.monitors:
             raise InputError("monitors read text; pass processing_class=tokenizer")
         self.engine, self.job, self.tokenizer, self.plugins = engine, job, tokenizer, plugins
-        self.processors, self.monitors = list(plugins.processors), list(plugins.monitors)
+        self.processors: list[Callable[..., Tensor]] = list(plugins.processors)
+        self.monitors = list(plugins.monitors)
         self.do_sample, self.limits, self.criteria = job.do_sample, job.limits, list(job.stopping_criteria)
         self.stop, stop_ids = self._stops(job.stop)
         self.eos = {*job.eos_ids, *stop_ids}
@@ -91,12 +93,12 @@ class DecodeLoop:
         self.sampler = Sampler(job.warpers, job.do_sample, job.seed, self.batch, self.device, plugins.final_processors)
         for monitor in self.monitors:
             if isinstance(monitor, ReadsText):
-                monitor.begin(tokenizer)
+                monitor.begin(cast(PreTrainedTokenizerBase, tokenizer))
 
     # --- from outside --------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def steps(self) -> Iterator[list[list[int]]]:
+    def steps(self) -> Generator[list[list[int]], None, None]:
         """Step until every row has ended. Each step yields the new ids of each row that are settled: no rewind can
         remove them any more. Together they are the row's `new_ids`.
 
@@ -159,7 +161,7 @@ class DecodeLoop:
         for number, ids in enumerate(rows):
             new = torch.tensor(ids, dtype=torch.long, device=self.device)
             sequences[number, self.prompt_length : self.prompt_length + len(ids)] = new
-        texts = None
+        texts: Any = None
         if self.tokenizer is not None:
             texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in rows]
         return DecodeOutput(
@@ -222,7 +224,7 @@ class DecodeLoop:
             raise InputError("an empty stop string would end every row at once; remove it")
         if stop and self.tokenizer is None:
             raise InputError("stop strings read text; pass processing_class=tokenizer")
-        special = special_tokens(self.tokenizer) if stop else {}
+        special = special_tokens(self.tokenizer) if stop and self.tokenizer is not None else {}
         texts = [text for text in stop if text not in special]
         for text, token in ((text, token) for text in texts for token in special if token in text):
             raise InputError(f"the stop string {text!r} holds the special token {token!r}; give {token!r} alone")
@@ -398,7 +400,7 @@ class DecodeLoop:
         if probabilities is not None:
             best = probabilities.topk(min(CANDIDATES, probabilities.numel()))
             candidates = [(t, p) for t, p in zip(best.indices.tolist(), best.values.tolist()) if p > 0]
-        text = self.tokenizer.decode(gone) if gone else ""
+        text = cast(Any, self.tokenizer).decode(gone) if gone else ""
         context = row.prompt + row.ids[: violation.index]
         self.events.append(
             RewindEvent(
@@ -434,7 +436,8 @@ class DecodeLoop:
         stored = row.scores.get(old)
         if isinstance(stored, Tensor) and stored.numel() > COMPACT_ROW:
             self.vocabulary = stored.numel()
-            row.scores[old] = tuple(stored.topk(COMPACT_ROW))
+            best = stored.topk(COMPACT_ROW)
+            row.scores[old] = best.values, best.indices
 
     def _next_block(self) -> tuple[Tensor, Tensor | None]:
         """The tokens that were not fed yet, right-aligned; finished rows are padding."""

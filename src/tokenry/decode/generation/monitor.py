@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 from transformers import PreTrainedTokenizerBase
 
@@ -83,7 +83,7 @@ def held_tokens(row: SequenceState, monitors: Sequence[Monitor], known: dict[int
         asked.append(count)
         view = row if count == len(row.ids) else row.prefix(count)
         held = [monitor.hold(view) for monitor in monitors]
-        more = count if None in held else max(held, default=0)
+        more = count if None in held else max(cast(list[int], held), default=0)
         if more == 0:
             known[count] = count
         count = max(count - more, 0)

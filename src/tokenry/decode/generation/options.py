@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
@@ -89,7 +89,7 @@ def kept_by_generate(*names: str) -> dict[str, Any]:
     They are read where `generate` holds them: a streamer that nobody feeds would let its reader wait for ever, and an
     assistant would be ignored without a word. Empty if the callable was not called by `generate`.
     """
-    code = inspect.unwrap(GenerationMixin.generate).__code__
+    code = inspect.unwrap(cast(Any, GenerationMixin).generate).__code__
     frame = inspect.currentframe()
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back

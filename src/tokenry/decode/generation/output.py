@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from .monitor import RewindEvent
 
-__all__ = ["DecodeOutput", "RunStats"]
+__all__ = ["UNSET", "DecodeOutput", "RunStats"]
+
+
+UNSET: Any = None  # a ModelOutput wants None as default of its fields; a run sets those that are not optional
 
 
 class RunStats(Protocol):
@@ -18,27 +21,30 @@ class RunStats(Protocol):
 
     def summary(self) -> dict[str, Any]:
         """The counts, for JSON."""
+        ...
 
     def in_words(self) -> str | None:
         """What the command line says; None: nothing."""
+        ...
 
 
 @dataclass
 class DecodeOutput(ModelOutput):
     """Result of a generation. `sequences` (batch, prompt + new) is padded on the right as `generate` pads; `new_ids`
-    and `prompt_ids` are the same without any padding, a list per row. `stop_reasons` says why each row ended:
-    "finished" by itself or a stop string, "budget" after as many tokens as were asked for, "context": the model has no
-    more positions, or "cancelled". Where a method has read the prompts first, `strategy` names how it answers each row,
-    and `probs` (batch, strategies) is what it chose by. `stats` is what a method has counted."""
+    and `prompt_ids` are the same without any padding, a list per row. `texts` are None without a tokenizer.
+    `stop_reasons` says why each row ended: "finished" by itself or a stop string, "budget" after as many tokens as were
+    asked for, "context": the model has no more positions, or "cancelled". Where a method has read the prompts first,
+    `strategy` names how it answers each row, and `probs` (batch, strategies) is what it chose by. `stats` is what a
+    method has counted."""
 
-    sequences: Tensor | None = None
-    new_ids: list[list[int]] | None = None
-    prompt_ids: list[list[int]] | None = None
-    texts: list[str] | None = None
-    events: list[RewindEvent] | None = None
-    forward_calls: int | None = None
-    tokens_processed: int | None = None
-    past_key_values: Any | None = None
+    sequences: Tensor = UNSET
+    new_ids: list[list[int]] = UNSET
+    prompt_ids: list[list[int]] = UNSET
+    texts: list[str] = UNSET
+    events: list[RewindEvent] = UNSET
+    forward_calls: int = UNSET
+    tokens_processed: int = UNSET
+    past_key_values: Any = None
     stop_reasons: list[str] | None = None
     strategy: list[str] | None = None
     probs: Tensor | None = None

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation.logits_process import LogitsProcessor
 
 from ...core.errors import InputError
-from .engine import Engine
+from .engine import TransformersEngine
 from .layer_policy import LayerPolicy
 from .monitor import Monitor
 
@@ -48,7 +48,7 @@ class Drafting(Protocol):
     """Several tokens per step: it has a decode loop of its own."""
 
     def loop(
-        self, engine: Engine, job: Job, tokenizer: PreTrainedTokenizerBase | None, plugins: Plugins
+        self, engine: TransformersEngine, job: Job, tokenizer: PreTrainedTokenizerBase | None, plugins: Plugins
     ) -> DecodeLoop: ...
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -40,7 +41,9 @@ class Sampler:
         device,
         final_processors: Sequence[LogitsProcessor] = (),
     ) -> None:
-        self.warpers, self.final_processors, self.sample = list(warpers), list(final_processors), sample
+        self.warpers: list[Callable[..., Tensor]] = list(warpers)
+        self.final_processors: list[Callable[..., Tensor]] = list(final_processors)
+        self.sample = sample
         self.generators = None
         if seed is not None:
             self.generators = [torch.Generator(device).manual_seed(row_seed(seed, b)) for b in range(batch)]
@@ -75,12 +78,12 @@ class Sampler:
         generator = self.generators[row] if self.generators else None
         return torch.multinomial(probabilities, 1, generator=generator)[0]
 
-    def _relaxed(self, level: int) -> list[LogitsProcessor]:
+    def _relaxed(self, level: int) -> list[Callable[..., Tensor]]:
         order = ("Temperature", "MinP", "TopP", "TopK")[:level]
         return [w for w in self.warpers if not type(w).__name__.startswith(order)] if level else self.warpers
 
 
-def of_row(processor: LogitsProcessor, row: int, batch: int) -> LogitsProcessor:
+def of_row(processor: Callable[..., Tensor], row: int, batch: int) -> Callable[..., Tensor]:
     """The processor for one row of the batch that comes alone: some know rows by their number."""
     if batch == 1:
         return processor
@@ -90,7 +93,7 @@ def of_row(processor: LogitsProcessor, row: int, batch: int) -> LogitsProcessor:
     kept = getattr(processor, KEPT_BY_ROW.get(type(processor), ""), None)
     if kept is None or isinstance(kept, int):
         return processor
-    own, place = copy(processor), row * len(kept) // batch  # several rows may continue one prompt
+    own, place = cast(Any, copy(processor)), row * len(kept) // batch  # several rows may continue one prompt
     setattr(own, KEPT_BY_ROW[type(processor)], kept[place : place + 1])
     own.batch_size = 1
     return own

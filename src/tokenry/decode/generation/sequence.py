@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from copy import copy
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -45,6 +45,11 @@ class SequenceState:
         self.emitted = 0
 
     @property
+    def token_text(self) -> TokenText:
+        """`decoded`, for monitors: where there are some, there is a tokenizer."""
+        return cast(TokenText, self.decoded)
+
+    @property
     def text(self) -> str:
         """The decoded generated text."""
         return self.decoded.text if self.decoded else ""
@@ -56,7 +61,7 @@ class SequenceState:
 
     def token_at(self, char: int) -> int:
         """The generated token that character `char` of `text` belongs to."""
-        return self.decoded.token_at(char)
+        return self.token_text.token_at(char)
 
     def note(self, key: Hashable, make: Callable[[], N]) -> N:
         """What is kept of this row under `key`, made where there is none yet; every rewind truncates it."""

@@ -72,21 +72,20 @@ class BiasLogitsProcessor(LogitsProcessor):
 
     def _prompt(self, input_ids: Tensor) -> int:
         """How many of a call's columns are the prompt."""
-        width = input_ids.shape[1]
-        if self.seen is None and self.prompt_length is not None:
-            if width < self.prompt_length:
-                raise InputError(
-                    f"prompt_length={self.prompt_length} is more than the {width} tokens given; leave it out"
-                )
-        elif self.seen is None or width <= self.prompt_length:
+        width, known = input_ids.shape[1], self.prompt_length
+        if self.seen is None and known is not None:
+            if width < known:
+                raise InputError(f"prompt_length={known} is more than the {width} tokens given; leave it out")
+            return known
+        if self.seen is None or known is None or width <= known:
             self.prompt_length, self.seen, self.warned = width, input_ids.clone(), False
-        else:
-            self._follow(input_ids)
-        return self.prompt_length
+            return width
+        self._follow(input_ids, self.seen)
+        return known
 
-    def _follow(self, input_ids: Tensor) -> None:
+    def _follow(self, input_ids: Tensor, before: Tensor) -> None:
         """One more column of the same generation: each row goes on from a row of the call before, for beams any."""
-        before, earlier = self.seen, input_ids[:, :-1]
+        earlier = input_ids[:, :-1]
         in_step = torch.equal(earlier, before)
         if not in_step and not _rows_in(earlier, before):
             raise InputError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, cast
 
 from pydantic import BeforeValidator, Field, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,11 +30,14 @@ class ReflectionMethod(LoopMethod):
     `model.generate(**inputs, logits_processor=[CyclicReflex().processor(tokenizer)])`.
     """
 
-    words: Lines = Field(REFLECTION_WORDS, description="reflection words, one token each; or a file with one a line")
-    leading_space: bool = Field(True, description="also the form of each word that follows a space")
-    token_ids: TokenIds = Field(None, description="token ids instead of words")
+    words: Lines = Field(
+        default=REFLECTION_WORDS, description="reflection words, one token each; or a file with one a line"
+    )
+    leading_space: bool = Field(default=True, description="also the form of each word that follows a space")
+    token_ids: TokenIds = Field(default=None, description="token ids instead of words")
     end_think: EndThink = Field(
-        "</think>", description="mark after which a row is left alone: text, ids, or none for models without one"
+        default="</think>",
+        description="mark after which a row is left alone: text, ids, or none for models without one",
     )
 
     @model_validator(mode="after")
@@ -61,10 +64,11 @@ class ReflectionMethod(LoopMethod):
                 f"{self.slug} as a logits processor must look up its words and end_think={self.end_think!r}; "
                 f"write {type(self).__name__}(...).processor(tokenizer), or give token_ids and end_think as ids or None"
             )
+        reader = cast(PreTrainedTokenizerBase, tokenizer)  # there is one where something is looked up
         ids = self.token_ids
         if ids is None:
-            ids = reflection_token_ids(tokenizer, self.words, self.leading_space)
-        return self._build(ids, end_think_ids(tokenizer, self.end_think), prompt_length)
+            ids = reflection_token_ids(reader, self.words, self.leading_space)
+        return self._build(ids, end_think_ids(reader, self.end_think), prompt_length)
 
     def plugins(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Plugins:
         return Plugins(processors=[self.processor(tokenizer)])
@@ -91,7 +95,7 @@ def reflection_token_ids(
     words = listed(words, "reflection word")
     check_words(words)
     forms = [form for word in words for form in ((word, " " + word) if leading_space and word[0] != " " else (word,))]
-    ids: dict[int, None] = {}
+    ids: dict[int, str] = {}
     for form in forms:
         pieces = _pieces(tokenizer, form)
         if len(pieces) != 1:
@@ -121,7 +125,7 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> dict[int, str]:
     encoding that does not decode to the text again is shown as such instead.
     """
     ids = tokenizer.encode(text, add_special_tokens=False)
-    shown = {i: tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids}
+    shown = {i: cast(str, tokenizer.decode([i], clean_up_tokenization_spaces=False)) for i in ids}
     if len(ids) == 1 and shown[ids[0]] != text:
         return {ids[0]: shown[ids[0]], -1: "(not the same text)"}
     return shown if len(shown) == len(ids) else {**shown, -1: "(repeated)"}

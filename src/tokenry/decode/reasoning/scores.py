@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ class DigitScorer:
     @torch.no_grad()
     def score(self, problem: Messages, steps: Sequence[str], candidate: str) -> StepScore:
         text = self.prompts.judging(self.tokenizer, problem, steps, candidate)
-        ids = self.tokenizer.encode(text, add_special_tokens=not self.prompts.chat, return_tensors="pt")
+        ids = cast(Tensor, self.tokenizer.encode(text, add_special_tokens=not self.prompts.chat, return_tensors="pt"))
         check_prompt_fits(self.model, ids.shape[1] - 1)
         return self.read(self.model(ids.to(self.model.device), use_cache=False).logits[0, -1])
 
@@ -124,8 +124,8 @@ def _digit_ids(tokenizer: PreTrainedTokenizerBase, number: int) -> list[int]:
     """The tokens that say this number, alone or after a space."""
     text = str(number)
     forms = [tokenizer.encode(form, add_special_tokens=False) for form in (text, f" {text}")]
-    ids = {form[0] for form in forms if len(form) == 1} | {tokenizer.convert_tokens_to_ids(text)}
-    found = sorted(i for i in ids if isinstance(i, int) and tokenizer.decode([i]).strip() == text)
+    ids = {form[0] for form in forms if len(form) == 1} | {cast(int, tokenizer.convert_tokens_to_ids(text))}
+    found = sorted(i for i in ids if isinstance(i, int) and cast(str, tokenizer.decode([i])).strip() == text)
     if not found:
         raise InputError(f"the score scale needs one token per digit; {text!r} is not one token of this vocabulary")
     return found

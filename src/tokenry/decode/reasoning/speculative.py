@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -78,13 +78,16 @@ class ReasoningStats:
         return self.accepted / self.judged if self.judged else math.nan
 
 
+StopReason = Literal["finished", "repeated", "budget", "context"]
+
+
 @dataclass(frozen=True)
 class ReasoningResult:
     """The text after the prompt, its steps, and why it ended: "finished", "repeated", "budget" or "context"."""
 
     text: str
     steps: list[StepRecord]
-    stop_reason: Literal["finished", "repeated", "budget", "context"]
+    stop_reason: StopReason
     stats: ReasoningStats
 
 
@@ -193,7 +196,7 @@ class Solution:
     turn: str  # what asks for the score of a step, behind it
     limit: int = 0  # most tokens of the next step
     steps: list[StepRecord] = field(default_factory=list)
-    stop_reason: str | None = None
+    stop_reason: StopReason | None = None
     answering: bool = False  # thinking has ended: nobody judges the rest
     judge_tokens: int = 0
 
@@ -273,7 +276,7 @@ class StepSpeculation:
         room = min(model.room(row.begin[name] + text) for name, model in self.models.items())
         return int(min(self.reasoner.max_step_tokens, self.reasoner.token_budget - row.kept, room))
 
-    def _write(self, name: str, rows: Sequence[Solution]) -> dict[int, Draft]:
+    def _write(self, name: Literal["small", "base"], rows: Sequence[Solution]) -> dict[int, Draft]:
         if not rows:
             return {}
         start = time.perf_counter()
@@ -288,8 +291,7 @@ class StepSpeculation:
         if not rows:
             return {}
         start, scorer = time.perf_counter(), self.reasoner.scorer
-        own = isinstance(scorer, DigitScorer) and scorer.model is self.base.model
-        if own and scorer.prompts == self.prompts:
+        if isinstance(scorer, DigitScorer) and scorer.model is self.base.model and scorer.prompts == self.prompts:
             before = list(self.base.fed)
             texts = {row.number: row.begin["base"] + row.text + drafts[row.number].text + row.turn for row in rows}
             logits = self.base.read(texts)
@@ -305,7 +307,7 @@ class StepSpeculation:
     def _keep(
         self, row: Solution, draft: Draft | None, own: Draft | None, score: StepScore | None, seconds: float
     ) -> None:
-        kept = own or draft
+        kept = cast(Draft, own or draft)  # one of them was written
         text, prompts = kept.text, self.prompts
         finished = kept.end == "eos" or any(answer in text for answer in prompts.answers)
         if prompts.answers and not finished:
@@ -325,7 +327,7 @@ class StepSpeculation:
         row.answering = row.answering or (not prompts.answers and prompts.end_think in text)
         row.stop_reason = "finished" if finished else self._why_stop(row)
 
-    def _why_stop(self, row: Solution) -> str | None:
+    def _why_stop(self, row: Solution) -> StopReason | None:
         if len(row.steps) > 2 and row.steps[-1].text == row.steps[-2].text:
             return "repeated"
         if row.kept >= self.reasoner.token_budget:
@@ -339,7 +341,10 @@ class StepSpeculation:
                 f"the judge gives only {mass:.0%} of the probability to digits; its scores mean little",
                 stacklevel=2,
             )
-        return [ReasoningResult(row.text, row.steps, row.stop_reason, self._stats(row, mass)) for row in self.rows]
+        return [
+            ReasoningResult(row.text, row.steps, cast(StopReason, row.stop_reason), self._stats(row, mass))
+            for row in self.rows
+        ]
 
     def _stats(self, row: Solution, mass: float) -> ReasoningStats:
         judged = [step for step in row.steps if step.score is not None]

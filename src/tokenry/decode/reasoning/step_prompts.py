@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -111,7 +111,7 @@ PRESETS = {  # "lines" is how zoo/reasoner has learned it: a step a line, and sc
 
 def prompts_for(model: PreTrainedModel) -> StepPrompts:
     """The words this model knows: zoo/reasoner has its own, other models get those for chat models."""
-    ours = Path(model.name_or_path) in zoo_folders("reasoner")
+    ours = Path(cast(str, model.name_or_path)) in zoo_folders("reasoner")
     return PRESETS["lines" if ours else "chat"]
 
 
@@ -135,7 +135,7 @@ def read_prompts(value: Any) -> Any:
     """Prompts from a name, or from JSON: a file, or an object with the fields of `StepPrompts`. Other values pass."""
     if not isinstance(value, str | Path):
         return value
-    if value in PRESETS:
+    if isinstance(value, str) and value in PRESETS:
         return PRESETS[value]
     with explained(f"{str(value)!r} is neither {' nor '.join(PRESETS)} nor JSON", "give a file or an object"):
         given = parse_json(str(value)) if str(value).lstrip().startswith("{") else read_json(value)

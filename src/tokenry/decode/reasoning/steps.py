@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -183,7 +183,7 @@ def prepared(
         raise InputError("stop_strings are not possible here: steps end with their separator; leave them out")
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     ones = torch.ones_like(ids)
-    return model.generate(
+    return cast(Any, model).generate(
         ids, attention_mask=ones, custom_generate=take, **{"use_cache": True, **options, "max_new_tokens": 1}
     )
 

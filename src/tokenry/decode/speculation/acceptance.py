@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -346,7 +346,8 @@ def _rare_arrivals(rates: Tensor, times: Tensor, k: int) -> Tensor:
     sums = torch.einsum("mr,rp,rn->mpn", _series(k - 1).to(rates), torch.stack(moments), powers)
     distribution = [torch.ones_like(sums[0])]
     for j in range(1, k):
-        distribution.append(sum((-1) ** (i + 1) * distribution[j - i] * sums[i - 1] for i in range(1, j + 1)) / j)
+        total = sum((-1) ** (i + 1) * distribution[j - i] * sums[i - 1] for i in range(1, j + 1))
+        distribution.append(cast(Tensor, total) / j)
     return torch.stack(distribution) * torch.exp(-rates.sum(1)[:, None] * times)
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...core.errors import InputError
 from ...hooks.layers import skip_layers
@@ -52,9 +52,11 @@ class Drafter(Protocol):
 
     def root(self, contexts: Sequence[Context]) -> Tensor:
         """Scores (rows, vocabulary) after the ids of each row; a row that is None is left out and its scores unused."""
+        ...
 
     def extend(self, trees: Sequence[DraftTree], nodes: Sequence[Sequence[int]]) -> Sequence[Tensor]:
         """Scores (len(nodes[r]), vocabulary) after the newest nodes of each row's tree."""
+        ...
 
 
 @runtime_checkable
@@ -87,7 +89,7 @@ class _ContextDrafter(ABC):
 
     def extend(self, trees: Sequence[DraftTree], nodes: Sequence[Sequence[int]]) -> list[Tensor]:
         return [
-            torch.stack([self._scores([*ids, *tree.path(node)]) for node in new]) if new else torch.empty(0)
+            torch.stack([self._scores([*(ids or ()), *tree.path(node)]) for node in new]) if new else torch.empty(0)
             for ids, tree, new in zip(self.contexts, trees, nodes)
         ]
 
@@ -198,7 +200,8 @@ class ModelDrafter:
         self.positions = fixed_positions(self.model)
         self.engine = TransformersEngine(self.model, rewinds=True)
         self.engine.check_tree()
-        self.engine.cache.activate_past_recording()  # the first block ends with a token that may be taken back
+        # The first block ends with a token that may be taken back.
+        cast(Cache, self.engine.cache).activate_past_recording()
         self.fed: list[list[int]] = [[] for _ in range(rows)]
         self.columns: list[dict[int, int]] = []  # of each row's nodes that are in the cache
         self.trees: Sequence[DraftTree] = ()
@@ -315,7 +318,7 @@ def make_drafter(drafter: str | PreTrainedModel | Drafter, target: PreTrainedMod
     if isinstance(drafter, str):
         return ModelDrafter(shared(drafter, like=target).model)
     if isinstance(drafter, PreTrainedModel) or hasattr(drafter, "get_base_model"):  # or one of peft
-        return ModelDrafter(drafter)
+        return ModelDrafter(cast(PreTrainedModel, drafter))
     if not isinstance(drafter, Drafter):
         raise InputError(
             f"{type(drafter).__name__} is no drafter: it has no scores to draw drafts from; give 'prompt-lookup', "

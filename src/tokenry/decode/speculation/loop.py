@@ -16,11 +16,11 @@ from ...core.errors import InputError
 from ...core.fields import Drafts, check
 from ...models.batch import left_padded
 from ..api import loop
-from ..generation.engine import Engine
+from ..generation.engine import TransformersEngine
 from ..generation.job import Job
 from ..generation.loop import DecodeLoop
 from ..generation.options import hands_on_to
-from ..generation.output import DecodeOutput
+from ..generation.output import UNSET, DecodeOutput
 from ..generation.plugins import NO_PLUGINS, Plugins
 from ..generation.sequence import SequenceState
 from .drafters import CachedDrafter, Drafter, make_drafter
@@ -89,7 +89,7 @@ class SpeculativeStats:
 class SpeculativeOutput(DecodeOutput):
     """A `DecodeOutput` with what drafting has brought."""
 
-    stats: SpeculativeStats | None = None
+    stats: SpeculativeStats = UNSET
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Speculation:
 
     def loop(
         self,
-        engine: Engine,
+        engine: TransformersEngine,
         job: Job,
         tokenizer: PreTrainedTokenizerBase | None = None,
         plugins: Plugins = NO_PLUGINS,
@@ -137,10 +137,12 @@ class SpeculativeLoop(DecodeLoop):
     needs `forward_tree` and `commit`.
     """
 
+    engine: TransformersEngine
+
     def __init__(
         self,
         speculation: Speculation,
-        engine: Engine,
+        engine: TransformersEngine,
         job: Job,
         tokenizer: PreTrainedTokenizerBase | None = None,
         plugins: Plugins = NO_PLUGINS,
@@ -210,7 +212,7 @@ class SpeculativeLoop(DecodeLoop):
         self._check_scores(found)
         scores: Sequence[Tensor] = list(found[:, None])
         level = [[ROOT] if depth else [] for depth in depths]
-        for depth in range(max(depths)):
+        for depth in range(int(max(depths))):
             grown = [self._branch(row, trees[row.number], level[row.number], scores[row.number]) for row in self.rows]
             level = [
                 [node for node in nodes if tree.tokens[node] not in self.eos] if depth + 1 < most else []

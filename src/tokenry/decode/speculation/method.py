@@ -19,18 +19,20 @@ class DraftingMethod(LoopMethod):
     """A method that drafts several tokens per step and verifies them in one forward of the model."""
 
     drafter: str = Field(
-        "prompt-lookup", min_length=1, description="prompt-lookup, ngram, early-exit, or a model such as zoo/drafter"
+        default="prompt-lookup",
+        min_length=1,
+        description="prompt-lookup, ngram, early-exit, or a model such as zoo/drafter",
     )
     verifier: Literal["single", "naive", "rrs", "rrs-without", "kseq", "greedy"] = Field(
-        "kseq", description="how the token is selected among the drafts"
+        default="kseq", description="how the token is selected among the drafts"
     )
-    num_drafts: Drafts = Field(8, description="drafts per position")
-    draft_length: Drafts = Field(4, description="tokens that are drafted ahead")
+    num_drafts: Drafts = Field(default=8, description="drafts per position")
+    draft_length: Drafts = Field(default=4, description="tokens that are drafted ahead")
     gamma: Multiple | Literal["optimal"] = Field(
-        "optimal", description="division factor of kseq, moved into what is valid at a position, or optimal"
+        default="optimal", description="division factor of kseq, moved into what is valid at a position, or optimal"
     )
     exit_layers: Annotated[Layers | None, BeforeValidator(read_none)] = Field(
-        None, description="layers of early-exit; none: two thirds"
+        default=None, description="layers of early-exit; none: two thirds"
     )
 
     def plugins(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Plugins:

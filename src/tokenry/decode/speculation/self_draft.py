@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,7 +15,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from ...core.errors import InputError
 from ...models.masks import as_attention_mask, check_full_attention, check_mask, check_mask_token, draft_mask
 from ..api import loop
-from ..generation.engine import Engine
+from ..generation.engine import TransformersEngine
 from ..generation.job import Job
 from ..generation.options import hands_on_to
 from ..generation.output import DecodeOutput
@@ -29,7 +29,8 @@ __all__ = ["SelfDrafting", "TiDARLoop", "tidar_generate"]
 
 
 BLOCK = 8  # masks of a replica, where neither the caller nor the model says
-_OBEYED: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()  # models that passed `check_mask`, and how
+# Models that passed `check_mask`, and by which kernel.
+_OBEYED: WeakKeyDictionary[PreTrainedModel, str | None] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class SelfDrafting:
 
     def loop(
         self,
-        engine: Engine,
+        engine: TransformersEngine,
         job: Job,
         tokenizer: PreTrainedTokenizerBase | None = None,
         plugins: Plugins = NO_PLUGINS,
@@ -89,14 +90,15 @@ class TiDARLoop(SpeculativeLoop):
     def __init__(
         self,
         speculation: SelfDrafting,
-        engine: Engine,
+        engine: TransformersEngine,
         job: Job,
         tokenizer: PreTrainedTokenizerBase | None = None,
         plugins: Plugins = NO_PLUGINS,
     ) -> None:
         check_model(engine.model, speculation.mask_token_id)
         _check_prompt(job, speculation.mask_token_id)
-        super().__init__(speculation, engine, job, tokenizer, plugins)
+        # A Speculation in all but the drafter, which nobody asks here.
+        super().__init__(cast(Any, speculation), engine, job, tokenizer, plugins)
         self.independent = True  # a chain: every depth has one draft, whatever it is worth
         size, self.most = speculation.block_size, self.prompt_length + job.max_new_tokens
         slots = torch.arange(size, device=self.device)
@@ -114,7 +116,7 @@ class TiDARLoop(SpeculativeLoop):
             self.stats.target_calls += 1
             self._read(torch.tensor([self.rows[0].ids[self.rows[0].fed :]], device=self.device))
         else:
-            self._speculate()
+            self._speculate(self.tree)
 
     def _read(self, new: Tensor) -> None:
         """Feed tokens (1, k) with a replica behind them: the next token, and the guesses after it."""
@@ -131,9 +133,9 @@ class TiDARLoop(SpeculativeLoop):
         self._commit(row, steps)
         self._guess(row, logits[1:] if row.fed == fed else None)
 
-    def _speculate(self) -> None:
+    def _speculate(self, tree: DraftTree) -> None:
         """Feed the draft with all its replicas, keep what passes, and take the guesses of the replica that saw it."""
-        row, tree, size = self.rows[0], self.tree, self.speculation.block_size
+        row, size = self.rows[0], self.speculation.block_size
         start, past, width = row.fed, self.engine.columns, self.places.shape[1]
         sees = self.sees[..., self.most - past :]
         logits = self._feed([row.ids[-1], *tree.tokens], sees, self.places + past, width)

@@ -76,6 +76,7 @@ class Verifier(Protocol):
             target, draft: probabilities (vocabulary,) after the prefix, float32 or float64.
             tokens: the drafted tokens in the order in which they were drawn, by this verifier's `sampling`.
         """
+        ...
 
 
 class Trial(NamedTuple):
@@ -126,7 +127,7 @@ def output_distribution(
 class SingleDraftVerifier(_Verifier):
     """Plain speculative sampling (arXiv 2211.17192): one draft, accepted with min(1, p/q), else (p - q)+."""
 
-    sampling = "with"
+    sampling: Sampling = "with"
 
     def steps(self, target: Tensor, draft: Tensor, tokens: Sequence[int]) -> Iterator[Trial | Tensor]:
         if len(tokens) != 1:
@@ -140,7 +141,7 @@ class SingleDraftVerifier(_Verifier):
 class NaiveVerifier(_Verifier):
     """Draws from the target and looks whether that was drafted. Lossless for every way of drafting."""
 
-    sampling = "with"
+    sampling: Sampling = "with"
 
     def steps(self, target: Tensor, draft: Tensor, tokens: Sequence[int]) -> Iterator[Trial | Tensor]:
         yield target
@@ -155,7 +156,7 @@ class RecursiveRejectionVerifier(_Verifier):
 
     def __init__(self, replacement: bool = True) -> None:
         self.replacement = replacement
-        self.sampling = "with" if replacement else "without"
+        self.sampling: Sampling = "with" if replacement else "without"
 
     def steps(self, target: Tensor, draft: Tensor, tokens: Sequence[int]) -> Iterator[Trial | Tensor]:
         if not self.replacement:
@@ -177,7 +178,7 @@ class KSeqVerifier(_Verifier):
             the target's distribution in any case.
     """
 
-    sampling = "with"
+    sampling: Sampling = "with"
 
     def __init__(self, gamma: float | Literal["optimal"] = "optimal") -> None:
         if gamma != "optimal" and not (isinstance(gamma, int | float) and 1 <= gamma < float("inf")):
@@ -202,7 +203,7 @@ class GreedyDraftVerifier(_Verifier):
     The residual is all of p on the most probable tokens, so that it often lands on one of them.
     """
 
-    sampling = "greedy"
+    sampling: Sampling = "greedy"
 
     def steps(self, target: Tensor, draft: Tensor, tokens: Sequence[int]) -> Iterator[Trial | Tensor]:
         _check_distinct(tokens)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from ...core.errors import InputError
 from ...text.answers import normalise_answer
@@ -15,7 +15,7 @@ from .samples import Judged
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from trl import DPOConfig
+    from trl.trainer.dpo_config import DPOConfig
 
     from ..crew import CRewScorer
 
@@ -44,7 +44,7 @@ def best_of_n(samples: Sequence[Judged]) -> Judged | None:
         InputError: fewer than 2 samples, or samples of several prompts.
     """
     _check_choice(samples)
-    return max((s for s in samples if s.score is not None), key=lambda s: s.score, default=None)
+    return max((s for s in samples if s.score is not None), key=_score, default=None)
 
 
 def weighted_vote(samples: Sequence[Judged]) -> Vote | None:
@@ -59,12 +59,17 @@ def weighted_vote(samples: Sequence[Judged]) -> Vote | None:
     weights: dict[str, float] = {}
     for sample in samples:
         if sample.score is not None:
-            answer = normalise_answer(sample.answer)
+            answer = normalise_answer(cast(str, sample.answer))  # what has a score has an answer
             weights[answer] = weights.get(answer, 0.0) + sample.score
     if not weights:
         return None
-    winner, total = max(weights, key=weights.get), sum(weights.values())
+    winner, total = max(weights, key=weights.__getitem__), sum(weights.values())
     return Vote(winner, weights[winner] / total if total else 1 / len(weights))
+
+
+def _score(sample: Judged) -> float:
+    """The score of a sample that has one."""
+    return cast(float, sample.score)
 
 
 def _check_choice(samples: Sequence[Judged]) -> None:
@@ -79,7 +84,7 @@ def lowest_correct(samples: Iterable[Judged]) -> list[Judged]:
     """For fine-tuning: the right solution of the lowest score for each prompt, which the paper finds to teach most."""
     groups = _by_prompt(samples).values()
     right = [[s for s in group if s.correct and s.score is not None] for group in groups]
-    return [min(group, key=lambda s: s.score) for group in right if group]
+    return [min(group, key=_score) for group in right if group]
 
 
 def build_crew_pairs(samples: Iterable[Judged], top_k: int = 10, min_gap: float | None = None) -> Dataset:
@@ -128,7 +133,7 @@ def _pairs(samples: Sequence[Judged], top_k: int, min_gap: float | None) -> list
     """The pairs of one prompt, largest gap first."""
     known = [s for s in samples if s.score is not None]
     pairs = [
-        {"prompt": good.prompt, "chosen": good.solution, "rejected": bad.solution, "gap": good.score - bad.score}
+        {"prompt": good.prompt, "chosen": good.solution, "rejected": bad.solution, "gap": _score(good) - _score(bad)}
         for good in known
         for bad in known
         if good.correct and not bad.correct

@@ -120,7 +120,7 @@ class Lists(Fields):
 @lru_cache(maxsize=1)
 def human_reference() -> Reference:
     """The shipped baseline for n-grams."""
-    return Reference.load(files("tokenry.judge.text") / "data" / "austen.json.gz")
+    return Reference.load(str(files("tokenry.judge.text") / "data" / "austen.json.gz"))
 
 
 @dataclass(frozen=True)

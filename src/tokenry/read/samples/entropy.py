@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -91,7 +91,7 @@ class EntropyProfile:
     correctness: np.ndarray
     tokens: np.ndarray
 
-    def levels(self, difficulty: Sequence[int]) -> dict[int, Level]:
+    def levels(self, difficulty: Sequence[int] | np.ndarray) -> dict[int, Level]:
         """The means of each level of difficulty, the lowest first; `difficulty` has one for each question."""
         given = np.asarray(difficulty)
         if given.shape != self.entropy.shape:
@@ -105,12 +105,12 @@ class EntropyProfile:
         means = (float(values[chosen].mean()) for values in (self.correctness, self.tokens))
         return Level(len(entropy), float(entropy.mean()), float(low), float(high), *means)
 
-    def reading(self, difficulty: Sequence[int]) -> Reading:
+    def reading(self, difficulty: Sequence[int] | np.ndarray) -> Reading:
         """Entropy, correctness and length by level of difficulty."""
         rows = [{"level": level, **found._asdict()} for level, found in self.levels(difficulty).items()]
         return Reading("entropy of the model's own samples, by difficulty", rows)
 
-    def plot(self, difficulty: Sequence[int]) -> Table:
+    def plot(self, difficulty: Sequence[int] | np.ndarray) -> Table:
         """The levels with bars of entropy, for a terminal or notebook: `rich.print(profile.plot(difficulty))`."""
         levels = self.levels(difficulty)
         longest = max(found.entropy for found in levels.values()) or 1.0
@@ -196,7 +196,7 @@ def _draw(
     watch = StepEntropies()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        out = model.generate(
+        out = cast(Any, model).generate(
             **inputs,
             logits_processor=LogitsProcessorList([watch]),
             do_sample=True,
@@ -211,7 +211,7 @@ def _draw(
     ends = _ends(new, model.generation_config.eos_token_id)
     mask = ends.cumsum(-1) - ends == 0  # up to the first end of text, and on it
     entropy = _masked_mean(torch.stack(watch.steps, 1), mask)
-    texts = [tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(new, mask)]
+    texts = [cast(str, tokenizer.decode(row[keep], skip_special_tokens=True)) for row, keep in zip(new, mask)]
     return list(map(_Drawn, entropy.tolist(), mask.sum(-1).tolist(), texts, ends.bool().any(-1).tolist()))
 
 

@@ -8,7 +8,7 @@ tokens of a neuron lie in the k groups of eight with the largest maxima, so only
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,13 +52,14 @@ def neuron_rows(model: PreTrainedModel, layer: int, side: Side = "up", fold_norm
         if norm is None:
             raise InputError(f"{type(model).__name__} has no norm to fold in there; give fold_norm=False")
         rows = rows * norm_gain(norm, rows.shape[1]).to(rows.device)
-    return rows.to(unwrapped(model.get_output_embeddings()).weight.device)
+    head = cast(nn.Module, model.get_output_embeddings())
+    return rows.to(cast(Tensor, unwrapped(head).weight).device)
 
 
 def _norm_before_mlp(block: nn.Module) -> nn.Module | None:
     """The norm whose output the MLP reads; with a norm after the MLP only, there is none."""
     if hasattr(block, "pre_feedforward_layernorm"):  # Gemma 2 and later
-        return block.pre_feedforward_layernorm
+        return cast(nn.Module, block.pre_feedforward_layernorm)
     if hasattr(block, "post_feedforward_layernorm"):  # OLMo 2
         return None
     return getattr(block, "post_attention_layernorm", None)
@@ -114,13 +115,13 @@ def top_tokens(rows: Tensor, head: Tensor, k: int, bottom: bool = False) -> TopT
         logits = torch.mm(part, columns, out=tile[: len(part)])
         where = slice(start // GROUP, start // GROUP - (-len(part) // GROUP))
         highs[where] = _extremes(logits, largest=True)
-        if bottom:
+        if lows is not None:
             lows[where] = _extremes(logits, largest=False)
         raised = torch.maximum(shift, highs[where].amax(0))
         total = total * (shift - raised).exp2() + logits.sub_(raised).exp2_().sum(0)
         shift = raised
     best = _best_of_groups(rows, head, highs, k, 1)
-    worst = _best_of_groups(rows, head, lows.neg_(), k, -1) if bottom else (None, None)
+    worst = _best_of_groups(rows, head, lows.neg_(), k, -1) if lows is not None else (None, None)
     return TopTokens(*best, (shift + total.log2()) * math.log(2), *worst)
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pydantic import Field
@@ -129,7 +129,8 @@ class NeuronMap(Artifact):
     @property
     def shape(self) -> tuple[int, int]:
         """(layers, neurons of a layer)."""
-        return tuple(self.tensors["lse"].shape)
+        layers, width = self.tensors["lse"].shape
+        return layers, width
 
     @property
     def top(self) -> Tensor:
@@ -151,7 +152,7 @@ class NeuronMap(Artifact):
         """Layers with a neuron whose top token has at least this probability."""
         return (self.probability >= min_prob).any(1).nonzero().flatten().tolist()
 
-    def text(self, token: int) -> str:
+    def text(self, token: int | Tensor) -> str:
         """What a stored token decodes to."""
         return self.header["texts"][str(int(token))]
 
@@ -211,7 +212,7 @@ class NeuronMap(Artifact):
         return (larger + 1).tolist()
 
     def _rows(self, layer: int) -> Tensor:
-        return neuron_rows(self.model, layer, self.header["side"], self.header["fold_norm"])
+        return neuron_rows(cast(PreTrainedModel, self.model), layer, self.header["side"], self.header["fold_norm"])
 
     def find(self, word: str, limit: int = 20) -> Reading:
         """The neurons that give the highest probability to a word, over all layers.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,11 +47,22 @@ PROMPTS: dict[str, tuple[str, ...]] = {
 }
 
 
+class Slot(AbstractContextManager, Protocol):
+    """A context in which forwards are edited around the slot token."""
+
+    slot_token_id: int
+
+
 class Prepends(Protocol):
     """A method that edits a model's forwards around a slot, such as `TokenPrepending`."""
 
-    def __call__(self, model: PreTrainedModel, slot_token_id: int | None = None) -> AbstractContextManager:
-        """The context in which it acts; it has the attribute `slot_token_id`."""
+    def __call__(self, model: PreTrainedModel, slot_token_id: int | None = None) -> Slot:
+        """The context in which it acts."""
+        ...
+
+    def model_dump(self, *, mode: str) -> dict[str, Any]:
+        """Its parameters."""
+        ...
 
 
 def read_prompt(prompt: str) -> tuple[str, ...]:
@@ -169,13 +180,13 @@ class PromptEmbedder(nn.Module):
         self.limit: int | None = context_window(model)
         self.max_seq_length = max_seq_length
         self.output_layer = self._layer(output_layer)
-        self.slot_token_id = None
+        self.slot_token_id: int | None = None
         if token_prepending is not None:
             self.slot_token_id = token_prepending(model).slot_token_id
         bos = leads_with_bos(tokenizer) if add_bos is None else add_bos
         if bos and tokenizer.bos_token_id is None:
             raise InputError("add_bos=True, but the tokenizer has no BOS token; give add_bos=False")
-        self._start = [tokenizer.bos_token_id] if bos else []
+        self._start = [cast(int, tokenizer.bos_token_id)] if bos else []
 
     def _layer(self, index: int) -> int:
         if not -self.layers - 1 <= index <= self.layers:
@@ -201,7 +212,7 @@ class PromptEmbedder(nn.Module):
 
     # --- texts to ids ------------------------------------------------------------------------------------------
 
-    def rows(self, texts: Sequence[str]) -> list[list[list[int]]]:
+    def rows(self, texts: Sequence[str]) -> list[tuple[list[int], ...]]:
         """Token ids of every text in every template: rows[text][template]."""
         texts = [texts] if isinstance(texts, str) else texts
         for i, text in enumerate(texts):
@@ -264,7 +275,7 @@ class PromptEmbedder(nn.Module):
 
     def _pad(self, rows: Sequence[Sequence[list[int]]]) -> dict[str, Tensor]:
         flat = [ids for variants in zip(*rows) for ids in variants]
-        ids, mask = left_padded(flat, pad=self.tokenizer.pad_token_id or 0)
+        ids, mask = left_padded(flat, pad=cast(int, self.tokenizer.pad_token_id or 0))
         return {"input_ids": ids, "attention_mask": mask.long()}
 
     # --- ids to vectors ----------------------------------------------------------------------------------------
