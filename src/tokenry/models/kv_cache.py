@@ -75,7 +75,7 @@ def later_inputs(model: PreTrainedModel) -> dict[str, Any]:
     given = {"attention_mask": torch.ones_like(ids), "use_cache": True} | (
         {"next_sequence_length": 1} if new == 1 else {}
     )
-    fed = model.prepare_inputs_for_generation(ids, is_first_iteration=False, **given)
+    fed = cast(Any, model).prepare_inputs_for_generation(ids, is_first_iteration=False, **given)
     if fed.get("input_ids") is None or fed["input_ids"].shape[1] != new:
         raise InputError(
             f"{type(model).__name__} is not continued with its next token alone, but with others beside it; use a "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -54,6 +54,7 @@ class Engine(Protocol):
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Feed a block (batch, k), padding where mask is 0; returns the last column's float32 logits (batch, vocab)."""
+        ...
 
     def rollback(self, row: int, count: int) -> None:
         """Take back the last `count` tokens that were fed to `row`."""
@@ -79,6 +80,8 @@ class TransformersEngine:
         max_new_tokens: how many tokens follow the prompt at most, for a layer policy that plans ahead.
     """
 
+    grid: Grid  # what the cache holds, from the prompt on
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -97,7 +100,7 @@ class TransformersEngine:
         self.model = model
         self.carrier = state_argument(model)
         self.masks_later = later_inputs(model).get("attention_mask") is not None  # Mamba masks its prompt alone
-        self.cache = new_cache(model) if cache is None else cache
+        self.cache: Any = new_cache(model) if cache is None else cache
         self.layers = None if layer_policy is None else ExecutedLayers(model, layer_policy)
         self.rewinds = rewinds
         self.reprefills = rewind == "reprefill"
@@ -107,19 +110,19 @@ class TransformersEngine:
         self.fixed_positions = position_obstacle(model)
         self.max_new_tokens = max_new_tokens
         self.calls = self.tokens_processed = 0
-        self.grid: Grid | None = None  # what the cache holds, as soon as there is a prompt
+        self.started = False
         self.open: OpenColumns | None = None  # the newest columns, while they wait for `commit`
         self.stale = False  # the cache holds what it should not, so that everything must be fed again
 
     @property
     def columns(self) -> int:
         """How many columns the cache holds, of tokens and of nothing."""
-        return 0 if self.grid is None else self.grid.columns
+        return self.grid.columns if self.started else 0
 
     # --- forward -------------------------------------------------------------------------------------------
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        if self.grid is None:
+        if not self.started:
             tokens, mask = self._start(tokens, mask)
             if not self.stale:
                 newest = self.columns + tokens.shape[1] - 1
@@ -175,7 +178,7 @@ class TransformersEngine:
             mask: (1, 1, k, columns + k), as the model's attention takes it (`tokenry.models.masks.as_attention_mask`).
         """
         extra = {}
-        if self.grid is None:
+        if not self.started:
             tokens, _ = self._start(tokens, None)
             self.check_tree()
             if tokens.shape[1] < count:
@@ -268,16 +271,18 @@ class TransformersEngine:
         """
         grid, new = self.grid, parents.shape[1]
         tokens, mask, parents = grid.here(tokens), grid.here(mask), parents[list(grid.places)]
-        if self.open is None:
+        opened = self.open
+        if opened is None:
             self.check_tree()
-            self.open = OpenColumns(grid.live)
         elif is_sliding(self.cache):
-            tokens, mask, parents = self._reopen(tokens, mask, parents)
-        settled = grid.mask[:, : self.columns - len(self.open)]
-        seen, positions = self.open.add(parents)
+            tokens, mask, parents, opened = *self._reopen(opened, tokens, mask, parents), None
+        if opened is None:
+            opened = self.open = OpenColumns(grid.live)
+        settled = grid.mask[:, : self.columns - len(opened)]
+        seen, positions = opened.add(parents)
         grid.open(tokens)
         allowed = torch.cat([settled[:, None].expand(-1, parents.shape[1], -1), seen], -1)
-        everywhere = torch.cat([settled.long().cumsum(-1) - 1, self.open.positions], 1)
+        everywhere = torch.cat([settled.long().cumsum(-1) - 1, opened.positions], 1)
         inputs = {"input_ids": tokens, "past_key_values": self.cache, "use_cache": True}
         if self.takes_positions:
             inputs["position_ids"] = positions
@@ -288,6 +293,7 @@ class TransformersEngine:
 
     def commit(self, kept: Sequence[Sequence[int]]) -> None:
         """Settle the open columns: for each row, those that are kept, in the order of their positions."""
+        assert self.open is not None, "there are open columns"
         rows, held, device = [kept[row] for row in self.grid.places], len(self.open), self.grid.tokens.device
         blank = [max(map(len, rows)) - len(row) for row in rows]
         alive = torch.tensor([[0] * n + [1] * len(row) for n, row in zip(blank, rows)], device=device).bool()
@@ -299,15 +305,16 @@ class TransformersEngine:
             self.grid.padded = True
             self._compact()
 
-    def _reopen(self, tokens: Tensor, mask: Tensor, parents: np.ndarray) -> tuple[Tensor, Tensor, np.ndarray]:
+    def _reopen(
+        self, before: OpenColumns, tokens: Tensor, mask: Tensor, parents: np.ndarray
+    ) -> tuple[Tensor, Tensor, np.ndarray]:
         """Take the open columns out of the cache and put them in front of the new ones: fed one after the other,
         siblings would fill the windows."""
-        held, before = len(self.open), self.open.parents
+        held = len(before)
         remove_last(self.cache, [held] * len(self.cache.layers))
         again = self.grid.take_open(held)
-        self.open = OpenColumns(self.grid.live)
         mask = torch.cat([torch.ones_like(again, dtype=mask.dtype), mask], 1)
-        return torch.cat([again, tokens], 1), mask, np.concatenate([before, parents], 1)
+        return torch.cat([again, tokens], 1), mask, np.concatenate([before.parents, parents], 1)
 
     def check_tree(self) -> None:
         """Refuse a model, a cache or a layer policy with which no draft tree can be fed.
@@ -338,7 +345,7 @@ class TransformersEngine:
 
     def _start(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Set up for a prompt; returns what of it is still to be fed."""
-        self.grid = Grid(tokens, mask)
+        self.grid, self.started = Grid(tokens, mask), True
         if self.layers is not None:
             if mask is not None and not bool(mask[:, -1].all()):
                 raise InputError("a prompt is padded on the right, where tokens will follow; pad on the left")
@@ -361,7 +368,7 @@ class TransformersEngine:
     def _rewind_obstacle(self) -> str | None:
         if self.carrier is None:
             return f"{type(self.model).__name__} keeps no cache"
-        if not isinstance(self.cache, Cache) or not self.model._supports_default_dynamic_cache():
+        if not isinstance(self.cache, Cache) or not cast(Any, self.model)._supports_default_dynamic_cache():
             return f"{type(self.model).__name__} makes a cache of its own"
         return rewind_obstacle(self.cache)
 

@@ -26,6 +26,7 @@ class LayerPolicy(Protocol):
 
     def layers(self, column: int) -> Collection[int]:
         """The layers executed for this column; the whole prompt runs those of its last column."""
+        ...
 
 
 def layers_needed(model: PreTrainedModel) -> frozenset[int]:
@@ -58,9 +59,9 @@ class ExecutedLayers:
         Raises:
             InputError: a layer is missing that is always needed, or one comes back that was left out before.
         """
-        executed, before = self.policy.layers(column), self.by_column.get(column - 1)
-        if executed is not before:  # mostly it is, and needs no check
-            executed = self._checked(frozenset(executed), before)
+        wanted, before = self.policy.layers(column), self.by_column.get(column - 1)
+        # mostly it is the same set as before, and needs no check
+        executed = before if before is wanted else self._checked(frozenset(wanted), before)
         self.by_column[column] = executed
         return self.switch.only(executed)
 

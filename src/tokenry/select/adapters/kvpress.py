@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from kvpress import ScorerPress
+from kvpress import ScorerPress  # pyright: ignore[reportMissingImports]  # an extra
 from kvpress.utils import get_prerope_query_states  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn
 from transformers import PreTrainedModel
