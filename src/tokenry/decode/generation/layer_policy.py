@@ -61,7 +61,7 @@ class ExecutedLayers:
         """
         wanted, before = self.policy.layers(column), self.by_column.get(column - 1)
         # mostly it is the same set as before, and needs no check
-        executed = before if before is wanted else self._checked(frozenset(wanted), before)
+        executed = before if before is not None and before is wanted else self._checked(frozenset(wanted), before)
         self.by_column[column] = executed
         return self.switch.only(executed)
 
