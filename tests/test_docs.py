@@ -1,10 +1,12 @@
 """The documentation: generated parts are up to date, examples run, links lead somewhere."""
 
 import ast
+import pydoc
 import re
 import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -38,6 +40,12 @@ def test_the_readme_example_runs():
     assert names["ids"].shape[1] > names["inputs"]["input_ids"].shape[1]
 
 
+def blocks_of(page: Path, *languages: str) -> list[tuple[str, str]]:
+    """(language, text) of the code blocks in these languages; "" is none."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.S | re.M)
+    return [(language, text) for language, text in blocks if language in languages]
+
+
 def run_block(language: str, text: str, names: dict) -> None:
     """Run a code block of a page: Python in the page's own names, `sh` line by line as commands of tokenry."""
     if language == "python":
@@ -54,10 +62,46 @@ def run_block(language: str, text: str, names: dict) -> None:
 def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "page"}
-    blocks = re.findall(r"^```(python|sh)\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M)
+    blocks = blocks_of(page, "python", "sh")
     assert blocks
     for language, text in blocks:
         run_block(language, text, names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_what_the_examples_import_is_there(page):
+    """Also where an example needs the reader's own texts or models, and so cannot run as it stands."""
+    for _, text in blocks_of(page, "python"):
+        imports = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
+        exec(compile(ast.Module(imports, []), page.name, "exec"), {})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_dotted_names_in_the_text_are_there(page):
+    for name in re.findall(r"`(tokenry(?:\.[A-Za-z_]+)+)", page.read_text(encoding="utf-8")):
+        if name.endswith("CompressKVPress"):
+            continue  # needs kvpress
+        assert pydoc.locate(name) is not None, f"{page.name}: {name}"
+
+
+def commands_of(page: Path) -> list[list[str]]:
+    """The words of every command of tokenry in a page's blocks."""
+    text = "".join(text for _, text in blocks_of(page, "sh", "")).replace("\\\n", " ")
+    return [shlex.split(line, comments=True)[1:] for line in text.splitlines() if line.startswith("tokenry ")]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if commands_of(p)], ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_commands_of_a_page_are_understood(page):
+    """Every verb and option is known to the command line, and every -o to one of the methods named."""
+    for words in commands_of(page):
+        asked = [word for word in words if word not in (">", "2>")]
+        result = CliRunner().invoke(main, [*asked, "--help"])
+        assert result.exit_code == 0, f"{page.name}: tokenry {shlex.join(words)}: {result.output}"
+        slugs = [value for flag, value in pairwise(words) if flag == "--method"]
+        if words[0] == "compare" and words[1] in {entry.slug for entry in catalog.METHODS}:
+            slugs.append(words[1])
+        known = {option.name for slug in slugs for option in catalog.get(slug, words[0]).load().options()}
+        assert {value.partition("=")[0] for flag, value in pairwise(words) if flag == "-o"} <= known, words
 
 
 # --- links ---------------------------------------------------------------------------------------------------------
