@@ -24,7 +24,13 @@ from tokenry.measure.pictures import picture
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
-EXECUTED = [DOCS / "index.md", DOCS / "quickstart.md", DOCS / "compose.md", *sorted((DOCS / "stages").glob("*.md"))]
+STANDING_ALONE = ("tip", "budget-forcing", "optimal-mdsd", "spectr", "specreason")  # nothing of the reader's is needed
+EXECUTED = [
+    *(DOCS / f"{name}.md" for name in ("index", "quickstart", "compose")),
+    *sorted((DOCS / "stages").glob("*.md")),
+    *(DOCS / "methods" / f"{slug}.md" for slug in STANDING_ALONE),
+]
+BEGINNINGS = ("methods/masked-diffusion", "methods/creditdecoding", "methods/daedal", "methods/tidar", "zoo")
 
 
 def test_generated_parts_are_up_to_date():
@@ -66,6 +72,12 @@ def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
     assert blocks
     for language, text in blocks:
         run_block(language, text, names)
+
+
+@pytest.mark.parametrize("name", BEGINNINGS)
+def test_the_first_example_of_a_page_runs(name):
+    language, text = blocks_of(DOCS / f"{name}.md", "python")[0]
+    run_block(language, text, {"__name__": "page"})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
