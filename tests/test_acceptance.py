@@ -11,7 +11,7 @@ from test_verifiers import draft_distribution, drafts_exist, enumerated, random_
 
 from tokenry.core.errors import InputError
 from tokenry.decode.speculation import acceptance
-from tokenry.decode.speculation.acceptance import acceptance_report, optimal_acceptance, subset_gap, verifier_acceptance
+from tokenry.decode.speculation.acceptance import acceptance_report, optimal_acceptance, verifier_acceptance
 from tokenry.decode.speculation.verifiers import SAMPLINGS, VERIFIERS, kseq_acceptance_probability
 
 THREE = row(0.6, 0.3, 0.1), row(0.2, 0.3, 0.5)
@@ -54,6 +54,34 @@ def by_subsets(p, q, n, scheme):
     return 1 + min(float(p[list(h)].sum()) - chance for h, chance in inside(q, n, scheme).items())
 
 
+def prefix_gap(p, q, k, scheme):
+    """The tokens of one row in order, and P(H) - Q(H) of every prefix H; the best set is among these."""
+    first = k - 1 if scheme == "greedy" else 0  # tokens that are drafted in any case come first
+    certain, distribution = acceptance._last_draft(q, k) if first else (q.new_zeros(0, dtype=torch.long), q)
+    ratio = (distribution / p).nan_to_num(nan=0.0).index_fill(0, certain, torch.inf)
+    order = ratio.argsort(descending=True, stable=True)
+    p, distribution = (torch.cat([row.new_zeros(1), row[order].cumsum(0)]) for row in (p, distribution))
+    if scheme == "without" and k > 1:
+        chance = chance_inside(q[order], k)
+    else:
+        chance = distribution if scheme == "greedy" else distribution**k
+        chance[:first] = 0
+    return order, p - chance
+
+
+def chance_inside(q, k):
+    """The chance (vocabulary + 1,) that k drafts without replacement lie in each prefix of one row."""
+    outside = torch.cat([q.flip(0).cumsum(0).flip(0), q.new_zeros(1)])
+    open_ = outside > 0  # beyond it every draft is inside
+    times = acceptance._nodes(float(outside[open_][-1]), k).to(q)
+    size = int(open_.sum()) - 1
+    distributions = acceptance._running(torch.ones_like(times)[None], acceptance._pieces(q[:size], 1, times, k), k)
+    chance = torch.ones_like(outside)
+    chance[0] = 0
+    chance[1 : size + 1] = acceptance._chance(distributions, outside[1 : size + 1], times)
+    return chance
+
+
 # --- the ceiling ---------------------------------------------------------------------------------------------------
 
 
@@ -81,7 +109,7 @@ def test_without_replacement_is_the_best_subset_of_more_tokens(n):
 def test_the_gap_along_the_prefixes(scheme, n):
     for seed in range(4):
         p, q = random_pair(seed, 5)
-        order, gap = subset_gap(p, q, n, scheme)
+        order, gap = prefix_gap(p, q, n, scheme)
         chance = inside(q, n, scheme)
         for size in range(6):
             prefix = order[:size].tolist()
@@ -92,10 +120,8 @@ def test_the_gap_along_the_prefixes(scheme, n):
 def test_the_gap_of_a_large_vocabulary():
     p, q = zipf_pair(3000, 1.0, 0)
     for scheme in SAMPLINGS:
-        _, gap = subset_gap(p, q, 4, scheme)
+        _, gap = prefix_gap(p, q, 4, scheme)
         assert 1 + gap.min().item() == pytest.approx(ceiling(p, q, 4, scheme), abs=1e-9)
-    with pytest.raises(InputError, match="of one position"):
-        subset_gap(p[None], q[None], 4)
 
 
 def test_worked_values():

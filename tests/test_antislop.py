@@ -10,8 +10,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tokenry import InputError
-from tokenry.decode import Antislop, DecodeLoop, NGramBan, PhraseBan, RegexBan, SequenceState, loop
-from tokenry.decode.antislop import start_tokens
+from tokenry.decode import Antislop, DecodeLoop, Job, NGramBan, PhraseBan, Plugins, RegexBan, SequenceState, loop
+from tokenry.decode.bans.phrases import start_tokens
 from tokenry.decode.generation.monitor import held_tokens
 
 # --- the distribution of the process, by enumeration -----------------------------------------------------------------
@@ -29,6 +29,8 @@ def letters_tokenizer():
 
 class MarkovEngine:
     """A model with four tokens: the next depends on the last. Shows that the loop needs only forward and rollback."""
+
+    cache = None
 
     def __init__(self):
         self.calls = self.tokens_processed = 0
@@ -82,8 +84,8 @@ def test_the_process_follows_its_exact_distribution():
     length, pattern, rows = 4, "ab", 20_000
     distribution = exact_distribution(length, pattern)
     assert abs(sum(distribution.values()) - 1) < 1e-9 and not any(pattern in text for text in distribution)
-    runner = DecodeLoop(MarkovEngine(), letters_tokenizer(), monitors=[RegexBan([pattern])], do_sample=True, seed=1)
-    out = runner.generate(torch.zeros(rows, 1, dtype=torch.long), max_new_tokens=length)
+    job = Job(torch.zeros(rows, 1, dtype=torch.long), length, do_sample=True, seed=1)
+    out = DecodeLoop(MarkovEngine(), job, letters_tokenizer(), Plugins(monitors=[RegexBan([pattern])])).generate()
     assert out.events
     seen = Counter(out.texts)
     assert set(seen) <= set(distribution)
@@ -425,7 +427,7 @@ def test_a_special_token_as_stop_string_ends_a_row(llama, tokenizer):
 
 def test_stop_strings_need_a_tokenizer(llama):
     with pytest.raises(InputError, match="stop strings read text"):
-        DecodeLoop(MarkovEngine()).generate(torch.zeros(1, 1, dtype=torch.long), max_new_tokens=3, stop=["a"])
+        DecodeLoop(MarkovEngine(), Job(torch.zeros(1, 1, dtype=torch.long), 3, stop=["a"]))
 
 
 def test_a_stop_string_at_the_beginning_of_a_long_token_is_seen(tokenizer):
@@ -434,6 +436,6 @@ def test_a_stop_string_at_the_beginning_of_a_long_token_is_seen(tokenizer):
     raw.decoder = decoders.Fuse()
     engine = MarkovEngine()
     engine.forward = lambda block, mask=None: torch.tensor([[0.0, 9.0, 0.0]])
-    runner = DecodeLoop(engine, PreTrainedTokenizerFast(tokenizer_object=raw))
-    out = runner.generate(torch.zeros(1, 1, dtype=torch.long), max_new_tokens=5, stop=["b"])
+    job = Job(torch.zeros(1, 1, dtype=torch.long), 5, stop=["b"])
+    out = DecodeLoop(engine, job, PreTrainedTokenizerFast(tokenizer_object=raw)).generate()
     assert out.new_ids == [[1]]

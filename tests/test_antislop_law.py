@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tokenry.decode import Antislop, DecodeLoop, NGramBan, PhraseBan, RegexBan
+from tokenry.decode import Antislop, DecodeLoop, Job, NGramBan, PhraseBan, Plugins, RegexBan
 
 RARE = 1e-5  # a soft ban may be overridden ever again; what is less probable than this is not followed
 
@@ -43,6 +43,7 @@ class Chain:
 
 class ChainEngine:
     calls = tokens_processed = 0
+    cache = None
 
     def __init__(self, chain):
         self.chain, self.ids = chain, None
@@ -90,9 +91,10 @@ def distribution_of_the_loop(monkeypatch, chain, monitor, length):
     while choices is not None:
         script = Script(choices)
         monkeypatch.setattr(torch, "multinomial", script)
-        runner = DecodeLoop(ChainEngine(chain), chain.tokenizer, monitors=[monitor], do_sample=True)
+        job = Job(torch.zeros(1, 1, dtype=torch.long), length, do_sample=True)
+        runner = DecodeLoop(ChainEngine(chain), job, chain.tokenizer, Plugins(monitors=[monitor]))
         with suppress(Rare):
-            text = runner.generate(torch.zeros(1, 1, dtype=torch.long), max_new_tokens=length).texts[0]
+            text = runner.generate().texts[0]
             distribution[text] += script.mass
         choices = script.next()
     return distribution

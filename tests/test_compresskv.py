@@ -25,7 +25,7 @@ from tokenry.select import (
     semantic_retrieval_scores,
     window_scores,
 )
-from tokenry.select.compresskv import shipped_profile
+from tokenry.select.heads.profile import shipped_profile
 from tokenry.select.keep.topk import rouge1_recall
 
 ORDER = ((2, 0, 1, 3), (1, 3, 0, 2), (0, 1, 2, 3), (3, 2, 1, 0))
@@ -198,7 +198,7 @@ def test_free_writing_reads_the_same_rows(llama, tokenizer, needles):
     prompt = needles[0].prompt
     inputs = tokenizer(prompt, return_tensors="pt")
     written = llama.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs.input_ids.shape[1] :]
-    from tokenry.select.compresskv import _forced_rows, _written_rows
+    from tokenry.select.heads.retrieval import _forced_rows, _written_rows
 
     with torch.no_grad():
         tokens, free = _written_rows(llama, tokenizer, inputs.input_ids[0].tolist(), 4)
@@ -421,7 +421,7 @@ def test_is_found_by_the_catalogue_and_reads_options_as_text():
     method = load_method("compresskv").from_strings(["budget=64", "adaptive=false", "heads=all"])
     assert (method.budget, method.adaptive, method.heads) == (64, False, "all")
     ranges = {o.name: o.type for o in CompressKV.options()}
-    assert ranges["profile"] == "text" and ranges["budget"] == "whole number"
+    assert ranges["profile"] == "path" and ranges["budget"] == "whole number"
 
 
 # --- the embedded model ----------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from tokenry import catalog
 from tokenry.core.errors import InputError
 from tokenry.decode import generate
 from tokenry.decode.creditdecoding import CreditDecoding, CreditFusion
-from tokenry.decode.denoising.contract import DiffusionMethod, DiffusionParts
+from tokenry.decode.denoising.contract import DiffusionMethod, DiffusionMethods, DiffusionParts
 from tokenry.decode.denoising.loop import LengthPolicy, LogitsTransform, MaskedDiffusionModel, diffusion_generate
 from tokenry.decode.denoising.state import DiffusionState, Edit
 from tokenry.decode.denoising.unmask import FixedCount, Threshold
@@ -331,23 +331,23 @@ def test_methods_act_together():
         MaskedDiffusionModel(model), **tokenizer(["abc"]), gen_length=4, block_length=2, transforms=[CreditFusion()]
     )
     assert both.windows == direct.windows and both.stats.commit_step == direct.stats.commit_step
-    joint = CreditDecoding(threshold=0.6).beside(Narrow(threshold=0.6)).options(8)
+    joint = DiffusionMethods([CreditDecoding(threshold=0.6), Narrow(threshold=0.6)]).options(8)
     assert joint["unmask"].tau == 0.6 and joint["gen_length"] == 4 and joint["block_length"] == 32
-    three = CreditDecoding().beside(Narrow()).beside(CreditDecoding(block_length=4)).options(8)
+    three = DiffusionMethods([CreditDecoding(), Narrow(), CreditDecoding(block_length=4)]).options(8)
     assert len(three["transforms"]) == 2 and three["block_length"] == 4
 
 
 def test_methods_that_disagree_are_refused():
     credit = CreditDecoding()
     with pytest.raises(InputError, match=r"different thresholds, \[0.6, 0.9\]"):
-        credit.beside(Narrow(threshold=0.6)).options(8)
-    assert credit.beside(Narrow(threshold=0.6, own=True)).options(8)["unmask"] is not None
+        DiffusionMethods([credit, Narrow(threshold=0.6)]).options(8)
+    assert DiffusionMethods([credit, Narrow(threshold=0.6, own=True)]).options(8)["unmask"] is not None
     with pytest.raises(InputError, match="both decide what is committed"):
-        Narrow(own=True).beside(Narrow(own=True)).options(8)
+        DiffusionMethods([Narrow(own=True), Narrow(own=True)]).options(8)
     with pytest.raises(InputError, match="both decide how wide the window is"):
-        Narrow().beside(Narrow()).options(8)
+        DiffusionMethods([Narrow(), Narrow()]).options(8)
     with pytest.raises(InputError, match=r"creditdecoding and narrow are given different values of block_length"):
-        CreditDecoding(block_length=2).beside(Narrow(block_length=4)).options(8)
+        DiffusionMethods([CreditDecoding(block_length=2), Narrow(block_length=4)]).options(8)
     with pytest.raises(InputError, match="creditdecoding and specreason both read the prompts first"):
         generate(small(), Characters(), "abc", methods=[credit, SpecReason(small="zoo/speculator")])
     with pytest.raises(InputError, match="specreason and creditdecoding both read the prompts first"):

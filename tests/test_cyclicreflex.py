@@ -12,8 +12,8 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 import tokenry.decode as decode
 from tokenry import InputError, catalog
 from tokenry.core.method import Method
-from tokenry.decode.antislop import start_tokens
-from tokenry.decode.cyclicreflex import constant_schedule, linear_decay_schedule, noise_schedule
+from tokenry.decode.bans.phrases import start_tokens
+from tokenry.decode.cyclicreflex import constant_schedule
 from tokenry.decode.generation.sequence import SequenceState
 
 V = 320
@@ -108,17 +108,8 @@ def test_wave_refuses(values, word):
         decode.triangular_wave(**{"t": 3, "A": 1.0, "C": 10, "s": 0.0, **values})
 
 
-def test_schedules():
+def test_a_constant_schedule():
     assert constant_schedule(2.0)(17) == 2.0
-    decay = linear_decay_schedule(3.0, 100)
-    assert [decay(t) for t in (0, 50, 100, 500)] == [3.0, 0.0, -3.0, -3.0]
-    noise = noise_schedule(2.0, seed=4)
-    values = np.array([noise(t) for t in range(500)])
-    assert noise(31) == values[31] and np.abs(values).max() <= 2 and abs(values.mean()) < 0.2 and values.std() > 1
-    with pytest.raises(InputError, match="budget=0"):
-        linear_decay_schedule(1.0, 0)
-    with pytest.raises(InputError, match="amplitude=-1"):
-        noise_schedule(-1)
 
 
 # --- one call --------------------------------------------------------------------------------------------------
@@ -209,9 +200,9 @@ def test_tip_without_reset_is_a_fixed_window():
 def test_neutral_settings_are_bit_identical(llama, tokenizer, do_sample):
     inputs = prompts(9, 5, 7)
     neutral = [
-        decode.CyclicReflex(token_ids=REFLECT, amplitude=0, end_think=None),
-        decode.ThoughtSwitchPenalty(token_ids=REFLECT, alpha=0, end_think=None),
-        decode.ThoughtSwitchPenalty(token_ids=REFLECT, beta=0, end_think=None),
+        decode.CyclicReflex(token_ids=REFLECT, amplitude=0, end_think=None).processor(),
+        decode.ThoughtSwitchPenalty(token_ids=REFLECT, alpha=0, end_think=None).processor(),
+        decode.ThoughtSwitchPenalty(token_ids=REFLECT, beta=0, end_think=None).processor(),
     ]
 
     def sample(**options):
@@ -236,12 +227,12 @@ def test_batch_with_padding_equals_single_rows(llama):
     lengths = (9, 5, 7)
     batch = prompts(*lengths)
     method = decode.CyclicReflex(token_ids=REFLECT, amplitude=8, period=14, end_think=[END])
-    together = run(llama, batch, logits_processor=[method])
+    together = run(llama, batch, logits_processor=[method.processor()])
     assert not torch.equal(together, run(llama, batch))
     for b, n in enumerate(lengths):
         single = {"input_ids": batch["input_ids"][b : b + 1, -n:]}
         single["attention_mask"] = torch.ones_like(single["input_ids"])
-        assert torch.equal(run(llama, single, logits_processor=[method])[0, n:], together[b, 9:])
+        assert torch.equal(run(llama, single, logits_processor=[method.processor()])[0, n:], together[b, 9:])
 
 
 def test_delta_comes_before_temperature():
@@ -265,7 +256,7 @@ def test_generate_adds_delta_before_temperature(llama):
         output_scores=True,
         output_logits=True,
         return_dict_in_generate=True,
-        logits_processor=[decode.CyclicReflex(token_ids=REFLECT, amplitude=2, period=8, end_think=None)],
+        logits_processor=[decode.CyclicReflex(token_ids=REFLECT, amplitude=2, period=8, end_think=None).processor()],
     )
     for t, (scores, logits) in enumerate(zip(out.scores, out.logits)):
         expected = logits.clone()
@@ -273,27 +264,47 @@ def test_generate_adds_delta_before_temperature(llama):
         assert torch.allclose(scores, expected / 0.5, atol=1e-4)
 
 
-def test_one_object_serves_several_generations(llama):
+def test_every_generation_has_a_processor_of_its_own(llama):
+    """A prompt that is no longer than the one before may follow with the same; a longer one is refused."""
     method = decode.CyclicReflex(token_ids=REFLECT, amplitude=8, period=14, end_think=None)
     first, second = prompts(9, 5), prompts(4)
-    fresh = [run(llama, x, logits_processor=[decode.CyclicReflex(**dict(method))]) for x in (first, second)]
-    for _ in range(2):
-        assert torch.equal(run(llama, first, logits_processor=[method]), fresh[0])
-        assert torch.equal(run(llama, second, logits_processor=[method]), fresh[1])
+    fresh = [run(llama, x, logits_processor=[method.processor()]) for x in (first, second)]
+    assert method.processor() is not method.processor()
+    processor = method.processor()
+    for inputs, expected in zip((first, first, second, second), (fresh[0], fresh[0], fresh[1], fresh[1])):
+        assert torch.equal(run(llama, inputs, logits_processor=[processor]), expected)
+    with pytest.raises(InputError, match="9 columns do not go on from the call before, whose prompt had 4; make a new"):
+        run(llama, first, logits_processor=[processor])
     # a prompt that goes on from the whole previous output
     longer = {"input_ids": torch.cat([fresh[1], ids_of([9, 9])], 1)}
     longer["attention_mask"] = torch.ones_like(longer["input_ids"])
-    expected = run(llama, longer, logits_processor=[decode.CyclicReflex(**dict(method))])
-    run(llama, second, logits_processor=[method])
-    assert torch.equal(run(llama, longer, logits_processor=[method]), expected)
+    with pytest.raises(InputError, match="46 columns do not go on"):
+        run(llama, longer, logits_processor=[processor])
+    stated = method.processor(prompt_length=46)
+    assert torch.equal(
+        run(llama, longer, logits_processor=[stated]), run(llama, longer, logits_processor=[method.processor()])
+    )
 
 
-def test_one_object_in_the_loop_and_outside(llama):
+def test_another_text_of_the_next_width_is_refused():
+    """Only rows of the call before go on, in any order."""
+    processor = decode.CyclicReflectionLogitsProcessor(REFLECT, 4.0, 16)
+    processor(ids_of([9, 8], [7, 6]), torch.zeros(2, V))
+    with pytest.warns(UserWarning, match="renormalize_logits"):
+        out = processor(ids_of([7, 6, 5], [9, 8, 5]), torch.zeros(2, V))
+    assert out[:, 70].tolist() == [1.0, 1.0]
+    with pytest.raises(InputError, match="4 columns do not go on from the call before, whose prompt had 2"):
+        processor(ids_of([7, 6, 5, 4], [9, 7, 5, 4]), torch.zeros(2, V))
+
+
+def test_one_processor_in_the_loop_and_outside(llama):
     method = decode.CyclicReflex(token_ids=REFLECT, amplitude=8, period=14, end_think=None)
     first, second = prompts(9, 5), {k: v.flip(1) for k, v in prompts(12).items()}
+    looped = method.processor()
     for inputs in (first, second, first):
-        plain = run(llama, inputs, logits_processor=[method])
-        assert torch.equal(run(llama, inputs, logits_processor=[method], custom_generate=decode.loop), plain)
+        plain = run(llama, inputs, logits_processor=[method.processor()])
+        assert torch.equal(run(llama, inputs, logits_processor=[looped], custom_generate=decode.loop), plain)
+    assert torch.equal(run(llama, first, logits_processor=[looped]), plain)
 
 
 def test_after_the_loop_has_ended_a_longer_prompt_is_a_new_one():
@@ -335,27 +346,29 @@ def test_beams_keep_the_phase_and_warn(llama):
             return scores
 
     with pytest.warns(UserWarning, match="renormalize_logits"):
-        run(llama, prompts(6, 4), tokens=24, num_beams=3, logits_processor=[recorder, method, After()])
+        run(llama, prompts(6, 4), tokens=24, num_beams=3, logits_processor=[recorder, method.processor(), After()])
     for t, change in enumerate(seen):
         # where a score is -inf the difference is nan
         assert torch.allclose(change[~change.isnan()], torch.tensor(wave(t, 3, 16)), atol=1e-4)
 
 
-def test_assisted_decoding_equals_plain(llama, make_model):
+def test_assisted_decoding_equals_plain_where_the_prompt_length_is_stated(llama, make_model):
     method = decode.CyclicReflex(token_ids=REFLECT, amplitude=8, period=14, end_think=None)
-    inputs = prompts(6)
+    inputs, options = prompts(6), {"assistant_model": make_model("qwen2")}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assisted = run(llama, inputs, logits_processor=[method], assistant_model=make_model("qwen2"))
-    fresh = decode.CyclicReflex(**dict(method))
-    assert torch.equal(assisted, run(llama, inputs, logits_processor=[fresh]))
+        assisted = run(llama, inputs, logits_processor=[method.processor(prompt_length=6)], **options)
+        with pytest.raises(InputError, match="give prompt_length for assisted decoding"):
+            run(llama, inputs, logits_processor=[method.processor()], **options)
+    assert torch.equal(assisted, run(llama, inputs, logits_processor=[method.processor()]))
 
 
-def test_methods_compare_by_their_parameters_and_copies_start_anew():
+def test_methods_compare_by_their_parameters_and_hold_no_state():
     first, second = (decode.CyclicReflex(token_ids=REFLECT, end_think=None) for _ in range(2))
     assert first == second and hash(first) == hash(second)
-    first(torch.full((1, 4), 9), torch.zeros(1, V))
-    louder = first.model_copy(update={"amplitude": 8.0, "period": 4.0})
+    first.processor()(torch.full((1, 4), 9), torch.zeros(1, V))
+    assert first == second and not first.__pydantic_private__
+    louder = first.model_copy(update={"amplitude": 8.0, "period": 4.0}).processor()
     for ids in (torch.full((1, 4), 9), torch.full((1, 5), 9)):
         out = louder(ids, torch.zeros(1, V))
     assert float(out[0, 70]) == 8.0
@@ -415,7 +428,7 @@ def test_rewinds_keep_the_phase(llama, tokenizer, method, bias, plan):
     out = run(
         llama,
         inputs,
-        logits_processor=[method],
+        logits_processor=[method.processor()],
         custom_generate=decode.loop,
         monitors=[RewindAt(plan)],
         processing_class=tokenizer,
@@ -438,12 +451,12 @@ def bans_of(events, also=lambda event: ()):
 @pytest.mark.parametrize(("method", "bias"), CASES)
 def test_phrase_bans_in_a_batch_equal_brute_force(llama, tokenizer, method, bias):
     inputs = prompts(9, 5, 7)
-    plain = run(llama, inputs, logits_processor=[method])
+    plain = run(llama, inputs, logits_processor=[method.processor()])
     phrases = [text for row in plain[:, 9:] if (text := tokenizer.decode(row[12:15]).strip()) and "\ufffd" not in text]
     out = run(
         llama,
         inputs,
-        logits_processor=[method],
+        logits_processor=[method.processor()],
         monitors=[decode.PhraseBan(phrases)],
         custom_generate=decode.loop,
         processing_class=tokenizer,
@@ -473,7 +486,7 @@ def test_text_in_and_out(smollm2):
     method = decode.CyclicReflex(words=[" but", " and"], amplitude=20, period=16, end_think="none")
     out = decode.generate(model, tokenizer, "Describe a harbour.", methods=[method], max_new_tokens=24)
     inputs = decode.encode_prompts(tokenizer, ["Describe a harbour."])
-    ready = decode.CyclicReflex(tokenizer=tokenizer, **dict(method))
+    ready = method.processor(tokenizer)
     same = model.generate(**inputs, max_new_tokens=24, do_sample=False, logits_processor=[ready])
     assert torch.equal(out.sequences, same)
     plain = model.generate(**inputs, max_new_tokens=24, do_sample=False)
@@ -699,7 +712,7 @@ def test_with_a_wave_and_phrase_bans(llama, tokenizer):
         custom_generate=decode.loop,
         logits_processor=[
             recorder,
-            decode.CyclicReflex(token_ids=REFLECT, amplitude=5, period=14, end_think=None),
+            decode.CyclicReflex(token_ids=REFLECT, amplitude=5, period=14, end_think=None).processor(),
             Script([END], lambda row: len(row) % 11 == 10 and END not in row, 6),
         ],
         monitors=[
@@ -765,10 +778,10 @@ def test_the_end_mark_must_be_in_the_vocabulary(smollm2, tokenizer):
     model, real = smollm2
     for make in (decode.CyclicReflex, decode.ThoughtSwitchPenalty):
         with pytest.raises(InputError, match=r"'</think>' is not in this vocabulary .*'</' \+ 'think' \+ '>'"):
-            make(tokenizer=real)
+            make().processor(real)
         with pytest.raises(InputError, match="end_think=none"):
             make().plugins(model, real)
-        assert make(tokenizer=real, end_think=None).plugins(model, real).processors[0].end_think_ids is None
+        assert make(end_think=None).plugins(model, real).processors[0].end_think_ids is None
         assert make.from_strings(["end_think=none"]).end_think is None
         assert make(end_think=[3, 4]).plugins(model, real).processors[0].end_think_ids == (3, 4)
     with pytest.raises(InputError, match="not in this vocabulary"):
@@ -780,7 +793,7 @@ def test_an_added_end_mark_is_one_id(smollm2):
 
     tokenizer = deepcopy(smollm2.tokenizer)
     tokenizer.add_tokens([AddedToken("</think>", special=False)])
-    processor = decode.CyclicReflex(tokenizer=tokenizer).processor(tokenizer)
+    processor = decode.CyclicReflex().processor(tokenizer)
     assert processor.end_think_ids == (len(tokenizer) - 1,)
     monitor = decode.BudgetForcing().plugins(smollm2.model, tokenizer).monitors[0]
     assert monitor.end_ids == [len(tokenizer) - 1] and monitor.close_ids[0] == len(tokenizer) - 1
@@ -883,9 +896,9 @@ def test_a_prompt_length_beyond_the_ids_is_refused():
 
 
 @pytest.mark.parametrize("method", [decode.CyclicReflex(), decode.CyclicReflex(token_ids=REFLECT)])
-def test_a_method_without_tokens_cannot_be_called(method):
-    with pytest.raises(InputError, match=r"CyclicReflex\(tokenizer=tokenizer\)"):
-        method(torch.full((1, 4), 9), torch.zeros(1, V))
+def test_a_processor_of_words_needs_the_tokenizer(method):
+    with pytest.raises(InputError, match=r"CyclicReflex\(...\).processor\(tokenizer\)"):
+        method.processor()
 
 
 @pytest.mark.parametrize(

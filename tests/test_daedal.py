@@ -21,7 +21,8 @@ from tokenry import InputError, catalog
 from tokenry.cli import main
 from tokenry.decode import generate
 from tokenry.decode.creditdecoding import CreditDecoding, CreditFusion
-from tokenry.decode.daedal import Daedal, DaedalLength, eos_confidence
+from tokenry.decode.daedal import Daedal
+from tokenry.decode.denoising.growth import DaedalLength, eos_confidence
 from tokenry.decode.denoising.loop import MaskedDiffusionModel, diffusion_generate
 from tokenry.decode.denoising.state import FRESH
 from tokenry.decode.denoising.unmask import Threshold
@@ -668,7 +669,8 @@ def test_the_command_line_decodes(monkeypatch):
     )
     assert found["ids"] == expected.new_ids[0] and found["forward_calls"] == expected.forward_calls
     assert found["tokens_processed"] == expected.tokens_processed
-    refused = CliRunner().invoke(main, [*run, "-o", "max_gen_length=5", "abc"])
+    short = [part.replace(f"max_gen_length={METHOD['max_gen_length']}", "max_gen_length=5") for part in run]
+    refused = CliRunner().invoke(main, [*short, "abc"])
     assert refused.exit_code == 2 and "max_gen_length=5 is less than initial_gen_length=6" in refused.stderr
 
 
@@ -755,7 +757,7 @@ def test_widths_of_other_rows():
 
     ids = torch.arange(5)[:, None]
     widths, first = [], []
-    for kind in (DaedalLength, experiment.OtherWidths):
+    for kind in (DaedalLength, experiment.PermutedWidths):
         model = Told(say)
         length = kind(maximum=64, expansion_factor=4, eos_threshold=0.7, eos_check_tokens=8)
         diffusion_generate(model, ids, gen_length=8, unmask=Threshold(0.9), length=length)

@@ -241,7 +241,7 @@ def test_credit_a_learnt_filter_and_daedal_in_one_call(filter_folder):
     ]
     out = generate(model, tokenizer, prompts, methods=methods, max_new_tokens=32)
     parts = {
-        "unmask": LearnedFilter(ConfidenceFilter.from_pretrained(filter_folder), 0.9),
+        "unmask": LearnedFilter(ConfidenceFilter.load(filter_folder), 0.9),
         "transforms": [CreditFusion(beta=0.5)],
         "length": DaedalLength(32, expansion_factor=4, eos_check_tokens=4),
     }

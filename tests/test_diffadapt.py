@@ -12,20 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenry import InputError, generate
-from tokenry.cli import difficulty as cli
 from tokenry.cli import main
 from tokenry.data.problems import Arithmetic, draw_problems, split_of
 from tokenry.decode import CyclicReflex, PhraseBan, Spectr, TransformersEngine, Violation, encode_prompts, loop
-from tokenry.decode.diffadapt import (
-    DEFAULT_STRATEGIES,
-    DiffAdapt,
-    Strategy,
-    TemperatureByRow,
-    generate_by_strategy,
-    oracle_strategy,
-)
+from tokenry.decode.diffadapt import DiffAdapt, TemperatureByRow, generate_by_strategy, oracle_strategy
 from tokenry.decode.generation.sampler import row_seed
 from tokenry.decode.generation.sequence import SequenceState
+from tokenry.decode.reasoning.strategies import DEFAULT_STRATEGIES, Strategy
 from tokenry.evidence import diffadapt as experiment
 from tokenry.learned.difficulty_probe import CLASSES, DifficultyProbe, read_questions
 from tokenry.measure.compare import compare
@@ -35,12 +28,11 @@ from tokenry.models.anatomy import decoder_layers
 from tokenry.models.prompts import prompt_ids, question_ids
 from tokenry.read.difficulty_probe import (
     DifficultyProbeMethod,
-    EntropyProfile,
-    entropy_profile,
     label_by_entropy,
     question_states,
-    token_entropy,
 )
+from tokenry.read.samples.entropy import EntropyProfile, entropy_profile, token_entropy
+from tokenry.read.samples.problems import problems_in, sums
 
 QUESTIONS = ["the old lighthouse", "Elara walked along the shore and the wind", "was it a dream", "the sea"]
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}.{% endfor %} a:"
@@ -623,7 +615,7 @@ def test_with_antislop_a_wave_and_streaming_equals_brute_force(llama, chat, prob
         strategy = next(s for s in STRATEGIES if s.name == name)
         prompt = whole_prompt(chat, question, strategy.suffix)
         generator = torch.Generator().manual_seed(row_seed(12, b))
-        expected = brute_force(llama, chat, prompt, strategy, PhraseBan(phrases), wave, generator, 60)
+        expected = brute_force(llama, chat, prompt, strategy, PhraseBan(phrases), wave.processor(), generator, 60)
         assert out.new_ids[b] == expected
         assert streamers[b].ended and streamers[b].tokens == expected
         assert len(expected) <= strategy.tokens(60)
@@ -833,11 +825,15 @@ def test_from_problems_to_answers(folder, tmp_path):
     problems.write_text("\n".join(map(json.dumps, lines)))
     prompts.write_text("\n".join(QUESTIONS))
     strategies.write_text(json.dumps([vars(one) for one in STRATEGIES]))
-    learn = ["read", "--method", "difficulty-probe", "--problems", str(problems), "--save", str(probe), "--json"]
-    learn += ["-o", "n_samples=2", "-o", "gamma=0", "-o", "alpha=0", "-o", "epochs=2", "--max-new-tokens", "4"]
+    learn = ["fit", "difficulty-probe", "--data", str(problems), "--save", str(probe), "--json"]
+    learn += ["-o", "n_samples=2", "-o", "gamma=0", "-o", "alpha=0", "-o", "epochs=2", "-o", "max_new_tokens=4"]
     with pytest.warns(UserWarning, match="no question is hard"):
-        (found,) = json.loads(tokenry(*learn, "--marker", "number", "--model", folder))
+        (found,) = json.loads(tokenry(*learn, "-o", "marker=number", "--model", folder))
     assert {row["class"]: row["questions"] for row in found["rows"]} == {"normal": 10, "easy": 6}
+    ask = ["read", "--method", "difficulty-probe", "--artifact", str(probe), "--json", "--model", folder]
+    ((asked,),) = [found["rows"] for found in json.loads(tokenry(*ask, QUESTIONS[0]))]
+    assert asked["class"] == max(CLASSES, key=asked.get) and sum(map(asked.get, CLASSES)) == pytest.approx(1)
+    assert "n_samples would have no effect with --artifact" in tokenry(*ask, "-o", "n_samples=4", "hm", code=2)
     decode = ["decode", "--method", "diffadapt", "-o", f"probe={probe}", "-o", f"strategies={strategies}"]
     decode += ["--max-new-tokens", "20", "--model", folder]
     one = json.loads(tokenry(*decode, "--json", QUESTIONS[0]))
@@ -850,14 +846,14 @@ def test_from_problems_to_answers(folder, tmp_path):
 
 
 def test_sums_to_learn_from():
-    questions, is_correct = cli.sums(16)
+    questions, is_correct = sums(16)
     assert len(questions) == 16 and all(split_of(question) == "train" for question in questions)
     assert is_correct(0, f"</think>\n{Arithmetic().totals(questions[0])[-1]}") and not is_correct(0, "7 or so")
 
 
 def test_right_answers_are_found_by_their_marker(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"question": "a", "answer": "1,200"}\n\n{"question": "b", "answer": 3.5}\n')
-    questions, is_correct = cli.read_problems(str(tmp_path / "p.jsonl"), "boxed")
+    questions, is_correct = problems_in((tmp_path / "p.jsonl").read_text(), str(tmp_path / "p.jsonl"), "boxed")
     assert questions == ["a", "b"] and is_correct(0, r"so \boxed{1200}") and is_correct(1, r"\boxed{3.50}")
     assert not is_correct(0, "1200") and not is_correct(1, r"\boxed{4}")
 
@@ -865,19 +861,36 @@ def test_right_answers_are_found_by_their_marker(tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "with --problems, or --arithmetic N"),
-        (["--problems", "x", "--arithmetic", "3"], "with --problems, or --arithmetic N"),
-        (["--arithmetic", "3"], "give a folder with --save"),
-        (["--arithmetic", "0", "--save", "/nowhere/probe"], "--arithmetic 0"),
-        (["--problems", "/nowhere", "--save", "/nowhere/probe"], "'/nowhere' cannot be read"),
-        (["--problems", "/dev/null", "--save", "/nowhere/probe"], "holds no problems"),
-        (["--arithmetic", "3", "--save", "/nowhere/probe", "some text"], "has no use for TEXT"),
-        (["--arithmetic", "3", "--save", "/nowhere/probe", "--find", "dog"], "has no use for --find"),
-        (["--arithmetic", "3", "--save", "/nowhere/probe", "-o", "n_samples=1"], "n_samples='1'"),
+        ([], "has nothing to learn from; give --data, a file"),
+        (["--data", "arithmetic:0"], "N of arithmetic:N=0 is not allowed"),
+        (["--data", "algebra:3"], "'algebra:3' is no file and no known task"),
+        (["--data", "/nowhere"], "'/nowhere' cannot be read"),
+        (["--data", "/dev/null"], "holds no problems"),
+        (["--data", "arithmetic:3", "-o", "marker=number"], "marker would have no effect with arithmetic:N"),
+        (["--data", "arithmetic:3", "-o", "find=dog"], "no option 'find'"),
+        (["--data", "arithmetic:3", "-o", "n_samples=1"], "n_samples='1'"),
+        (["--data", "arithmetic:3", "-o", "marker=x"], "has 0 groups"),
     ],
 )
-def test_learning_refuses(args, message):
-    assert message in tokenry("read", "--method", "difficulty-probe", *args, code=2)
+def test_learning_refuses(args, message, tmp_path):
+    assert message in tokenry("fit", "difficulty-probe", *args, "--save", str(tmp_path / "probe"), code=2)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["fit", "difficulty-probe", "--data", "arithmetic:3"], "Missing option '--save'"),
+        (["fit", "difficulty-probe", "--data", "arithmetic:3", "--save", "/dev/null/probe"], "the output"),
+        (["fit", "lm-head-neurons", "--data", "x", "--save", "map"], "learns from the model alone; leave --data out"),
+        (["fit", "lm-head-neurons", "-o", "find=sea", "--save", "map"], "find would have no effect on what is learned"),
+        (["read", "--method", "difficulty-probe", "hm"], "reads with what it has learned; `tokenry fit"),
+        (["read", "--method", "difficulty-probe", "--artifact", "x", "--trace", "y"], "reads no trace"),
+        (["read", "--method", "difficulty-probe", "--artifact", "x"], "nothing was asked; give a text"),
+        (["read", "--method", "difficulty-probe", "--artifact", "/nowhere", "hm"], "there is no probe in '/nowhere'"),
+    ],
+)
+def test_fitting_and_reading_refuse_what_is_not_theirs(args, message):
+    assert message in tokenry(*args, code=2)
 
 
 def test_problems_that_are_none(tmp_path):
@@ -890,5 +903,4 @@ def test_problems_that_are_none(tmp_path):
     ):
         (tmp_path / "p.jsonl").write_text(line)
         with pytest.raises(InputError, match=r"line 1 of .* (is no problem|give both as text)"):
-            cli.read_problems(str(tmp_path / "p.jsonl"), "boxed")
-    assert "no use for --save" in tokenry("read", "--method", "lm-head-neurons", "--save", "x", "hm", code=2)
+            problems_in((tmp_path / "p.jsonl").read_text(), str(tmp_path / "p.jsonl"), "boxed")

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from tokenry import InputError
-from tokenry.cli import difficulty, judge, main
+from tokenry.cli import judge, main
 from tokenry.cli.decode import read_prompts
 from tokenry.cli.options import read_text
 from tokenry.cli.represent import read_lines
@@ -16,9 +16,9 @@ from tokenry.core.files import as_text, entries_of
 from tokenry.core.files import read_text as library_read_text
 from tokenry.decode import Antislop
 from tokenry.decode.cyclicreflex import CyclicReflex
+from tokenry.read import DifficultyProbeMethod
 from tokenry.tokenize.kl3m import KL3M
 from tokenry.train.ftpo import FTPO
-from tokenry.train.learn2pd import Learn2PDTraining
 from tokenry.train.preference.pairs import read_pairs
 from tokenry.train.rectifier import Rectifier
 
@@ -151,14 +151,12 @@ class Words:
 RECORDS = {
     "pairs": lambda path: read_pairs(path),
     "episodes": lambda path: Rectifier().read(path, Words()),
-    "training prompts": lambda path: Learn2PDTraining().read(path, None),
     "solutions": lambda path: judge.read_rows(path),
-    "problems": lambda path: difficulty.read_problems(path, "number").questions,
+    "problems": lambda path: DifficultyProbeMethod(marker="number").examples(path, read_text(path, "data")).questions,
 }
 ROWS = {
     "pairs": [{"prompt": "q", "chosen": ["a"], "rejected": "b"}],
     "episodes": [{"prompt": "q", "continuation": "b", "reward": -1}],
-    "training prompts": [{"prompt": "q"}],
     "solutions": [{"prompt": "q", "solution": "b", "answer": "c"}],
     "problems": [{"question": "q", "answer": 1}],
 }
@@ -169,7 +167,6 @@ WRONG = {  # the field, and values that it cannot have; ... is a field that is m
         "continuation": (..., None, 5),
         "reward": (..., None, "x", True, 1, -2, float("nan"), [0.5], {}),
     },
-    "training prompts": {"prompt": (..., None, 3, " ", ["q"])},
     "solutions": {"prompt": (..., None, 3, " "), "solution": (..., None, 5, ["b"]), "answer": ([], {}, True)},
     "problems": {"question": (..., None, 3, " ", []), "answer": (..., None, [], True, float("inf"))},
 }

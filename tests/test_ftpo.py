@@ -33,7 +33,8 @@ from tokenry.train import (
     read_pairs,
     score_pairs,
 )
-from tokenry.train.ftpo import auto_learning_rate, last_logits
+from tokenry.train.ftpo import auto_learning_rate
+from tokenry.train.preference.collator import last_logits
 from tokenry.train.preference.pairs import check_pairs, to_pairs, without_function_words
 
 VOCAB = 12

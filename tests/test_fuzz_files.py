@@ -7,6 +7,7 @@ import contextlib
 import copy
 import gzip
 import json
+import math
 import os
 import shutil
 import struct
@@ -22,7 +23,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tokenry import InputError
-from tokenry.cli import difficulty as cli_difficulty
 from tokenry.cli import judge as cli_judge
 from tokenry.cli.decode import read_prompts
 from tokenry.cli.options import read_text
@@ -31,21 +31,24 @@ from tokenry.decode import Antislop
 from tokenry.decode.diffadapt import DiffAdapt
 from tokenry.decode.specreason import SpecReason
 from tokenry.evidence.token_prepending import DevScores
-from tokenry.evidence.token_prepending import SequenceState as DevRow
+from tokenry.evidence.token_prepending import Row as DevRow
 from tokenry.judge import Reference, SlopProfile
-from tokenry.learned.confidence_filter import ConfidenceFilter
+from tokenry.learned.confidence_filter import ConfidenceFilter, TraceDataset
 from tokenry.learned.dead_end_values import DeadEndValueModel
 from tokenry.learned.difficulty_probe import DifficultyProbe
+from tokenry.learned.filter_traces import TraceWriter
 from tokenry.measure.store import RunStore
 from tokenry.measure.task import Outcome
-from tokenry.read import LMHeadNeurons, NeuronMap
+from tokenry.read import DifficultyProbeMethod, LMHeadNeurons, NeuronMap
 from tokenry.select.heads.profile import HeadProfile
 from tokenry.tokenize import load_tokenizer
 from tokenry.trace.trace import Trace, capture
 from tokenry.train.ftpo import FTPO
 from tokenry.train.learn2pd import Learn2PDTraining
 from tokenry.train.preference.pairs import check_pairs
-from tokenry.train.rectifier import Rectifier, RectifierCollator, check_episodes
+from tokenry.train.rectifier import Rectifier
+from tokenry.train.values.collator import RectifierCollator
+from tokenry.train.values.episodes import check_episodes
 from tokenry.zoo import recipes
 
 EXAMPLES = int(os.environ.get("TOKENRY_FUZZ", "60"))  # damaged files for each reader
@@ -112,6 +115,19 @@ def write_profile(kit, path):
     HeadProfile(model="m", **shape, order=((0, 1), (1,)), scores=((1, 2), (3, 4)), error=(1.0, 2.0)).save(path)
 
 
+def write_filter_traces(kit, path):
+    mask = torch.rand(60, 3, generator=torch.Generator().manual_seed(0)) > 0.5
+    with TraceWriter(path, kit.model) as writer:
+        writer.add(TraceDataset(torch.linspace(0, 1, 180).reshape(60, 3), mask.roll(1, 0), mask, torch.arange(60) // 6))
+
+
+def use_filter_traces(kit, path):
+    method = Learn2PDTraining(epochs=1)
+    trainer = method.trainer(kit.model, kit.tokenizer, method.read(path, kit.tokenizer), path)
+    trainer.train()
+    assert all(math.isfinite(value) for value in trainer.report().values())
+
+
 PAIR = {"prompt_ids": [5, 6], "chosen_ids": [10, 11, 12, 13], "rejected_id": 9}
 REWIND = {
     "context_ids": [5, 6],
@@ -143,11 +159,11 @@ def use_episodes(kit, path):
 
 
 def use_solutions(kit, path):
-    assert all(isinstance(part, str | None) for row in cli_judge.read_rows(str(path)) for part in row)
+    assert all(isinstance(part, str | None) for row in cli_judge.read_rows(str(path)) for part in vars(row).values())
 
 
 def use_problems(kit, path):
-    problems = cli_difficulty.read_problems(str(path), "number")
+    problems = DifficultyProbeMethod(marker="number").examples(str(path), read_text(str(path), "data"))
     assert [problems.is_correct(i, "3") in (True, False) for i in range(len(problems.questions))]
 
 
@@ -178,7 +194,7 @@ def use_probe(kit, path):
 
 
 def use_filter(kit, path):
-    ConfidenceFilter.from_pretrained(path)(torch.zeros(1, 4))
+    ConfidenceFilter.load(path)(torch.zeros(1, 4))
 
 
 def use_slop(kit, path):
@@ -239,7 +255,7 @@ READERS = {
     "pairs of texts": (lines(TEXT_PAIR, TEXT_PAIR), use_pairs),
     "rewinds": (lines(REWIND, REWIND), use_pairs),
     "episodes": (lines(*EPISODES), use_episodes),
-    "training prompts": (lines({"prompt": "a"}), lambda kit, path: Learn2PDTraining().read(path, kit.tokenizer)),
+    "filter traces": (write_filter_traces, use_filter_traces),
     "solutions": (lines({"prompt": "a", "solution": "b", "answer": 3}), use_solutions),
     "problems": (lines({"question": "a", "answer": 3}), use_problems),
     "strategies": (text(json.dumps(STRATEGIES)), lambda kit, path: DiffAdapt(strategies=str(path))),
@@ -415,7 +431,7 @@ def valid(kit, tmp_path_factory):
 
     def write(name):
         if name not in made:
-            suffix = ".safetensors" if name in ("trace", "neuron map") else ""
+            suffix = ".safetensors" if name in ("trace", "neuron map", "filter traces") else ""
             made[name] = tmp_path_factory.mktemp("valid") / f"file{suffix}"
             READERS[name][0](kit, made[name])
         return made[name]

@@ -26,8 +26,6 @@ BAD = {  # of options and arguments that are no numbers
     "method": ["", "x", "m[/]x", "kl3m", "antislop", "ftpo", "a" * 5000],
     "o": ["", "x", "=", "=1", "m[/]x=1", "a" * 5000, "zzz=" + "9" * 5000],
     "seeds": ["", ",", "x", "1,,2", "-1", "1e3", "0,0", str(2**40), "9" * 5000, "nan"],
-    "overlap": ["zzz", "m[/]x"],
-    "marker": ["(", "x[", "", "m[/]x"],
     "tokenizer": ["", "zzz", "m[/]x", "a" * 5000],
     "slug": ["", "x", "m[/]x"],
     "name": ["", "x", "m[/]x", "tip"],
@@ -36,8 +34,8 @@ BAD = {  # of options and arguments that are no numbers
     "tokenizers": ["", "zzz", "m[/]x"],
 }
 FILES = {  # what is read and written: tests of readers and writers
-    "prompts", "save-pairs", "data", "output", "context", "files", "file", "text", "html", "report", "picture", "store",
-    "trace", "map", "save-map", "save", "problems", "pairs",
+    "prompts", "save-pairs", "save-traces", "data", "output", "context", "files", "file", "text", "html", "report",
+    "picture", "store", "trace", "artifact", "save", "pairs",
 }  # fmt: skip
 
 
@@ -71,13 +69,14 @@ def right(path, place):
         "list": [],
         "find": ["shorter cache"],
         "show": ["antislop"],
-        "tokenize train": ["--output", out, text],
+        "tokenize train": ["--method", "kl3m", "--output", out, text],
         "tokenize encode": ["--tokenizer", str(place / "model"), "the sea"],
         "tokenize report": ["--text", text, str(place / "model")],
         "select": ["--method", "compresskv", "--context", text, *model, "--max-new-tokens", "2", "who?"],
         "represent": ["--output", out + ".npy", *model, text],
         "decode": [*model, "--max-new-tokens", "2", "the sea"],
-        "read": ["--method", "lm-head-neurons", "--find", "sea", *model],
+        "read": ["--method", "lm-head-neurons", "-o", "find=the", *model],
+        "fit": ["--save", out, *model, "lm-head-neurons"],
         "judge": ["--method", "crew", *model, str(place / "solutions.jsonl")],
         "train": ["--method", "ftpo", "--data", text, "--output", out, *model],
         "compare": ["antislop", "--store", out + ".sqlite", *model],
@@ -119,8 +118,7 @@ def cases():
             [v for v in NUMBERS if beyond(v, parameter.type.declared)] if bounded else BAD.get(named(parameter), ())
         )
         for value in values:
-            group = path == ("tokenize",)  # its option is looked at by a command of the group
-            if not group and not is_its_own(path, parameter, value):
+            if not is_its_own(path, parameter, value):
                 yield pytest.param(path, parameter, value, id=f"{' '.join(path)} {named(parameter)} {value[:12]}")
 
 
@@ -139,7 +137,7 @@ def test_the_sweep_covers_every_parameter():
     """A new option is in BAD, in FILES, or a number with bounds."""
     for path, parameter in parameters():
         known = isinstance(parameter.type, Number) or named(parameter) in BAD
-        assert known or named(parameter) == "find", (path, parameter.name)
+        assert known, (path, parameter.name)
 
 
 @pytest.mark.parametrize(("path", "parameter", "value"), [*cases()])
@@ -191,11 +189,13 @@ def test_an_option_of_a_method_is_right_or_refused(entry, name, value, closed):
         (["decode", "--greedy", "--temperature", "2", "x"], "--temperature would have no effect with --greedy"),
         (["decode", "--greedy", "--top-p", ".5", "--top-k", "3", "x"], "--top-p, --top-k would have no effect"),
         (["decode", "--batch-size", "2", "x"], "without --prompts"),
-        (["read", "--method", "lm-head-neurons", "--marker", "x", "y"], "--marker would have no effect"),
-        (["read", "--method", "lm-head-neurons", "--least", ".5", "--find", "y"], "without a text or a trace"),
-        (["read", "--method", "difficulty-probe", "--least", ".5", "--arithmetic", "4"], "with difficulty-probe"),
-        (["read", "--method", "difficulty-probe", "--arithmetic", "4", "--marker", "x"], "with --arithmetic"),
-        (["tokenize", "--method", "kl3m", "encode", "--tokenizer", "zzz", "x"], "--method would have no effect"),
+        (["read", "--method", "lm-head-neurons", "-o", "min_prob=.5", "-o", "find=y"], "without a text or a trace"),
+        (["read", "--method", "lm-head-neurons", "--artifact", "x", "-o", "top_k=3", "y"], "with --artifact"),
+        (["fit", "lm-head-neurons", "-o", "min_prob=.5", "--save", "x"], "on what is learned"),
+        (
+            ["fit", "difficulty-probe", "--data", "arithmetic:4", "-o", "marker=answer", "--save", "x"],
+            "with arithmetic",
+        ),
         (["judge", "--method", "crew", "--top-k", "3", "SOLUTIONS"], "without --pairs"),
         (["judge", "--method", "crew", "--trace", "--raw", "SOLUTIONS"], "with --trace"),
     ],
@@ -230,9 +230,9 @@ def test_names_with_markup_are_printed_as_they_are(place):
         shown = run("tokenize", "report", str(hostile), "--text", str(place / "text.txt"))
         assert shown.exit_code == 0, shown.exception
         assert "smile" in shown.stdout.replace("\n", "")
-        read = run("read", "--method", "lm-head-neurons", "--model", str(hostile), "--find", "[/]a")
+        read = run("read", "--method", "lm-head-neurons", "--model", str(hostile), "-o", "find=[/]a")
         assert read.exit_code in (0, 2) and not isinstance(read.exception, ValueError), read.exception
-        read = run("read", "--method", "lm-head-neurons", "--model", str(hostile), "--layer", "0")
+        read = run("read", "--method", "lm-head-neurons", "--model", str(hostile), "-o", "layer=0")
         assert read.exit_code == 0, read.exception
     finally:
         hostile.rename(place / "model")

@@ -36,8 +36,6 @@ from tokenry.tokenize import (
     token_size_profile,
     tokenizer_report,
     tokens_per_character,
-    train_char_bpe,
-    train_domain_bpe,
 )
 from tokenry.tokenize.kl3m import BYTES, SPECIAL_TOKENS
 from tokenry.tokenize.text.kl3m_tokens import GROUPS
@@ -48,6 +46,14 @@ LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 LICENCE = (Path(__file__).parents[1] / "LICENSE").read_text(encoding="utf-8")
 CODE = (LIBRARY / "argparse.py").read_text(encoding="utf-8")
 BARE = {"custom_tokens": (), "normalization": "none", "pad_to_power_of_two": False}
+
+
+def train_domain(texts, vocab_size=None, **options):
+    return KL3M(vocab_size=vocab_size, **options).train(texts)
+
+
+def train_char(texts, vocab_size=None, **options):
+    return KL3M(kind="char", vocab_size=vocab_size, **options).train(texts)
 
 
 def state(tokenizer):
@@ -63,17 +69,17 @@ def back(tokenizer, text):
 @pytest.fixture(scope="module")
 def domain():
     """All custom tokens."""
-    return train_domain_bpe([LICENCE, CODE], 8192)
+    return train_domain([LICENCE, CODE], 8192)
 
 
 @pytest.fixture(scope="module")
 def char():
-    return train_char_bpe([LICENCE, CODE], 1024)
+    return train_char([LICENCE, CODE], 1024)
 
 
 @pytest.fixture(scope="module")
 def bare():
-    return train_domain_bpe([LICENCE], 1000, **BARE)
+    return train_domain([LICENCE], 1000, **BARE)
 
 
 # --- training --------------------------------------------------------------------------------------------------
@@ -110,9 +116,9 @@ def test_merges_are_those_of_a_naive_trainer(longest):
     text = LICENCE[:4000]
     size = len(SPECIAL_TOKENS) * 2 + 256 + 120
     if longest is None:
-        tokenizer = train_domain_bpe([text], size, **BARE)
+        tokenizer = train_domain([text], size, **BARE)
     else:
-        tokenizer = train_char_bpe([text], size, max_chars=longest, normalization="none", pad_to_power_of_two=False)
+        tokenizer = train_char([text], size, max_chars=longest, normalization="none", pad_to_power_of_two=False)
     merges, _ = state(tokenizer)
     assert 110 < len(merges) <= 120
     assert merges == naive_merges(text, 120, longest)
@@ -129,14 +135,14 @@ def test_without_extras_it_is_the_trainer_of_tokenizers(bare):
 
 def test_min_frequency_and_vocabulary_bound_the_merges():
     least = 25
-    merges, _ = state(train_domain_bpe([LICENCE], 4096, **BARE, min_frequency=least))
+    merges, _ = state(train_domain([LICENCE], 4096, **BARE, min_frequency=least))
     assert merges == naive_merges(LICENCE, 10_000, least=least) and len(merges) > 20
-    assert len(train_domain_bpe([LICENCE], 700, **BARE)) == 700 - len(SPECIAL_TOKENS)
+    assert len(train_domain([LICENCE], 700, **BARE)) == 700 - len(SPECIAL_TOKENS)
 
 
 @pytest.mark.parametrize("longest", [2, 3, 4])
 def test_char_tokens_are_short(longest):
-    tokenizer = train_char_bpe([LICENCE, CODE], 2048, max_chars=longest)
+    tokenizer = train_char([LICENCE, CODE], 2048, max_chars=longest)
     merges, vocab = state(tokenizer)
     learned = set(vocab) - set(SPECIAL_TOKENS)
     assert max(map(len, learned)) == longest
@@ -155,7 +161,7 @@ def test_special_tokens_come_first_and_none_is_added(domain, char):
 
 
 def test_training_reads_a_generator_once_and_repeats(char):
-    again = train_char_bpe((text for text in ["", LICENCE, CODE]), 1024)
+    again = train_char((text for text in ["", LICENCE, CODE]), 1024)
     assert state(again) == state(char) and again.get_vocab() == char.get_vocab()
 
 
@@ -180,7 +186,7 @@ def test_every_byte_comes_back(domain, char):
 
 
 def test_the_official_alphabet_loses_unseen_bytes(char):
-    official = train_char_bpe([LICENCE], 1024, official_alphabet=True)
+    official = train_char([LICENCE], 1024, official_alphabet=True)
     assert back(official, "tab\x18end") == "tabend" and back(official, "日本") != "日本"
     assert back(char, "tab\x18end") == "tab\x18end"
     dead = {chr(value) for value in range(255)} - BYTES
@@ -195,10 +201,10 @@ def test_custom_tokens_decode_to_themselves(domain):
 @pytest.mark.parametrize("normalization", ["none", "nfc", "nfd", "nfkc", "nfkd"])
 def test_normal_forms(normalization):
     text = "née ½ ™ ﬁ 10²"
-    tokenizer = train_char_bpe([LICENCE], 600, normalization=normalization)
+    tokenizer = train_char([LICENCE], 600, normalization=normalization)
     expected = text if normalization == "none" else unicodedata.normalize(normalization.upper(), text)
     assert back(tokenizer, text) == expected
-    lower = train_char_bpe([LICENCE], 600, normalization=normalization, lowercase=True)
+    lower = train_char([LICENCE], 600, normalization=normalization, lowercase=True)
     assert (
         back(lower, text.upper())
         == (
@@ -234,8 +240,8 @@ def test_custom_tokens_are_those_of_the_code():
 
 def test_custom_tokens_of_letters_and_digits_match_whole_words_only():
     own = ["Lea", "123", "2d", "(a)", "years"]
-    ours = train_domain_bpe([LICENCE], 1024, custom_tokens=own)
-    official = train_domain_bpe([LICENCE], 1024, custom_tokens=own, single_word_alpha=False)
+    ours = train_domain([LICENCE], 1024, custom_tokens=own)
+    official = train_domain([LICENCE], 1024, custom_tokens=own, single_word_alpha=False)
     assert ours.tokenize("Lea 123 2d")[0::2] == ["Lea", "123", "2d"]
     for text, token in (("Leader", "Lea"), ("12345", "123"), ("91234", "123"), ("12d", "2d")):
         assert token not in ours.tokenize(text) and token in official.tokenize(text)
@@ -245,27 +251,27 @@ def test_custom_tokens_of_letters_and_digits_match_whole_words_only():
 
 def test_custom_tokens_that_bpe_learnt_are_not_added_twice():
     own = ["copyright", "zyxw"]
-    tokenizer = train_domain_bpe(["copyright"] * 50, 512, custom_tokens=own, pad_to_power_of_two=False)
+    tokenizer = train_domain(["copyright"] * 50, 512, custom_tokens=own, pad_to_power_of_two=False)
     assert "copyright" in state(tokenizer)[1] and "copyright" not in tokenizer.get_added_vocab()
     assert tokenizer.tokenize("copyrights") == ["copyright", "s"]
     assert tokenizer.tokenize("zyxw") == ["zyxw"]
 
 
 def test_lowercase_custom_tokens():
-    tokenizer = train_domain_bpe([LICENCE], 8192, lowercase=True)
+    tokenizer = train_domain([LICENCE], 8192, lowercase=True)
     assert tokenizer.tokenize("see U.S.C. or <TABLE")[-1] == "<table" and "u.s.c." in tokenizer.tokenize("42 U.S.C. 1")
 
 
 def test_padding_is_short_and_ends_at_the_next_power():
-    unpadded = train_char_bpe([LICENCE], 600, pad_to_power_of_two=False)
-    padded = train_char_bpe([LICENCE], 600)
+    unpadded = train_char([LICENCE], 600, pad_to_power_of_two=False)
+    padded = train_char([LICENCE], 600)
     missing = 1024 - len(unpadded)
     extra = [padded.convert_ids_to_tokens(i) for i in range(len(unpadded), len(padded))]
     assert len(padded) == 1024 and len(extra) == missing > 30
     assert extra[:4] == ["  ", "\n\n", "   ", "\n\n\n"] and extra[29] == "\n" * 16
     assert extra[30:] == [f"<|reserved_{i}|>" for i in range(missing - 30)]
     assert padded.tokenize("a    b") == ["a", "    ", "b"]
-    exact = train_char_bpe([LICENCE], 512 + 13)  # 512 entries need no padding
+    exact = train_char([LICENCE], 512 + 13)  # 512 entries need no padding
     assert len(exact) == 512 and not [t for t in exact.get_vocab() if t.isspace()]
 
 
@@ -307,7 +313,7 @@ def test_boundary_stability_of_known_tokenizers(bare):
     letters = experiment.first_merges(bare, 0)
     assert boundary_stability(bare, [(LICENCE[:300], LICENCE[:300])]) == 1
     assert boundary_stability(letters, [("The 5enate of Rorne", "The Senate of Rome")]) == 1
-    words = train_domain_bpe(["copyright holder"] * 50, 512, **BARE)
+    words = train_domain(["copyright holder"] * 50, 512, **BARE)
     assert words.tokenize("copyright") == ["copyright"]
     # copyr1ght has the ends of c o p y r 1 g h t or of what is left of them; copyright only its last one
     ends = len(words.tokenize("copyr1ght"))
@@ -361,7 +367,7 @@ def test_bad_settings_are_refused(options, message):
 
 
 def test_the_smallest_vocabulary_is_the_bytes_alone():
-    tokenizer = train_char_bpe([LICENCE], 282, pad_to_power_of_two=False)
+    tokenizer = train_char([LICENCE], 282, pad_to_power_of_two=False)
     assert len(tokenizer) == 13 + 256 and tokens_per_character(tokenizer, ["abc"]) == 1
 
 
@@ -377,7 +383,7 @@ def test_the_smallest_vocabulary_is_the_bytes_alone():
 )
 def test_bad_training_text_is_refused(texts, message):
     with pytest.raises(InputError, match=message):
-        train_char_bpe(texts)
+        train_char(texts)
 
 
 def test_measures_refuse_what_they_cannot_count(bare):
@@ -426,7 +432,7 @@ def test_pieces_join_to_the_text(bare, char, text):
 
 
 def test_pieces_show_lost_text():
-    official = train_char_bpe([LICENCE], 600, official_alphabet=True)
+    official = train_char([LICENCE], 600, official_alphabet=True)
     lost = [piece.text for piece in token_pieces(official, "tab\x18end") if not piece.ids]
     assert lost == ["\x18"]
 
@@ -462,7 +468,7 @@ def test_corpora():
 
 def test_stopping_early_is_training_less(bare):
     shorter = experiment.first_merges(bare, 200)
-    trained = train_domain_bpe([LICENCE], 26 + 256 + 200, **BARE)
+    trained = train_domain([LICENCE], 26 + 256 + 200, **BARE)
     assert state(shorter)[0] == state(trained)[0]
     text = CODE[:5000]
     assert shorter.convert_ids_to_tokens(shorter(text).input_ids) == trained.convert_ids_to_tokens(
@@ -546,7 +552,7 @@ def test_command_line(tmp_path):
     folder, page = str(tmp_path / "made"), tmp_path / "report.html"
     small = ["-o", "vocab_size=1024", "-o", "custom_tokens=none"]
     made = json.loads(
-        tokenry("--method", "kl3m", "train", str(tmp_path / "texts"), "--output", folder, *small, "--json")[0]
+        tokenry("train", "--method", "kl3m", str(tmp_path / "texts"), "--output", folder, *small, "--json")[0]
     )
     assert made == {"folder": folder, "vocabulary": 1024, "files": 2}
     expected = KL3M(vocab_size=1024, custom_tokens=()).train([LICENCE, CODE])
@@ -568,14 +574,18 @@ def test_command_line(tmp_path):
 def test_command_line_refusals(tmp_path):
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\xff")
     (tmp_path / "empty").mkdir()
-    out = ["--output", str(tmp_path / "o")]
+    bad = str(tmp_path / "bad.txt")
+    out, kl3m = ["--output", str(tmp_path / "o")], ["--method", "kl3m"]
     for args, message in (
-        (["train", str(tmp_path / "empty"), *out], "holds no .txt or .md file"),
-        (["train", str(tmp_path / "bad.txt"), *out], "not UTF-8 text"),
-        (["train", str(tmp_path / "none.txt"), *out], "cannot be read"),
-        (["train", str(tmp_path / "bad.txt"), *out, "-o", "vocab_size=999"], "give at least"),
-        (["train", str(tmp_path / "bad.txt"), "--output", str(tmp_path / "bad.txt")], "is a file; give a folder"),
-        (["--method", "antislop", "train", "x", *out], "belongs to the stage 'decode'"),
+        (["train", *kl3m, str(tmp_path / "empty"), *out], "holds no .txt or .md file"),
+        (["train", *kl3m, bad, *out], "not UTF-8 text"),
+        (["train", *kl3m, str(tmp_path / "none.txt"), *out], "cannot be read"),
+        (["train", *kl3m, bad, *out, "-o", "vocab_size=999"], "give at least"),
+        (
+            ["train", *kl3m, str(tmp_path / "bad.txt"), "--output", str(tmp_path / "bad.txt")],
+            "is a file; give a folder",
+        ),
+        (["train", "--method", "antislop", "x", *out], "belongs to the stage 'decode'"),
         (["encode", "--tokenizer", str(tmp_path), "x"], "no tokenizer.json"),
         (["encode", "--tokenizer", "smollm2", ""], "the text is empty"),
         (["report", str(tmp_path), "--text", str(tmp_path / "none.txt")], "cannot be read"),
@@ -595,5 +605,6 @@ def test_a_file_that_fails_late_is_refused(tmp_path):
     draw = random.Random(0)
     (tmp_path / "a.txt").write_text(" ".join(draw.choices(LICENCE.split(), k=500)), encoding="utf-8")
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe\xff")
-    _, err = tokenry("train", str(tmp_path), "--output", str(tmp_path / "o"), "-o", "kind=char", code=2)
+    out = ["--output", str(tmp_path / "o")]
+    _, err = tokenry("train", "--method", "kl3m", str(tmp_path), *out, "-o", "kind=char", code=2)
     assert "not UTF-8 text" in err

@@ -10,6 +10,7 @@ from tokenry.decode import SkipSchedule, generate, loop
 from tokenry.decode.denoising.loop import sampling_warpers
 from tokenry.decode.denoising.unmask import Chance, Factor, FixedCount
 from tokenry.learned.confidence_filter import ConfidenceFilter
+from tokenry.learned.dead_end_values import DeadEndValueModel
 
 ENTRIES = [pytest.param(entry, id=f"{entry.stage}-{entry.slug}") for entry in catalog.METHODS]
 UNBOUNDED = {"windows"}  # START:END, compared with a position and nothing else
@@ -37,11 +38,13 @@ def numbers_of(entry):
 def build(tmp_path, llama):
     """A method with some options; one that cannot do without a folder gets one."""
     ConfidenceFilter(32).bind(llama).save(tmp_path)
-    required = {("decode", "rectification"): "rectifier", ("decode", "learn2pd"): "filter"}
+    required = {
+        ("decode", "rectification"): {"rectifier": DeadEndValueModel(llama)},
+        ("decode", "learn2pd"): {"filter": str(tmp_path)},
+    }
 
     def made(entry, **values):
-        name = required.get((entry.stage, entry.slug))
-        return entry.load()(**({name: str(tmp_path)} if name else {}), **values)
+        return entry.load()(**required.get((entry.stage, entry.slug), {}), **values)
 
     return made
 

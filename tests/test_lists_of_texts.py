@@ -20,16 +20,17 @@ from tokenry.decode import (
     loop,
     reflection_token_ids,
 )
-from tokenry.decode.reasoning.steps import StepModel, StepPrompts
+from tokenry.decode.reasoning.step_prompts import StepPrompts
+from tokenry.decode.reasoning.steps import StepModel
 from tokenry.judge import CRewScorer, Reference, SlopProfile
 from tokenry.judge.text.slop import Pattern
 from tokenry.learned.difficulty_probe import read_questions
-from tokenry.models.load import LoadedModel
+from tokenry.models.load import Loaded
 from tokenry.read.difficulty_probe import question_states
 from tokenry.read.lm_head_neurons import clamp_effect
 from tokenry.represent import PromptEmbedder
 from tokenry.represent.text.sentence_transformer import TokenPrependingTransformer
-from tokenry.tokenize import KL3M, train_char_bpe, train_domain_bpe
+from tokenry.tokenize import KL3M
 from tokenry.tokenize.text.measures import boundary_stability, term_lengths, token_counts, tokens_per_character
 
 TEXT = "the old lighthouse"
@@ -55,20 +56,19 @@ ONE = {  # a single text is a list of one
     "clamp_effect.prompts": lambda m, t, x: [row["prompt"] for row in clamp_effect(m, t, x, (0, 0), [0.0]).rows],
     "CRewScorer.read": lambda m, t, x: [s.text for s in CRewScorer(m, t).read(x, x)],
     "StepPrompts.judging": lambda m, t, x: StepPrompts(chat=False, think="").judging(t, TEXT, x, "so"),
-    "StepModel.starts": lambda m, t, x: StepModel(LoadedModel(m, t), x).starts,
+    "StepModel.starts": lambda m, t, x: StepModel(Loaded(m, t), x).starts,
     "Reference.count": lambda m, t, x: Reference.count("x", x),
     "SlopProfile.fit": lambda m, t, x: SlopProfile.fit(x, Reference("x", 1, {}, {}), 1),
     "SlopProfile.ban_list": lambda m, t, x: PROFILE.ban_list(whitelist=x),
     "PromptEmbedder.rows": lambda m, t, x: PromptEmbedder(m, t).rows(x),
     "PromptEmbedder.tokenize": lambda m, t, x: PromptEmbedder(m, t).tokenize(x)["input_ids"],
     "preprocess": lambda m, t, x: TokenPrependingTransformer(PromptEmbedder(m, t)).preprocess(x)["input_ids"],
-    "train_domain_bpe.custom_tokens": lambda m, t, x: len(train_domain_bpe([TEXT], 512, custom_tokens=x)),
 }
 REFUSED = {  # one text cannot be what is meant
     "PromptEmbedder.encode": lambda m, t, x: PromptEmbedder(m, t).encode(x),
-    "train_domain_bpe.texts": lambda m, t, x: train_domain_bpe(x),
-    "train_char_bpe.texts": lambda m, t, x: train_char_bpe(x),
     "KL3M.train": lambda m, t, x: KL3M().train(x),
+    "KL3M.train, kind=char": lambda m, t, x: KL3M(kind="char").train(x),
+    "KL3M.custom_tokens": lambda m, t, x: KL3M(custom_tokens=x),  # a path
     "token_counts": lambda m, t, x: token_counts(t, x),
     "tokens_per_character": lambda m, t, x: tokens_per_character(t, x),
     "term_lengths": lambda m, t, x: term_lengths(t, x),
@@ -116,14 +116,16 @@ KNOWN = {  # function: parameters; those without a case above hand on to one tha
     "RegexBan.__init__": {"patterns"},
     "generate": {"stop"},
     "loop": {"stop"},
-    "speculative": {"stop"},
-    "tidar_generate": {"stop"},
-    "DecodeLoop.generate": {"stop"},
+    "Job.__init__": {"stop"},
+    "Plan.__init__": {"strategy"},
+    "Call.__init__": {"stop"},
+    "DiffAdapt.plan": {"prompts"},
     "DiffAdapt.generate": {"prompts"},
     "generate_by_strategy": {"prompts"},
-    "Learn2PD.traces": {"prompts"},
+    "EGPTraces.collect": {"prompts"},
+    "TraceMethod.collect": {"prompts"},
     "collect_egp_traces": {"prompts"},
-    "SpecReason.generate": {"prompts"},
+    "SpecReason.run": {"prompts"},
     "SpeculativeReasoner.generate_many": {"problems"},
     "SpeculativeReasoner.run": {"problems"},
     "StepModel.__init__": {"starts"},
@@ -141,7 +143,7 @@ KNOWN = {  # function: parameters; those without a case above hand on to one tha
     "SlopProfile.ban_list": {"whitelist"},
     "Method.from_strings": {"pairs"},
     "DifficultyProbeMethod.profile": {"prompts"},
-    "DifficultyProbeMethod.fit": {"prompts"},
+    "DifficultyProbeMethod.probe": {"prompts"},
     "entropy_profile": {"prompts"},
     "question_states": {"prompts"},
     "clamp_effect": {"prompts"},
@@ -150,17 +152,14 @@ KNOWN = {  # function: parameters; those without a case above hand on to one tha
     "PromptEmbedder.encode": {"sentences"},
     "PromptEmbedder.encode_layers": {"sentences"},
     "TokenPrependingTransformer.preprocess": {"inputs"},
+    "Encoder.encode": {"sentences"},
     "custom_tokens": {"groups"},
     "KL3M.train": {"texts"},
-    "train_char_bpe": {"texts"},
-    "train_domain_bpe": {"texts", "custom_tokens"},
+    "TokenizeMethod.train": {"texts"},
     "token_counts": {"texts"},
     "tokens_per_character": {"texts"},
     "term_lengths": {"terms"},
     "boundary_stability": {"pairs"},
-    "Learn2PDTraining.traces": {"prompts"},
-    "Learn2PDTraining.trainer": {"prompts"},
-    "Learn2PDTraining.score": {"prompts"},
 }
 
 

@@ -289,7 +289,7 @@ def test_reading_lists_the_strongest_named_neurons(llama, tokenizer, names):
     ids = tokenizer("the old lighthouse", return_tensors="pt").input_ids
     trace = traced(llama, ids, tokenizer, neurons=[1, 3])
     least = float(names.probability.quantile(0.7))
-    reading = LMHeadNeurons().read(trace, names, top=2, least=least)
+    reading = LMHeadNeurons(per_token=2, min_prob=least).read(trace, names)
     expected = []
     for t in range(len(trace)):
         found = []
@@ -305,22 +305,22 @@ def test_reading_lists_the_strongest_named_neurons(llama, tokenizer, names):
     frame = reading.to_frame()
     assert list(frame.columns)[:3] == ["position", "token", "layer"] and len(frame) == len(reading)
     assert reading.plot().row_count == len(reading)
-    made = LMHeadNeurons(top_k=2).read(trace, tokenizer=tokenizer, top=2, least=least)
+    made = LMHeadNeurons(top_k=2, per_token=2, min_prob=least).read(trace, loaded=(llama, tokenizer))
     assert [r["neuron"] for r in made.rows] == [r["neuron"] for r in reading.rows]
 
 
 def test_reading_refuses_what_it_cannot_name(llama, make_model, tokenizer, names, monkeypatch):
     method, trace = LMHeadNeurons(), traced(llama, random_ids(), neurons=[1])
-    assert method.read(trace, names, least=1.0).rows == []
-    assert method.read(trace, names, least=0).rows[0]["token"] == f"<{int(trace.ids[0])}>"
+    assert LMHeadNeurons(min_prob=1.0).read(trace, names).rows == []
+    assert LMHeadNeurons(min_prob=0).read(trace, names).rows[0]["token"] == f"<{int(trace.ids[0])}>"
     with pytest.raises(InputError, match="does not hold neurons"):
         method.read(traced(llama, random_ids()), names)
     with pytest.raises(InputError, match="not for the weights"):
         method.read(traced(make_model("qwen2"), random_ids(), neurons=[1]), names)
     with pytest.raises(InputError, match="model and a tokenizer"):
         method.read(trace)
-    with pytest.raises(InputError, match="top=0"):
-        method.read(trace, names, top=0)
+    with pytest.raises(InputError, match="per_token=0"):
+        LMHeadNeurons(per_token=0)
     monkeypatch.setitem(__import__("sys").modules, "pandas", None)
     with pytest.raises(InputError, match="pip install pandas"):
         Reading("x", []).to_frame()
@@ -499,8 +499,8 @@ def folder(tokenizer, tmp_path_factory):
     return str(path)
 
 
-def command(*args, code=0, stdin=None):
-    result = CliRunner().invoke(main, ["read", "--method", "lm-head-neurons", *args], input=stdin)
+def command(*args, verb=("read", "--method", "lm-head-neurons"), code=0, stdin=None):
+    result = CliRunner().invoke(main, [*verb, *args], input=stdin)
     assert result.exit_code == code, (result.output, result.exception)
     return result.stdout if code == 0 else result.stderr
 
@@ -508,42 +508,49 @@ def command(*args, code=0, stdin=None):
 def test_read_on_the_command_line(folder, llama, tokenizer, tmp_path):
     path, trace_path = str(tmp_path / "map.safetensors"), str(tmp_path / "t.safetensors")
     model = ["--model", folder]
-    found = json.loads(command("--find", "the", "--layer", "2", "--save-map", path, "--json", *model))
-    assert [len(a["rows"]) for a in found] == [20, 20] and found[0]["title"] == "neurons for 'the'"
+    assert json.loads(command("--save", path, "--json", *model, verb=("fit", "lm-head-neurons"))) == []
     assert NeuronMap.load(path).header["fingerprint"] == fingerprint(llama)
-    again = json.loads(command("--find", "the", "--map", path, "--json", *model))
-    assert again[0] == found[0]
-    model += ["--least", "0.0033"]  # a vocabulary of 320
-    (read,) = json.loads(command("the old lighthouse", "--map", path, "--json", *model))
-    (piped,) = json.loads(command("-", "--map", path, "--json", *model, stdin="the old lighthouse"))
+    found = json.loads(command("-o", "find=the", "-o", "layer=2", "--json", *model))
+    assert [len(a["rows"]) for a in found] == [20, 20] and found[0]["title"] == "neurons for 'the'"
+    again = json.loads(command("-o", "find=the,sea", "--artifact", path, "--json", *model))
+    assert again[0] == found[0] and again[1]["title"] == "neurons for 'sea'"
+    named = [*model, "-o", "min_prob=0.0033"]  # a vocabulary of 320
+    (read,) = json.loads(command("the old lighthouse", "--artifact", path, "--json", *named))
+    (piped,) = json.loads(command("-", "--artifact", path, "--json", *named, stdin="the old lighthouse"))
     assert read == piped and "".join(dict.fromkeys(r["token"] for r in read["rows"])).startswith("the")
     ids = tokenizer("the old lighthouse", return_tensors="pt").input_ids
     traced(load(folder).model, ids, tokenizer, neurons="all").save(trace_path)
-    assert json.loads(command("--trace", trace_path, "--map", path, "--json", *model))[0] == read
-    model = model[:2]  # --least names what a text switches on
-    (overlap,) = json.loads(command("--overlap", folder, "--map", path, "--json", *model))
+    assert json.loads(command("--trace", trace_path, "--artifact", path, "--json", *named))[0] == read
+    (overlap,) = json.loads(command("-o", f"overlap={path}", "--artifact", path, "--json", *model))
     assert [r["share"] for r in overlap["rows"]] == [1.0] * 4
-    assert "neurons for 'the'" in command("--find", "the", "--map", path, *model)
+    assert "neurons for 'the'" in command("-o", "find=the", "--artifact", path, *model)
 
 
 @pytest.mark.parametrize(
     "args, message",
     [
-        ([], "nothing was asked"),
+        ([], "nothing was asked; give a text or --trace or -o find or -o layer or -o overlap"),
         ([" "], "text is empty"),
         (["a", "--trace", "b"], "give one of them"),
-        (["a", "--map", "/nowhere"], "cannot be read as a map"),
+        (["a", "--artifact", "/nowhere"], "cannot be read as a map"),
         (["--trace", "/nowhere"], "cannot be read as a trace"),
-        (["--find", "keeper testament"], "is not one token here"),
-        (["a", "--least", "2"], "--least 2.0"),
-        (["--layer", "4"], "layer 4 does not exist"),
-        (["--layer", "1", "-o", "side=left"], "one of up, gate, down"),
-        (["--layer", "1", "--save-map", "/nowhere/map"], "cannot be written"),
+        (["-o", "overlap=/nowhere"], "cannot be read as a map"),
+        (["-o", "find=keeper testament"], "is not one token here"),
+        (["-o", "find=the", "-o", "find=sea"], "'find' is given twice"),
+        (["a", "-o", "min_prob=2"], "min_prob='2' is not allowed"),
+        (["a", "--artifact", "x", "-o", "side=gate"], "side would have no effect with --artifact"),
+        (["-o", "layer=4"], "layer 4 does not exist"),
+        (["-o", "layer=1", "-o", "side=left"], "one of up, gate, down"),
     ],
 )
 def test_the_command_line_refuses(folder, args, message):
     error = command(*args, "--model", folder, code=2).strip().splitlines()
     assert len(error) == 1 and message in error[0], error
+
+
+def test_a_map_that_cannot_be_written_is_refused(folder):
+    error = command("--save", "/nowhere/map", "--model", folder, verb=("fit", "lm-head-neurons"), code=2)
+    assert len(error.strip().splitlines()) == 1 and "cannot be written" in error
 
 
 def test_a_trace_of_another_model_is_refused(folder, make_model, tmp_path):

@@ -9,7 +9,7 @@ from tokenry.cli import main
 from tokenry.core.errors import InputError
 from tokenry.decode import generate
 from tokenry.represent import PromptEmbedder, TokenPrepending
-from tokenry.tokenize import KL3M, boundary_stability, token_pieces, tokens_per_character, train_char_bpe
+from tokenry.tokenize import KL3M, boundary_stability, token_pieces, tokens_per_character
 from tokenry.tokenize.kl3m import LONGEST_WORD, _shortened
 
 LONG = "the sea and the wind " * 120
@@ -101,7 +101,7 @@ def test_the_command_line_cuts(llama, tokenizer, tmp_path):
 @pytest.mark.parametrize(
     "use",
     [
-        lambda m, t: train_char_bpe(["fine", HALF], 512),
+        lambda m, t: KL3M(kind="char", vocab_size=512).train(["fine", HALF]),
         lambda m, t: KL3M(custom_tokens=[HALF], vocab_size=600),
         lambda m, t: tokens_per_character(t, [HALF]),
         lambda m, t: boundary_stability(t, [(HALF, "ab")]),

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from tokenry import InputError
-from tokenry.decode import DecodeLoop, PhraseBan, TransformersEngine, Violation, loop
+from tokenry.decode import DecodeLoop, Job, PhraseBan, TransformersEngine, Violation, loop
 from tokenry.decode.generation.sampler import row_seed
 from tokenry.decode.generation.sequence import SequenceState
 from tokenry.hooks.residual import add_to_residual
@@ -451,4 +451,4 @@ def test_monitors_without_a_tokenizer_are_refused(llama):
 def test_one_streamer_per_row(llama, tokenizer):
     engine = TransformersEngine(llama)
     with pytest.raises(InputError, match="one streamer per row"):
-        DecodeLoop(engine, tokenizer, streamers=[Collect()]).generate(torch.full((2, 3), 5), max_new_tokens=2)
+        DecodeLoop(engine, Job(torch.full((2, 3), 5), 2), tokenizer).generate([Collect()])

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tokenry import InputError, catalog
 from tokenry.data.problems import Arithmetic, Problem, draw_problems
 from tokenry.decode import BudgetForcing, CyclicReflex
-from tokenry.decode.generation.loop import DecodeOutput
+from tokenry.decode.generation.output import DecodeOutput
 from tokenry.evidence import cyclicreflex_reasoner as experiment
 from tokenry.evidence.cyclicreflex_reasoner import Choice, Trial
 from tokenry.measure import docs
@@ -128,7 +128,7 @@ def test_the_task_refuses_budgets(reasoner, budgets):
 def test_budget_forcing_makes_the_reasoner_go_on(reasoner):
     """The end of thinking gives way to the word once, and the solution goes on after it."""
     task = task_of(reasoner, max_new_tokens=60)
-    end = CyclicReflex(token_ids=task.end_ids, end_think=None, amplitude=0).processor(None)
+    end = CyclicReflex(token_ids=task.end_ids, end_think=None, amplitude=0).processor()
     end.schedule = lambda t: 4.0  # let this model end its thinking often
     options = {"processors": [end], "methods": [experiment.forcing("check")]}
     output = task.generate([PROBLEM] * 8, 0, options)

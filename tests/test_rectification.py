@@ -14,31 +14,26 @@ from tokenry import InputError
 from tokenry.cli import main
 from tokenry.decode import Antislop, PhraseBan, generate, loop
 from tokenry.decode.contract import Plugins
+from tokenry.decode.generation.caps import cap_distribution, cap_top_tokens, iterate_caps
 from tokenry.decode.generation.monitor import Violation
 from tokenry.decode.generation.sampler import row_seed
 from tokenry.decode.generation.sequence import SequenceState
-from tokenry.decode.rectification import (
-    Rectification,
-    RectifierLogitsProcessor,
-    cap_distribution,
-    cap_top_tokens,
-    iterate_caps,
-)
+from tokenry.decode.rectification import Rectification, RectifierLogitsProcessor
 from tokenry.evidence import rectification as experiment
 from tokenry.learned.dead_end_values import DeadEndValueModel, ValueCache, vocabulary_hash
 from tokenry.measure.compare import Comparison
 from tokenry.measure.task import Experiment, Outcome, Sample, Subject
 from tokenry.measure.tasks.discourse import DiscourseTask
-from tokenry.train.rectifier import (
+from tokenry.train import (
     Rectifier,
     RectifierCollator,
     RectifierConfig,
     RectifierTrainer,
-    check_episodes,
     keep_extremes,
     read_episodes,
     sarsa_loss,
 )
+from tokenry.train.values.episodes import check_episodes
 from tokenry.zoo import storyteller
 
 PROMPTS = ["the old lighthouse", "Elara walked along the shore and", "the"]
@@ -405,14 +400,16 @@ def test_the_command_line_refuses(args, message):
     assert result.exit_code == 2 and message in result.output
 
 
-def test_compare_trains_a_rectifier_where_none_is_given(tmp_path, monkeypatch):
+def test_compare_trains_a_rectifier_where_none_is_given(rectifier, tmp_path, monkeypatch):
     def build(*args, method, **kwargs):
         raise InputError(f"method={method}")
 
     monkeypatch.setattr(experiment, "build", build)
     args = ["compare", "rectification", "--model", "zoo/storyteller", "--store", str(tmp_path / "runs.sqlite")]
     assert "method=None" in CliRunner().invoke(main, args).output
-    assert "eps=0.2" in CliRunner().invoke(main, [*args, "-o", "rectifier=folder", "-o", "eps=0.2"]).output
+    rectifier.save(tmp_path / "rectifier")
+    given = ["-o", f"rectifier={tmp_path / 'rectifier'}", "-o", "eps=0.2"]
+    assert "eps=0.2" in CliRunner().invoke(main, [*args, *given]).output
 
 
 # --- the chain of letters: exact values ------------------------------------------------------------------------
@@ -818,7 +815,7 @@ def test_numbers_out_of_range_are_refused(rectifier, values, message):
     with pytest.raises(InputError, match=message):
         RectifierLogitsProcessor(rectifier, **values)
     with pytest.raises(InputError, match=message):
-        Rectification(rectifier="folder", **values)
+        Rectification(rectifier=rectifier, **values)
 
 
 def test_training_mode_and_nan_are_refused(rectifier):

@@ -578,14 +578,14 @@ def reasoner(monkeypatch, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from tokenry.evidence import skipdecode
-    from tokenry.models.load import LoadedModel
+    from tokenry.models.load import Loaded
     from tokenry.zoo.reasoner import build_tokenizer
 
     tokenizer = build_tokenizer()
     torch.manual_seed(0)
     sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=6, num_attention_heads=2)
     config = LlamaConfig(vocab_size=len(tokenizer), **sizes, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
-    loaded, load = LoadedModel(LlamaForCausalLM(config).eval(), tokenizer), skipdecode.load
+    loaded, load = Loaded(LlamaForCausalLM(config).eval(), tokenizer), skipdecode.load
     monkeypatch.setenv("TOKENRY_CACHE", str(tmp_path))
     monkeypatch.setattr(skipdecode, "load", lambda name, **k: loaded if name == "zoo/reasoner" else load(name, **k))
     return loaded

@@ -24,7 +24,7 @@ from transformers.generation.logits_process import (
 )
 
 from tokenry import InputError, decode, load
-from tokenry.decode import PhraseBan, TiDAR, TransformersEngine, loop, tidar_generate
+from tokenry.decode import Job, PhraseBan, TiDAR, TransformersEngine, loop, tidar_generate
 from tokenry.decode.speculation import self_draft
 from tokenry.decode.speculation.self_draft import SelfDrafting, TiDARLoop
 from tokenry.models.masks import as_attention_mask
@@ -180,9 +180,8 @@ def test_sampled_text_has_the_distribution_of_the_model(size, beta, options):
     counts, rows, taken = dict.fromkeys(distribution, 0), 1000, 0
     for seed in range(rows):
         engine = TransformersEngine(model, rewinds=True)
-        drawing = TiDARLoop(SelfDrafting(5, size, beta), engine, warpers=warpers, do_sample=True, seed=seed)
-        with torch.no_grad():
-            out = drawing.generate(prompt, max_new_tokens=3)
+        job = Job(prompt, 3, warpers=warpers, do_sample=True, seed=seed)
+        out = TiDARLoop(SelfDrafting(5, size, beta), engine, job).generate()
         counts[tuple(out.new_ids[0])] += 1
         taken += out.stats.accepted
     assert taken > rows / 10
@@ -217,9 +216,9 @@ class Watched(TiDARLoop):
 def test_a_replica_is_a_fresh_forward(size):
     """[all committed tokens | masks], position by position, whatever the number of accepted tokens was."""
     model = tiny()
-    watched = Watched(SelfDrafting(11, size), TransformersEngine(model, rewinds=True))
+    watched = Watched(SelfDrafting(11, size), TransformersEngine(model, rewinds=True), Job(PROMPT, 40))
     with torch.no_grad():
-        out = watched.generate(PROMPT, max_new_tokens=40)
+        out = watched.generate()
         assert {len(ids) for ids, _ in watched.seen} > {5}
         steps = np.diff([len(ids) for ids, _ in watched.seen])
         assert steps.min() == 1 and steps.max() >= 2  # several replicas have been used
@@ -449,7 +448,7 @@ def test_guesses_of_other_kinds():
     oracle = OtherGuesses(11, 4, guess=lambda ids, count: (plain[len(ids) :] + [0] * count)[:count])
     for guesses, calls in ((oracle, 10), (OtherGuesses(11, 4, guess=repeat), 39)):
         with torch.no_grad():
-            out = guesses.loop(TransformersEngine(model, rewinds=True)).generate(PROMPT, max_new_tokens=40)
+            out = guesses.loop(TransformersEngine(model, rewinds=True), Job(PROMPT, 40)).generate()
         assert out.sequences[0].tolist() == plain and out.stats.target_calls <= calls
 
 

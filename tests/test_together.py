@@ -25,7 +25,7 @@ def encode(tokenizer, *prompts):
 
 
 def run(model, tokenizer, inputs, budget, amplitude, phrases, **options):
-    wave = CyclicReflex(token_ids=range(40, 90), amplitude=amplitude, period=8, end_think=None)
+    wave = CyclicReflex(token_ids=range(40, 90), amplitude=amplitude, period=8, end_think=None).processor()
     press = CompressKV(budget=budget, window=4, top_heads=2, min_tokens=5, adaptive=False, heads="all")
     with press(model) as kept:
         out = model.generate(
@@ -65,7 +65,7 @@ def test_each_alone_in_plain_generate(llama, tokenizer):
     inputs = encode(tokenizer, PROMPT)
     options = dict(max_new_tokens=20, do_sample=False, pad_token_id=1)
     plain = llama.generate(**inputs, **options)
-    wave = CyclicReflex(token_ids=[43, 44], amplitude=30.0, period=8, end_think=None)
+    wave = CyclicReflex(token_ids=[43, 44], amplitude=30.0, period=8, end_think=None).processor()
     waved = llama.generate(**inputs, logits_processor=[wave], **options)
     assert not torch.equal(plain, waved)
     assert torch.equal(waved, llama.generate(**inputs, logits_processor=[wave], **options))  # used twice
@@ -108,7 +108,7 @@ def test_everything_at_once_and_judged_from_its_trace(llama, tokenizer, tmp_path
     oracle = RawScores()
 
     def write(*extra, capturing=None):
-        wave = CyclicReflex(token_ids=range(40, 90), amplitude=2.0, period=8, end_think=None)
+        wave = CyclicReflex(token_ids=range(40, 90), amplitude=2.0, period=8, end_think=None).processor()
         press = CompressKV(budget=12, window=4, top_heads=2, min_tokens=5, adaptive=False, heads="all")
         with press(llama) as kept, capturing or nullcontext() as cap:
             out = llama.generate(
@@ -126,7 +126,7 @@ def test_everything_at_once_and_judged_from_its_trace(llama, tokenizer, tmp_path
         return out, kept.trace, cap
 
     plain, _, _ = write()
-    neutral = CyclicReflex(token_ids=[3], amplitude=0.0, period=8, end_think=None)
+    neutral = CyclicReflex(token_ids=[3], amplitude=0.0, period=8, end_think=None).processor()
     out, kept, cap = write(oracle, neutral, capturing=capture(llama, tokenizer))
     assert out.new_ids == plain.new_ids and any(len(e.rejected) > 1 for e in out.events)
     assert set(kept.counts().values()) == {12}
@@ -276,7 +276,7 @@ def test_wave_ban_caps_skipping_and_streams_equal_a_run_without_cache(llama, tok
         return llama.generate(
             **inputs,
             custom_generate=loop,
-            logits_processor=[CyclicReflex(**WAVE, end_think=None)],
+            logits_processor=[CyclicReflex(**WAVE, end_think=None).processor()],
             monitors=[PhraseBan(phrases)],
             final_processors=[RectifierLogitsProcessor(rectifier, EPS)],
             layer_policy=method.plugins(llama, tokenizer).layer_policy,

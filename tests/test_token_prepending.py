@@ -549,7 +549,11 @@ def test_command_writes_what_the_method_gives(folder, llama, tokenizer):
         (["-", "--output", "{}/v.npy"], "", "the file '-' is empty"),
         (["-", "--output", "{}/v.npy"], "a\n\nb\n", "line 2 of '-' is empty"),
         (["/nowhere", "--output", "{}/v.npy"], "", "cannot be read"),
-        (["-", "--output", "{}/v.npy", "-o", "exit_layer=2"], "a", "add --method token-prepending"),
+        (
+            ["-", "--output", "{}/v.npy", "-o", "exit_layer=2"],
+            "a",
+            "add --method, see `tokenry list`",
+        ),
         (["-", "--output", "{}/v.npy", "--method", "antislop"], "a", "use `tokenry decode`"),
         (["-", "--output", "{}/v.npy", "--batch-size", "0"], "a", "--batch-size 0 is not allowed"),
         (["-", "--output", "{}/v.npy", "--method", "token-prepending", "-o", "exit_layer=1"], "a", "raise exit_layer"),

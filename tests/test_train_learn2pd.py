@@ -9,20 +9,17 @@ from test_creditdecoding import Characters
 from test_diffusion import MASK
 from test_learn2pd import sharp
 
+from tokenry import load
 from tokenry.cli import main
 from tokenry.core.errors import InputError
+from tokenry.decode import collect_egp_traces
 from tokenry.decode.denoising.loop import MaskedDiffusionModel
-from tokenry.learned.confidence_filter import ConfidenceFilter, TraceDataset
+from tokenry.learned import ConfidenceFilter, TraceDataset, TraceWriter, read_traces
+from tokenry.models.anatomy import fingerprint
 from tokenry.models.masks import make_bidirectional
-from tokenry.train import collect_egp_traces
-from tokenry.train.learn2pd import (
-    FilterTrainer,
-    Learn2PDTraining,
-    filter_loss,
-    filter_report,
-    split_traces,
-    train_filter,
-)
+from tokenry.train import FilterTrainer, Learn2PDTraining, filter_report, train_filter
+from tokenry.train.filters.loss import filter_loss
+from tokenry.train.filters.trainer import split_traces
 from tokenry.zoo.denoiser import build_tokenizer
 
 PROMPTS = ["abc", "defgh", "ba", "ponm", "kkk", "abcdefg"]
@@ -230,8 +227,7 @@ def test_training_refuses(change, options, message):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"block_length": 24}, "gen_length=32 is not a multiple of block_length=24"),
-        ({"block_length": 64}, "gen_length=32 is not a multiple of block_length=64"),
+        ({"block_length": 24}, "learn2pd has no option 'block_length'"),
         ({"accept_threshold": 1}, "accept_threshold=1 is not allowed"),
         ({"split_by": "row"}, "split_by='row' is not allowed"),
     ],
@@ -269,16 +265,23 @@ def tokenry(*args, code=0):
     return result.stdout if code == 0 else result.output
 
 
-def test_the_command_line_trains_and_decodes(folder, tmp_path):
-    data, out = tmp_path / "prompts.jsonl", tmp_path / "filter"
-    data.write_text("\n".join(json.dumps({"prompt": f"sort {n}="}) for n in range(1000, 1040)))
-    options = ["-o", "block_length=8", "-o", "gen_length=16", "-o", "epochs=300"]
-    command = ["train", "--method", "learn2pd", "--model", folder, "--data", data, "--output", out, *options]
+def saved(folder, path, prompts=40, width=16, *further):
+    """A file of traces, and what the command line says of it."""
+    (path.parent / "prompts.txt").write_text("\n".join(f"sort {n}=" for n in range(1000, 1000 + prompts)))
+    command = ["decode", "--method", "learn2pd", "--model", folder, "--prompts", path.parent / "prompts.txt"]
+    return tokenry(*command, "-o", "block_length=8", "--max-new-tokens", width, "--save-traces", path, *further)
+
+
+def test_the_command_line_traces_trains_and_decodes(folder, tmp_path):
+    data, out = tmp_path / "traces.safetensors", tmp_path / "filter"
+    told = json.loads(saved(folder, data, 40, 16, "--json"))
+    assert told["prompts"] == 40 and told["traces"] > 80 and told["output"] == str(data)
+    command = ["train", "--method", "learn2pd", "--model", folder, "--data", data, "--output", out, "-o", "epochs=300"]
     summary = json.loads(tokenry(*command, "--json"))
     assert summary["prompts"] == 36 and summary["held_out"] == 4 and summary["steps"] <= 300
     assert summary["after"]["loss"] < summary["before"]["loss"]
     assert set(summary["after"]) == set(Learn2PDTraining.measures)
-    assert ConfidenceFilter.from_pretrained(out).block_length == 8
+    assert ConfidenceFilter.load(out).block_length == 8
     assert "exists and is not an empty folder" in tokenry(*command, code=2)
     decode = ["decode", "--method", "learn2pd", "--model", folder, "-o", f"filter={out}", "--max-new-tokens", 16]
     found = json.loads(tokenry(*decode, "--greedy", "--json", "sort 940271="))
@@ -288,29 +291,128 @@ def test_the_command_line_trains_and_decodes(folder, tmp_path):
 
 
 def test_the_command_line_shows_what_it_learnt(folder, tmp_path):
-    data, out = tmp_path / "prompts.jsonl", tmp_path / "filter"
-    data.write_text("\n".join(json.dumps({"prompt": f"sort {n}="}) for n in range(1000, 1030)))
-    options = ["-o", "block_length=8", "-o", "gen_length=8", "-o", "epochs=40", "--hold-out", "0"]
+    data, out = tmp_path / "traces.safetensors", tmp_path / "filter"
+    text = saved(folder, data, 30, 8)
+    assert "traces of 30 prompts" in text
+    assert f"tokenry train --method learn2pd --model {folder} --data {data} --output FOLDER" in text
+    options = ["-o", "epochs=40", "--hold-out", "0"]
     text = tokenry("train", "--method", "learn2pd", "--model", folder, "--data", data, "--output", out, *options)
     assert "30 prompts, 40 steps" in text and "at training prompts:" in text
     assert f"tokenry decode --method learn2pd -o filter={out} --model {folder} --greedy PROMPT" in text
 
 
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def test_saved_traces_are_those_that_are_collected(folder, tmp_path):
+    """Bit for bit, batch by batch, with the prompts numbered on."""
+    saved(folder, tmp_path / "traces", 10, 16, "--batch-size", 4)
+    model, tokenizer = load(str(folder))
+    prompts = [f"sort {n}=" for n in range(1000, 1010)]
+    expected = collect_egp_traces(model, tokenizer, prompts, gen_length=16, block_length=8, batch_size=4)
+    found, header = read_traces(tmp_path / "traces")
+    assert all(torch.equal(*values) for values in zip(found, expected)) and found.conf.dtype == torch.float32
+    assert header.fingerprint == fingerprint(model)
+    read = Learn2PDTraining().read(tmp_path / "traces", tokenizer)
+    for one in read:
+        number = int(one.traces.prompt_id[0])
+        mine = expected.take(expected.prompt_id == number)
+        assert all(torch.equal(*values) for values in zip(one.traces, mine))
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, InputError])
+def test_what_was_traced_survives_an_interruption(stop, tmp_path):
+    traces = made_up(lambda conf: conf > 0.5, records=20, prompts=5)
+    with pytest.raises(stop), TraceWriter(tmp_path / "traces", sharp()) as writer:
+        writer.add(traces)
+        writer.add(traces)
+        raise stop
+    found, _ = read_traces(tmp_path / "traces")
+    assert len(found.conf) == 40 and found.prompt_id.unique().tolist() == list(range(10))
+    with pytest.raises(stop), TraceWriter(tmp_path / "traces", sharp()):
+        raise stop
+    assert len(read_traces(tmp_path / "traces")[0].conf) == 40
+    assert [path.name for path in tmp_path.iterdir()] == ["traces"]
+
+
 @pytest.mark.parametrize(
-    ("lines", "message"),
+    ("change", "message"),
     [
-        ('{"prompt": "a"}\n{"text": "b"}', "line 2 of .* has no prompt; write lines like"),
-        ('{"prompt": " "}', "line 1 of .* has no prompt"),
-        ("", "holds no prompts; write lines like"),
+        (lambda t: t._replace(conf=t.conf[:, :0]), "there is nothing in it"),
+        (lambda t: t._replace(conf=t.conf.long()), "'conf' is of the type torch.int64, not of floating point"),
+        (lambda t: t._replace(label=t.label[:7]), "'label' has the shape"),
+        (lambda t: t._replace(mask=t.mask.float()), "'mask' is of the type torch.float32, not of true and false"),
+        (lambda t: t._replace(prompt_id=t.prompt_id - 9), "'prompt_id' has values from -9"),
     ],
 )
-def test_files_are_refused(lines, message, tmp_path):
-    (tmp_path / "data").write_text(lines)
-    with pytest.raises(InputError, match=message):
+def test_damaged_traces_are_refused(change, message, tmp_path):
+    with TraceWriter(tmp_path / "traces", sharp()) as writer:
+        writer.add(change(made_up(lambda conf: conf > 0.5, records=20)))
+    with pytest.raises(InputError, match=f"cannot be read as traces .*{message}.*--save-traces"):
+        read_traces(tmp_path / "traces")
+
+
+def test_prompts_are_not_traces(tmp_path):
+    (tmp_path / "data").write_text('{"prompt": "a"}')
+    with pytest.raises(InputError, match=r"cannot be read as traces .*; write one with `tokenry decode"):
         Learn2PDTraining().read(tmp_path / "data", None)
 
 
+def test_traces_of_another_model_and_none_are_refused(tmp_path):
+    with TraceWriter(tmp_path / "traces", sharp()) as writer:
+        writer.add(made_up(lambda conf: conf > 0.5))
+    read = Learn2PDTraining().read(tmp_path / "traces", None)
+    Learn2PDTraining().trainer(sharp(), None, read, tmp_path)
+    with pytest.raises(InputError, match=r"the traces are those of .*, not of the weights .*; trace this model with"):
+        Learn2PDTraining().trainer(sharp(ends=3), None, read, tmp_path)
+    with pytest.raises(InputError, match="no prompts to train on; trace more, or hold fewer out"):
+        Learn2PDTraining().trainer(sharp(), None, [], tmp_path)
+
+
 def test_the_order_of_prompts_is_drawn(tmp_path):
-    (tmp_path / "data").write_text("\n".join(json.dumps({"prompt": str(n)}) for n in range(20)))
-    first, again, other = (Learn2PDTraining(seed=seed).read(tmp_path / "data", None) for seed in (0, 0, 1))
-    assert first == again != other and sorted(first) == sorted(other) and first != sorted(first, key=int)
+    with TraceWriter(tmp_path / "traces", sharp()) as writer:
+        writer.add(made_up(lambda conf: conf > 0.5))
+    orders = [
+        [int(one.traces.prompt_id[0]) for one in Learn2PDTraining(seed=seed).read(tmp_path / "traces", None)]
+        for seed in (0, 0, 1)
+    ]
+    first, again, other = orders
+    assert first == again != other and sorted(first) == sorted(other) == list(range(40)) != first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "antislop"], "no training reads traces of antislop; give --method learn2pd"),
+        ([], "--save-traces is for one method, here are 0; give --method learn2pd"),
+        (["--method", "learn2pd", "-o", "filter=x"], "learn2pd has no option 'filter'; its options are: block_length"),
+        (["--method", "learn2pd", "--seed", "1"], "--seed would have no effect with --save-traces"),
+        (["--method", "learn2pd", "--temperature", "0.5"], "--temperature would have no effect with --save-traces"),
+        (["--method", "learn2pd", "--save-pairs", "p"], "--save-pairs would have no effect with --save-traces"),
+        (["--method", "learn2pd", "--batch-size", "2"], "--batch-size would have no effect without --prompts"),
+        (["--method", "creditdecoding", "--method", "learn2pd"], "no training reads traces of creditdecoding"),
+    ],
+)
+def test_the_command_line_refuses_before_the_work(arguments, message, tmp_path):
+    output = tokenry("decode", "a", "--model", "/nowhere", "--save-traces", tmp_path / "traces", *arguments, code=2)
+    assert message in " ".join(output.split())
+
+
+def test_files_of_others_stay(folder, tmp_path):
+    mine = tmp_path / "mine"
+    mine.write_text("years of work")
+    command = ["decode", "sort 12=", "--method", "learn2pd", "-o", "block_length=8", "--max-new-tokens", 8]
+    command += ["--model", folder, "--save-traces", mine]
+    assert "exists already" in tokenry(*command, code=2) and mine.read_text() == "years of work"
+    assert "traces of 1 prompts" in tokenry(*command, "--force")
+    before = mine.read_bytes()
+    tokenry(*command)  # it is known as ours
+    assert mine.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["mine"]
+    wrong = ["-o", "block_length=16"]
+    assert "gen_length=8 is not a multiple of block_length=16" in tokenry(*command[:4], *wrong, *command[6:], code=2)
+    assert mine.read_bytes() == before
+
+
+def test_what_train_reads_is_said(tmp_path):
+    said = tokenry("train", "--method", "learn2pd", "--data", tmp_path / "no", "--output", tmp_path / "o", code=2)
+    assert "give what `tokenry decode --method learn2pd --save-traces FILE` writes" in " ".join(said.split())

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import SequentialSampler
 from transformers import LlamaConfig, LlamaForCausalLM
 from peft import LoraConfig
-from tokenry.train.ftpo import FTPOConfig, FTPOTrainer
+from tokenry.train import FTPOConfig, FTPOTrainer
 
 class InOrder(FTPOTrainer):
     def _get_train_sampler(self, dataset=None):

@@ -18,13 +18,19 @@ from tokenry.decode.speculation.verifiers import (
     RecursiveRejectionVerifier,
     SingleDraftVerifier,
     kseq_acceptance_probability,
-    kseq_division_factor,
-    kseq_residual,
     output_distribution,
     sample_drafts,
 )
 
 SEVERAL = [name for name in VERIFIERS if name != "single"]
+
+
+def kseq_division_factor(p, q, k):
+    return verifiers._division_factor(p, q, k, None)
+
+
+def kseq_residual(p, q, k, gamma=None):
+    return verifiers._kseq_residual(p, q, k, verifiers._division_factor(p, q, k, gamma), gamma is None)
 
 
 def row(*values):
@@ -531,9 +537,7 @@ P, Q = row(0.6, 0.3, 0.1), row(0.2, 0.3, 0.5)
 def test_bad_rows_are_refused(p, q, message):
     for use in (
         lambda: KSeqVerifier().select(p, q, [0]),
-        lambda: kseq_division_factor(p, q, 2),
         lambda: kseq_acceptance_probability(p, q, 2),
-        lambda: kseq_residual(p, q, 2),
     ):
         with pytest.raises(InputError, match=message):
             use()
@@ -582,10 +586,9 @@ def test_a_division_factor_out_of_range_is_refused():
     with pytest.raises(InputError, match=r"gamma=2\.5 is not valid for 2 drafts; give a number from 1 to 2"):
         kseq_acceptance_probability(P, Q, 2, 2.5)
     with pytest.raises(InputError, match=r"at least 1\.54031"):
-        kseq_residual(P, Q, 2, 1.2)
-    for f in (kseq_division_factor, kseq_acceptance_probability, kseq_residual):
-        with pytest.raises(InputError, match="n=0 drafts is not allowed"):
-            f(P, Q, 0)
+        kseq_acceptance_probability(P, Q, 2, 1.2)
+    with pytest.raises(InputError, match="n=0 drafts is not allowed"):
+        kseq_acceptance_probability(P, Q, 0)
 
 
 @pytest.mark.parametrize(

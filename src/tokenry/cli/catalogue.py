@@ -52,7 +52,8 @@ def show(slug: str, json_output: bool) -> None:
     method = entry.load()
     if json_output:
         about = {"title": method.title, "paper": method.paper, "claim": method.claim}
-        as_json({**entry_dict(entry), **about, "options": [o._asdict() for o in method.options()]})
+        options = [o._asdict() for o in method.options()]
+        as_json({**entry_dict(entry), **about, "options": options, "schema": method.schema()})
         return
     click.echo(f"{method.title} ({entry.stage}): {entry.summary}\n\nPaper:  {method.paper}\nClaim:  {method.claim}\n")
     if method.caution:

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from .. import catalog
 from ..core.errors import InputError
 from ..core.fields import Batch, Portion, Probability, Seed, Temperature, Times, Tokens
 from ..core.outputs import LineWriter, check_file
@@ -24,6 +25,8 @@ from .options import (
     read_text,
     refuse_unused,
 )
+
+DRAWING = ("--temperature", "--min-p", "--top-p", "--top-k")
 
 
 @click.command(
@@ -45,6 +48,7 @@ from .options import (
 )
 @click.option("--raw", is_flag=True, help="Continue the prompt itself, without the chat template.")
 @click.option("--save-pairs", help="Write the rewinds as preference pairs (JSON lines).")
+@click.option("--save-traces", help="Write what the method's training reads (safetensors), and no texts.")
 @force_option
 @model_options
 def decode(
@@ -62,6 +66,7 @@ def decode(
     batch_size: int,
     raw: bool,
     save_pairs: str | None,
+    save_traces: str | None,
     force: bool,
     model_name: str,
     dtype: str | None,
@@ -70,20 +75,29 @@ def decode(
     json_output: bool,
 ) -> None:
     """Generate with decode methods; one prompt streams as it goes. PROMPT '-' reads standard input."""
-    methods = parse_methods(slugs, options, "decode")
+    methods = parse_methods(slugs, options, "decode", *([tracer_of] if save_traces else []))
     prompts = read_prompts(prompt, prompts_path)
     if greedy:
-        refuse_unused(("--temperature", "--min-p", "--top-p", "--top-k"), "with --greedy")
+        refuse_unused(DRAWING, "with --greedy")
     if prompts_path is None:
         refuse_unused(("--batch-size",), "without --prompts")
     sampling = sampling_options(greedy, temperature, min_p, top_p, top_k)
-    if save_pairs:
-        check_file(save_pairs, force)
+    if save_traces:
+        refuse_unused((*DRAWING, "--seed", "--save-pairs"), "with --save-traces")
+        if len(methods) != 1:
+            raise InputError(f"--save-traces is for one method, here are {len(methods)}; give {tracing()}")
+    for path in filter(None, (save_pairs, save_traces)):
+        check_file(path, force)
     settings = {"methods": methods, "chat": not raw, "max_new_tokens": max_new_tokens, **sampling}
     for method in methods:
         if method.caution:
             click.echo(f"{method.slug}: {method.caution}", err=True)
     loaded = load_model(model_name, dtype, device, trust_remote_code)
+    if save_traces:
+        batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+        summary = trace(loaded, methods[0], batches, save_traces, max_new_tokens=max_new_tokens, chat=not raw)
+        as_json(summary) if json_output else show_traces(methods[0], summary, model_name)
+        return
     with LineWriter(save_pairs) if save_pairs else nullcontext() as pairs:
         if prompts_path:
             generate_many(loaded, prompts, settings, seed, batch_size, pairs)
@@ -116,7 +130,7 @@ def generate_one(
     output = generate(model, tokenizer, prompt, streamers=streamers, seed=seed, **settings)
     if pairs:
         pairs.add(output.pairs)
-    stats = getattr(output, "stats", None)
+    stats = output.stats
     if json_output:
         events = [{k: v for k, v in vars(e).items() if k != "context_ids"} for e in output.events]
         calls = {"forward_calls": output.forward_calls, "tokens_processed": output.tokens_processed}
@@ -157,9 +171,41 @@ def generate_many(
             update(advance=len(batch))
 
 
+def tracer_of(method: Any) -> Any:
+    """What collects the traces that the training of a method (a class) reads."""
+    if method.tracer is None:
+        raise InputError(f"no training reads traces of {method.slug}; give {tracing()}")
+    return method.tracer
+
+
+def tracing() -> str:
+    """The methods whose training reads traces, as they are given."""
+    return " or ".join(f"--method {entry.slug}" for entry in catalog.by_stage("decode") if entry.load().tracer)
+
+
+def trace(loaded: Any, tracer: Any, batches: list[list[str]], path: str, **settings: Any) -> dict[str, Any]:
+    """Write the traces of all prompts, and say how many there are."""
+    from ..learned.filter_traces import TraceWriter
+
+    count = 0
+    with TraceWriter(path, loaded.model) as writer, progress("trace", sum(map(len, batches))) as update:
+        for batch in batches:
+            traces = tracer.collect(*loaded, batch, **settings)
+            writer.add(traces)
+            count += len(traces.conf)
+            update(completed=writer.prompts)
+    return {"prompts": writer.prompts, "traces": count, "output": path}
+
+
+def show_traces(tracer: Any, summary: dict[str, Any], model: str) -> None:
+    command = f"tokenry train --method {tracer.slug} --model {model} --data {summary['output']} --output FOLDER"
+    click.echo(f"{summary['traces']} traces of {summary['prompts']} prompts")
+    click.echo(f"saved: {summary['output']}; try `{command}`")
+
+
 def strategy(output: Any, row: int) -> dict[str, str]:
     """How a row was answered, where a method has chosen that."""
-    return {"strategy": output.strategy[row]} if "strategy" in output else {}
+    return {"strategy": output.strategy[row]} if output.strategy else {}
 
 
 def sampling_options(greedy: bool, temperature: float, min_p: float, top_p: float, top_k: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -23,6 +23,9 @@ from .options import (
     read_text,
     refuse_unused,
 )
+
+if TYPE_CHECKING:
+    from ..judge.contract import Sample, Scores
 
 
 @click.command(epilog=example("tokenry judge --method crew -o marker=answer --pairs pairs.jsonl solutions.jsonl"))
@@ -64,33 +67,26 @@ def judge(
     if traces:
         refuse_unused(("--raw",), "with --trace")
     check_pairs(pairs, traces, rows, force)
-    model, tokenizer = load_model(model_name, dtype, device, trust_remote_code)
+    loaded = load_model(model_name, dtype, device, trust_remote_code)
     if traces:
         from ..trace.trace import Trace
 
-        judged = method.judge(Trace.load(path, model) for path in files)
-    else:
-        judged = judge_rows(method, model, tokenizer, rows, chat=not raw)
+        rows = [Trace.load(path, loaded.model) for path in files]
+    with progress("judge", len(rows)) as update:
+        scores = method.scorer(loaded, chat=not raw).score(rows, lambda done, total: update(completed=done))
     if pairs:
-        write_pairs(judged, pairs, top_k, min_gap)
-    groups: dict[str, list[Any]] = {}
-    for one in judged:
-        groups.setdefault(one.prompt, []).append(one)
-    shown = [summary(prompt, group) for prompt, group in groups.items()]
-    as_json(shown) if json_output else show(shown)
+        write_pairs(scores, pairs, top_k, min_gap)
+    as_json(scores.to_json()) if json_output else click.echo(scores.table())
 
 
-Row = tuple[str, str, str | None]  # prompt, solution, right answer
-
-
-def read_rows(path: str) -> list[Row]:
+def read_rows(path: str) -> list[Sample]:
     """The solutions of a file of JSON lines."""
     remedy = 'write lines like {"prompt": "...", "solution": "..."}'
     lines = records_of(read_text(path, "file of solutions"), path, "solutions", remedy, solutions_of)
     return [row for rows in lines for row in rows]
 
 
-def solutions_of(row: dict[str, Any], where: str) -> list[Row]:
+def solutions_of(row: dict[str, Any], where: str) -> list[Sample]:
     """The solutions of one line."""
     prompt, answer = row.get("prompt"), row.get("answer")
     if not isinstance(prompt, str) or not prompt.strip():
@@ -104,66 +100,25 @@ def solutions_of(row: dict[str, Any], where: str) -> list[Row]:
         answer = str(answer)
     if not isinstance(answer, str | None):
         raise InputError(f"{where} has the answer {answer!r}; give the right answer as text or number")
-    return [(prompt, solution, answer) for solution in solutions]
+    from ..judge.contract import Sample
+
+    return [Sample(prompt, solution, answer) for solution in solutions]
 
 
-def check_pairs(pairs: str | None, traces: bool, rows: Sequence[Row], force: bool) -> None:
+def check_pairs(pairs: str | None, traces: bool, rows: Sequence[Sample], force: bool) -> None:
     """Refuse --pairs before anything runs, where there will be none."""
     if pairs is None:
         return
     if traces:
         raise InputError("--pairs needs right answers, which traces do not hold; give JSON lines with 'answer'")
-    missing = next((prompt for prompt, _, answer in rows if answer is None), None)
+    missing = next((row.prompt for row in rows if row.answer is None), None)
     if missing is not None:
         raise InputError(f"--pairs needs the right answer of every prompt; add 'answer' to {missing[:40]!r}")
     check_file(pairs, force)
 
 
-def judge_rows(method: Any, model: Any, tokenizer: Any, rows: Sequence[Row], chat: bool) -> list[Any]:
-    """Feed the solutions to the model, a batch at a time."""
-    from ..judge import CRewScorer
-
-    scorer = CRewScorer(model, tokenizer, method, chat=chat)
-    solutions = []
-    with progress("judge", len(rows)) as update:
-        for first in range(0, len(rows), scorer.batch_size):
-            batch = rows[first : first + scorer.batch_size]
-            solutions += scorer.read([prompt for prompt, _, _ in batch], [solution for _, solution, _ in batch])
-            update(advance=len(batch))
-    return method.judge(solutions, gold=[answer for _, _, answer in rows])
-
-
-def write_pairs(judged: Sequence[Any], path: str, top_k: int, min_gap: float | None) -> None:
-    from ..judge import build_crew_pairs
-
-    made = build_crew_pairs(judged, top_k, min_gap)
+def write_pairs(scores: Scores, path: str, top_k: int, min_gap: float | None) -> None:
+    made = scores.pairs(top_k, min_gap)
     with LineWriter(path) as lines:
         lines.add(made)
     click.echo(f"{len(made)} pairs: {path}; {made.info.description}", err=True)
-
-
-def summary(prompt: str, group: Sequence[Any]) -> dict[str, Any]:
-    """One prompt as JSON values; `best` is the place of the best solution."""
-    from ..judge import best_of_n, weighted_vote
-
-    best = best_of_n(group) if len(group) > 1 else None
-    vote = weighted_vote(group) if len(group) > 1 else None
-    return {
-        "prompt": prompt,
-        "solutions": [{"score": s.score, "answer": s.answer, "correct": s.correct} for s in group],
-        "best": None if best is None else next(i for i, one in enumerate(group) if one is best),
-        "vote": None if vote is None else vote._asdict(),
-    }
-
-
-def show(prompts: Sequence[dict[str, Any]]) -> None:
-    for one in prompts:
-        lines = one["prompt"].strip().splitlines()
-        click.echo(lines[-1] if len(lines[-1]) <= 100 else "... " + lines[-1][-96:])
-        for i, solution in enumerate(one["solutions"]):
-            score = "  none" if solution["score"] is None else f"{solution['score']:6.3f}"
-            right = {True: "  right", False: "  wrong", None: ""}[solution["correct"]]
-            best = "  best" if i == one["best"] else ""
-            click.echo(f"  {i + 1:>3}  {score}  {solution['answer'] or 'no answer found'}{right}{best}")
-        if one["vote"]:
-            click.echo(f"  vote: {one['vote']['answer']} with {one['vote']['share']:.0%} of the weight")

@@ -18,7 +18,7 @@ from ..core.fields import allowed, fits, shown
 from ..core.files import as_text, entries_of, explained
 
 if TYPE_CHECKING:
-    from ..core.method import Method
+    pass
 
 
 class _Said(logging.Handler):
@@ -83,14 +83,20 @@ def force_option(command: Any) -> Any:
     return click.option("--force", is_flag=True, help=text)(command)
 
 
-def parse_methods(slugs: Sequence[str], pairs: Sequence[str], stage: str) -> list[Method]:
-    """Methods with their -o options; with several methods an option is written slug.name=value."""
+def parse_methods(
+    slugs: Sequence[str], pairs: Sequence[str], stage: str, part: Callable[[Any], Any] = lambda cls: cls
+) -> list[Any]:
+    """Methods with their -o options; with several methods an option is written slug.name=value.
+
+    Args:
+        part: what of a method's class the options are for; the class itself.
+    """
     classes = {}
     for slug in slugs:
         entry = catalog.get(slug, stage)
         if entry.stage != stage:
             raise InputError(f"{slug} belongs to the stage {entry.stage!r}; use `tokenry {entry.stage}`")
-        classes[slug] = entry.load()
+        classes[slug] = part(entry.load())
     own: dict[str, list[str]] = {slug: [] for slug in slugs}
     for pair in pairs:
         prefix, dot, _ = pair.partition("=")[0].partition(".")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from ..represent import PromptEmbedder
+    from ..represent.contract import Encoder
 
 SUFFIXES = (".npy", ".parquet")
 
@@ -61,22 +61,21 @@ def represent(
 ) -> None:
     """Embed the sentences of FILE, one a line; '-' reads standard input."""
     if slug is None and options:
-        raise InputError(f"the option {options[0]!r} needs a method; add --method token-prepending")
+        raise InputError(f"the option {options[0]!r} needs a method; add --method, see `tokenry list`")
     (method,) = parse_methods([slug], options, "represent") if slug is not None else (None,)
     check_output(output, force)
     texts = read_lines(file)
-    from ..represent import PromptEmbedder
+    from ..represent.contract import encoder_of
 
-    model, tokenizer = load_model(model_name, dtype, device, trust_remote_code)
-    embedder = PromptEmbedder(model, tokenizer) if method is None else method.encoder(model, tokenizer)
-    embedder.max_seq_length, embedder.truncate = max_seq_length, truncate
-    vectors = encode(embedder, texts, batch_size)
+    loaded = load_model(model_name, dtype, device, trust_remote_code)
+    encoder = encoder_of(method, loaded)
+    encoder.max_seq_length, encoder.truncate = max_seq_length, truncate
+    vectors = encode(encoder, texts, batch_size)
     write_file(output, lambda part: write(part, texts, vectors))
     if json_output:
         about = {"method": slug, "options": method.model_dump(mode="json") if method else {}}
-        as_json(
-            {"output": output, "shape": list(vectors.shape), "model": model_name, "dtype": str(model.dtype), **about}
-        )
+        about |= {"model": model_name, "dtype": str(loaded.model.dtype)}
+        as_json({"output": output, "shape": list(vectors.shape), **about})
     else:
         click.echo(f"{output}: {vectors.shape[0]} vectors of width {vectors.shape[1]}")
 
@@ -105,10 +104,10 @@ def read_lines(file: str) -> list[str]:
     return texts
 
 
-def encode(embedder: PromptEmbedder, texts: Sequence[str], batch_size: int) -> NDArray:
+def encode(encoder: Encoder, texts: Sequence[str], batch_size: int) -> NDArray:
     """Embed with a progress bar on standard error."""
     with progress("embedding", len(texts)) as update:
-        return embedder.encode(texts, batch_size, lambda done, total: update(completed=done)).numpy()
+        return encoder.encode(texts, batch_size, lambda done, total: update(completed=done)).numpy()
 
 
 def write(path: Path, texts: Sequence[str], vectors: NDArray) -> None:

@@ -6,7 +6,7 @@ import click
 
 from ..core.errors import InputError
 from ..core.fields import Tokens
-from .options import Number, as_json, example, load_model, model_options, parse_methods, read_text
+from .options import Number, as_json, example, load_model, model_options, parse_methods, progress, read_text
 
 
 @click.command(epilog=example('tokenry select --method compresskv -o budget=128 --context FILE "Who opened the door?"'))
@@ -37,7 +37,7 @@ def select(
     from ..models.kv_cache import cache_bytes
 
     model, tokenizer = load_model(model_name, dtype, device, trust_remote_code)
-    with method(model) as kept:
+    with method(model) as kept, progress(slug, None):
         output = generate(model, tokenizer, f"{text}\n\n{question}", max_new_tokens=max_new_tokens)
     counts = kept.trace.counts()
     if json_output:

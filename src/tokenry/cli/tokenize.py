@@ -21,37 +21,33 @@ from .options import (
     progress,
     quiet,
     read_text,
-    refuse_unused,
     trust_option,
 )
 
 if TYPE_CHECKING:
-    from ..core.method import Method
+    from ..tokenize.contract import TokenizeMethod
 
 SUFFIXES = (".txt", ".md")
 SHOWN = 600  # characters of the colored view in a terminal
 SHOWN_IN_PAGE = 5000
 
 
-@click.group(epilog=example("tokenry tokenize --method kl3m train docs/ --output tokenizer -o vocab_size=8192"))
-@click.option("--method", "slug", default="kl3m", show_default=True, help="A tokenize method.")
-@click.pass_context
-def tokenize(ctx: click.Context, slug: str) -> None:
+@click.group(epilog=example("tokenry tokenize train --method kl3m docs/ --output tokenizer -o vocab_size=8192"))
+def tokenize() -> None:
     """Train a tokenizer on text of a domain, and see what it and others make of a text."""
-    if ctx.invoked_subcommand != "train":
-        refuse_unused(("--method",), f"on `tokenize {ctx.invoked_subcommand}`")
-    ctx.obj = slug
 
 
-@tokenize.command(epilog=example("tokenry tokenize train contracts/ --output tokenizer -o vocab_size=8192"))
+@tokenize.command(
+    epilog=example("tokenry tokenize train --method kl3m contracts/ --output tokenizer -o vocab_size=8192")
+)
 @click.argument("files", nargs=-1, required=True)
+@click.option("--method", "slug", required=True, help="A tokenize method.")
 @click.option("--output", required=True, help="Folder to save the tokenizer in.")
 @click.option("-o", "options", multiple=True, metavar="NAME=VALUE", help="An option of the method.")
 @force_option
 @click.option("--json", "json_output", is_flag=True, help="Print JSON.")
-@click.pass_obj
 def train(
-    slug: str, files: tuple[str, ...], output: str, options: tuple[str, ...], force: bool, json_output: bool
+    files: tuple[str, ...], slug: str, output: str, options: tuple[str, ...], force: bool, json_output: bool
 ) -> None:
     """Train on FILES: text files, one document each, or folders, read with all that is in them (*.txt and *.md)."""
     (method,) = parse_methods([slug], options, "tokenize")
@@ -77,7 +73,7 @@ def text_files(names: Sequence[str]) -> list[Path]:
     return found
 
 
-def train_shown(method: Method, paths: Sequence[Path]) -> Any:
+def train_shown(method: TokenizeMethod, paths: Sequence[Path]) -> Any:
     """Train with a progress bar over the files on standard error; merges are learned after the last one."""
     with progress("reading", len(paths)) as update:
 
@@ -163,7 +159,7 @@ def report(
 
 def load_tokenizers(names: Sequence[str], trust_remote_code: bool) -> dict[str, Any]:
     """Load quietly; a name that was given twice is loaded once."""
-    from ..tokenize import load_tokenizer
+    from ..tokenize.text.report import load_tokenizer
 
     quiet()
     return {name: load_tokenizer(name, trust_remote_code) for name in names}

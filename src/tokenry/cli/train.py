@@ -17,7 +17,7 @@ from .options import Number, as_json, example, force_option, load_model, model_o
 @click.command(epilog=example("tokenry train --method ftpo --data pairs.jsonl --output smollm2-without-slop"))
 @click.option("--method", "slug", required=True, help="A train method.")
 @click.option("-o", "options", multiple=True, metavar="NAME=VALUE", help="An option of the method.")
-@click.option("--data", required=True, help="What it learns from, a JSON line each: pairs, episodes or prompts.")
+@click.option("--data", required=True, help="What it learns from: JSON lines of pairs or episodes, or traces.")
 @click.option("--output", required=True, help="New folder for what is trained.")
 @click.option(
     "--hold-out", type=Number(Share), default=0.1, show_default=True, help="Share of the data that is only measured."
@@ -37,13 +37,13 @@ def train(
     trust_remote_code: bool,
     json_output: bool,
 ) -> None:
-    """Train on pairs, episodes or prompts, and show what is measured at held-out ones before and after."""
+    """Train on pairs, episodes or traces, and show what is measured at held-out ones before and after."""
     (method,) = parse_methods([slug], options, "train")
     if not force and Path(output).is_dir() and any(Path(output).iterdir()):
         raise InputError(f"the output {output!r} exists and is not an empty folder; give a new one, or add --force")
     check_folder(output, force)
     if not Path(data).is_file():
-        raise InputError(f"the {method.examples} {data!r} cannot be read (no such file); give a file of JSON lines")
+        raise InputError(f"the {method.examples} {data!r} cannot be read (no such file); give {method.data}")
     model, tokenizer = load_model(model_name, dtype, device, trust_remote_code)
     kept, held = split(method.read(data, tokenizer), hold_out)
     with progress(slug, None) as update, TemporaryDirectory() as scratch:

@@ -1,38 +1,42 @@
-"""What tokenry has stored: tensors and a header that says what they are, checked before anything is built of them."""
+"""Artifact: what a method has learned, stored as tensors and a header, and checked before anything is built of it.
+
+An artifact says what it is (`kind`, `version`), where its parts lie (`layout`), what its header holds (`fields`) and
+for whom it was made (`made_for`). Saving, loading and the refusal of another model are the same for all. What a model's
+fingerprint is, is not known here: `check_made_for` takes it as a value.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Protocol, TypeVar
 
-import torch
-from pydantic import Field, ValidationError
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
+from pydantic_core import core_schema
 
 from .errors import InputError
+from .files import explained, parse_json, read_json
+from .outputs import write_artifact, write_file, write_text
 from .schemas import Fields, Schema, unmet
+from .tensors import read_tensors, tensor_file
 
-__all__ = ["Header", "check_tensors", "header_of", "read_tensors", "with_weights"]
+if TYPE_CHECKING:
+    from typing import Self
 
-Module = TypeVar("Module", bound=nn.Module)
+    from torch import Tensor
+
+__all__ = ["Artifact", "ArtifactField", "Folder", "Header", "JsonFile", "TensorFile", "header_of"]
+
+Kind = TypeVar("Kind", bound="Artifact")
 
 
 class Header(Fields):
     """What every header holds."""
 
     format: int = Field(ge=1)
-
-
-def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file, and the texts beside them; call it inside `explained`."""
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(str(error)) from None
 
 
 def header_of(value: Any, schema: type[Schema], newest: int, what: str) -> Schema:
@@ -51,60 +55,179 @@ def header_of(value: Any, schema: type[Schema], newest: int, what: str) -> Schem
         raise ValueError(unmet(error)) from None
 
 
-def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int | None, ...]]) -> None:
-    """Refuse tensors that lack one of these or have it in another shape; None is any length.
+class Artifact:
+    """Base of what methods learn. A subclass sets the class attributes and gives `stored` and `restored`.
 
-    Raises:
-        ValueError: the first such tensor.
+    Class attributes: `kind` (its name in refusals), `version` (the newest format of its header that is read, and the
+    one that is written), `layout` (`Folder`, `TensorFile` or `JsonFile`), `fields` (schema of the header), `remedy`
+    (how refusals of a file end), and how they begin: `unread` for one that is damaged or not there, `foreign` for
+    something else ("": as `unread`), `named` for a newer one, `stranger` for another model, `unbound` for saving
+    without one. In the texts, `{path!r}`, `{kind}`, `{found}` and the entries of `made_for` are filled in.
+
+    Attributes:
+        made_for: for whom it was made, as the header says; at least its "fingerprint". None: for nobody yet.
     """
-    for name, shape in shapes.items():
-        if name not in tensors:
-            raise ValueError(f"the tensor {name!r} is missing")
-        found = tuple(tensors[name].shape)
-        if len(found) != len(shape) or any(a != b for a, b in zip(found, shape) if b is not None):
-            wanted = ", ".join("any" if n is None else str(n) for n in shape)
-            raise ValueError(f"the tensor {name!r} has the shape {found}, not ({wanted})")
+
+    kind: ClassVar[str]
+    version: ClassVar[int] = 1
+    layout: ClassVar[Layout]
+    fields: ClassVar[type[Header]] = Header
+    remedy: ClassVar[str]
+    unread: ClassVar[str] = "there is no {kind} in {path!r}"
+    foreign: ClassVar[str] = ""
+    named: ClassVar[str] = "the {kind} in {path!r}"
+    stranger: ClassVar[str] = (
+        "the {kind} was trained for {model!r} (weights {fingerprint}), not for the weights {found}; train one for this "
+        "model"
+    )
+    unbound: ClassVar[str] = "the {kind} belongs to no model yet; call bind(model) before save"
+    errors: ClassVar[tuple[type[Exception], ...]] = ()  # of libraries, beside the usual, that building it may raise
+
+    if TYPE_CHECKING:  # where it is kept is the subclass's business: an attribute, a field or a property
+        made_for: Mapping[str, Any] | None
+
+    def stored(self) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+        """Its tensors, and what the header says beside the format."""
+        raise NotImplementedError
+
+    @classmethod
+    def restored(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
+        """What `stored` gave, as an object again; the header is as `fields` says.
+
+        Raises:
+            ValueError: header and tensors that do not belong together.
+        """
+        raise NotImplementedError
+
+    def save(self, path: str | Path) -> None:
+        """Write tensors (safetensors) and header (JSON).
+
+        Raises:
+            InputError: it is bound to no model, or it cannot be written.
+        """
+        if self.made_for is None:
+            raise InputError(self.unbound.format(kind=self.kind))
+        tensors, header = self.stored()
+        self.layout.write(path, tensors, {"format": self.version, **header})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: nothing there, something else, a damaged one, or one of a newer version.
+        """
+        words = {"kind": cls.kind, "path": str(path)}
+        with explained(cls.unread.format(**words), cls.remedy, *cls.errors):
+            header = cls.layout.header(path)
+            if cls.foreign and not isinstance(header, dict):
+                raise InputError(f"{cls.foreign.format(**words)}; {cls.remedy}")
+            header_of(header, cls.fields, cls.version, cls.named.format(**words))
+            return cls.restored(header, cls.layout.tensors(path))
+
+    @classmethod
+    def opened(cls, value: Any) -> Any:
+        """The artifact that lies at a path; what is no path comes back as it is."""
+        return cls.load(value) if isinstance(value, str | Path) else value
+
+    def check_made_for(self, found: str, **words: Any) -> None:
+        """Refuse another fingerprint than the one it was made for; one that was made for nobody fits all.
+
+        Args:
+            words: what else `stranger` tells.
+        """
+        if self.made_for is not None and found != self.made_for["fingerprint"]:
+            raise InputError(self.stranger.format(**{**self.made_for, **words, "kind": self.kind, "found": found}))
+
+    def digest(self) -> str:
+        """A short hash of all that is stored."""
+        from safetensors.torch import save
+
+        tensors, header = self.stored()
+        packed = save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"header": json.dumps(header)})
+        return hashlib.sha256(packed).hexdigest()[:12]
 
 
-def check_floats(tensors: Mapping[str, Tensor], names: Iterable[str], nan: bool = False) -> None:
-    """Refuse tensors of another kind, and numbers that are not finite unless `nan`.
-
-    Raises:
-        ValueError: the first such tensor.
-    """
-    for name in sorted(names):
-        if not tensors[name].is_floating_point():
-            raise ValueError(f"the tensor {name!r} is of the type {tensors[name].dtype}, not of floating point")
-        if not nan and not bool(torch.isfinite(tensors[name]).all()):
-            raise ValueError(f"the tensor {name!r} has numbers that are not finite")
+# --- where it lies ---------------------------------------------------------------------------------------------------
 
 
-def with_weights(build: Callable[[], Module], weights: Mapping[str, Tensor]) -> Module:
-    """What `build` makes, with these weights. They are compared with a copy without storage first, so that a header
-    with absurd sizes costs nothing.
+class Layout(Protocol):
+    """How tensors and a header lie at a path; the readers raise what broken files raise, see `explained`."""
 
-    Raises:
-        ValueError: weights that are missing, unknown, of another shape or not finite.
-    """
-    with torch.device("meta"):
-        wanted = build().state_dict()
-    for name in sorted(weights.keys() - wanted.keys()):
-        raise ValueError(f"the tensor {name!r} is not known")
-    check_tensors(weights, {name: tuple(tensor.shape) for name, tensor in wanted.items()})
-    check_floats(weights, [name for name in weights if wanted[name].is_floating_point()])
-    made = build()
-    made.load_state_dict(weights)
-    return made
+    def write(self, path: str | Path, tensors: Mapping[str, Tensor], header: dict[str, Any]) -> None: ...
+
+    def header(self, path: str | Path) -> Any: ...
+
+    def tensors(self, path: str | Path) -> dict[str, Tensor]: ...
 
 
-def check_range(name: str, values: Tensor, stop: float, start: float = 0) -> None:
-    """Refuse values that are no whole numbers in [start, stop).
+class Folder(NamedTuple):
+    """Two files of a folder, which is made."""
 
-    Raises:
-        ValueError: the tensor's name and what it holds.
-    """
-    if values.is_floating_point() or values.dtype == torch.bool:
-        raise ValueError(f"the tensor {name!r} is of the type {values.dtype}, not of whole numbers")
-    low, high = (float(values.min()), float(values.max())) if values.numel() else (start, -math.inf)
-    if not (start <= low and high < stop):
-        raise ValueError(f"the tensor {name!r} has values from {low:g} to {high:g}; {start:g} to below {stop:g} exist")
+    weights: str
+    text: str
+
+    def write(self, path: str | Path, tensors: Mapping[str, Tensor], header: dict[str, Any]) -> None:
+        write_artifact(path, tensors, header, self)
+
+    def header(self, path: str | Path) -> Any:
+        return read_json(Path(path) / self.text)
+
+    def tensors(self, path: str | Path) -> dict[str, Tensor]:
+        return read_tensors(Path(path) / self.weights)[0]
+
+
+class TensorFile(NamedTuple):
+    """One safetensors file; the header is one of the texts in it."""
+
+    key: str
+
+    def write(self, path: str | Path, tensors: Mapping[str, Tensor], header: dict[str, Any]) -> None:
+        from safetensors.torch import save_file
+
+        together = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        texts = {self.key: json.dumps(header, ensure_ascii=False)}
+        write_file(path, partial(save_file, together, metadata=texts))
+
+    def header(self, path: str | Path) -> Any:
+        with tensor_file(path) as file:
+            return parse_json((file.metadata() or {}).get(self.key, "null"))
+
+    def tensors(self, path: str | Path) -> dict[str, Tensor]:
+        return read_tensors(path)[0]
+
+
+class JsonFile(NamedTuple):
+    """One JSON file, of what has no tensors. Older ones say no format, which is 1."""
+
+    def write(self, path: str | Path, tensors: Mapping[str, Tensor], header: dict[str, Any]) -> None:
+        write_text(path, json.dumps(header) + "\n")
+
+    def header(self, path: str | Path) -> Any:
+        value = read_json(path)
+        return {"format": 1, **value} if isinstance(value, dict) else value
+
+    def tensors(self, path: str | Path) -> dict[str, Tensor]:
+        return {}
+
+
+# --- as an option of a method ----------------------------------------------------------------------------------------
+
+
+class Stored:
+    """Marks a field that takes an artifact: as object, or as the path where it lies, which is read at once."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        named = core_schema.plain_serializer_function_ser_schema(
+            lambda one: f"{type(one).__name__} {one.digest()}",
+            return_schema=core_schema.str_schema(),
+            when_used="json",
+        )
+        kept = core_schema.is_instance_schema(source)
+        return core_schema.no_info_before_validator_function(source.opened, kept, serialization=named)
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, str]:
+        return {"type": "string", "format": "path"}
+
+
+ArtifactField = Annotated[Kind, Stored()]

@@ -7,15 +7,17 @@ uses and below what would abort the process, run for ever, or turn float32 score
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
+import re
 from typing import Annotated, Any, get_args
 
 from annotated_types import Ge, Gt, Le, Lt
 
 from .errors import InputError
 
-__all__ = ["allowed", "check", "fits", "is_unicode", "shown"]
+__all__ = ["allowed", "check", "fits", "is_unicode", "read_ids", "read_none", "require", "shown"]
 
 Seed = Annotated[int, Ge(0), Le(2**32 - 1)]  # what the generators of Python, numpy and torch all take
 TorchSeed = Annotated[int, Ge(0), Le(2**63 - 1)]  # of torch alone: numbers are derived from seeds
@@ -70,9 +72,33 @@ def check(name: str, value: Any, declared: Any) -> None:
         raise InputError(f"{name}={shown(value)} is not allowed; give {allowed(declared)}")
 
 
+def require(holds: Any, name: str, value: Any, allowed: str) -> None:
+    """Refuse unless `holds` everywhere (a bool, array or tensor, as the value is) and the value is finite.
+
+    Raises:
+        InputError: it does not.
+    """
+    good = holds & (abs(value) < math.inf)
+    if not (good if isinstance(good, bool) else good.all()):
+        raise InputError(f"{name}={value} is not allowed; give {allowed}")
+
+
+def read_none(value: Any) -> Any:
+    """None from the command line: 'none'. Other values pass."""
+    return None if isinstance(value, str) and value.strip().lower() == "none" else value
+
+
+def read_ids(value: Any) -> Any:
+    """Whole numbers from the command line, '12,34', or 'none'. Other values pass."""
+    if isinstance(value, str) and re.fullmatch(r"\s*\d+(\s*,\s*\d+)*\s*", value):
+        return tuple(int(part) for part in value.split(","))
+    return read_none(value)
+
+
 def shown(value: Any, most: int = 60) -> str:
     """A value as a refusal shows it: quoted, on one line, and cut where it is long."""
     text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    text = " ".join(text.split()) if "\n" in text else text
     return text if len(text) <= most else text[: most - 3] + "..."
 
 

@@ -12,7 +12,7 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +29,7 @@ __all__ = [
     "read_records",
     "read_text",
     "records_of",
+    "refusing",
     "shown",
 ]
 
@@ -49,10 +50,13 @@ JSON_BEGINS = re.compile(r'\s*(\[(\s*["\]]|[^\S\n]*(\n|$))|\{\s*")')  # `[Tt]he`
 
 
 @contextmanager
-def explained(problem: str, remedy: str, *further: type[Exception]) -> Iterator[None]:
-    """Refuse with "problem (reason); remedy" whatever a broken file makes the code inside raise.
+def refusing(sentence: Callable[[Exception], str], *further: type[Exception]) -> Iterator[None]:
+    """Refuse with a sentence whatever a broken file makes the code inside raise.
+
+    Inside stand only calls that read files and build what they describe, so that an error there is the files'.
 
     Args:
+        sentence: makes it of the error.
         further: what a library of the code inside raises beside the usual.
     """
     try:
@@ -63,7 +67,12 @@ def explained(problem: str, remedy: str, *further: type[Exception]) -> Iterator[
         precise = type(error) is not Exception  # the library tokenizers raises nothing else
         if precise and not isinstance(error, (*BROKEN, *further)):
             raise
-        raise InputError(f"{problem} ({reason(error)}); {remedy}") from None
+        raise InputError(sentence(error)) from error
+
+
+def explained(problem: str, remedy: str, *further: type[Exception]) -> AbstractContextManager[None]:
+    """Refuse with "problem (reason); remedy", see `refusing`."""
+    return refusing(lambda error: f"{problem} ({reason(error)}); {remedy}", *further)
 
 
 def reason(error: Exception) -> str:

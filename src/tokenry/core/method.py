@@ -46,6 +46,13 @@ def read_lines(value: Any, what: str = "entries") -> Any:
     return read_entries(value, what)
 
 
+def read_words(value: Any) -> Any:
+    """Words with commas between, or a JSON list of them."""
+    if not isinstance(value, str):
+        return value
+    return read_lines(value) if value.lstrip().startswith("[") else tuple(map(str.strip, value.split(",")))
+
+
 def _lines(value: Any, info: ValidationInfo) -> Any:
     return read_lines(value, info.field_name)
 
@@ -58,7 +65,7 @@ class Method(BaseModel):
 
     Class attributes: `slug` (name on the command line), `stage`, `title`, `paper` (title and arXiv number),
     `claim` (what the paper promises, in one sentence), `caution` (what a user must know before the first result, if
-    anything).
+    anything). The contract of a stage adds `input` and `output`: what a method is given and what it answers, as JSON.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
@@ -69,6 +76,8 @@ class Method(BaseModel):
     paper: ClassVar[str]
     claim: ClassVar[str]
     caution: ClassVar[str] = ""
+    input: ClassVar[type[BaseModel]]
+    output: ClassVar[type[BaseModel]]
 
     def __init__(self, /, **values: Any) -> None:
         try:
@@ -87,6 +96,14 @@ class Method(BaseModel):
         return rows
 
     @classmethod
+    def schema(cls) -> dict[str, Any]:
+        """Slug, stage and title, and the JSON schemas of input, options and output: all that an HTTP route or a page
+        needs to offer the method without knowing it."""
+        models = {"input": cls.input, "options": cls, "output": cls.output}
+        schemas = {name: model.model_json_schema() for name, model in models.items()}
+        return {"slug": cls.slug, "stage": cls.stage, "title": cls.title, **schemas}
+
+    @classmethod
     def from_strings(cls, pairs: Iterable[str]) -> Method:
         """Build from `name=value` strings, as the command line gives them."""
         values: dict[str, str] = {}
@@ -94,6 +111,8 @@ class Method(BaseModel):
             name, sign, value = pair.partition("=")
             if not sign:
                 raise InputError(f"option {shown(pair)} has no value; write -o {pair[:60]}=VALUE")
+            if name.strip() in values:
+                raise InputError(f"option {shown(name.strip())} is given twice; give it once")
             values[name.strip()] = value
         return cls(**values)
 
@@ -112,7 +131,8 @@ def _explain(cls: type[Method], error: ValidationError) -> str:
         prefix = f"{cls.slug}: " + (f"{name}: " if name else "")
         return prefix + message
     allowed = options[name].range or options[name].type
-    return f"{cls.slug}: {name}={shown(problem['input'])} is not allowed ({message.lower()}); give {allowed}"
+    why = message[:1].lower() + message[1:]
+    return f"{cls.slug}: {name}={shown(problem['input'])} is not allowed ({why}); give {allowed}"
 
 
 def _show(value: Any) -> str:
@@ -130,6 +150,8 @@ def _variants(schema: dict) -> list[dict]:
 def _type(schema: dict) -> str:
     names = {"integer": "whole number", "number": "number", "boolean": "true or false", "string": "text"}
     kinds = [names.get(s.get("type", ""), "list" if s.get("type") == "array" else "") for s in _variants(schema)]
+    if any(s.get("format") == "path" for s in _variants(schema)):
+        return "path"
     return " or ".join(dict.fromkeys(k for k in kinds if k)) or "value"
 
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from .errors import InputError
 from .files import shown
 
-__all__ = ["Fields", "Schema", "checked", "unmet"]
+__all__ = ["Exchanged", "Fields", "Schema", "checked", "unmet"]
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -19,6 +19,12 @@ class Fields(BaseModel):
     """Values of exactly these types, and finite numbers; what else an object holds is kept."""
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
+
+
+class Exchanged(BaseModel):
+    """What a method is given or answers, as JSON: these fields and no others."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def checked(schema: type[Schema], value: Any, where: str, remedy: str) -> Schema:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from functools import lru_cache, reduce
+from dataclasses import fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
@@ -24,11 +25,14 @@ from ..models.masks import sees_both_sides
 from ..models.positions import check_prompt_fits, context_window, fixed_positions
 from ..models.prompts import Prompts, encode_prompts
 from ..text.words import listed
-from .contract import DecodeMethod, Plugins
+from .contract import Call, DecodeMethod, LoopMethod, Plan, PlanMethod, Plugins, RunnerMethod, refuse_others
 from .generation.engine import LayerPolicy, TransformersEngine
-from .generation.loop import DecodeLoop, DecodeOutput
+from .generation.job import Job
+from .generation.loop import DecodeLoop
 from .generation.monitor import Monitor
 from .generation.options import AfterPrompt, check_config, check_processors, ending, kept_by_generate
+from .generation.output import DecodeOutput
+from .generation.plugins import Drafting
 from .generation.sampler import WARPERS
 
 __all__ = ["generate", "loop"]
@@ -50,7 +54,7 @@ def loop(
     stop: str | Sequence[str] = (),
     rewind: str = "auto",
     budgets: Sequence[int] | None = None,
-    speculation: Any = None,
+    speculation: Drafting | None = None,
     **model_kwargs: Any,
 ) -> DecodeOutput | Tensor:
     """The decode loop as a `custom_generate` callable.
@@ -79,57 +83,30 @@ def loop(
                 "give token_streamers alone, one per row"
             )
         check_config(generation_config, **kept)
-        if seed is not None:
-            check("seed", seed, TorchSeed)
-        if generation_config.do_sample and generation_config.temperature is not None:
-            check("temperature", generation_config.temperature, Temperature)
+        _check_draw(seed, generation_config)
         mask = model_kwargs.pop("attention_mask", None)
         _check_model(model)
         _check_inputs(model, input_ids, mask, model_kwargs)
         if monitors or stop:
             processing_class = processing_class or _tokenizer_of(model.name_or_path)
-        rewinds = bool(monitors) or speculation is not None
-        if rewinds:
+        if monitors or speculation is not None:
             check_processors(logits_processor)
         processors, warpers = _split(logits_processor)
-        eos = {i for c in stopping_criteria if isinstance(c, EosTokenCriteria) for i in c.eos_token_id.tolist()}
-        others = [c for c in stopping_criteria if not isinstance(c, EosTokenCriteria | MaxLengthCriteria)]
-        longest = [c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
-        max_new_tokens = min([generation_config.max_length, *longest]) - input_ids.shape[1]
-        caches = [model_kwargs.pop(name, None) for name in ("past_key_values", "cache_params")]
-        cache = next((cache for cache in caches if cache is not None), None)
-        for name in ("logits_to_keep", "use_cache"):
-            model_kwargs.pop(name, None)
-        engine = TransformersEngine(model, cache, layer_policy, rewinds, rewind, model_kwargs, max_new_tokens)
-        runner = (DecodeLoop if speculation is None else speculation.loop)(
-            engine,
-            processing_class,
-            processors=processors,
-            warpers=warpers,
-            final_processors=final_processors,
-            monitors=monitors,
-            interventions=interventions,
-            streamers=streamers,
+        plugins = Plugins(processors, monitors, layer_policy, interventions, final_processors, speculation)
+        limits = _limits(model, input_ids, mask, stopping_criteria, generation_config)
+        engine = _engine(model, plugins, rewind, limits["max_new_tokens"], model_kwargs)
+        job = Job(
+            input_ids,
+            attention_mask=mask,
             do_sample=generation_config.do_sample,
             seed=seed,
-        )
-        pad = generation_config._pad_token_tensor
-        room = _room(model, input_ids, mask, max_new_tokens)
-        output = runner.generate(
-            input_ids,
-            mask,
-            max_new_tokens=max_new_tokens,
-            budgets=budgets if room is None else list(map(min, room, budgets or room)),
-            eos_ids=tuple(eos),
-            pad_id=None if pad is None else int(pad),
+            warpers=warpers,
+            budgets=budgets,
             stop=stop,
-            stopping_criteria=[StoppingCriteriaList(others)] if others else (),
+            **limits,
         )
-    wanted = [min(max_new_tokens, one) for one in budgets or [max_new_tokens] * len(input_ids)]
-    output.stop_reasons = [
-        _stop_reason(ids, most, most if room is None else room[row], eos)
-        for row, (ids, most) in enumerate(zip(output.new_ids, wanted))
-    ]
+        opened = DecodeLoop if speculation is None else speculation.loop
+        output = opened(engine, job, processing_class, plugins).generate(streamers)
     return output if generation_config.return_dict_in_generate else output.sequences
 
 
@@ -144,7 +121,7 @@ def generate(
     layer_policy: LayerPolicy | None = None,
     interventions: Sequence[AbstractContextManager] = (),
     final_processors: Sequence[LogitsProcessor] = (),
-    speculation: Any = None,
+    speculation: Drafting | None = None,
     streamers: Sequence[BaseStreamer] = (),
     seed: int | None = None,
     stop: str | Sequence[str] = (),
@@ -156,8 +133,8 @@ def generate(
 
     Args:
         prompts: a prompt or several, see `encode_prompts`.
-        methods: decode methods; their plug-ins come before the ones given here. One that reads the prompts first has a
-            `generate` of its own, which gets all the rest.
+        methods: decode methods; their plug-ins come before the ones given here. One that reads the prompts first, or
+            writes the texts itself, gets all the rest.
         final_processors: logits processors that act last, after temperature and truncation.
         speculation: drafts several tokens per step, see `loop`.
         seed: makes sampling repeatable, row by row; None uses torch's global generator.
@@ -181,30 +158,42 @@ def generate(
             check("seed", seed, TorchSeed)
         options, own, stop = _taken(model, options, stop)
         plugins = Plugins((*processors, *own), monitors, layer_policy, interventions, final_processors, speculation)
-        readers = [method for method in methods if hasattr(method, "generate")]
-        for method in reversed([method for method in methods if not hasattr(method, "generate")]):
+        for method in reversed([method for method in methods if isinstance(method, LoopMethod)]):
             plugins = method.plugins(model, tokenizer) + plugins
-        if readers:
-            rest = {"streamers": streamers, "seed": seed, "stop": stop, "chat": chat, "max_new_tokens": max_new_tokens}
-            reader = reduce(lambda one, other: one.beside(other), readers)
-            return reader.generate(model, tokenizer, prompts, **vars(plugins), **rest, **options)
-        return model.generate(
-            **encode_prompts(tokenizer, prompts, chat).to(model.device),
-            custom_generate=loop,
-            logits_processor=LogitsProcessorList(plugins.processors),
-            monitors=plugins.monitors,
-            layer_policy=plugins.layer_policy,
-            interventions=plugins.interventions,
-            final_processors=plugins.final_processors,
-            speculation=plugins.speculation,
-            token_streamers=streamers,
-            processing_class=tokenizer,
-            seed=seed,
-            stop=stop,
-            max_new_tokens=max_new_tokens,
-            return_dict_in_generate=True,
-            **{"do_sample": False, "use_cache": True, **options},
-        )
+        call = Call(plugins, max_new_tokens, seed, stop, chat, streamers, options)
+        first, *others = [method for method in methods if not isinstance(method, LoopMethod)] or [None]
+        if isinstance(first, RunnerMethod):
+            return first.run(model, tokenizer, prompts, call, others)
+        if isinstance(first, PlanMethod):
+            refuse_others(first, others)
+            return _planned(model, tokenizer, first.plan(model, tokenizer, prompts, call), call)
+        return _looped(model, tokenizer, encode_prompts(tokenizer, prompts, chat), call)
+
+
+def _planned(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan, call: Call) -> DecodeOutput:
+    """Continue prompts as a plan says."""
+    call = replace(call, plugins=call.plugins + plan.plugins, options={**call.options, **plan.options})
+    return plan.finish(_looped(model, tokenizer, plan.prompts, call))
+
+
+def _looped(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: BatchEncoding, call: Call
+) -> DecodeOutput:
+    """Continue encoded prompts in the decode loop, behind what `model.generate` prepares."""
+    plugins = {f.name: getattr(call.plugins, f.name) for f in fields(Plugins) if f.name != "processors"}
+    return model.generate(
+        **inputs.to(model.device),
+        custom_generate=loop,
+        logits_processor=LogitsProcessorList(call.plugins.processors),
+        **plugins,
+        token_streamers=call.streamers,
+        processing_class=tokenizer,
+        seed=call.seed,
+        stop=call.stop,
+        max_new_tokens=call.max_new_tokens,
+        return_dict_in_generate=True,
+        **{"do_sample": False, "use_cache": True, **call.options},
+    )
 
 
 ELSEWHERE = {  # arguments of `model.generate` that `generate` has in another place
@@ -273,6 +262,43 @@ def _check_inputs(model: PreTrainedModel, ids: Tensor, mask: Tensor | None, furt
     check_prompt_fits(model, int(live.sum(-1).max()))
 
 
+def _check_draw(seed: int | None, config: GenerationConfig) -> None:
+    if seed is not None:
+        check("seed", seed, TorchSeed)
+    if config.do_sample and config.temperature is not None:
+        check("temperature", config.temperature, Temperature)
+
+
+def _limits(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor | None, criteria: Sequence[Any], config: GenerationConfig
+) -> dict[str, Any]:
+    """When rows end: fields of `Job`, from what `generate` has prepared."""
+    eos = {i for c in criteria if isinstance(c, EosTokenCriteria) for i in c.eos_token_id.tolist()}
+    others = [c for c in criteria if not isinstance(c, EosTokenCriteria | MaxLengthCriteria)]
+    longest = [c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)]
+    most = min([config.max_length, *longest]) - ids.shape[1]
+    pad = config._pad_token_tensor
+    return {
+        "max_new_tokens": most,
+        "room": _room(model, ids, mask, most),
+        "eos_ids": tuple(eos),
+        "stopping_criteria": [StoppingCriteriaList(others)] if others else (),
+        "pad_id": None if pad is None else int(pad),
+    }
+
+
+def _engine(
+    model: PreTrainedModel, plugins: Plugins, rewind: str, max_new_tokens: int, model_kwargs: dict[str, Any]
+) -> TransformersEngine:
+    """The engine with the cache among the arguments of the model, if there is one; the rest goes to its forward."""
+    caches = [model_kwargs.pop(name, None) for name in ("past_key_values", "cache_params")]
+    cache = next((cache for cache in caches if cache is not None), None)
+    for name in ("logits_to_keep", "use_cache"):
+        model_kwargs.pop(name, None)
+    rewinds = bool(plugins.monitors) or plugins.speculation is not None
+    return TransformersEngine(model, cache, plugins.layer_policy, rewinds, rewind, model_kwargs, max_new_tokens)
+
+
 def _room(model: PreTrainedModel, ids: Tensor, mask: Tensor | None, wanted: int) -> list[int] | None:
     """How many tokens each row may get, if positions end before `wanted` of them; None if that is no limit."""
     window = context_window(model)
@@ -283,15 +309,9 @@ def _room(model: PreTrainedModel, ids: Tensor, mask: Tensor | None, wanted: int)
     warnings.warn(
         f"the text may come to {max(lengths) + wanted} tokens, the model's context window is {window}: "
         + ("it ends there" if ends else "beyond it the model writes what it was not made for"),
-        stacklevel=3,
+        stacklevel=4,
     )
     return [min(wanted, window - length) for length in lengths] if ends else None
-
-
-def _stop_reason(ids: Sequence[int], wanted: int, room: int, eos: set[int]) -> str:
-    if len(ids) < min(wanted, room) or ids[-1] in eos:
-        return "finished"
-    return "context" if room < wanted else "budget"
 
 
 def _split(processors: LogitsProcessorList) -> tuple[list[LogitsProcessor], list[LogitsProcessor]]:

@@ -12,16 +12,45 @@ from pydantic import BeforeValidator, Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import InputError
-from ..core.fields import Times, TokenId, Tokens
-from .contract import DecodeMethod, Plugins
+from ..core.fields import Times, TokenId, Tokens, read_ids, read_none, require
+from .contract import LoopMethod, Plugins
 from .generation.monitor import Violation
 from .generation.sequence import SequenceState
-from .reasoning.reflection import checked_ids, end_think_ids, read_ids, read_none, require
+from .reasoning.bias import checked_ids
+from .reasoning.reflection import end_think_ids
 
 __all__ = ["BudgetForcing", "BudgetForcingMonitor"]
 
-IGNORED, AGAIN, CLOSED = "budget:ignore", "budget:again", "budget:close"  # rules of the monitor
 Limit = Annotated[Tokens | None, BeforeValidator(read_none)]
+
+
+class BudgetForcing(LoopMethod):
+    """Budget forcing: ignore the end of thinking a few times, or close thinking at a limit."""
+
+    slug: ClassVar[str] = "budget-forcing"
+    title: ClassVar[str] = "Budget forcing (s1)"
+    paper: ClassVar[str] = "s1: Simple test-time scaling, arXiv 2501.19393"
+    claim: ClassVar[str] = "Longer thinking, forced by 'Wait', solves more problems; a limit keeps the length in hand."
+
+    end_think: Annotated[str | tuple[TokenId, ...], BeforeValidator(read_ids)] = Field(
+        "</think>", description="mark that ends thinking: text, or token ids"
+    )
+    min_ignores: Times = Field(1, description="how often the end of thinking is ignored")
+    ignore_text: str = Field("Wait", description="what stands in place of an ignored end")
+    max_thinking_tokens: Limit = Field(None, description="tokens of thinking after which it is closed, or none")
+    close_text: str = Field("</think>\nFinal Answer:", description="what closes it")
+
+    def plugins(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Plugins:
+        if self.min_ignores == 0 and self.max_thinking_tokens is None:
+            return Plugins()
+        end_ids = end_think_ids(tokenizer, self.end_think)
+        monitor = BudgetForcingMonitor(
+            end_ids, tokenizer, self.min_ignores, self.ignore_text, self.max_thinking_tokens, self.close_text
+        )
+        return Plugins(monitors=[monitor])
+
+
+IGNORED, AGAIN, CLOSED = "budget:ignore", "budget:again", "budget:close"  # rules of the monitor
 
 
 class BudgetForcingMonitor:
@@ -102,29 +131,3 @@ def _find(ids: list[int], mark: list[int]) -> bool:
     if mark[0] not in ids:  # nearly always, and fast
         return False
     return any(ids[i : i + len(mark)] == mark for i in range(len(ids) - len(mark) + 1))
-
-
-class BudgetForcing(DecodeMethod):
-    """Budget forcing: ignore the end of thinking a few times, or close thinking at a limit."""
-
-    slug: ClassVar[str] = "budget-forcing"
-    title: ClassVar[str] = "Budget forcing (s1)"
-    paper: ClassVar[str] = "s1: Simple test-time scaling, arXiv 2501.19393"
-    claim: ClassVar[str] = "Longer thinking, forced by 'Wait', solves more problems; a limit keeps the length in hand."
-
-    end_think: Annotated[str | tuple[TokenId, ...], BeforeValidator(read_ids)] = Field(
-        "</think>", description="mark that ends thinking: text, or token ids"
-    )
-    min_ignores: Times = Field(1, description="how often the end of thinking is ignored")
-    ignore_text: str = Field("Wait", description="what stands in place of an ignored end")
-    max_thinking_tokens: Limit = Field(None, description="tokens of thinking after which it is closed, or none")
-    close_text: str = Field("</think>\nFinal Answer:", description="what closes it")
-
-    def plugins(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Plugins:
-        if self.min_ignores == 0 and self.max_thinking_tokens is None:
-            return Plugins()
-        end_ids = end_think_ids(tokenizer, self.end_think)
-        monitor = BudgetForcingMonitor(
-            end_ids, tokenizer, self.min_ignores, self.ignore_text, self.max_thinking_tokens, self.close_text
-        )
-        return Plugins(monitors=[monitor])

@@ -1,62 +1,154 @@
-"""What a decode method is made of: the plug-ins it brings to the loop."""
+"""What a decode method is: one of three kinds, told apart by their classes, and what each is given and gives."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.logits_process import LogitsProcessor
+from torch import Tensor
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from ..core.errors import InputError
 from ..core.method import Method
-from .generation.engine import LayerPolicy
-from .generation.monitor import Monitor
+from ..core.schemas import Exchanged
+from ..learned.confidence_filter import TraceDataset
+from ..models.prompts import Prompts
+from .generation.exchange import DecodeAnswer, DecodeRequest
+from .generation.output import DecodeOutput
+from .generation.plugins import NO_PLUGINS, Plugins
 
-__all__ = ["DecodeMethod", "Plugins"]
+__all__ = [
+    "Call",
+    "DecodeMethod",
+    "LoopMethod",
+    "Plan",
+    "PlanMethod",
+    "Plugins",
+    "RunnerMethod",
+    "TraceMethod",
+    "refuse_others",
+]
 
 
-@dataclass(frozen=True)
-class Plugins:
-    """Plug-ins of the decode loop. Adding two sets combines them, in order."""
+class TraceMethod(Method):
+    """How a model's decoding is traced for the training of a decode method, with options of its own."""
 
-    processors: Sequence[LogitsProcessor] = ()
-    monitors: Sequence[Monitor] = ()
-    layer_policy: LayerPolicy | None = None
-    interventions: Sequence[AbstractContextManager] = ()
-    final_processors: Sequence[LogitsProcessor] = ()  # act last, after temperature and truncation
-    speculation: Any = None  # a `tokenry.decode.speculation.loop.Speculation`
+    stage: ClassVar[str] = "decode"
 
-    def __add__(self, other: Plugins) -> Plugins:
-        if self.speculation is not None and other.speculation is not None:
-            raise InputError("two methods both draft; use one of them")
-        if self.layer_policy is not None and other.layer_policy is not None:
-            raise InputError("two methods both decide which layers run; use one of them")
-        return Plugins(
-            (*self.processors, *other.processors),
-            (*self.monitors, *other.monitors),
-            self.layer_policy or other.layer_policy,
-            (*self.interventions, *other.interventions),
-            (*self.final_processors, *other.final_processors),
-            self.speculation or other.speculation,
-        )
+    def collect(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        chat: bool = True,
+    ) -> TraceDataset:
+        """The traces of a batch of prompts, numbered from 0; each has some."""
+        raise NotImplementedError
 
 
 class DecodeMethod(Method):
-    """A method of the decode stage: parameters, and the plug-ins they stand for on a given model.
+    """A method of the decode stage: a `LoopMethod`, a `PlanMethod` or a `RunnerMethod`.
 
-    A method that must read the prompts before it knows what to do has no plug-ins but a `generate` of its own with the
-    arguments of `tokenry.generate`, which hands over to it.
+    Class attributes: `tracer` (what collects the traces that its training reads; none where it is not trained so).
     """
 
     stage: ClassVar[str] = "decode"
+    tracer: ClassVar[type[TraceMethod] | None] = None
+    input: ClassVar[type[Exchanged]] = DecodeRequest
+    output: ClassVar[type[Exchanged]] = DecodeAnswer
+
+
+class LoopMethod(DecodeMethod):
+    """A method that brings plug-ins to the decode loop."""
 
     def plugins(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Plugins:
         """The plug-ins for one call of `generate`; new ones for every call."""
         raise NotImplementedError
 
-    def beside(self, other: DecodeMethod) -> Any:
-        """What stands for this method and another one that has a `generate` of its own, too."""
-        raise InputError(f"{self.slug} and {other.slug} both read the prompts first; use one of them")
+
+class PlanMethod(DecodeMethod):
+    """A method that reads the prompts, and then says how the decode loop continues them."""
+
+    def plan(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Prompts, call: Call) -> Plan:
+        """How these prompts are continued."""
+        raise NotImplementedError
+
+
+class RunnerMethod(DecodeMethod):
+    """A method that writes the texts itself."""
+
+    def run(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Prompts,
+        call: Call,
+        others: Sequence[DecodeMethod] = (),
+    ) -> DecodeOutput:
+        """The texts. `others` are further methods of the call that are no `LoopMethod`; they act together, or are
+        refused."""
+        raise NotImplementedError
+
+    def generate(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Prompts, **options: Any
+    ) -> DecodeOutput:
+        """Write with this method alone; `options` are those of `tokenry.generate`."""
+        return self.run(model, tokenizer, prompts, Call.of(**options))
+
+
+def refuse_others(method: DecodeMethod, others: Sequence[DecodeMethod]) -> None:
+    """Refuse methods that would read the prompts beside this one."""
+    if others:
+        raise InputError(f"{method.slug} and {others[0].slug} both read the prompts first; use one of them")
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a call of `tokenry.generate` asks for, besides prompts and methods. `options` are for `model.generate`."""
+
+    plugins: Plugins = NO_PLUGINS
+    max_new_tokens: int = 256
+    seed: int | None = None
+    stop: str | Sequence[str] = ()
+    chat: bool = True
+    streamers: Sequence[BaseStreamer] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, **options: Any) -> Call:
+        """From the keyword arguments of `tokenry.generate`."""
+        names = [[f.name for f in fields(one)] for one in (Plugins, cls)]
+        plugins, own = ({name: options.pop(name) for name in known if name in options} for known in names)
+        return cls(Plugins(**plugins), **own, options=options)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How prompts that were read are continued.
+
+    Attributes:
+        prompts: the encoded prompts.
+        plugins: act after all others.
+        options: for `model.generate`; they go before those of the call.
+        strategy: the name of how each row is answered.
+        probs: (batch, strategies), what that was chosen by.
+        tokens_read: tokens fed to the model already, in one forward; 0 for none.
+    """
+
+    prompts: BatchEncoding
+    plugins: Plugins
+    options: Mapping[str, Any]
+    strategy: list[str] | None = None
+    probs: Tensor | None = None
+    tokens_read: int = 0
+
+    def finish(self, output: DecodeOutput) -> DecodeOutput:
+        """The output with what the plan says of it."""
+        output.strategy, output.probs = self.strategy, self.probs
+        output.forward_calls += bool(self.tokens_read)
+        output.tokens_processed += self.tokens_read
+        return output

@@ -15,15 +15,43 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from ..core.errors import InputError
-from ..core.fields import Entries, Portion, Share, Weight
+from ..core.fields import Entries, Portion, Share, Weight, read_none
 from .denoising.contract import DiffusionMethod, DiffusionParts
 from .denoising.loop import LogitsTransform
 from .denoising.state import DiffusionState, Edit
-from .reasoning.reflection import read_none
 
 __all__ = ["CreditDecoding", "CreditFusion"]
 
 Scope = Literal["block", "sequence"]
+Slots = Annotated[Entries | None, BeforeValidator(read_none)]
+
+
+class CreditDecoding(DiffusionMethod):
+    """Threshold decoding of a masked-diffusion model with trace credit."""
+
+    slug: ClassVar[str] = "creditdecoding"
+    title: ClassVar[str] = "CreditDecoding"
+    paper: ClassVar[str] = (
+        "CreditDecoding: Accelerating Parallel Decoding in Diffusion Large Language Models with Trace Credit(s), "
+        "arXiv 2510.06133"
+    )
+    claim: ClassVar[str] = (
+        "Masked-diffusion models decode with fewer forward passes, at the same quality, when predictions that have "
+        "been the best for some steps get a bonus."
+    )
+
+    alpha: Weight = Field(0.7, description="weight of the credit; 0 is threshold decoding")
+    gamma: Portion = Field(0.2, description="exponent on the probability of the best token")
+    beta: Share = Field(0.8, description="what is left of the credit after a step")
+    threshold: Portion = Field(0.9, description="tokens at least this probable are committed")
+    slots: Slots = Field(None, description="tokens that a position remembers; none for the whole vocabulary")
+    scope: Scope = Field("block", description="credit begins anew with each block, or lasts for the whole window")
+
+    def parts(self, max_new_tokens: int) -> DiffusionParts:
+        credit = CreditFusion(self.alpha, self.gamma, self.beta, self.slots, self.scope)
+        return DiffusionParts(threshold=self.threshold, transforms=(credit,) if self.alpha else ())
+
+
 EMPTY = -1  # a slot without a token
 
 
@@ -156,32 +184,3 @@ class CreditFusion(LogitsTransform):
         values.scatter_(2, slot, values.gather(2, slot).masked_fill(new, 0.0))
         ids.scatter_(2, slot, torch.where(new, best, ids.gather(2, slot)))
         return slot
-
-
-Slots = Annotated[Entries | None, BeforeValidator(read_none)]
-
-
-class CreditDecoding(DiffusionMethod):
-    """Threshold decoding of a masked-diffusion model with trace credit."""
-
-    slug: ClassVar[str] = "creditdecoding"
-    title: ClassVar[str] = "CreditDecoding"
-    paper: ClassVar[str] = (
-        "CreditDecoding: Accelerating Parallel Decoding in Diffusion Large Language Models with Trace Credit(s), "
-        "arXiv 2510.06133"
-    )
-    claim: ClassVar[str] = (
-        "Masked-diffusion models decode with fewer forward passes, at the same quality, when predictions that have "
-        "been the best for some steps get a bonus."
-    )
-
-    alpha: Weight = Field(0.7, description="weight of the credit; 0 is threshold decoding")
-    gamma: Portion = Field(0.2, description="exponent on the probability of the best token")
-    beta: Share = Field(0.8, description="what is left of the credit after a step")
-    threshold: Portion = Field(0.9, description="tokens at least this probable are committed")
-    slots: Slots = Field(None, description="tokens that a position remembers; none for the whole vocabulary")
-    scope: Scope = Field("block", description="credit begins anew with each block, or lasts for the whole window")
-
-    def parts(self, max_new_tokens: int) -> DiffusionParts:
-        credit = CreditFusion(self.alpha, self.gamma, self.beta, self.slots, self.scope)
-        return DiffusionParts(threshold=self.threshold, transforms=(credit,) if self.alpha else ())

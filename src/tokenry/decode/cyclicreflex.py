@@ -9,67 +9,61 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from ..core.errors import InputError
-from ..core.fields import Logits, Share
-from .reasoning.reflection import BiasLogitsProcessor, ReflectionMethod, read_none, require
+from ..core.fields import Logits, Share, read_none, require
+from .reasoning.bias import BiasLogitsProcessor
+from .reasoning.reflection import ReflectionMethod
 
-__all__ = [
-    "CyclicReflectionLogitsProcessor",
-    "CyclicReflex",
-    "constant_schedule",
-    "linear_decay_schedule",
-    "noise_schedule",
-    "triangular_wave",
-]
+__all__ = ["CyclicReflectionLogitsProcessor", "CyclicReflex", "constant_schedule", "triangular_wave"]
+
+
+class CyclicReflex(ReflectionMethod):
+    """A triangular wave on the logits of reflection words."""
+
+    slug: ClassVar[str] = "cyclicreflex"
+    title: ClassVar[str] = "CyclicReflex"
+    paper: ClassVar[str] = (
+        "CyclicReflex: Improving (Large) Reasoning Models via Cyclical Reflection Token Scheduling, arXiv 2506.11077"
+    )
+    claim: ClassVar[str] = (
+        "Reasoning models solve more problems at about the same length when reflection words are encouraged and "
+        "discouraged by turns."
+    )
+
+    amplitude: Logits = Field(3.0, description="height of the wave in logits; 0 does nothing")
+    period: float = Field(600.0, ge=0.01, le=2**20, description="length of one wave in tokens")
+    shift: Share = Field(0.0, description="start of the wave, as a fraction of a period")
+    windows: tuple[tuple[int, int], ...] | None = Field(
+        None, description="positions where the wave acts, as START:END,START:END; none for all"
+    )
+
+    @field_validator("windows", mode="before")
+    @classmethod
+    def _from_text(cls, windows: Any) -> Any:
+        return _read_windows(windows)
+
+    @field_validator("windows")
+    @classmethod
+    def _are_ranges(cls, windows: tuple[tuple[int, int], ...] | None) -> tuple[tuple[int, int], ...] | None:
+        _check_windows(windows)
+        return windows
+
+    def _build(
+        self, token_ids: Sequence[int], end_think_ids: Sequence[int] | None, prompt_length: int | None
+    ) -> BiasLogitsProcessor:
+        return CyclicReflectionLogitsProcessor(
+            token_ids, self.amplitude, self.period, self.shift, self.windows, end_think_ids, prompt_length
+        )
+
 
 Schedule = Callable[[int], float]
-
-
-def triangular_wave(t: Any, A: Any, C: Any, s: Any = 0.0) -> Any:
-    """The bias at position `t` in logits: 0 at t = 0, +A at C/4, 0 at C/2, -A at 3C/4 (arXiv 2506.11077).
-
-    Args:
-        t: generated tokens so far, number, numpy array or torch tensor; all four broadcast.
-        A: amplitude in logits, >= 0.
-        C: period in tokens, > 0, not necessarily whole.
-        s: shift as a fraction of a period, in [0, 1).
-
-    Returns:
-        A tensor if any argument is one, else a numpy array (float64) of the broadcast shape.
-
-    Raises:
-        InputError: A, C or s out of range.
-    """
-    if not any(isinstance(x, Tensor) for x in (t, A, C, s)):
-        t, A, C, s = (np.asarray(x, dtype=float) for x in (t, A, C, s))
-    require((A >= 0) & (A <= 1e30), "amplitude", A, "a number in [0, 1e30], which float32 holds")
-    require(C > 0, "period", C, "a number of tokens > 0")
-    require((s >= 0) & (s < 1), "shift", s, "a fraction of a period in [0, 1)")
-    return A * (abs(4 * ((t / C + s - 0.25) % 1) - 2) - 1)
-
-
-def constant_schedule(value: float) -> Schedule:
-    """The same bias everywhere; above 0 this is "positive TIP" once `windows` says where."""
-    return lambda t: value
-
-
-def linear_decay_schedule(amplitude: float, budget: int) -> Schedule:
-    """From +amplitude at the first token down to -amplitude at token `budget`, and -amplitude from there on."""
-    require(budget > 0, "budget", budget, "a number of tokens > 0")
-    return lambda t: amplitude * (1 - 2 * min(t / budget, 1.0))
-
-
-def noise_schedule(amplitude: float, seed: int = 0) -> Schedule:
-    """Uniform noise in [-amplitude, amplitude), a function of the position so that rewinds see the same noise."""
-    require(amplitude >= 0, "amplitude", amplitude, "a number >= 0")
-    return lambda t: float(np.random.default_rng((seed, t)).uniform(-amplitude, amplitude))
 
 
 class CyclicReflectionLogitsProcessor(BiasLogitsProcessor):
@@ -80,7 +74,7 @@ class CyclicReflectionLogitsProcessor(BiasLogitsProcessor):
         amplitude, period, shift: see `triangular_wave`.
         windows: half-open ranges [start, end) of generated positions where the bias acts; None everywhere.
         end_think_ids: the token ids that together end thinking; the row is left alone after them. None: never.
-        prompt_length: prompt columns of every call; None finds out.
+        prompt_length: columns of the prompts in plain `generate`; None: those of the first call.
         schedule: bias by position instead of the wave, for ablations.
 
     Raises:
@@ -111,6 +105,34 @@ class CyclicReflectionLogitsProcessor(BiasLogitsProcessor):
         return torch.full((batch,), float(self.schedule(t)) if inside else 0.0, device=generated.device)
 
 
+def triangular_wave(t: Any, A: Any, C: Any, s: Any = 0.0) -> Any:
+    """The bias at position `t` in logits: 0 at t = 0, +A at C/4, 0 at C/2, -A at 3C/4 (arXiv 2506.11077).
+
+    Args:
+        t: generated tokens so far, number, numpy array or torch tensor; all four broadcast.
+        A: amplitude in logits, >= 0.
+        C: period in tokens, > 0, not necessarily whole.
+        s: shift as a fraction of a period, in [0, 1).
+
+    Returns:
+        A tensor if any argument is one, else a numpy array (float64) of the broadcast shape.
+
+    Raises:
+        InputError: A, C or s out of range.
+    """
+    if not any(isinstance(x, Tensor) for x in (t, A, C, s)):
+        t, A, C, s = (np.asarray(x, dtype=float) for x in (t, A, C, s))
+    require((A >= 0) & (A <= 1e30), "amplitude", A, "a number in [0, 1e30], which float32 holds")
+    require(C > 0, "period", C, "a number of tokens > 0")
+    require((s >= 0) & (s < 1), "shift", s, "a fraction of a period in [0, 1)")
+    return A * (abs(4 * ((t / C + s - 0.25) % 1) - 2) - 1)
+
+
+def constant_schedule(value: float) -> Schedule:
+    """The same bias everywhere; above 0 this is "positive TIP" once `windows` says where."""
+    return lambda t: value
+
+
 def _read_windows(value: Any) -> Any:
     """Windows from the command line: '0:8192,9000:9500'. Other values pass."""
     value = read_none(value)
@@ -119,39 +141,6 @@ def _read_windows(value: Any) -> Any:
     if not re.fullmatch(r"\s*-?\d+:-?\d+(\s*,\s*-?\d+:-?\d+)*\s*", value):
         raise ValueError(f"{value!r} is not a list of ranges; write START:END,START:END, for example 0:8192")
     return tuple(tuple(int(n) for n in part.split(":")) for part in value.split(","))
-
-
-Windows = Annotated[tuple[tuple[int, int], ...] | None, BeforeValidator(_read_windows)]
-
-
-class CyclicReflex(ReflectionMethod):
-    """A triangular wave on the logits of reflection words."""
-
-    slug: ClassVar[str] = "cyclicreflex"
-    title: ClassVar[str] = "CyclicReflex"
-    paper: ClassVar[str] = (
-        "CyclicReflex: Improving (Large) Reasoning Models via Cyclical Reflection Token Scheduling, arXiv 2506.11077"
-    )
-    claim: ClassVar[str] = (
-        "Reasoning models solve more problems at about the same length when reflection words are encouraged and "
-        "discouraged by turns."
-    )
-
-    amplitude: Logits = Field(3.0, description="height of the wave in logits; 0 does nothing")
-    period: float = Field(600.0, ge=0.01, le=2**20, description="length of one wave in tokens")
-    shift: Share = Field(0.0, description="start of the wave, as a fraction of a period")
-    windows: Windows = Field(None, description="positions where the wave acts, as START:END,START:END; none for all")
-
-    @field_validator("windows")
-    @classmethod
-    def _are_ranges(cls, windows: Windows) -> Windows:
-        _check_windows(windows)
-        return windows
-
-    def _build(self, token_ids: Sequence[int], end_think_ids: Sequence[int] | None) -> BiasLogitsProcessor:
-        return CyclicReflectionLogitsProcessor(
-            token_ids, self.amplitude, self.period, self.shift, self.windows, end_think_ids
-        )
 
 
 def _check_windows(windows: Sequence[tuple[int, int]] | None) -> None:

@@ -7,203 +7,32 @@ soon. The question is read once; what a strategy adds to the prompt comes after 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
-from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import LogitsProcessor, TemperatureLogitsWarper
 
+from ..core.artifact import ArtifactField
 from ..core.errors import InputError
-from ..core.fields import Probability, Temperature, check
-from ..core.files import explained, read_json
-from ..core.schemas import Fields, checked
+from ..core.fields import Probability
 from ..learned.difficulty_probe import CLASSES, DifficultyProbe, Prompt, Questions, read_questions
 from ..models.batch import left_padded, shared_length
 from ..models.prompts import listed_prompts, prompt_ids
 from .api import generate
-from .contract import DecodeMethod
-from .generation.loop import DecodeOutput
+from .contract import Call, DecodeMethod, Plan, PlanMethod, Plugins
+from .generation.output import DecodeOutput
+from .reasoning.strategies import DEFAULT_STRATEGIES, NORMAL, Strategy, read_strategies
 
-__all__ = ["DEFAULT_STRATEGIES", "DiffAdapt", "DiffAdaptOutput", "Strategy", "generate_by_strategy", "oracle_strategy"]
-
-EASY, NORMAL, HARD = CLASSES
-
-
-@dataclass(frozen=True)
-class Strategy:
-    """How questions of one class are answered.
-
-    Attributes:
-        name: "easy", "normal" or "hard".
-        suffix: put right behind the question, its leading space or line break included.
-        temperature: of sampling, > 0.
-        budget: share of `max_new_tokens`, in (0, 1].
-    """
-
-    name: str
-    suffix: str = ""
-    temperature: float = 0.8
-    budget: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise InputError(
-                f"temperature={self.temperature} of strategy {self.name!r} is not allowed; give a number > 0"
-            )
-        check(f"temperature of strategy {self.name!r}", self.temperature, Temperature)
-        if not 0 < self.budget <= 1:
-            raise InputError(f"budget={self.budget} of strategy {self.name!r} is not allowed; give a share in (0, 1]")
-
-    def __str__(self) -> str:
-        return f"{self.name} (temperature {self.temperature}, budget {self.budget})"
-
-    def tokens(self, max_new_tokens: int) -> int:
-        """The budget in tokens: the share rounded down, at least 1."""
-        return max(1, math.floor(round(self.budget * max_new_tokens, 6)))
+__all__ = ["DiffAdapt", "generate_by_strategy", "oracle_strategy"]
 
 
-DEFAULT_STRATEGIES = (
-    Strategy(EASY, "\n\nGo straight to the solution, then check the result once.", 0.5, 0.4),
-    Strategy(NORMAL, "\n\nThink step by step and proceed systematically.", 0.8, 1.0),
-    Strategy(HARD, "\n\nYou have little room: settle on one approach and stop early with your best answer.", 0.4, 0.5),
-)
-
-
-@dataclass
-class DiffAdaptOutput(DecodeOutput):
-    """A `DecodeOutput` with the name of each row's strategy and the probabilities of the classes (batch, 3)."""
-
-    strategy: list[str] | None = None
-    probs: Tensor | None = None
-
-
-class TemperatureByRow(TemperatureLogitsWarper):
-    """Divides the scores of each row by its own temperature.
-
-    Rows may come all together or alone, as the decode loop has it; alone they are known by their prompts (batch,
-    columns).
-    """
-
-    def __init__(self, prompts: Tensor, temperatures: Sequence[float]) -> None:
-        self.prompts = prompts
-        self.temperatures = torch.tensor(temperatures, device=prompts.device)[:, None]
-        for prompt in prompts:
-            others = {float(t) for t in self.temperatures[(prompts == prompt).all(-1)]}
-            if len(others) > 1:
-                raise InputError(
-                    f"the same prompt is in the batch with temperatures {sorted(others)}; put it in separate batches"
-                )
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if len(input_ids) == len(self.prompts):
-            return scores / self.temperatures
-        same = (input_ids[:, None, : self.prompts.shape[1]] == self.prompts).all(-1)
-        return scores / self.temperatures[same.int().argmax(-1)]
-
-
-def generate_by_strategy(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    strategies: Sequence[Strategy],
-    *,
-    max_new_tokens: int = 256,
-    questions: Questions | None = None,
-    processors: Sequence[LogitsProcessor] = (),
-    chat: bool = True,
-    **options: Any,
-) -> DecodeOutput:
-    """Continue each prompt with its own strategy, all in one batch.
-
-    Args:
-        strategies: one for each prompt.
-        questions: what `read_questions` made of the prompts: then only what follows the questions is fed. The cache in
-            it is used up.
-        options: the rest is as in `tokenry.generate`, but sampling is on, and the temperature is the strategy's.
-
-    Raises:
-        InputError: not one strategy for each prompt, a temperature in `options`, and what `tokenry.generate` refuses.
-    """
-    prompts = listed_prompts(prompts)
-    if len(prompts) != len(strategies):
-        raise InputError(f"{len(strategies)} strategies for {len(prompts)} prompts; give one strategy for each prompt")
-    if options.get("temperature", 1.0) != 1.0:
-        raise InputError(f"temperature={options['temperature']} is the strategy's to say; set it there")
-    if options.get("num_return_sequences") not in (None, 1):
-        raise InputError("num_return_sequences is not possible with budgets of single prompts; repeat the prompts")
-    rows = [prompt_ids(tokenizer, prompt, one.suffix, chat) for prompt, one in zip(prompts, strategies)]
-    ids, mask, cache = _lay_out(rows, questions, tokenizer.pad_token_id or 0, model.device)
-    own = TemperatureByRow(ids, [strategy.temperature for strategy in strategies])
-    output = generate(
-        model,
-        tokenizer,
-        BatchEncoding({"input_ids": ids, "attention_mask": mask}),
-        processors=[*processors, own],
-        past_key_values=cache,
-        max_new_tokens=max_new_tokens,
-        budgets=[strategy.tokens(max_new_tokens) for strategy in strategies],
-        **{"do_sample": True, **options, "temperature": 1.0},
-    )
-    if questions is not None:
-        output.forward_calls += 1
-        output.tokens_processed += int(questions.mask.sum())
-    return output
-
-
-def _lay_out(
-    rows: Sequence[list[int]], questions: Questions | None, pad: int, device: torch.device
-) -> tuple[Tensor, Tensor, Any]:
-    """Prompts as columns (ids, mask) with the cache of the first ones. Each row is its question, left-padded, and then
-    the rest, left-padded too; tokens at the end of a question that the rest has merged with are masked out."""
-    if questions is None:
-        return *left_padded(rows, device, pad), None
-    read = [row[keep.bool()].tolist() for row, keep in zip(questions.ids, questions.mask)]
-    shared = [shared_length(question, row) for question, row in zip(read, rows)]
-    rests = [row[count:] for row, count in zip(rows, shared)]
-    if not all(rests):  # a bare prompt without any suffix: its last token must be fed for its logits
-        return *left_padded(rows, device, pad), None
-    mask = questions.mask.clone()
-    for row, question, count in zip(mask, read, shared):
-        row[mask.shape[1] - len(question) + count :] = 0
-    ids, after = left_padded(rests, device, pad)
-    return torch.cat([questions.ids, ids], 1), torch.cat([mask, after], 1), questions.cache
-
-
-class StrategyRow(Fields):
-    """A strategy in a file."""
-
-    name: str
-    suffix: str = ""
-    temperature: float = 0.8
-    budget: float = 1.0
-
-    def strategy(self) -> Strategy:
-        return Strategy(self.name, self.suffix, self.temperature, self.budget)
-
-
-def _read_probe(value: Any) -> Any:
-    return DifficultyProbe.load(value) if isinstance(value, str | Path) else value
-
-
-def _read_strategies(value: Any) -> Any:
-    """Strategies from a JSON file: a list of objects with name, suffix, temperature and budget. Other values pass."""
-    if not isinstance(value, str | Path):
-        return value
-    problem = f"the file {str(value)!r} is no JSON list of strategies"
-    remedy = "give objects with name, suffix, temperature and budget"
-    with explained(problem, remedy):
-        found = read_json(value)
-        return tuple(checked(StrategyRow, one, problem, remedy).strategy() for one in found)
-
-
-class DiffAdapt(DecodeMethod):
+class DiffAdapt(PlanMethod):
     """A probe reads the question, and its class decides prompt, temperature and budget."""
 
     slug: ClassVar[str] = "diffadapt"
@@ -216,10 +45,10 @@ class DiffAdapt(DecodeMethod):
         "equal accuracy."
     )
 
-    probe: Annotated[DifficultyProbe | None, BeforeValidator(_read_probe), WithJsonSchema({"type": "string"})] = Field(
+    probe: ArtifactField[DifficultyProbe] | None = Field(
         None, description="folder of a probe trained on this model, or in Python the probe itself"
     )
-    strategies: Annotated[tuple[Strategy, ...], BeforeValidator(_read_strategies)] = Field(
+    strategies: Annotated[tuple[Strategy, ...], BeforeValidator(read_strategies)] = Field(
         DEFAULT_STRATEGIES,
         description="for easy, normal and hard: a JSON file, a list of objects with name, suffix, temperature, budget",
     )
@@ -249,51 +78,159 @@ class DiffAdapt(DecodeMethod):
         normal = CLASSES.index(NORMAL)
         return [self.strategies[i if good else normal] for i, good in zip(best.indices.tolist(), sure.tolist())]
 
+    def plan(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Prompt | Sequence[Prompt],
+        call: Call,
+    ) -> Plan:
+        """Read the questions, and choose a strategy for each.
+
+        Args:
+            prompts: a question or several, each a text or messages of which the last is the user's.
+            call: `max_new_tokens` is the full budget; sampling is on, and the temperature is the strategy's.
+
+        Raises:
+            InputError: no probe, one of another model or template, an empty prompt, a temperature.
+        """
+        prompts = _as_list(prompts)
+        if self.probe is None:
+            raise InputError(
+                "diffadapt has no probe; train one with `tokenry fit difficulty-probe` and give probe=FOLDER"
+            )
+        self.probe.check(model, tokenizer, call.chat)
+        questions = read_questions(model, tokenizer, prompts, call.chat)
+        probs = self.probe.probabilities(questions.states)
+        plan = plan_by_strategy(model, tokenizer, prompts, self.choose(probs), call, questions)
+        return replace(plan, probs=probs)
+
     def generate(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         prompts: Prompt | Sequence[Prompt],
         *,
-        max_new_tokens: int = 256,
-        chat: bool = True,
+        methods: Sequence[DecodeMethod] = (),
         **options: Any,
-    ) -> DiffAdaptOutput:
-        """Read the questions, choose a strategy for each, and continue them in one batch.
-
-        Args:
-            prompts: a question or several, each a text or messages of which the last is the user's.
-            max_new_tokens: the full budget.
-            options: as in `tokenry.generate`, but sampling is on, and the temperature is the strategy's.
-
-        Raises:
-            InputError: no probe, one of another model or template, an empty prompt, a temperature, max_new_tokens < 1.
-        """
-        prompts = _as_list(prompts)
-        if self.probe is None:
-            raise InputError(
-                "diffadapt has no probe; train one with `tokenry read --method difficulty-probe` and give probe=FOLDER"
-            )
-        self.probe.check(model, tokenizer, chat)
-        questions = read_questions(model, tokenizer, prompts, chat)
-        probs = self.probe.probabilities(questions.states)
-        chosen = self.choose(probs)
-        output = generate_by_strategy(
-            model,
-            tokenizer,
-            prompts,
-            chosen,
-            max_new_tokens=max_new_tokens,
-            questions=questions,
-            chat=chat,
-            **options,
-        )
-        common = {name: output.get(name) for name in DecodeOutput.__dataclass_fields__}  # drafting adds its own
-        return DiffAdaptOutput(**common, strategy=[strategy.name for strategy in chosen], probs=probs)
+    ) -> DecodeOutput:
+        """`tokenry.generate` with this method and others."""
+        return generate(model, tokenizer, prompts, methods=[self, *methods], **options)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return listed_prompts(prompts, texts_only="diffadapt puts words behind questions before they are encoded")
+
+
+def generate_by_strategy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    strategies: Sequence[Strategy],
+    *,
+    max_new_tokens: int = 256,
+    questions: Questions | None = None,
+    processors: Sequence[LogitsProcessor] = (),
+    chat: bool = True,
+    **options: Any,
+) -> DecodeOutput:
+    """Continue each prompt with its own strategy, all in one batch.
+
+    Args:
+        strategies: one for each prompt.
+        questions: what `read_questions` made of the prompts: then only what follows the questions is fed. The cache in
+            it is used up.
+        options: the rest is as in `tokenry.generate`, but sampling is on, and the temperature is the strategy's.
+
+    Raises:
+        InputError: not one strategy for each prompt, a temperature in `options`, and what `tokenry.generate` refuses.
+    """
+    call = Call(max_new_tokens=max_new_tokens, chat=chat, options=options)
+    plan = plan_by_strategy(model, tokenizer, listed_prompts(prompts), strategies, call, questions)
+    output = generate(
+        model,
+        tokenizer,
+        plan.prompts,
+        processors=[*processors, *plan.plugins.processors],
+        max_new_tokens=max_new_tokens,
+        **{**options, **plan.options},
+    )
+    return plan.finish(output)
+
+
+def plan_by_strategy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    strategies: Sequence[Strategy],
+    call: Call,
+    questions: Questions | None = None,
+) -> Plan:
+    """See `generate_by_strategy`."""
+    if len(prompts) != len(strategies):
+        raise InputError(f"{len(strategies)} strategies for {len(prompts)} prompts; give one strategy for each prompt")
+    if call.options.get("temperature", 1.0) != 1.0:
+        raise InputError(f"temperature={call.options['temperature']} is the strategy's to say; set it there")
+    if call.options.get("num_return_sequences") not in (None, 1):
+        raise InputError("num_return_sequences is not possible with budgets of single prompts; repeat the prompts")
+    rows = [prompt_ids(tokenizer, prompt, one.suffix, call.chat) for prompt, one in zip(prompts, strategies)]
+    ids, mask, cache = _lay_out(rows, questions, tokenizer.pad_token_id or 0, model.device)
+    return Plan(
+        BatchEncoding({"input_ids": ids, "attention_mask": mask}),
+        Plugins(processors=[TemperatureByRow(ids, [strategy.temperature for strategy in strategies])]),
+        {
+            "do_sample": True,
+            **call.options,
+            "temperature": 1.0,
+            "past_key_values": cache,
+            "budgets": [strategy.tokens(call.max_new_tokens) for strategy in strategies],
+        },
+        strategy=[strategy.name for strategy in strategies],
+        tokens_read=0 if questions is None else int(questions.mask.sum()),
+    )
+
+
+def _lay_out(
+    rows: Sequence[list[int]], questions: Questions | None, pad: int, device: torch.device
+) -> tuple[Tensor, Tensor, Any]:
+    """Prompts as columns (ids, mask) with the cache of the first ones. Each row is its question, left-padded, and then
+    the rest, left-padded too; tokens at the end of a question that the rest has merged with are masked out."""
+    if questions is None:
+        return *left_padded(rows, device, pad), None
+    read = [row[keep.bool()].tolist() for row, keep in zip(questions.ids, questions.mask)]
+    shared = [shared_length(question, row) for question, row in zip(read, rows)]
+    rests = [row[count:] for row, count in zip(rows, shared)]
+    if not all(rests):  # a bare prompt without any suffix: its last token must be fed for its logits
+        return *left_padded(rows, device, pad), None
+    mask = questions.mask.clone()
+    for row, question, count in zip(mask, read, shared):
+        row[mask.shape[1] - len(question) + count :] = 0
+    ids, after = left_padded(rests, device, pad)
+    return torch.cat([questions.ids, ids], 1), torch.cat([mask, after], 1), questions.cache
+
+
+class TemperatureByRow(TemperatureLogitsWarper):
+    """Divides the scores of each row by its own temperature.
+
+    Rows may come all together or alone, as the decode loop has it; alone they are known by their prompts (batch,
+    columns).
+    """
+
+    def __init__(self, prompts: Tensor, temperatures: Sequence[float]) -> None:
+        self.prompts = prompts
+        self.temperatures = torch.tensor(temperatures, device=prompts.device)[:, None]
+        for prompt in prompts:
+            others = {float(t) for t in self.temperatures[(prompts == prompt).all(-1)]}
+            if len(others) > 1:
+                raise InputError(
+                    f"the same prompt is in the batch with temperatures {sorted(others)}; put it in separate batches"
+                )
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if len(input_ids) == len(self.prompts):
+            return scores / self.temperatures
+        same = (input_ids[:, None, : self.prompts.shape[1]] == self.prompts).all(-1)
+        return scores / self.temperatures[same.int().argmax(-1)]
 
 
 def oracle_strategy(table: Mapping[str, tuple[Sequence[bool], Sequence[float]]]) -> list[str]:

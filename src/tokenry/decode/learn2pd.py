@@ -9,52 +9,78 @@ exactly what agrees with it (extremely greedy parallel decoding, EGP).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
-from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..core.artifact import ArtifactField
 from ..core.errors import InputError
 from ..core.fields import Block, Probability, Tokens
-from ..learned.confidence_filter import ConfidenceFilter, TraceDataset
-from ..models.prompts import encode_prompts
-from ..text.words import listed
+from ..learned.confidence_filter import ConfidenceFilter
+from .contract import TraceMethod
+from .denoising.blocks import block_values, in_columns
 from .denoising.contract import DiffusionMethod, DiffusionParts
-from .denoising.loop import LengthPolicy, MaskedDiffusionModel, diffusion_generate
+from .denoising.loop import LengthPolicy, MaskedDiffusionModel
+from .denoising.oracle import EGPTraces
 from .denoising.state import DiffusionState, Edit, Prediction
-from .denoising.unmask import FixedCount, UnmaskPolicy, best_first
+from .denoising.unmask import UnmaskPolicy, best_first
 
-__all__ = ["EndOfTextTruncation", "Learn2PD", "LearnedFilter", "OraclePolicy", "collect_egp_traces"]
-
-UNKNOWN = -1  # no token
+__all__ = ["EndOfTextTruncation", "Learn2PD", "LearnedFilter"]
 
 
-# --- blocks --------------------------------------------------------------------------------------------------------
+class Learn2PD(DiffusionMethod):
+    """A trained filter for what is committed, and the end of the text as the end of the window."""
 
+    slug: ClassVar[str] = "learn2pd"
+    title: ClassVar[str] = "Learn2PD"
+    paper: ClassVar[str] = (
+        "Learning to Parallel: Accelerating Diffusion Large Language Models via Adaptive Parallel Decoding, arXiv "
+        "2509.25188"
+    )
+    claim: ClassVar[str] = (
+        "A tiny filter that has learned from the confidences of a block which predictions are final decodes "
+        "masked-diffusion models in a fraction of the forward passes, at the same quality."
+    )
 
-def block_values(values: Tensor, state: DiffusionState, length: int, fill: float | int | bool) -> Tensor:
-    """What (batch, time) has in each row's block: (batch, length), with `fill` where a block is shorter."""
-    columns = _block_columns(state, length)
-    found = F.pad(values, (0, length), value=fill).gather(1, columns)
-    return found.masked_fill(columns >= state.block_end[:, None], fill)
+    tracer: ClassVar[type[TraceMethod]] = EGPTraces
 
+    filter: ArtifactField[ConfidenceFilter] = Field(
+        description="folder of a filter, or in Python the filter itself; `tokenry train --method learn2pd` makes one"
+    )
+    accept_threshold: float = Field(0.96, gt=0, lt=1, description="tokens more probably final than this are committed")
+    eotp: bool = Field(True, description="cut the window after the predicted end of the text")
+    eotp_min_confidence: Probability = Field(
+        0.0, description="least confidence of an end that is not committed; 0.9 is the safe choice"
+    )
+    min_per_step: Tokens = Field(1, description="most confident tokens that are committed in any case")
+    block_length: Block = Field(32, description="tokens of a block; that of the filter")
 
-def in_columns(chosen: Tensor, state: DiffusionState) -> Tensor:
-    """The positions of each row's block (batch, length) that are True, as columns (batch, time)."""
-    length = chosen.shape[1]
-    whole = F.pad(torch.zeros_like(state.present), (0, length))
-    return whole.scatter(1, _block_columns(state, length), chosen)[:, :-length] & state.in_block
+    @model_validator(mode="before")
+    @classmethod
+    def _block_of_the_filter(cls, values: dict) -> dict:
+        made = ConfidenceFilter.opened(values.get("filter"))
+        if not isinstance(made, ConfidenceFilter):
+            return values
+        return {"block_length": made.block_length, **values, "filter": made}
 
+    @model_validator(mode="after")
+    def _same_block(self) -> Learn2PD:
+        if self.filter.block_length != self.block_length:
+            raise InputError(
+                f"the filter was trained for blocks of {self.filter.block_length}, block_length is "
+                f"{self.block_length}; leave it out, or train a filter for it"
+            )
+        return self
 
-def _block_columns(state: DiffusionState, length: int) -> Tensor:
-    return state.block_start[:, None] + torch.arange(length, device=state.x.device)
+    def check(self, model: MaskedDiffusionModel, do_sample: bool) -> None:
+        self.filter.check(model.model, do_sample)
 
-
-# --- what is committed ---------------------------------------------------------------------------------------------
+    def parts(self, max_new_tokens: int) -> DiffusionParts:
+        policy = LearnedFilter(self.filter, self.accept_threshold, self.min_per_step)
+        length = EndOfTextTruncation(self.eotp_min_confidence) if self.eotp else None
+        return DiffusionParts(unmask=policy, length=length)
 
 
 class LearnedFilter(UnmaskPolicy):
@@ -98,50 +124,6 @@ class LearnedFilter(UnmaskPolicy):
         return candidates & (final | (best_first(prediction.confidence, candidates) < self.min_per_step))
 
 
-class OraclePolicy(UnmaskPolicy):
-    """Exactly the predictions that agree with a known answer: the fewest steps that a filter could need (EGP).
-
-    Where a block is stuck, its predictions being those of the step before, the rest of it is copied from the answer. So
-    the answer comes out whatever the model predicts.
-
-    Args:
-        reference: (batch, gen_length) the answers, such as the windows of the plain decoder.
-
-    Raises:
-        InputError: when a generation starts, windows of another shape.
-    """
-
-    def __init__(self, reference: Tensor) -> None:
-        self.reference = reference
-        self.answer: Tensor | None = None  # (batch, time) the reference in its columns
-        self.before: Tensor | None = None  # (batch, time) what the step before predicted
-
-    def reset(self, state: DiffusionState) -> None:
-        windows = (len(state.x), state.x.shape[1] - state.start)
-        if tuple(self.reference.shape) != windows:
-            raise InputError(
-                f"the reference has shape {tuple(self.reference.shape)}, the windows {windows}; give a row of ids for "
-                "each window"
-            )
-        self.answer = F.pad(self.reference.to(state.x.device), (state.start, 0), value=UNKNOWN)
-        self.before = torch.full_like(self.answer, UNKNOWN)
-
-    def reindex(self, edit: Edit) -> None:
-        self.answer, self.before = edit.take(self.answer, UNKNOWN), edit.take(self.before, UNKNOWN)
-
-    def select(self, prediction: Prediction, state: DiffusionState) -> Tensor:
-        predicted = prediction.tokens.clone()
-        same = (predicted == self.before) | ~state.in_block
-        stuck = state.candidates & (same.all(1) & (state.block_step > 0))[:, None]
-        self.before = predicted
-        # The loop writes what is predicted, so the copy goes there.
-        prediction.tokens[stuck] = self.answer[stuck]
-        return state.candidates & (prediction.tokens == self.answer)
-
-
-# --- where the window ends -----------------------------------------------------------------------------------------
-
-
 class EndOfTextTruncation(LengthPolicy):
     """Cuts each window after the end of the text, once that is predicted (EoTP, arXiv 2509.25188).
 
@@ -178,132 +160,3 @@ class EndOfTextTruncation(LengthPolicy):
         found = (committed | guessed).any(1) & state.working
         width = torch.where(found, last + 1 - state.start, state.gen_length)
         return None if torch.equal(width, state.gen_length) else Edit.resize(state, width)
-
-
-# --- traces --------------------------------------------------------------------------------------------------------
-
-
-class _TracedOracle(OraclePolicy):
-    """Keeps what a filter could have seen in each step, and what it should have said."""
-
-    def __init__(self, reference: Tensor, block_length: int, first_prompt: int) -> None:
-        super().__init__(reference)
-        self.block_length, self.first_prompt = block_length, first_prompt
-        self.steps: list[TraceDataset] = []
-
-    def select(self, prediction: Prediction, state: DiffusionState) -> Tensor:
-        rows, length = state.working, self.block_length
-        conf = block_values(prediction.confidence, state, length, 1.0)
-        label = block_values(prediction.tokens == self.answer, state, length, True)
-        mask = block_values(state.masked, state, length, False)
-        number = self.first_prompt + torch.arange(len(rows), device=rows.device)
-        step = TraceDataset(conf, label, mask, number).take(rows)
-        self.steps.append(TraceDataset(*(values.cpu() for values in step)))
-        return super().select(prediction, state)
-
-
-def collect_egp_traces(
-    model: PreTrainedModel | MaskedDiffusionModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    *,
-    gen_length: int = 32,
-    block_length: int = 32,
-    temperature: float = 0.0,
-    chat: bool = True,
-    batch_size: int = 32,
-    progress: Callable[[int, int], None] | None = None,
-) -> TraceDataset:
-    """Decode each prompt one token per step, then again with the oracle that knows the result, and keep its steps.
-
-    Args:
-        gen_length: width of the windows, a multiple of `block_length`.
-        block_length: that of the filter to train.
-        temperature: 0, since a filter is trained on the most likely tokens.
-        progress: called with (prompts done, all prompts).
-
-    Raises:
-        InputError: no prompts, temperature above 0, a window that is no multiple of the block.
-    """
-    if temperature != 0:
-        raise InputError(f"temperature={temperature} is not allowed; traces are collected at temperature 0")
-    if gen_length < block_length or gen_length % block_length:
-        raise InputError(
-            f"gen_length={gen_length} is not a multiple of block_length={block_length}; change one of them"
-        )
-    prompts = listed(prompts, "prompt")
-    if not prompts:
-        raise InputError("there are no prompts to collect traces from; give some")
-    if not isinstance(model, MaskedDiffusionModel):
-        model = MaskedDiffusionModel(model, tokenizer)
-    options, steps = {"gen_length": gen_length, "block_length": block_length}, []
-    for start in range(0, len(prompts), batch_size):
-        inputs = encode_prompts(tokenizer, prompts[start : start + batch_size], chat).to(model.device)
-        plain = diffusion_generate(model, **inputs, unmask=FixedCount(), **options)
-        oracle = _TracedOracle(torch.tensor(plain.windows), block_length, start)
-        diffusion_generate(model, **inputs, unmask=oracle, **options)
-        steps += oracle.steps
-        if progress:
-            progress(min(start + batch_size, len(prompts)), len(prompts))
-    return TraceDataset.join(steps)
-
-
-# --- the method ----------------------------------------------------------------------------------------------------
-
-
-class Learn2PD(DiffusionMethod):
-    """A trained filter for what is committed, and the end of the text as the end of the window."""
-
-    slug: ClassVar[str] = "learn2pd"
-    title: ClassVar[str] = "Learn2PD"
-    paper: ClassVar[str] = (
-        "Learning to Parallel: Accelerating Diffusion Large Language Models via Adaptive Parallel Decoding, arXiv "
-        "2509.25188"
-    )
-    claim: ClassVar[str] = (
-        "A tiny filter that has learned from the confidences of a block which predictions are final decodes "
-        "masked-diffusion models in a fraction of the forward passes, at the same quality."
-    )
-
-    filter: str = Field(description="folder of a filter; `tokenry train --method learn2pd` makes one")
-    accept_threshold: float = Field(0.96, gt=0, lt=1, description="tokens more probably final than this are committed")
-    eotp: bool = Field(True, description="cut the window after the predicted end of the text")
-    eotp_min_confidence: Probability = Field(
-        0.0, description="least confidence of an end that is not committed; 0.9 is the safe choice"
-    )
-    min_per_step: Tokens = Field(1, description="most confident tokens that are committed in any case")
-    block_length: Block = Field(32, description="tokens of a block; that of the filter")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _block_of_the_filter(cls, values: dict) -> dict:
-        if not isinstance(values.get("filter"), str):
-            return values
-        return {"block_length": ConfidenceFilter.from_pretrained(values["filter"]).block_length, **values}
-
-    _made: ConfidenceFilter = PrivateAttr()
-
-    @model_validator(mode="after")
-    def _same_block(self) -> Learn2PD:
-        self._made = ConfidenceFilter.from_pretrained(self.filter)
-        if self._made.block_length != self.block_length:
-            raise InputError(
-                f"the filter was trained for blocks of {self._made.block_length}, block_length is {self.block_length}; "
-                "leave it out, or train a filter for it"
-            )
-        return self
-
-    @staticmethod
-    def traces(
-        model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], **options: Any
-    ) -> TraceDataset:
-        """What a filter is trained on: see `collect_egp_traces`."""
-        return collect_egp_traces(model, tokenizer, prompts, **options)
-
-    def check(self, model: MaskedDiffusionModel, do_sample: bool) -> None:
-        self._made.check(model.model, do_sample)
-
-    def parts(self, max_new_tokens: int) -> DiffusionParts:
-        policy = LearnedFilter(self._made, self.accept_threshold, self.min_per_step)
-        length = EndOfTextTruncation(self.eotp_min_confidence) if self.eotp else None
-        return DiffusionParts(unmask=policy, length=length)

@@ -9,11 +9,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from ..core.fields import Portion, Positive, Probability, Temperature, Tokens, Weight, check
+from ..core.fields import Portion, Positive, Probability, Temperature, Tokens, Weight, check, read_none
 from .denoising.contract import DiffusionMethod, DiffusionParts
 from .denoising.transforms import Guidance
 from .denoising.unmask import Chance, Confidence, Factor, FixedCount, Runs
-from .reasoning.reflection import read_none
 
 __all__ = ["MaskedDiffusion"]
 

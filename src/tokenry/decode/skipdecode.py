@@ -17,22 +17,21 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import InputError
-from ..core.fields import Layers, Multiple, Positive, Tokens
+from ..core.fields import Layers, Multiple, Positive, Tokens, read_ids
 from ..hooks.holding import hooked
 from ..hooks.layers import LayerSwitch
 from ..hooks.residual import Feed, on_feed
 from ..hooks.skip_schedule import SkipSchedule, skip_forward
 from ..models.anatomy import decoder_body, decoder_layers
-from .contract import DecodeMethod, Plugins
+from .contract import LoopMethod, Plugins
 from .generation.engine import layers_needed
-from .reasoning.reflection import read_ids
 
 __all__ = ["SkipDecode", "SkipPolicy", "SkipSchedule", "skip_forward"]
 
 Depths = Annotated[tuple[Layers, ...] | None, BeforeValidator(read_ids)]
 
 
-class SkipDecode(DecodeMethod):
+class SkipDecode(LoopMethod):
     """Fewer layers for later tokens.
 
     In plain `generate` it is a context manager on the model, and needs `planned_new_tokens`:

@@ -8,8 +8,7 @@ of the base model. The base model reads many tokens at a time where it would hav
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -20,59 +19,19 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..core.errors import InputError
 from ..core.fields import Times, Tokens
-from ..core.files import explained, parse_json, read_json, shown
-from ..models.load import LoadedModel, load
+from ..models.load import Loaded, shared
 from ..models.prompts import listed_prompts
-from .contract import DecodeMethod, Plugins
-from .generation.loop import DecodeOutput
+from .contract import Call, DecodeMethod, RunnerMethod, refuse_others
 from .generation.options import ending
+from .generation.output import DecodeOutput
 from .reasoning.scores import DigitScorer, LikelihoodScorer, StepScorer
-from .reasoning.speculative import ReasoningResult, Speculation, SpeculativeReasoner, check_threshold
-from .reasoning.steps import PRESETS, Messages, StepPrompts, prompts_for
+from .reasoning.speculative import ReasoningResult, SpeculativeReasoner, StepSpeculation, check_threshold
+from .reasoning.step_prompts import Messages, StepPrompts, prompts_for, read_prompts
 
 __all__ = ["SpecReason", "SpecReasonOutput"]
 
 
-# --- the method ------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class SpecReasonOutput(DecodeOutput):
-    """A `DecodeOutput` in tokens of the base model, with the `ReasoningResult` of each row."""
-
-    results: list[ReasoningResult] | None = None
-
-
-KINDS = "texts, for answers a list of texts, and for chat true or false"
-FIELD_TYPES = {
-    "answers": lambda value: isinstance(value, list) and all(isinstance(text, str) for text in value),
-    "chat": lambda value: isinstance(value, bool),
-}
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _read_prompts(value: Any) -> Any:
-    """Prompts from a name, or from JSON: a file, or an object with the fields of `StepPrompts`. Other values pass."""
-    if not isinstance(value, str | Path):
-        return value
-    if value in PRESETS:
-        return PRESETS[value]
-    with explained(f"{str(value)!r} is neither {' nor '.join(PRESETS)} nor JSON", "give a file or an object"):
-        given = parse_json(str(value)) if str(value).lstrip().startswith("{") else read_json(value)
-    known = [f.name for f in fields(StepPrompts)]
-    unknown = [name for name in given if name not in known] if isinstance(given, dict) else [given]
-    if unknown:
-        raise ValueError(f"prompts have no field {unknown[0]!r}; the fields are {', '.join(known)}")
-    wrong = [name for name, text in given.items() if not FIELD_TYPES.get(name, _is_text)(text)]
-    if wrong:
-        raise ValueError(f"the field {wrong[0]!r} of the prompts is {shown(given[wrong[0]])}; give {KINDS}")
-    return StepPrompts(**given)
-
-
-class SpecReason(DecodeMethod):
+class SpecReason(RunnerMethod):
     """A small model writes each step, the base model scores it, and rewrites it if the score is too low."""
 
     slug: ClassVar[str] = "specreason"
@@ -99,7 +58,7 @@ class SpecReason(DecodeMethod):
     )
     first_n_base_steps: Times = Field(0, description="steps at the beginning that the base model writes")
     max_step_tokens: Tokens = Field(512, description="most tokens of a step")
-    prompts: Annotated[StepPrompts | None, BeforeValidator(_read_prompts), WithJsonSchema({"type": "string"})] = Field(
+    prompts: Annotated[StepPrompts | None, BeforeValidator(read_prompts), WithJsonSchema({"type": "string"})] = Field(
         None, description="the words around the steps: chat, lines (zoo/reasoner) or JSON; none for what fits the model"
     )
 
@@ -109,90 +68,68 @@ class SpecReason(DecodeMethod):
         check_threshold(threshold)
         return threshold
 
-    def scorer(self, base: LoadedModel, prompts: StepPrompts) -> StepScorer:
+    def scorer(self, base: Loaded, prompts: StepPrompts) -> StepScorer:
         """The judge: the base model."""
         if self.score_method == "likelihood":
             return LikelihoodScorer(*base, prompts=prompts)
         return DigitScorer(*base, method=self.score_method, prompts=prompts)
 
-    def plugins(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Plugins:
-        raise InputError(
-            "specreason writes with two models by turns, so no plug-in can stand for it; call "
-            "SpecReason(...).generate(model, tokenizer, prompts)"
-        )
-
-    def generate(
+    def run(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         prompts: Messages | Sequence[Messages],
-        *,
-        max_new_tokens: int = 256,
-        chat: bool = True,
-        seed: int | None = None,
-        streamers: Sequence[BaseStreamer] = (),
-        **options: Any,
+        call: Call,
+        others: Sequence[DecodeMethod] = (),
     ) -> SpecReasonOutput:
         """Solve problems with `model` as the base model.
 
         Args:
             prompts: a problem or several, each a text or messages of which the last is the user's.
-            max_new_tokens: the budget of kept tokens.
-            chat: use the chat templates.
-            streamers: one per row; they get whole steps.
-            options: what `generate` takes. Plug-ins and other methods are refused.
+            call: `max_new_tokens` is the budget of kept tokens; streamers get whole steps. Plug-ins are refused.
         """
-        with ending(streamers) as streamers:
-            return self._generate(model, tokenizer, prompts, max_new_tokens, chat, seed, streamers, options)
+        refuse_others(self, others)
+        for name, given in {**vars(call.plugins), "stop": call.stop}.items():
+            if given:
+                raise InputError(f"specreason writes with two models and takes no {name}; leave them out")
+        with ending(call.streamers) as streamers:
+            return self._run(model, tokenizer, prompts, call, streamers)
 
-    def _generate(
+    def _run(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         prompts: Messages | Sequence[Messages],
-        max_new_tokens: int,
-        chat: bool,
-        seed: int | None,
+        call: Call,
         streamers: Sequence[BaseStreamer],
-        options: dict[str, Any],
     ) -> SpecReasonOutput:
-        for name in (
-            "methods",
-            "processors",
-            "monitors",
-            "layer_policy",
-            "interventions",
-            "final_processors",
-            "speculation",
-            "stop",
-        ):
-            if options.pop(name, None):
-                raise InputError(f"specreason writes with two models and takes no {name}; leave them out")
         words = self.prompts or prompts_for(model)
-        words = words if chat else replace(words, chat=False)
-        base = LoadedModel(model, tokenizer)
+        words = words if call.chat else replace(words, chat=False)
+        base = Loaded(model, tokenizer)
         reasoner = SpeculativeReasoner(
             base,
             _loaded(self.small, model),
             self.scorer(base, words),
             threshold=self.threshold,
             max_step_tokens=self.max_step_tokens,
-            token_budget=max_new_tokens,
+            token_budget=call.max_new_tokens,
             first_n_base_steps=self.first_n_base_steps,
             prompts=words,
-            **options,
+            **call.options,
         )
         problems = listed_prompts(prompts, texts_only="specreason reads prompts with two tokenizers")
-        return _output(reasoner.run(problems, seed, _streaming(streamers, tokenizer, words, problems)))
+        return _output(reasoner.run(problems, call.seed, _streaming(streamers, tokenizer, words, problems)))
 
 
-def _loaded(small: Any, model: PreTrainedModel) -> LoadedModel:
-    return _load_once(str(small), model.dtype, model.device) if isinstance(small, str | Path) else LoadedModel(*small)
+@dataclass
+class SpecReasonOutput(DecodeOutput):
+    """A `DecodeOutput` in tokens of the base model, with the `ReasoningResult` of each row."""
+
+    results: list[ReasoningResult] | None = None
 
 
-@lru_cache(maxsize=1)
-def _load_once(name: str, dtype: torch.dtype, device: torch.device) -> LoadedModel:
-    return load(name, dtype, device)
+def _loaded(small: Any, model: PreTrainedModel) -> Loaded:
+    return shared(small, like=model) if isinstance(small, str | Path) else Loaded(*small)
 
 
 def _streaming(
@@ -215,7 +152,7 @@ def _streaming(
     return put
 
 
-def _output(speculation: Speculation) -> SpecReasonOutput:
+def _output(speculation: StepSpeculation) -> SpecReasonOutput:
     """The results in tokens of the base model."""
     results, base = speculation.results(), speculation.base
     ends = [[base.tokenizer.eos_token_id] if r.steps[-1].end == "eos" else [] for r in results]

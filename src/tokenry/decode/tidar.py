@@ -18,15 +18,14 @@ from typing import Annotated, ClassVar
 from pydantic import BeforeValidator, Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..core.fields import Probability, TokenId
-from .contract import DecodeMethod, Plugins
-from .reasoning.reflection import read_none
+from ..core.fields import Probability, TokenId, read_none
+from .contract import LoopMethod, Plugins
 from .speculation.self_draft import SelfDrafting, check_model
 
 __all__ = ["TiDAR"]
 
 
-class TiDAR(DecodeMethod):
+class TiDAR(LoopMethod):
     """The model drafts for itself, in the forward in which it checks its last draft."""
 
     slug: ClassVar[str] = "tidar"

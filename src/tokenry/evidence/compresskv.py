@@ -12,8 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..measure.task import Experiment, Finding, Subject
 from ..measure.tasks.needle import NeedleTask
 from ..models.anatomy import full_attention_layers
-from ..select.compresskv import CompressKV, shipped_profile
+from ..select.compresskv import CompressKV
 from ..select.cutters.cache import CacheCutter
+from ..select.heads.profile import shipped_profile
 from ..select.keep.controls import FirstLast
 
 if TYPE_CHECKING:

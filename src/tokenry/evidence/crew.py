@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..judge.crew import CRew, Solution
+from ..judge.answers.samples import Solution
+from ..judge.crew import CRew
 from ..measure.compare import Comparison
 from ..measure.statistics import Interval, bootstrap_statistic
 from ..measure.task import Experiment, Finding, Subject

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..decode.daedal import Daedal, DaedalLength
+from ..decode.daedal import Daedal
 from ..decode.denoising.contract import DiffusionMethods
+from ..decode.denoising.growth import DaedalLength
 from ..decode.denoising.loop import MaskedDiffusionModel
 from ..decode.denoising.state import DiffusionState, Edit
 from ..decode.denoising.unmask import FixedCount, Threshold
@@ -45,7 +46,7 @@ MARGIN = 0.02  # of exact match
 FOLLOWS = 0.8  # correlation of widths and lengths
 
 
-class OtherWidths(DaedalLength):
+class PermutedWidths(DaedalLength):
     """Each row gets the width that another one has grown to, drawn at random."""
 
     def grow(self, model: MaskedDiffusionModel, state: DiffusionState) -> None:
@@ -54,10 +55,10 @@ class OtherWidths(DaedalLength):
         state.apply(Edit.resize(state, state.gen_length[order.to(state.gen_length.device)]))
 
 
-class Exchanged(Daedal):
+class DaedalWithPermutedWidths(Daedal):
     """DAEDAL with the widths of other rows."""
 
-    policy: ClassVar[type[DaedalLength]] = OtherWidths
+    policy: ClassVar[type[DaedalLength]] = PermutedWidths
 
 
 WIDTHS = Statistic(
@@ -115,7 +116,7 @@ def subjects(method: Daedal) -> list[Subject]:
         for n in FIXED
     ]
     parts = (
-        (OTHERS, "control", Exchanged(**dict(method))),
+        (OTHERS, "control", DaedalWithPermutedWidths(**dict(method))),
         (GROWTH, "control", method.model_copy(update={"low_conf_threshold": 0.0})),
         (INSERTIONS, "control", method.model_copy(update={"eos_confidence_threshold": 0.0, "tail": "none"})),
         (METHOD, "method", method),

@@ -22,7 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..core.files import read_json
 from ..data.problems import Arithmetic, Problem, Split, draw_problems
 from ..decode.api import generate
-from ..decode.diffadapt import DiffAdapt, Strategy, generate_by_strategy, oracle_strategy
+from ..decode.diffadapt import DiffAdapt, generate_by_strategy, oracle_strategy
+from ..decode.reasoning.strategies import Strategy
 from ..learned.difficulty_probe import CLASSES, DifficultyProbe
 from ..measure.build_cache import digest, kept_folder, read, write
 from ..measure.compare import Comparison
@@ -30,7 +31,8 @@ from ..measure.cost import Meter
 from ..measure.statistics import Interval, bootstrap_statistic
 from ..measure.task import Experiment, Finding, Subject
 from ..measure.tasks.difficulty import Answer, Answering, DifficultyTask, answers
-from ..read.difficulty_probe import DifficultyProbeMethod, EntropyProfile, question_states
+from ..read.difficulty_probe import DifficultyProbeMethod, question_states
+from ..read.samples.entropy import EntropyProfile
 
 __all__ = ["build"]
 
@@ -149,7 +151,7 @@ def profiled(
                 tokenizer,
                 questions,
                 lambda i, text: task.check(problems[i], text),
-                MAX_NEW_TOKENS,
+                max_new_tokens=MAX_NEW_TOKENS,
                 progress=lambda done, total: bar.update(done - bar.n),
             )
         text = json.dumps({name: values.tolist() for name, values in vars(found).items()})
@@ -174,7 +176,7 @@ def fit_probes(
     linear = labeling.model_copy(update={"hidden": 0})
     shuffled = np.random.default_rng(0).permutation(labels)
     wanted = {METHOD: (labeling, labels), SHUFFLED: (labeling, shuffled), LINEAR: (linear, labels)}
-    return {name: one.fit(model, tokenizer, questions, y) for name, (one, y) in wanted.items()}
+    return {name: one.probe(model, tokenizer, questions, y) for name, (one, y) in wanted.items()}
 
 
 def solved_limit(profile: EntropyProfile, labeling: DifficultyProbeMethod) -> float:

@@ -30,8 +30,9 @@ from ..measure.task import Experiment, Finding, Subject
 from ..measure.tasks.stories import SAMPLING
 from ..measure.tasks.unlearning import UnlearningTask
 from ..train.adapters import save_adapter, without_adapter
-from ..train.ftpo import FTPO, FinalTokenDPOTrainer, FTPOTrainer
+from ..train.ftpo import FTPO
 from ..train.preference.pairs import read_pairs
+from ..train.preference.trainer import FinalTokenDPOTrainer, FTPOTrainer
 
 __all__ = ["build"]
 

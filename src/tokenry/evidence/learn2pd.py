@@ -19,21 +19,23 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..core.artifact import read_tensors
 from ..core.errors import InputError
+from ..core.tensors import read_tensors
 from ..data.problems import draw_problems
 from ..data.puzzles import PUZZLES
 from ..decode.denoising.loop import MaskedDiffusionModel, diffusion_generate
+from ..decode.denoising.oracle import OraclePolicy, collect_egp_traces
 from ..decode.denoising.state import DiffusionState, Prediction
 from ..decode.denoising.unmask import FixedCount, Threshold, UnmaskPolicy, best_first
-from ..decode.learn2pd import EndOfTextTruncation, Learn2PD, LearnedFilter, OraclePolicy, collect_egp_traces
+from ..decode.learn2pd import EndOfTextTruncation, Learn2PD, LearnedFilter
 from ..learned.confidence_filter import ConfidenceFilter, TraceDataset
 from ..measure.build_cache import digest, kept_folder, read, write
 from ..measure.compare import Comparison
 from ..measure.statistics import Interval
 from ..measure.task import Experiment, Finding, Subject
 from ..measure.tasks.denoising import PuzzleTask, cost_ratio
-from ..train.learn2pd import FilterTrainer, filter_report
+from ..train.filters.loss import filter_report
+from ..train.filters.trainer import FilterTrainer
 
 __all__ = ["build"]
 

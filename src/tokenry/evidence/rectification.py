@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -77,11 +78,13 @@ def build(
     """
     folder = kept_folder("rectification", model, tokenizer)
     episodes = sample_episodes(model, tokenizer, folder)
-    method = method or Rectification(rectifier=str(train_rectifier(model, tokenizer, episodes, folder)))
+    place = None if method else train_rectifier(model, tokenizer, episodes, folder)
+    method = method or Rectification(rectifier=place)
+    setting = partial(_setting, name=place.name if place else f"rectifier-{method.rectifier.digest()}")
     words = characteristic_words(tokenizer, episodes)
     shuffled = method.processor(model, tokenizer)
     shuffled = ShuffledRectifier(shuffled.rectifier, method.eps, method.mode, method.p_min, method.p_max)
-    bias = tune_bias(model, tokenizer, method, words, folder)
+    bias = tune_bias(model, tokenizer, method, words, _bias_file(folder, setting(method), words))
     pure, strict, published = (
         method.model_copy(update=change) for change in ({"eps": 0.0}, {"eps": 0.3}, {"mode": "iterate"})
     )
@@ -90,12 +93,12 @@ def build(
         Subject(PLAIN, "plain"),
         Subject(BAN, "control", named, {"bad_words_ids": [[word] for word in words]}),
         Subject(BIAS, "control", {**named, "bias": bias}, {"sequence_bias": biases(words, bias)}),
-        Subject(SHUFFLED, "control", _setting(method), {"final_processors": [shuffled]}),
-        Subject(WHOLE, "control", {**_setting(method), "min_p": None}, {"methods": [method], "min_p": None}),
-        Subject(PURE, "method", _setting(pure), {"methods": [pure]}),
-        Subject(STRICT, "method", _setting(strict), {"methods": [strict]}),
-        Subject(PUBLISHED, "method", _setting(published), {"methods": [published]}),
-        Subject(METHOD, "method", _setting(method), {"methods": [method]}),
+        Subject(SHUFFLED, "control", setting(method), {"final_processors": [shuffled]}),
+        Subject(WHOLE, "control", {**setting(method), "min_p": None}, {"methods": [method], "min_p": None}),
+        Subject(PURE, "method", setting(pure), {"methods": [pure]}),
+        Subject(STRICT, "method", setting(strict), {"methods": [strict]}),
+        Subject(PUBLISHED, "method", setting(published), {"methods": [published]}),
+        Subject(METHOD, "method", setting(method), {"methods": [method]}),
     ]
     return Experiment(
         slug="rectification",
@@ -175,10 +178,10 @@ def tune_bias(
     tokenizer: PreTrainedTokenizerBase,
     method: Rectification,
     words: Sequence[int],
-    folder: Path,
+    path: Path,
 ) -> float:
-    """The bias on the words at which dev stories have the nats per token that rectification has there."""
-    path = folder / f"bias-{digest([_setting(method), list(words), DEV, SEED, STRENGTHS, HALVINGS, SAMPLING])}.json"
+    """The bias on the words at which dev stories have the nats per token that rectification has there; kept at
+    `path`."""
     if path.exists():
         return read(path, read_json)
     task = DiscourseTask(model, tokenizer, DEV, "dev")
@@ -195,10 +198,15 @@ def tune_bias(
     return high
 
 
-def _setting(method: Rectification) -> dict[str, Any]:
-    folder = Path(method.rectifier)
-    weights = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in folder.glob("*.safetensors")}
-    return {**method.model_dump(mode="json"), "rectifier": folder.name, "weights": weights}
+def _bias_file(folder: Path, setting: dict[str, Any], words: Sequence[int]) -> Path:
+    return folder / f"bias-{digest([setting, list(words), DEV, SEED, STRENGTHS, HALVINGS, SAMPLING])}.json"
+
+
+def _setting(method: Rectification, name: str) -> dict[str, Any]:
+    tensors, _ = method.rectifier.stored()
+    stored = save({name: tensor.contiguous() for name, tensor in tensors.items()})  # as the file holds them
+    weights = {method.rectifier.layout.weights: hashlib.sha256(stored).hexdigest()[:12]}
+    return {**method.model_dump(mode="json"), "rectifier": name, "weights": weights}
 
 
 # --- afterwards ----------------------------------------------------------------------------------------------------

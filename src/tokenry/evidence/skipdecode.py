@@ -36,8 +36,8 @@ from ..measure.tasks.depth import (
     smallest_depth,
 )
 from ..models.anatomy import decoder_layers
-from ..models.load import LoadedModel, load
-from ..models.prompts import rendered
+from ..models.load import Loaded, load
+from ..models.prompts import prompt_ids
 from ..zoo.reasoner import solution
 
 __all__ = ["build"]
@@ -137,19 +137,17 @@ def describe(made: Callable[..., SkipSchedule]) -> dict[str, Any]:
 # --- before the comparison -----------------------------------------------------------------------------------------
 
 
-def solutions(reasoner: LoadedModel, count: int) -> list[dict[str, list[int]]]:
+def solutions(reasoner: Loaded, count: int) -> list[dict[str, list[int]]]:
     """Problems of the training split with a written solution: ids, and labels that leave the question out."""
     tokenizer, rng, rows = reasoner.tokenizer, random.Random("solutions for skipdecode"), []
     for problem in draw_problems(Arithmetic(), count, seed=7, split="train", levels=LEVELS):
-        turn = [{"role": "user", "content": problem.question}]
-        text = rendered(tokenizer, turn, add_generation_prompt=True)
-        prompt = tokenizer.encode(text, add_special_tokens=False)
+        prompt = prompt_ids(tokenizer, problem.question)
         answer = [*tokenizer.encode(solution(problem, rng), add_special_tokens=False), tokenizer.eos_token_id]
         rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
     return rows
 
 
-def train(reasoner: LoadedModel, made: Callable[..., SkipSchedule], steps: int) -> PreTrainedModel:
+def train(reasoner: Loaded, made: Callable[..., SkipSchedule], steps: int) -> PreTrainedModel:
     """The reasoner trained with this schedule; from the cache folder where it has been before."""
     settings = [describe(made), steps, BATCH, RATE, LEVELS, PLANNED, PROBLEM_DEPTHS]
     name = digest(settings)
@@ -163,7 +161,7 @@ def train(reasoner: LoadedModel, made: Callable[..., SkipSchedule], steps: int) 
     return load(folder, device=reasoner.model.device).model
 
 
-def make_trainer(reasoner: LoadedModel, made: Callable[..., SkipSchedule], steps: int) -> Any:
+def make_trainer(reasoner: Loaded, made: Callable[..., SkipSchedule], steps: int) -> Any:
     """A trainer of a copy of the reasoner, silent and with its files in a folder that goes away."""
     from copy import deepcopy
 

@@ -20,14 +20,14 @@ from ..core.errors import InputError
 from ..data.problems import Arithmetic, Problem, draw_problems
 from ..decode.reasoning.scores import StepScore, StepScorer
 from ..decode.reasoning.speculative import ReasoningResult, SpeculativeReasoner, step_speedup
-from ..decode.reasoning.steps import PRESETS, Messages, prompts_for
+from ..decode.reasoning.step_prompts import PRESETS, Messages, prompts_for
 from ..decode.specreason import SpecReason
 from ..measure.compare import Comparison
 from ..measure.statistics import Interval, bootstrap_statistic
 from ..measure.task import Experiment, Finding, Subject
 from ..measure.tasks.arithmetic import auroc
 from ..measure.tasks.steps import StepsTask, outcome, right_step
-from ..models.load import LoadedModel, load
+from ..models.load import Loaded, load
 
 __all__ = ["build"]
 
@@ -62,7 +62,7 @@ def build(
         method: its small model, prompts, judge and threshold replace those of this experiment where it sets them.
     """
     given = {name: getattr(method, name) for name in method.model_fields_set} if method else {}
-    pair = Pair(LoadedModel(model, tokenizer), SpecReason(**given))
+    pair = Pair(Loaded(model, tokenizer), SpecReason(**given))
     count = samples or 320
     dev = draw_problems(Arithmetic(), min(CHOSEN_ON, max(2 * count, 8)), split="dev", levels=LEVELS)
     sweep = sweep_thresholds(pair, dev, given)
@@ -100,7 +100,7 @@ PLAIN: Judged = ("", NONE)
 class Pair:
     """The two models and the words they share."""
 
-    def __init__(self, base: LoadedModel, method: SpecReason) -> None:
+    def __init__(self, base: Loaded, method: SpecReason) -> None:
         self.base, self.small = base, method.small
         if isinstance(self.small, str):
             self.small = load(self.small, base.model.dtype, base.model.device)

@@ -6,10 +6,12 @@ from .answers.choice import crew_dpo_config as crew_dpo_config
 from .answers.choice import crew_reward as crew_reward
 from .answers.choice import lowest_correct as lowest_correct
 from .answers.choice import weighted_vote as weighted_vote
+from .answers.samples import Judged as Judged
+from .answers.samples import Sample as Sample
+from .answers.samples import Solution as Solution
+from .answers.scores import Scores as Scores
 from .crew import CRew as CRew
 from .crew import CRewScorer as CRewScorer
-from .crew import Judged as Judged
-from .crew import Solution as Solution
 from .text.slop import Reference as Reference
 from .text.slop import SlopProfile as SlopProfile
 from .text.slop import human_reference as human_reference

@@ -7,7 +7,6 @@ for a model's own solutions the probabilities are in the `Trace` of their genera
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
@@ -16,88 +15,29 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import InputError
-from ..core.method import Method
+from ..models.batch import left_padded, position_ids
+from ..models.load import Loaded
+from ..models.positions import context_window
 from ..models.prompts import listed_prompts, rendered
 from ..text.answers import Marker, answer_tokens, check_marker, find_answer, normalise_answer
 from ..text.spans import text_offsets
 from ..text.token_text import check_encodable
 from ..text.words import listed
 from ..trace.trace import Trace
+from .answers.samples import Judged, Messages, Sample, Solution
+from .answers.scores import Scores
+from .contract import JudgeMethod, Scorer
 
-__all__ = ["CRew", "CRewScorer", "Judged", "Solution"]
-
-Messages = list[dict[str, str]]
-
-AGGREGATES: dict[str, Callable[[Tensor], Tensor]] = {
-    "mean_prob": lambda logprob: logprob.exp().mean(),
-    "geo_mean": lambda logprob: logprob.mean().exp(),
-    "product": lambda logprob: logprob.sum().exp(),
-    "min": lambda logprob: logprob.min().exp(),
-}
+__all__ = ["CRew", "CRewScorer"]
 
 
-# --- what is judged ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Solution:
-    """A solution with what the model thought of its T tokens.
-
-    Attributes:
-        offsets: (T, 2) characters of `text` that each token stands for.
-        logprob: (T,) log-probability of each token in nats, at temperature 1; nan where it is not known.
-        finished: False if the text was cut off, for example by a limit on tokens.
-        top2: the two highest probabilities at each of the given tokens, (n, 2); None if they are not known.
-    """
-
-    prompt: str
-    text: str
-    offsets: Tensor
-    logprob: Tensor
-    finished: bool = True
-    top2: Callable[[Sequence[int]], Tensor] | None = None
-
-    @classmethod
-    def from_trace(cls, trace: Trace, finished: bool = True) -> Solution:
-        """What follows the prompt of a trace, see `Trace.with_prompt`.
-
-        Generation does not feed its last token back, so the trace lacks it: pass finished=False unless that token ended
-        the text.
-
-        Raises:
-            InputError: a trace without text, or without a prompt.
-        """
-        if not trace.spans["prompt"]:
-            raise InputError("this trace does not say where its prompt ends; use trace.with_prompt(number of tokens)")
-        start = trace.spans["prompt"][0][1]
-        offsets = trace.offsets[start:]
-        first = int(offsets[0, 0]) if len(offsets) else len(trace.text)
-
-        def top2(tokens: Sequence[int]) -> Tensor:
-            return trace.logits([start + t - 1 for t in tokens]).softmax(-1).topk(2).values
-
-        known = None if trace.model is None else top2
-        return cls(trace.text[:first], trace.text[first:], offsets - first, trace.logprob[start:], finished, known)
-
-
-class Judged(NamedTuple):
-    """A solution and its worth; `answer` and `score` are None where no answer was found, `correct` without a gold."""
-
-    prompt: str
-    solution: str
-    answer: str | None
-    score: float | None
-    correct: bool | None = None
-
-
-class CRew(Method):
+class CRew(JudgeMethod):
     """Scores a solution by the probability of the tokens of its final answer.
 
     scores = CRew(marker="answer").score(traces)
     """
 
     slug: ClassVar[str] = "crew"
-    stage: ClassVar[str] = "judge"
     title: ClassVar[str] = "CRew"
     paper: ClassVar[str] = "Confidence as a Reward: Transforming LLMs into Reward Models, arXiv 2510.13501"
     claim: ClassVar[str] = "The probability a model gives its own final answer tells right from wrong solutions."
@@ -115,6 +55,10 @@ class CRew(Method):
     @classmethod
     def _is_marker(cls, marker: Marker) -> Marker:
         return check_marker(marker)
+
+    def scorer(self, loaded: Loaded, chat: bool = True) -> CRewScorer:
+        """Scores solutions given as text, too, by feeding them to a model."""
+        return CRewScorer(*loaded, self, chat)
 
     def score(self, samples: Iterable[Trace | Solution]) -> list[float | None]:
         """The worth of each sample in [0, 1]; None where no whole answer is found, never 0.
@@ -157,10 +101,15 @@ class CRew(Method):
         return float(AGGREGATES[self.aggregate](logprob))
 
 
-# --- solutions given as text ---------------------------------------------------------------------------------------
+AGGREGATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean_prob": lambda logprob: logprob.exp().mean(),
+    "geo_mean": lambda logprob: logprob.mean().exp(),
+    "product": lambda logprob: logprob.sum().exp(),
+    "min": lambda logprob: logprob.min().exp(),
+}
 
 
-class CRewScorer:
+class CRewScorer(Scorer):
     """Scores solutions given as text by feeding them to a model, their own or another one.
 
     Args:
@@ -180,6 +129,21 @@ class CRewScorer:
     ) -> None:
         self.model, self.tokenizer, self.method = model, tokenizer, method or CRew()
         self.chat, self.batch_size = chat, batch_size
+
+    def score(self, samples: Sequence[Sample | Trace], progress: Callable[[int, int], None] | None = None) -> Scores:
+        """See `Scorer.score`."""
+        read: list[Solution] = []
+        for first in range(0, len(samples), self.batch_size):
+            read += self._solutions(samples[first : first + self.batch_size])
+            if progress:
+                progress(len(read), len(samples))
+        return Scores(self.method.judge(read, [s.answer if isinstance(s, Sample) else None for s in samples]))
+
+    def _solutions(self, samples: Sequence[Sample | Trace]) -> list[Solution]:
+        """Those given as text are fed to the model, all in one batch."""
+        texts = [sample for sample in samples if isinstance(sample, Sample)]
+        fed = iter(self.read([s.prompt for s in texts], [s.solution for s in texts]) if texts else ())
+        return [next(fed) if isinstance(sample, Sample) else Solution.from_trace(sample) for sample in samples]
 
     def score_batch(
         self,
@@ -226,7 +190,7 @@ class CRewScorer:
             check_encodable(text, "a prompt or solution")
         shown, start = self._prompt(prompt)
         ids = self.tokenizer(solution, add_special_tokens=False).input_ids
-        window = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        window = context_window(self.model)
         if window is not None and len(start) + len(ids) > window:
             raise InputError(
                 f"a prompt and solution have {len(start) + len(ids)} tokens, the model's context window {window}; "
@@ -250,19 +214,15 @@ class CRewScorer:
 
     def _fill(self, rows: Sequence[_Row]) -> None:
         """One forward of left-padded rows, whose answers then share columns; logits of these columns only."""
-        width = max(len(row.ids) for row in rows)
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, width - len(row.ids) :] = torch.tensor(row.ids)
-            mask[i, width - len(row.ids) :] = 1
+        ids, mask = left_padded([row.ids for row in rows])
+        width = ids.shape[1]
         before = [torch.tensor(row.positions) + width - len(row.ids) - 1 for row in rows]  # row t predicts token t + 1
         columns = torch.cat(before).unique()
         device = self.model.device
         logits = self.model(
             input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0).to(device),
+            attention_mask=mask.long().to(device),
+            position_ids=position_ids(mask).to(device),
             logits_to_keep=columns.to(device),
             use_cache=False,
         ).logits

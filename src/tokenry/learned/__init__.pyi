@@ -8,3 +8,5 @@ from .difficulty_probe import CLASSES as CLASSES
 from .difficulty_probe import DifficultyProbe as DifficultyProbe
 from .difficulty_probe import Questions as Questions
 from .difficulty_probe import read_questions as read_questions
+from .filter_traces import TraceWriter as TraceWriter
+from .filter_traces import read_traces as read_traces

@@ -8,7 +8,6 @@ arXiv 2509.25188.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,18 +15,14 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..core.artifact import Header, header_of, read_tensors, with_weights
+from ..core.artifact import Artifact, Folder, Header
 from ..core.errors import InputError
 from ..core.fields import Block, Width, check
-from ..core.files import explained, read_json
-from ..core.outputs import write_artifact
 from ..core.schemas import Fields
+from ..core.tensors import with_weights
 from ..models.anatomy import fingerprint
 
 __all__ = ["ConfidenceFilter", "TraceDataset"]
-
-FORMAT = 1
-WEIGHTS, HEADER = "filter.safetensors", "filter.json"
 
 
 class TraceDataset(NamedTuple):
@@ -71,15 +66,20 @@ class FilterHeader(Header):
     made_for: MadeFor
 
 
-class ConfidenceFilter(nn.Module):
+class ConfidenceFilter(Artifact, nn.Module):
     """W2 relu(W1 c + b1) + b2 of the confidences c of a block: for each position, the logit of its being final.
 
     Args:
         block_length: positions of a block; confidences are in [0, 1] and in order.
         hidden: width of the hidden layer; None: as the block. 32 positions make 2,112 parameters.
 
-    `made_for` says for which model it was trained, and at which temperature (see `bind`).
+    `made_for` says for which model it was trained, and at which temperature (see `bind`). Loaded, it is in eval mode.
     """
+
+    kind = "filter"
+    layout = Folder("filter.safetensors", "filter.json")
+    fields = FilterHeader
+    remedy = "give a folder written by ConfidenceFilter.save, or make one with `tokenry train --method learn2pd`"
 
     def __init__(self, block_length: int = 32, hidden: int | None = None) -> None:
         super().__init__()
@@ -116,43 +116,15 @@ class ConfidenceFilter(nn.Module):
         """Refuse a model that it was not trained for, and drawn tokens."""
         if do_sample:
             raise InputError("the filter was trained at temperature 0; decode with do_sample=False (--greedy)")
-        if self.made_for is None:
-            return
-        found = fingerprint(model)
-        if found != self.made_for["fingerprint"]:
-            raise InputError(
-                f"the filter was trained for {self.made_for['model']!r} (weights {self.made_for['fingerprint']}), not "
-                f"for the weights {found}; train one for this model"
-            )
+        if self.made_for is not None:
+            self.check_made_for(fingerprint(model))
 
-    def save(self, folder: str | Path) -> None:
-        """Write weights (safetensors) and what they belong to (JSON).
-
-        Raises:
-            InputError: the filter was not bound to a model.
-        """
-        if self.made_for is None:
-            raise InputError("the filter belongs to no model yet; call bind(model) before save")
-        header = {
-            "format": FORMAT,
-            "block_length": self.block_length,
-            "hidden": self.hidden,
-            "made_for": self.made_for,
-        }
-        write_artifact(folder, self.state_dict(), header, (WEIGHTS, HEADER))
+    def stored(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        sizes = {"block_length": self.block_length, "hidden": self.hidden}
+        return self.state_dict(), {**sizes, "made_for": self.made_for}
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> ConfidenceFilter:
-        """Read what `save` wrote; the filter is in eval mode.
-
-        Raises:
-            InputError: no filter there, a damaged one, or one of a newer version.
-        """
-        folder = Path(folder)
-        remedy = "give a folder written by ConfidenceFilter.save, or make one with `tokenry train --method learn2pd`"
-        with explained(f"there is no filter in {str(folder)!r}", remedy):
-            header = read_json(folder / HEADER)
-            about = header_of(header, FilterHeader, FORMAT, f"the filter in {str(folder)!r}")
-            made = with_weights(lambda: cls(about.block_length, about.hidden), read_tensors(folder / WEIGHTS)[0])
+    def restored(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> ConfidenceFilter:
+        made = with_weights(lambda: cls(header["block_length"], header["hidden"]), tensors)
         made.made_for = header["made_for"]
         return made.eval()

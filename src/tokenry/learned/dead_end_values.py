@@ -8,12 +8,10 @@ Without discount Q(prefix, token) is minus the probability of that end, a number
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import re
 from copy import deepcopy
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,18 +20,17 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..core.artifact import Header, header_of, read_tensors, with_weights
+from ..core.artifact import Artifact, Folder, Header
 from ..core.errors import InputError
-from ..core.files import explained, read_json
-from ..core.outputs import write_artifact
+from ..core.hashes import digest
 from ..core.schemas import Fields
+from ..core.tensors import with_weights
+from ..models.batch import position_ids
 from ..models.kv_cache import layer_lengths, remove_last
 from ..models.masks import sees_both_sides
 
 __all__ = ["DeadEndValueModel", "DeadEndValues", "ValueCache", "vocabulary_hash"]
 
-HEADER, WEIGHTS = "rectifier.json", "rectifier.safetensors"
-FORMAT = 1
 DEPTH = re.compile("(num|n)_(hidden_)?layers?|(en|de)coder_layers")  # what configs call their layers
 
 
@@ -59,13 +56,27 @@ class DeadEndValues(NamedTuple):
     target_q: Tensor
 
 
-class DeadEndValueModel(nn.Module):
+class DeadEndValueModel(Artifact, nn.Module):
     """A causal trunk with a Q head over the vocabulary, and an averaged copy of that head for training targets.
 
     Args:
         trunk: a causal transformer; a language model head on it is left out.
         hidden_mult: width of the head's hidden layer, in widths of the trunk.
+
+    It is made for a vocabulary (see `bind`), not for one model. Loaded, it is in eval mode.
     """
+
+    kind = "rectifier"
+    layout = Folder("rectifier.safetensors", "rectifier.json")
+    fields = RectifierHeader
+    remedy = "give one written by DeadEndValueModel.save"
+    unread = "the folder {path!r} holds no {kind} that can be read"
+    unbound = "the rectifier is not bound to a tokenizer; call bind(tokenizer) before save"
+    stranger = (
+        "the rectifier was made for the vocabulary {fingerprint} ({tokens} tokens), this tokenizer has {found} ({here} "
+        "tokens); train a rectifier with this model's tokenizer"
+    )
+    errors = (StrictDataclassError,)
 
     def __init__(self, trunk: PreTrainedModel, hidden_mult: int = 2) -> None:
         super().__init__()
@@ -106,7 +117,7 @@ class DeadEndValueModel(nn.Module):
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask.long()
             if self.takes_positions:
-                positions = (attention_mask.long().cumsum(1) - 1).clamp_min(0)
+                positions = position_ids(attention_mask)
                 inputs["position_ids"] = positions[:, -input_ids.shape[1] :]
         return self.trunk(input_ids=input_ids, **inputs, return_dict=True).last_hidden_state
 
@@ -131,46 +142,33 @@ class DeadEndValueModel(nn.Module):
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse a tokenizer with another vocabulary."""
-        found = vocabulary_hash(tokenizer)
-        if found != self.vocabulary:
-            raise InputError(
-                f"the rectifier was made for the vocabulary {self.vocabulary} ({self.vocab_size} tokens), this "
-                f"tokenizer has {found} ({len(tokenizer)} tokens); train a rectifier with this model's tokenizer"
-            )
+        if self.made_for is None:
+            raise InputError("the rectifier is not bound to a tokenizer; call bind(tokenizer) before using it")
+        self.check_made_for(vocabulary_hash(tokenizer), here=len(tokenizer))
+
+    @property
+    def made_for(self) -> dict[str, Any] | None:
+        """The vocabulary; None before `bind`."""
+        return None if self.vocabulary is None else {"fingerprint": self.vocabulary, "tokens": self.vocab_size}
 
     # --- storage -------------------------------------------------------------------------------------------
 
-    def save(self, folder: str | Path) -> None:
-        """Write `rectifier.json` and `rectifier.safetensors` into a folder, which is made."""
-        if self.vocabulary is None:
-            raise InputError("the rectifier is not bound to a tokenizer; call bind(tokenizer) before save")
+    def stored(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         header = {
-            "format": FORMAT,
             "vocabulary": self.vocabulary,
             "special_ids": self.special_ids,
             "hidden_mult": self.hidden_mult,
             "trunk": json.loads(self.trunk.config.to_json_string(use_diff=False)),
         }
-        write_artifact(folder, self.state_dict(), header, (WEIGHTS, HEADER))
+        return self.state_dict(), header
 
     @classmethod
-    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> DeadEndValueModel:
-        """Read what `save` wrote; the model is in eval mode.
-
-        Raises:
-            InputError: no rectifier there, or one that is damaged or of another format.
-        """
-        folder = Path(folder)
-        remedy = "give one written by DeadEndValueModel.save"
-        with explained(f"the folder {str(folder)!r} holds no rectifier that can be read", remedy, StrictDataclassError):
-            header = read_json(folder / HEADER)
-            about = header_of(header, RectifierHeader, FORMAT, f"the rectifier in {str(folder)!r}")
-            weights = read_tensors(folder / WEIGHTS)[0]
-            _check_sizes(header["trunk"], len(weights))
-            model = with_weights(lambda: cls(_trunk(header["trunk"]), about.hidden_mult), weights).eval()
-            model(torch.zeros(1, 1, dtype=torch.long))  # a config may be taken and still not work
-        model.vocabulary, model.special_ids = about.vocabulary, about.special_ids
-        return model.to(device)
+    def restored(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> DeadEndValueModel:
+        _check_sizes(header["trunk"], len(tensors))
+        model = with_weights(lambda: cls(_trunk(header["trunk"]), header["hidden_mult"]), tensors).eval()
+        model(torch.zeros(1, 1, dtype=torch.long))  # a config may be taken and still not work
+        model.vocabulary, model.special_ids = header["vocabulary"], header["special_ids"]
+        return model
 
 
 def _trunk(config: dict[str, Any]) -> PreTrainedModel:
@@ -191,7 +189,7 @@ def _check_sizes(config: dict[str, Any], tensors: int) -> None:
 
 def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """A short hash of all tokens and their ids."""
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+    return digest(sorted(tokenizer.get_vocab().items()), 16)
 
 
 class ValueCache:

@@ -9,10 +9,8 @@ Paper: DiffAdapt: Difficulty-Adaptive Reasoning for Token-Efficient LLM Inferenc
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,14 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..core.artifact import Header, header_of, read_tensors, with_weights
+from ..core.artifact import Artifact, Folder, Header
 from ..core.errors import InputError
-from ..core.files import explained, read_json
-from ..core.outputs import write_artifact
 from ..core.schemas import Fields
+from ..core.tensors import with_weights
 from ..hooks.residual import capture_residual
 from ..models.anatomy import decoder_body, decoder_layers, fingerprint
-from ..models.batch import left_padded
+from ..models.batch import left_padded, position_arguments
 from ..models.positions import check_prompt_fits
 from ..models.prompts import Prompt, listed_prompts, question_ids, template_hash
 
@@ -36,8 +33,6 @@ __all__ = ["CLASSES", "DifficultyProbe", "Questions", "read_questions"]
 
 
 CLASSES = ("easy", "normal", "hard")
-FORMAT = 1
-WEIGHTS, HEADER = "probe.safetensors", "probe.json"
 
 
 # --- the state of a question ---------------------------------------------------------------------------------------
@@ -66,11 +61,9 @@ def read_questions(
     ids, mask = left_padded(rows, model.device, tokenizer.pad_token_id or 0)
     body, cache = decoder_body(model), DynamicCache(config=model.config)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
-    if "position_ids" in inspect.signature(body.forward).parameters:
-        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     last = len(decoder_layers(model)) - 1
     with capture_residual(model, [last]) as caught:
-        body(**inputs)
+        body(**inputs, **position_arguments(body, mask))
     return Questions(ids, mask, cache, caught[last][0][:, -1].float())
 
 
@@ -97,7 +90,7 @@ class ProbeHeader(Header):
     made_for: MadeFor
 
 
-class DifficultyProbe(nn.Module):
+class DifficultyProbe(Artifact, nn.Module):
     """softmax(W2 relu(W1 h + b1) + b2) over easy, normal and hard, of standardized states h (arXiv 2510.19669).
 
     Args:
@@ -107,6 +100,12 @@ class DifficultyProbe(nn.Module):
     `held_out_accuracy` is that of the questions `fit` kept back; `made_for` says for which model, layer and template
     (see `bind`).
     """
+
+    kind = "probe"
+    layout = Folder("probe.safetensors", "probe.json")
+    fields = ProbeHeader
+    remedy = "give a folder written by DifficultyProbe.save"
+    unbound = "the probe belongs to no model yet; call bind(model, tokenizer) before save"
 
     def __init__(self, hidden_size: int, hidden: int = 256, n_classes: int = len(CLASSES)) -> None:
         super().__init__()
@@ -232,43 +231,21 @@ class DifficultyProbe(nn.Module):
             )
         if self.made_for is None:
             return
-        now = {**self.made_for, "fingerprint": fingerprint(model), "template": template_hash(tokenizer, chat)}
-        if now["fingerprint"] != self.made_for["fingerprint"]:
+        self.check_made_for(fingerprint(model))
+        made, found = self.made_for["template"], template_hash(tokenizer, chat)
+        if found != made:
             raise InputError(
-                f"the probe was trained for {self.made_for['model']!r} (weights {self.made_for['fingerprint']}), not "
-                f"for the weights {now['fingerprint']}; train one for this model"
-            )
-        if now["template"] != self.made_for["template"]:
-            raise InputError(
-                f"the probe was trained after another chat template ({self.made_for['template']}, here "
-                f"{now['template']}); use the same tokenizer and the same `chat`, or train again"
+                f"the probe was trained after another chat template ({made}, here {found}); use the same tokenizer and "
+                "the same `chat`, or train again"
             )
 
-    def save(self, folder: str | Path) -> None:
-        """Write weights (safetensors) and what they belong to (JSON).
-
-        Raises:
-            InputError: the probe was not bound to a model.
-        """
-        if self.made_for is None:
-            raise InputError("the probe belongs to no model yet; call bind(model, tokenizer) before save")
+    def stored(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         sizes = {"hidden_size": self.hidden_size, "hidden": self.hidden, "n_classes": self.n_classes}
-        header = {"format": FORMAT, **sizes, "held_out_accuracy": self.held_out_accuracy, "made_for": self.made_for}
-        write_artifact(folder, self.state_dict(), header, (WEIGHTS, HEADER))
+        return self.state_dict(), {**sizes, "held_out_accuracy": self.held_out_accuracy, "made_for": self.made_for}
 
     @classmethod
-    def load(cls, folder: str | Path) -> DifficultyProbe:
-        """Read what `save` wrote.
-
-        Raises:
-            InputError: no probe there, a damaged one, or one of a newer version.
-        """
-        folder = Path(folder)
-        remedy = "give a folder written by DifficultyProbe.save"
-        with explained(f"there is no probe in {str(folder)!r}", remedy):
-            header = read_json(folder / HEADER)
-            about = header_of(header, ProbeHeader, FORMAT, f"the probe in {str(folder)!r}")
-            sizes = about.hidden_size, about.hidden, about.n_classes
-            probe = with_weights(lambda: cls(*sizes), read_tensors(folder / WEIGHTS)[0])
-        probe.held_out_accuracy, probe.made_for = about.held_out_accuracy, header["made_for"]
+    def restored(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> DifficultyProbe:
+        sizes = header["hidden_size"], header["hidden"], header["n_classes"]
+        probe = with_weights(lambda: cls(*sizes), tensors)
+        probe.held_out_accuracy, probe.made_for = float(header["held_out_accuracy"]), header["made_for"]
         return probe

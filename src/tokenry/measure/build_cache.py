@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from importlib.metadata import version
@@ -12,6 +11,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.files import explained
+from ..core.hashes import digest
 from ..core.outputs import write_file
 from ..models.anatomy import fingerprint
 from ..models.load import cache_folder
@@ -58,8 +58,3 @@ def read(path: Path, load: Callable[[Path], T]) -> T:
     """What `load` makes of a kept file; one that is broken is refused."""
     with explained(f"what was kept in {str(path)!r} cannot be read", "delete it, and it is made again"):
         return load(path)
-
-
-def digest(value: Any) -> str:
-    """A short hash of JSON values."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]

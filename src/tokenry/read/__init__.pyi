@@ -1,11 +1,12 @@
+from .contract import Fitted as Fitted
 from .contract import Reading as Reading
 from .difficulty_probe import DifficultyProbeMethod as DifficultyProbeMethod
-from .difficulty_probe import EntropyProfile as EntropyProfile
-from .difficulty_probe import entropy_profile as entropy_profile
 from .difficulty_probe import label_by_entropy as label_by_entropy
-from .difficulty_probe import token_entropy as token_entropy
 from .lm_head_neurons import LMHeadNeurons as LMHeadNeurons
 from .lm_head_neurons import clamp_effect as clamp_effect
+from .samples.entropy import EntropyProfile as EntropyProfile
+from .samples.entropy import entropy_profile as entropy_profile
+from .samples.entropy import token_entropy as token_entropy
 from .weights.directions import top_tokens as top_tokens
 from .weights.neuron_map import NeuronMap as NeuronMap
 from .weights.neuron_map import Overlap as Overlap

@@ -1,241 +1,151 @@
-"""Where the labels of a difficulty probe come from: the model's own samples, how sure it was and how often right.
+"""Difficulty probe: from the state of a question's last token, how hard the model will find it.
 
-Paper: DiffAdapt: Difficulty-Adaptive Reasoning for Token-Efficient LLM Inference, arXiv 2510.19669. There the entropy
-of the samples is high on easy, low on medium and high on hard questions; `EntropyProfile.plot` shows what it is here.
+Paper: DiffAdapt: Difficulty-Adaptive Reasoning for Token-Efficient LLM Inference, arXiv 2510.19669. The labels that it
+learns from are the model's own: how sure it was of its samples, and how often right.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import InputError
-from ..core.fields import Count, Probability, Rate, Temperature, Weight
-from ..core.method import Method
+from ..core.fields import Count, Probability, Rate, Temperature, Tokens, Weight, check
 from ..learned.difficulty_probe import CLASSES, DifficultyProbe, Prompt, read_questions
-from ..models.positions import check_prompt_fits
-from ..models.prompts import listed_prompts, prompt_ids
-from .contract import Reading
+from ..models.load import Loaded
+from ..models.prompts import listed_prompts
+from ..text.answers import check_marker
+from .contract import Fitted, Progress, Reading, ReadMethod
+from .samples.entropy import EntropyProfile, entropy_profile
+from .samples.problems import Problems, problems_in, sums
 
-__all__ = [
-    "DifficultyProbeMethod",
-    "EntropyProfile",
-    "entropy_profile",
-    "label_by_entropy",
-    "question_states",
-    "token_entropy",
-]
+__all__ = ["DifficultyProbeMethod", "label_by_entropy", "question_states"]
+
+
+class DifficultyProbeMethod(ReadMethod):
+    """Train a difficulty probe: profile the model's own samples, label by entropy and correctness, fit."""
+
+    slug: ClassVar[str] = "difficulty-probe"
+    title: ClassVar[str] = "Difficulty probe"
+    paper: ClassVar[str] = (
+        "DiffAdapt: Difficulty-Adaptive Reasoning for Token-Efficient LLM Inference, arXiv 2510.19669"
+    )
+    claim: ClassVar[str] = "The state of a question's last token tells how hard the model will find it."
+
+    takes: ClassVar = ("text",)
+    artifact: ClassVar[type] = DifficultyProbe
+    learns_from: ClassVar[str] = "a file with lines of {question: ..., answer: ...}, or arithmetic:N for N sums"
+
+    n_samples: int = Field(10, ge=2, le=10_000, description="samples drawn of each question")
+    temperature: Temperature = Field(0.8, description="of these samples")
+    alpha: Probability = Field(0.7, description="correctness from which a question is solved")
+    beta: Weight | None = Field(
+        None, description="entropy in nats up to which a solved question is normal; none: 60 % of them"
+    )
+    gamma: Probability = Field(0.3, description="correctness below which a question is hard")
+    hidden: int = Field(256, ge=0, le=2**16, description="width of the probe's hidden layer; 0 for a linear probe")
+    learning_rate: Rate = Field(1e-3, description="of AdamW")
+    epochs: Count = Field(100, description="passes over the questions")
+    max_new_tokens: Tokens = Field(256, description="the budget of an answer")
+    marker: str = Field(
+        "boxed",
+        description="where the answer of a sample is: boxed, answer (after 'A:', 'The answer is' or '####'), number "
+        "(the last), or a regex with one group",
+    )
+    fit_options: ClassVar[tuple[str, ...]] = (
+        *("n_samples", "temperature", "alpha", "beta", "gamma", "hidden", "learning_rate", "epochs"),
+        *("max_new_tokens", "marker"),
+    )
+
+    @field_validator("marker")
+    @classmethod
+    def _is_marker(cls, marker: str) -> str:
+        return check_marker(marker)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> DifficultyProbeMethod:
+        if self.alpha < self.gamma:
+            raise InputError(f"alpha={self.alpha} is below gamma={self.gamma}; give 0 <= gamma <= alpha <= 1")
+        return self
+
+    def examples(self, source: str, text: str | None) -> Problems:
+        """The problems of a file, or sums for arithmetic:N."""
+        if text is not None:
+            return problems_in(text, source, self.marker)
+        task, _, count = source.partition(":")
+        if task != "arithmetic" or not count.isdecimal():
+            raise InputError(f"{source!r} is no file and no known task; give {self.learns_from}")
+        if "marker" in self.model_fields_set:
+            raise InputError("marker would have no effect with arithmetic:N; leave it out")
+        check("N of arithmetic:N", int(count), Count)
+        return sums(int(count))
+
+    def fit(self, loaded: Loaded, data: Problems | None = None, progress: Progress | None = None) -> Fitted:
+        """Profile the model's samples of the problems, label them, and train on the labels."""
+        if data is None:
+            raise InputError(f"{self.slug} has nothing to learn from; give problems, see `examples`")
+        profile = self.profile(*loaded, *data, progress=progress)
+        labels = self.labels(profile)
+        probe = self.probe(*loaded, data.questions, labels)
+        rows = [{"class": CLASSES[row.pop("level")], **row} for row in profile.reading(labels).rows]
+        quality = f"right on {probe.held_out_accuracy:.0%} of the questions held out"
+        return Fitted(probe, [Reading("the model's own samples, by class", rows)], quality)
+
+    def load(self, path: str, loaded: Loaded) -> DifficultyProbe:
+        """See `DifficultyProbe.load` and `check`."""
+        probe = DifficultyProbe.load(path)
+        probe.check(*loaded)
+        return probe
+
+    def read(self, given: str, artifact: DifficultyProbe | None = None, loaded: Loaded | None = None) -> Reading:
+        """The class of a question and the probability of each."""
+        if artifact is None or loaded is None:
+            raise InputError("the difficulty of a question needs a probe and its model; give artifact= and loaded=")
+        (probabilities,) = artifact.probabilities(read_questions(*loaded, [given]).states).tolist()
+        best = CLASSES[int(np.argmax(probabilities))]
+        row = {"question": given, "class": best, **dict(zip(CLASSES, probabilities))}
+        return Reading("how hard the model will find the question", [row])
+
+    def profile(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Prompt],
+        is_correct: Callable[[int, str], bool],
+        **options: object,
+    ) -> EntropyProfile:
+        """`entropy_profile` with these settings; `options` replace some of them."""
+        settings = {name: getattr(self, name) for name in ("n_samples", "temperature", "max_new_tokens")}
+        return entropy_profile(model, tokenizer, prompts, is_correct, **{**settings, **options})
+
+    def labels(self, profile: EntropyProfile) -> np.ndarray:
+        """`label_by_entropy` with these settings."""
+        return label_by_entropy(profile.entropy, profile.correctness, self.alpha, self.beta, self.gamma)
+
+    def probe(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Prompt],
+        labels: Sequence[int],
+        chat: bool = True,
+        seed: int = 0,
+    ) -> DifficultyProbe:
+        """A probe of these prompts and their classes, bound to the model."""
+        states = question_states(model, tokenizer, prompts, chat)
+        probe = DifficultyProbe(states.shape[1], self.hidden)
+        probe.fit(states, torch.as_tensor(labels), learning_rate=self.learning_rate, epochs=self.epochs, seed=seed)
+        return probe.bind(model, tokenizer, chat)
+
 
 EASY, NORMAL, HARD = range(len(CLASSES))
 BETA_PERCENTILE = 60  # of the entropy of questions that are mostly solved
-BAR = 24  # characters of the longest bar
-Progress = Callable[[int, int], None]
-
-
-# --- entropy -------------------------------------------------------------------------------------------------------
-
-
-def step_entropy(logits: Tensor) -> Tensor:
-    """Entropy in nats of softmax(logits), over the last dimension, in float32; impossible tokens (-inf) count 0."""
-    logprob = logits.float().log_softmax(-1)
-    return -(logprob.exp() * logprob.masked_fill(logprob.isneginf(), 0.0)).sum(-1)
-
-
-def token_entropy(logits: Tensor, mask: Tensor) -> Tensor:
-    """Mean entropy in nats (batch,) of logits (batch, time, vocab) over the tokens where mask (batch, time) is true.
-
-    Raises:
-        InputError: a row without any token.
-    """
-    return _masked_mean(step_entropy(logits), mask)
-
-
-def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    mask = mask.bool()
-    if not bool(mask.any(-1).all()):
-        raise InputError(f"row {int((~mask.any(-1)).nonzero()[0])} has no token, so no entropy; leave it out")
-    return values.masked_fill(~mask, 0.0).sum(-1) / mask.sum(-1)
-
-
-class StepEntropies(LogitsProcessor):
-    """Keeps the entropy of every distribution it sees. It stands before temperature and truncation, which lower it."""
-
-    def __init__(self) -> None:
-        self.steps: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.steps.append(step_entropy(scores))
-        return scores
-
-
-# --- the profile ---------------------------------------------------------------------------------------------------
-
-
-class Level(NamedTuple):
-    """Means over the questions of one level, with the 95 % bootstrap interval of the entropy."""
-
-    questions: int
-    entropy: float
-    low: float
-    high: float
-    correctness: float
-    tokens: float
-
-
-@dataclass(frozen=True)
-class EntropyProfile:
-    """What the samples of each question say: arrays (questions,).
-
-    Attributes:
-        entropy: mean over the samples of their mean entropy, in nats per token.
-        correctness: share of right samples.
-        tokens: mean length of a sample.
-    """
-
-    entropy: np.ndarray
-    correctness: np.ndarray
-    tokens: np.ndarray
-
-    def levels(self, difficulty: Sequence[int]) -> dict[int, Level]:
-        """The means of each level of difficulty, the lowest first; `difficulty` has one for each question."""
-        given = np.asarray(difficulty)
-        if given.shape != self.entropy.shape:
-            raise InputError(f"{given.size} difficulties for {self.entropy.size} questions; give one for each")
-        return {int(level): self._level(given == level) for level in np.unique(given)}
-
-    def _level(self, chosen: np.ndarray) -> Level:
-        entropy = self.entropy[chosen]
-        picks = np.random.default_rng(0).integers(0, len(entropy), (2000, len(entropy)))
-        low, high = np.percentile(entropy[picks].mean(1), [2.5, 97.5])
-        means = (float(values[chosen].mean()) for values in (self.correctness, self.tokens))
-        return Level(len(entropy), float(entropy.mean()), float(low), float(high), *means)
-
-    def reading(self, difficulty: Sequence[int]) -> Reading:
-        """Entropy, correctness and length by level of difficulty."""
-        rows = [{"level": level, **found._asdict()} for level, found in self.levels(difficulty).items()]
-        return Reading("entropy of the model's own samples, by difficulty", rows)
-
-    def plot(self, difficulty: Sequence[int]) -> Table:
-        """The levels with bars of entropy, for a terminal or notebook: `rich.print(profile.plot(difficulty))`."""
-        levels = self.levels(difficulty)
-        longest = max(found.entropy for found in levels.values()) or 1.0
-        table = Table(title="entropy by difficulty", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-        for heading in ("level", "correct", "tokens", "nats per token"):
-            table.add_column(heading, justify="right")
-        table.add_column("")
-        for level, found in levels.items():
-            shown = f"{found.correctness:.2f}", f"{found.tokens:.1f}", f"{found.entropy:.3f}"
-            table.add_row(str(level), *shown, "█" * round(BAR * found.entropy / longest))
-        return table
-
-
-def entropy_profile(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    is_correct: Callable[[int, str], bool],
-    *,
-    max_new_tokens: int,
-    n_samples: int = 10,
-    temperature: float = 0.8,
-    chat: bool = True,
-    batch_size: int = 160,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> EntropyProfile:
-    """Draw samples of each prompt and measure their entropy at temperature 1 and their correctness.
-
-    Args:
-        is_correct: whether the text answers prompt number i rightly. A sample cut off at `max_new_tokens` is wrong.
-        max_new_tokens: the full budget.
-        batch_size: samples at a time.
-        progress: called with (prompts done, all).
-
-    Raises:
-        InputError: n_samples < 2, temperature <= 0, no prompts, max_new_tokens < 1.
-    """
-    prompts = listed_prompts(prompts)
-    for name, value, good, allowed in (
-        ("n_samples", n_samples, n_samples >= 2, "a number >= 2"),
-        ("temperature", temperature, temperature > 0, "a number > 0, since samples must differ"),
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "a number >= 1"),
-        ("prompts", len(prompts), len(prompts) > 0, "at least one"),
-    ):
-        if not good:
-            raise InputError(f"{name}={value} is not allowed; give {allowed}")
-    at_a_time, rows = max(1, batch_size // n_samples), []
-    for start in range(0, len(prompts), at_a_time):
-        batch = [prompt_ids(tokenizer, prompt, chat=chat) for prompt in prompts[start : start + at_a_time]]
-        check_prompt_fits(model, max(map(len, batch)), max_new_tokens)
-        drawn = _draw(model, tokenizer, batch, n_samples, temperature, max_new_tokens, seed + start)
-        for i in range(len(batch)):
-            own = drawn[i * n_samples : (i + 1) * n_samples]
-            right = [is_correct(start + i, one.text) and one.finished for one in own]
-            rows.append([np.mean(values) for values in ([s.entropy for s in own], right, [s.tokens for s in own])])
-        if progress:
-            progress(min(start + at_a_time, len(prompts)), len(prompts))
-    return EntropyProfile(*np.array(rows).T)
-
-
-class _Drawn(NamedTuple):
-    """One sample: its mean entropy in nats, its length, its text, and whether it ended before the limit."""
-
-    entropy: float
-    tokens: int
-    text: str
-    finished: bool
-
-
-@torch.no_grad()
-def _draw(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[int]],
-    n_samples: int,
-    temperature: float,
-    max_new_tokens: int,
-    seed: int,
-) -> list[_Drawn]:
-    """The samples of the first prompt, of the second, and so on."""
-    inputs = tokenizer.pad({"input_ids": list(prompts)}, padding_side="left", return_tensors="pt").to(model.device)
-    watch = StepEntropies()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        out = model.generate(
-            **inputs,
-            logits_processor=LogitsProcessorList([watch]),
-            do_sample=True,
-            temperature=temperature,
-            top_k=0,
-            top_p=1.0,
-            num_return_sequences=n_samples,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    new = out[:, inputs["input_ids"].shape[1] :]
-    ends = _ends(new, model.generation_config.eos_token_id)
-    mask = ends.cumsum(-1) - ends == 0  # up to the first end of text, and on it
-    entropy = _masked_mean(torch.stack(watch.steps, 1), mask)
-    texts = [tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(new, mask)]
-    return list(map(_Drawn, entropy.tolist(), mask.sum(-1).tolist(), texts, ends.bool().any(-1).tolist()))
-
-
-def _ends(new: Tensor, eos: int | Sequence[int] | None) -> Tensor:
-    """1 where a token of (rows, time) ends the text."""
-    ends = torch.tensor([] if eos is None else [eos] if isinstance(eos, int) else list(eos), device=new.device)
-    return torch.isin(new, ends.to(new.dtype)).long()
-
-
-# --- labels and states ---------------------------------------------------------------------------------------------
 
 
 def label_by_entropy(
@@ -276,64 +186,3 @@ def question_states(
     prompts = listed_prompts(prompts)
     parts = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
     return torch.cat([read_questions(model, tokenizer, part, chat).states.cpu() for part in parts])
-
-
-class DifficultyProbeMethod(Method):
-    """Train a difficulty probe: profile the model's own samples, label by entropy and correctness, fit."""
-
-    slug: ClassVar[str] = "difficulty-probe"
-    stage: ClassVar[str] = "read"
-    title: ClassVar[str] = "Difficulty probe"
-    paper: ClassVar[str] = (
-        "DiffAdapt: Difficulty-Adaptive Reasoning for Token-Efficient LLM Inference, arXiv 2510.19669"
-    )
-    claim: ClassVar[str] = "The state of a question's last token tells how hard the model will find it."
-
-    n_samples: int = Field(10, ge=2, le=10_000, description="samples drawn of each question")
-    temperature: Temperature = Field(0.8, description="of these samples")
-    alpha: Probability = Field(0.7, description="correctness from which a question is solved")
-    beta: Weight | None = Field(
-        None, description="entropy in nats up to which a solved question is normal; none: 60 % of them"
-    )
-    gamma: Probability = Field(0.3, description="correctness below which a question is hard")
-    hidden: int = Field(256, ge=0, le=2**16, description="width of the probe's hidden layer; 0 for a linear probe")
-    learning_rate: Rate = Field(1e-3, description="of AdamW")
-    epochs: Count = Field(100, description="passes over the questions")
-
-    @model_validator(mode="after")
-    def _in_order(self) -> DifficultyProbeMethod:
-        if self.alpha < self.gamma:
-            raise InputError(f"alpha={self.alpha} is below gamma={self.gamma}; give 0 <= gamma <= alpha <= 1")
-        return self
-
-    def profile(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        prompts: Sequence[Prompt],
-        is_correct: Callable[[int, str], bool],
-        max_new_tokens: int,
-        **options: object,
-    ) -> EntropyProfile:
-        """`entropy_profile` with these settings."""
-        settings = {"n_samples": self.n_samples, "temperature": self.temperature, **options}
-        return entropy_profile(model, tokenizer, prompts, is_correct, max_new_tokens=max_new_tokens, **settings)
-
-    def labels(self, profile: EntropyProfile) -> np.ndarray:
-        """`label_by_entropy` with these settings."""
-        return label_by_entropy(profile.entropy, profile.correctness, self.alpha, self.beta, self.gamma)
-
-    def fit(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        prompts: Sequence[Prompt],
-        labels: Sequence[int],
-        chat: bool = True,
-        seed: int = 0,
-    ) -> DifficultyProbe:
-        """A probe of these prompts and their classes, bound to the model."""
-        states = question_states(model, tokenizer, prompts, chat)
-        probe = DifficultyProbe(states.shape[1], self.hidden)
-        probe.fit(states, torch.as_tensor(labels), learning_rate=self.learning_rate, epochs=self.epochs, seed=seed)
-        return probe.bind(model, tokenizer, chat)

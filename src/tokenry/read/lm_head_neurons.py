@@ -8,41 +8,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import isfinite
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import InputError
-from ..core.fields import Count, Entries
-from ..core.method import Method
+from ..core.fields import Count, Entries, Layer, Probability
+from ..core.method import read_words
 from ..hooks.neurons import clamp_neurons
 from ..models.anatomy import unembedding
+from ..models.load import Loaded
 from ..text.words import listed
-from ..trace.trace import Trace
-from .contract import Reading
+from ..trace.trace import Trace, capture
+from .contract import Fitted, Progress, Reading, ReadMethod
 from .weights.directions import Side, neuron_rows, top_tokens
-from .weights.neuron_map import NeuronMap, Progress
+from .weights.neuron_map import LayerProgress, NeuronMap
 
 __all__ = ["LMHeadNeurons", "clamp_effect"]
 
 
-class LMHeadNeurons(Method):
+class LMHeadNeurons(ReadMethod):
     """Name MLP neurons after the tokens their weights point at; find them by word, and in a trace.
 
         names = LMHeadNeurons().map(model, tokenizer)
         names.find("dog"); names.table(layer=28)
-        with capture(model, tokenizer, neurons="all") as cap:
-            model(ids, use_cache=False, logits_to_keep=1)
-        LMHeadNeurons().read(cap.trace, names).to_frame()
+        LMHeadNeurons().read("She stayed at home", names, (model, tokenizer)).to_frame()
 
     The paper decodes the raw rows of the up-projection; `gate` and `down` decode the other two sides.
     """
 
     slug: ClassVar[str] = "lm-head-neurons"
-    stage: ClassVar[str] = "read"
     title: ClassVar[str] = "LM-head neuron map"
     paper: ClassVar[str] = (
         "Decoding specialized feature neurons in LLMs with the final projection layer, arXiv 2501.02688"
@@ -52,14 +50,29 @@ class LMHeadNeurons(Method):
         "than clamping other neurons does."
     )
 
+    takes: ClassVar = ("text", "trace")
+    artifact: ClassVar[type] = NeuronMap
+    saved_as: ClassVar = "file"
+    fit_options: ClassVar[tuple[str, ...]] = ("side", "fold_norm", "top_k", "chunk", "bottom")
+    input_options: ClassVar[tuple[str, ...]] = ("min_prob", "per_token")
+
     side: Side = Field("up", description="weights to decode: what a neuron reads (up, gate) or writes (down)")
     fold_norm: bool = Field(False, description="multiply by the gain of the norm between the residual and the weights")
     top_k: Entries = Field(10, description="tokens kept per neuron; at most the vocabulary")
     chunk: Count = Field(512, description="neurons decoded at a time")
     bottom: bool = Field(False, description="also the tokens a neuron points away from, for negative activations")
+    find: Annotated[tuple[str, ...], BeforeValidator(read_words)] = Field(
+        (), description="words whose neurons are listed, with commas between or a JSON list"
+    )
+    layer: Layer | None = Field(None, description="layer whose most specialized neurons are listed")
+    overlap: str | None = Field(
+        None, description="saved map of another checkpoint, with which names are compared layer by layer"
+    )
+    min_prob: Probability = Field(0.01, description="probability of its top token from which a neuron has a name")
+    per_token: Count = Field(3, description="named neurons listed of each token that is read")
 
     def map(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: Progress | None = None
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: LayerProgress | None = None
     ) -> NeuronMap:
         """Decode every neuron of `model`. Needs no data and no forward pass.
 
@@ -73,65 +86,94 @@ class LMHeadNeurons(Method):
             model, tokenizer, self.side, self.fold_norm, self.top_k, self.chunk, self.bottom, progress
         )
 
-    def read(
-        self,
-        trace: Trace,
-        names: NeuronMap | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        top: int = 3,
-        least: float = 0.01,
-    ) -> Reading:
-        """The strongest named neurons of every token of a trace that was captured with `neurons=...`.
+    def fit(self, loaded: Loaded, data: None = None, progress: Progress | None = None) -> Fitted:
+        """The map as an artifact, see `map`."""
+        told = (lambda done, total, what: progress(done, total)) if progress else None
+        names = self.map(*loaded, told)
+        layers, width = names.shape
+        return Fitted(names, [], f"{layers * width:,} neurons in {layers} layers")
+
+    def load(self, path: str, loaded: Loaded) -> NeuronMap:
+        """See `NeuronMap.load`."""
+        return NeuronMap.load(path, *loaded)
+
+    def browse(self, artifact: NeuronMap) -> list[Reading]:
+        """The neurons of the words of `find`, those of `layer`, and how many names `overlap` has in common."""
+        readings = [artifact.find(word) for word in self.find]
+        if self.layer is not None:
+            readings.append(artifact.table(self.layer))
+        if self.overlap is not None:
+            readings.append(_overlap(artifact, NeuronMap.load(self.overlap)))
+        return readings
+
+    def read(self, given: str | Trace, artifact: NeuronMap | None = None, loaded: Loaded | None = None) -> Reading:
+        """The strongest named neurons of every token, by the size of their activation (the input of `mlp.down_proj`).
 
         Args:
-            names: a map of the traced model; made anew from `trace.model` and `tokenizer` if not given.
-            top: neurons per token, by the size of their activation (the input of `mlp.down_proj`).
-            least: a neuron has a name if its top token has at least this probability; most neurons have none.
+            given: a text, or a trace that was captured with `neurons=...`.
+            artifact: a map of the model; made anew if not given.
+            loaded: the model and its tokenizer, for a text or a new map.
 
         Returns:
-            Rows of position, token, layer, neuron, activation, name, probability; fewer than `top` where fewer are
-            named.
+            Rows of position, token, layer, neuron, activation, name, probability; fewer than `per_token` where fewer
+            are named.
 
         Raises:
-            InputError: a trace without neurons, a map of another model, neither map nor model and tokenizer.
+            InputError: a trace without neurons, a map of another model, a text or no map without the model.
         """
-        if top < 1 or not 0 <= least <= 1:
-            raise InputError(f"top={top}, least={least} is not allowed; give top >= 1 and a probability in [0, 1]")
-        layers = sorted(int(name.removeprefix("mlp.")) for name in trace.tensors if name.startswith("mlp."))
-        if not layers:
+        if loaded is None and (artifact is None or isinstance(given, str)):
+            raise InputError("a text, or names without a map, need the model and a tokenizer; give loaded=load(...)")
+        if isinstance(given, Trace) and not _layers(given):
             raise InputError('this trace does not hold neurons; capture again with neurons="all" or neurons=[layer]')
-        if names is None:
-            if trace.model is None or tokenizer is None:
-                raise InputError("names of neurons need a map, or the traced model and a tokenizer; give one of them")
-            names = self.map(trace.model, tokenizer)
-        names.check(trace.header["fingerprint"])
+        names = self.map(*loaded) if artifact is None else artifact
+        trace = self._traced(given, names, loaded) if isinstance(given, str) else given
+        names.check_made_for(trace.header["fingerprint"])
         rows = []
-        for position, found in enumerate(_strongest(trace, layers, names, top, least)):
+        for position, found in enumerate(_strongest(trace, names, self.per_token, self.min_prob)):
             start, stop = trace.offsets[position].tolist() if trace.text else (0, 0)
             token = trace.text[start:stop] or f"<{int(trace.ids[position])}>"
-            for layer, neuron, activation in found:
-                rows.append(
-                    {
-                        "position": position,
-                        "token": token,
-                        "layer": layer,
-                        "neuron": neuron,
-                        "activation": activation,
-                        "name": names.text(names.top[layer, neuron]),
-                        "probability": float(names.probability[layer, neuron]),
-                    }
-                )
-        return Reading(f"strongest of the neurons whose name has a probability of at least {least:g}", rows)
+            rows += [{"position": position, "token": token, **_named(names, *neuron)} for neuron in found]
+        return Reading(f"strongest of the neurons whose name has a probability of at least {self.min_prob:g}", rows)
+
+    def _traced(self, text: str, names: NeuronMap, loaded: Loaded) -> Trace:
+        """The text with the neurons of the layers in which some have a name."""
+        if not text.strip():
+            raise InputError("the text is empty; give some text to read")
+        model, tokenizer = loaded
+        ids = tokenizer(text, return_tensors="pt").input_ids.to(model.device)
+        neurons = names.named_layers(self.min_prob) or "all"
+        with capture(model, tokenizer, neurons=neurons) as cap, torch.no_grad():
+            model(ids, use_cache=False, logits_to_keep=1)
+        return cap.trace
 
 
-def _strongest(
-    trace: Trace, layers: Sequence[int], names: NeuronMap, top: int, least: float
-) -> list[list[tuple[int, int, float]]]:
+def _named(names: NeuronMap, layer: int, neuron: int, activation: float) -> dict[str, Any]:
+    return {
+        "layer": layer,
+        "neuron": neuron,
+        "activation": activation,
+        "name": names.text(names.top[layer, neuron]),
+        "probability": float(names.probability[layer, neuron]),
+    }
+
+
+def _overlap(names: NeuronMap, other: NeuronMap) -> Reading:
+    found = names.overlap(other)
+    title = f"equal top tokens: {found.share:.1%} of all neurons, {found.chance:.1%} by chance"
+    return Reading(title, [{"layer": i, "share": a, "chance": b} for i, (a, b) in enumerate(found.by_layer)])
+
+
+def _layers(trace: Trace) -> list[int]:
+    """Layers whose neurons a trace holds."""
+    return sorted(int(name.removeprefix("mlp.")) for name in trace.tensors if name.startswith("mlp."))
+
+
+def _strongest(trace: Trace, names: NeuronMap, top: int, min_prob: float) -> list[list[tuple[int, int, float]]]:
     """For every token the `top` (layer, neuron, activation) of largest size among the named neurons."""
     sizes, places, signed = [], [], []
-    for layer in layers:
+    for layer in _layers(trace):
         values = trace.neurons(layer).float()
-        named = (names.probability[layer] >= least).nonzero().squeeze(1)
+        named = (names.probability[layer] >= min_prob).nonzero().squeeze(1)
         best = values[:, named].abs().topk(min(top, len(named)))
         neurons = named[best.indices]
         sizes.append(best.values)

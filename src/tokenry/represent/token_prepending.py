@@ -20,115 +20,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import InputError
 from ..core.fields import Layer, Layers, Seed
-from ..core.method import Method
 from ..hooks.holding import hold, hooked
 from ..hooks.residual import Feed, edit_inputs, on_feed
 from ..models.anatomy import decoder_layers, effective_weight, unwrapped, vocabulary_size
 from ..models.masks import sees_both_sides
+from .contract import RepresentMethod
 from .text.prompt_embedder import PromptEmbedder, last_tokens, read_prompt
 
 __all__ = ["Prepending", "TokenPrepending"]
 
 
-class Prepending:
-    """Context manager: rows that hold the slot token once get it overwritten in every forward of the model.
-
-    Works with padding on either side; the last token comes from the attention mask. The slot's own vector is put on
-    the output of the embedding, so its id need not be in the vocabulary.
-
-    Args:
-        slot_token_id: the id that stands for the slot.
-        layers: the layers before which the slot is overwritten.
-        vector: (width,) embedding of the slot.
-    """
-
-    def __init__(self, model: PreTrainedModel, slot_token_id: int, layers: range, vector: Tensor) -> None:
-        self.model, self.slot_token_id, self.layers, self.vector = model, slot_token_id, layers, vector
-        self._is_slot: Tensor | None = None  # from the start of a forward to its embedding
-        self._slot = self._last = torch.empty(0)
-        self._stack: ExitStack | None = None
-
-    def __enter__(self) -> Self:
-        if self._stack is not None:
-            raise InputError("this context of token prepending is open already; leave it first, or make another one")
-        blocks, embedding = decoder_layers(self.model), self.model.get_input_embeddings()
-        self._is_slot = None
-        with ExitStack() as stack:  # whatever was opened is closed again when a later step fails
-            stack.enter_context(hold(self.model))
-            stack.enter_context(on_feed(self.model, self._find_slot))
-            stack.enter_context(edit_inputs(self.model, {embedding: self._known_ids}))
-            stack.enter_context(hooked(embedding, self._put_vector))
-            stack.enter_context(edit_inputs(self.model, {blocks[layer]: self._overwrite for layer in self.layers}))
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        stack, self._stack = self._stack, None
-        stack.close()
-
-    def _find_slot(self, feed: Feed) -> None:
-        if feed.ids is None:
-            raise InputError("token prepending finds its slot in input_ids; do not pass inputs_embeds")
-        if feed.start > 0:
-            raise InputError(
-                f"token prepending reads whole sequences, but past_key_values holds {feed.start} tokens; "
-                "call the model without a cache"
-            )
-        mask = torch.ones_like(feed.ids) if feed.mask is None else feed.mask
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            raise InputError("token prepending reads a 2-D attention_mask (batch, tokens); do not pass a 4-D one")
-        real = mask.bool()
-        self._is_slot = (feed.ids == self.slot_token_id) & real
-        for row, count in enumerate(self._is_slot.sum(1).tolist()):
-            if count != 1:
-                raise InputError(
-                    f"the slot token {self.slot_token_id} must occur exactly once per row, row {row} has {count}; "
-                    "put it before the sentence"
-                )
-        self._slot = self._is_slot.long().argmax(1)
-        self._last = last_tokens(real)
-        late = self._slot >= self._last
-        if bool(late.any()):
-            row = int(late.long().argmax())
-            raise InputError(f"the slot of row {row} is its last token; put the slot before the sentence")
-
-    def _known_ids(self, ids: Tensor) -> Tensor:
-        return ids.masked_fill(ids == self.slot_token_id, 0)
-
-    def _put_vector(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        is_slot, self._is_slot = self._is_slot, None
-        if is_slot is None:
-            raise InputError(
-                f"{type(self.model).__name__} embeds its tokens before it calls its language model, where the slot is "
-                "found; use a model of text alone"
-            )
-        if output.shape[:2] != is_slot.shape:
-            raise InputError(
-                f"the embeddings of {type(self.model).__name__} have shape {tuple(output.shape)}, not (batch, time, "
-                "width); use another model"
-            )
-        is_slot = is_slot.to(output.device)
-        return torch.where(is_slot[..., None], self.vector.to(output.device, output.dtype), output)
-
-    def _overwrite(self, hidden: Tensor) -> Tensor:
-        if hidden.dim() != 3:
-            raise InputError(
-                f"the layers of {type(self.model).__name__} take states of shape {tuple(hidden.shape)}; use a model "
-                "with one residual stream"
-            )
-        rows = torch.arange(len(hidden), device=hidden.device)
-        slot, last = self._slot.to(hidden.device), self._last.to(hidden.device)
-        return hidden.index_put((rows, slot), hidden[rows, last])
-
-
-def reads_ids(model: PreTrainedModel) -> bool:
-    """Whether more than the embedding depends on token ids: embeddings for each layer, or experts chosen by id."""
-    config = model.config.get_text_config()
-    named = ("hidden_size_per_layer_input", "ple_layer_ids")
-    return any(getattr(config, name, None) for name in named) or "hash_moe" in getattr(config, "mlp_layer_types", ())
-
-
-class TokenPrepending(Method):
+class TokenPrepending(RepresentMethod):
     """Sentence embeddings in which early words know the later ones.
 
         TokenPrepending(exit_layer=2).encoder(model, tokenizer).encode(sentences)     # (sentences, width)
@@ -140,7 +42,6 @@ class TokenPrepending(Method):
     """
 
     slug: ClassVar[str] = "token-prepending"
-    stage: ClassVar[str] = "represent"
     title: ClassVar[str] = "Token Prepending"
     paper: ClassVar[str] = (
         "Token Prepending: A Training-Free Approach for Eliciting Better Sentence Embeddings from LLMs, "
@@ -240,3 +141,101 @@ class TokenPrepending(Method):
             max_seq_length=max_seq_length,
             truncate=truncate,
         )
+
+
+class Prepending:
+    """Context manager: rows that hold the slot token once get it overwritten in every forward of the model.
+
+    Works with padding on either side; the last token comes from the attention mask. The slot's own vector is put on
+    the output of the embedding, so its id need not be in the vocabulary.
+
+    Args:
+        slot_token_id: the id that stands for the slot.
+        layers: the layers before which the slot is overwritten.
+        vector: (width,) embedding of the slot.
+    """
+
+    def __init__(self, model: PreTrainedModel, slot_token_id: int, layers: range, vector: Tensor) -> None:
+        self.model, self.slot_token_id, self.layers, self.vector = model, slot_token_id, layers, vector
+        self._is_slot: Tensor | None = None  # from the start of a forward to its embedding
+        self._slot = self._last = torch.empty(0)
+        self._stack: ExitStack | None = None
+
+    def __enter__(self) -> Self:
+        if self._stack is not None:
+            raise InputError("this context of token prepending is open already; leave it first, or make another one")
+        blocks, embedding = decoder_layers(self.model), self.model.get_input_embeddings()
+        self._is_slot = None
+        with ExitStack() as stack:  # whatever was opened is closed again when a later step fails
+            stack.enter_context(hold(self.model))
+            stack.enter_context(on_feed(self.model, self._find_slot))
+            stack.enter_context(edit_inputs(self.model, {embedding: self._known_ids}))
+            stack.enter_context(hooked(embedding, self._put_vector))
+            stack.enter_context(edit_inputs(self.model, {blocks[layer]: self._overwrite for layer in self.layers}))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        stack, self._stack = self._stack, None
+        stack.close()
+
+    def _find_slot(self, feed: Feed) -> None:
+        if feed.ids is None:
+            raise InputError("token prepending finds its slot in input_ids; do not pass inputs_embeds")
+        if feed.start > 0:
+            raise InputError(
+                f"token prepending reads whole sequences, but past_key_values holds {feed.start} tokens; "
+                "call the model without a cache"
+            )
+        mask = torch.ones_like(feed.ids) if feed.mask is None else feed.mask
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            raise InputError("token prepending reads a 2-D attention_mask (batch, tokens); do not pass a 4-D one")
+        real = mask.bool()
+        self._is_slot = (feed.ids == self.slot_token_id) & real
+        for row, count in enumerate(self._is_slot.sum(1).tolist()):
+            if count != 1:
+                raise InputError(
+                    f"the slot token {self.slot_token_id} must occur exactly once per row, row {row} has {count}; "
+                    "put it before the sentence"
+                )
+        self._slot = self._is_slot.long().argmax(1)
+        self._last = last_tokens(real)
+        late = self._slot >= self._last
+        if bool(late.any()):
+            row = int(late.long().argmax())
+            raise InputError(f"the slot of row {row} is its last token; put the slot before the sentence")
+
+    def _known_ids(self, ids: Tensor) -> Tensor:
+        return ids.masked_fill(ids == self.slot_token_id, 0)
+
+    def _put_vector(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        is_slot, self._is_slot = self._is_slot, None
+        if is_slot is None:
+            raise InputError(
+                f"{type(self.model).__name__} embeds its tokens before it calls its language model, where the slot is "
+                "found; use a model of text alone"
+            )
+        if output.shape[:2] != is_slot.shape:
+            raise InputError(
+                f"the embeddings of {type(self.model).__name__} have shape {tuple(output.shape)}, not (batch, time, "
+                "width); use another model"
+            )
+        is_slot = is_slot.to(output.device)
+        return torch.where(is_slot[..., None], self.vector.to(output.device, output.dtype), output)
+
+    def _overwrite(self, hidden: Tensor) -> Tensor:
+        if hidden.dim() != 3:
+            raise InputError(
+                f"the layers of {type(self.model).__name__} take states of shape {tuple(hidden.shape)}; use a model "
+                "with one residual stream"
+            )
+        rows = torch.arange(len(hidden), device=hidden.device)
+        slot, last = self._slot.to(hidden.device), self._last.to(hidden.device)
+        return hidden.index_put((rows, slot), hidden[rows, last])
+
+
+def reads_ids(model: PreTrainedModel) -> bool:
+    """Whether more than the embedding depends on token ids: embeddings for each layer, or experts chosen by id."""
+    config = model.config.get_text_config()
+    named = ("hidden_size_per_layer_input", "ple_layer_ids")
+    return any(getattr(config, name, None) for name in named) or "hash_moe" in getattr(config, "mlp_layer_types", ())

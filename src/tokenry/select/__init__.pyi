@@ -1,14 +1,14 @@
 from .adapters.kvpress import CompressKVPress as CompressKVPress
 from .compresskv import CompressKV as CompressKV
-from .compresskv import identify_retrieval_heads as identify_retrieval_heads
-from .compresskv import layer_eviction_error as layer_eviction_error
 from .contract import SelectMethod as SelectMethod
 from .cutters.cache import CacheCutter as CacheCutter
 from .cutters.cache import PerLayerMask as PerLayerMask
-from .heads.calibrate import NeedlePrompt as NeedlePrompt
 from .heads.calibrate import calibrate_model as calibrate_model
 from .heads.calibrate import make_needle_prompts as make_needle_prompts
 from .heads.profile import HeadProfile as HeadProfile
+from .heads.retrieval import NeedlePrompt as NeedlePrompt
+from .heads.retrieval import identify_retrieval_heads as identify_retrieval_heads
+from .heads.retrieval import layer_eviction_error as layer_eviction_error
 from .keep.controls import FirstLast as FirstLast
 from .keep.controls import LowestScore as LowestScore
 from .keep.controls import Random as Random

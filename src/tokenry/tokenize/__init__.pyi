@@ -1,6 +1,4 @@
 from .kl3m import KL3M as KL3M
-from .kl3m import train_char_bpe as train_char_bpe
-from .kl3m import train_domain_bpe as train_domain_bpe
 from .text.kl3m_tokens import custom_tokens as custom_tokens
 from .text.measures import boundary_stability as boundary_stability
 from .text.measures import term_lengths as term_lengths

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -18,128 +18,17 @@ from transformers import PreTrainedTokenizerFast
 
 from ..core.errors import InputError
 from ..core.fields import Count
-from ..core.method import Method, read_lines
 from ..text.token_text import check_encodable
-from ..text.words import listed
-from .text.kl3m_tokens import GROUPS, custom_tokens
+from .contract import TokenizeMethod
+from .text.kl3m_tokens import GROUPS, custom_tokens, read_custom_tokens
 
-__all__ = ["KL3M", "SPECIAL_TOKENS", "train_char_bpe", "train_domain_bpe"]
-
-Normalization = Literal["none", "nfc", "nfd", "nfkc", "nfkd"]
-
-SPECIAL_TOKENS = (
-    "<|start|>",
-    "<|end|>",
-    "<|pad|>",
-    "<|unk|>",
-    "<|sep|>",
-    "<|cls|>",
-    "<|mask|>",
-    "<|system|>",
-    "</|system|>",
-    "<|user|>",
-    "</|user|>",
-    "<|instruction|>",
-    "</|instruction|>",
-)
-ROLES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")  # of the first special tokens
-BYTES = frozenset(pre_tokenizers.ByteLevel.alphabet())
-OFFICIAL_ALPHABET = frozenset(map(chr, range(255)))
-LONGEST_RUN = 16  # longer whitespace padding is dead weight
-LONGEST_WORD = 1024  # bytes without a break that merges are learned from at once; their cost goes with the square
-NORMALIZERS = {
-    "nfc": normalizers.NFC,
-    "nfd": normalizers.NFD,
-    "nfkc": normalizers.NFKC,
-    "nfkd": normalizers.NFKD,
-}
+__all__ = ["KL3M", "SPECIAL_TOKENS"]
 
 
-def train_domain_bpe(
-    texts: Iterable[str],
-    vocab_size: int = 32768,
-    *,
-    custom_tokens: Sequence[str] | Literal["default"] = "default",
-    min_frequency: int = 2,
-    normalization: Normalization = "nfkc",
-    lowercase: bool = False,
-    pad_to_power_of_two: bool = True,
-    single_word_alpha: bool = True,
-) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of a domain, custom tokens, and padding (arXiv 2503.17247).
-
-    Args:
-        texts: documents; read once, so a generator will do.
-        custom_tokens: names of groups, further tokens, or both; "default" is all groups.
-        Others: see the options of `KL3M`.
-
-    Raises:
-        InputError: no text, documents that are not text, a vocabulary without room for special tokens, bytes and
-            custom tokens, or a custom token that could never match or would decode to something else.
-    """
-    chosen = tuple(GROUPS) if custom_tokens == "default" else tuple(listed(custom_tokens, "custom token"))
-    return KL3M(
-        kind="domain",
-        vocab_size=vocab_size,
-        custom_tokens=chosen,
-        min_frequency=min_frequency,
-        normalization=normalization,
-        lowercase=lowercase,
-        pad_to_power_of_two=pad_to_power_of_two,
-        single_word_alpha=single_word_alpha,
-    ).train(texts)
-
-
-def train_char_bpe(
-    texts: Iterable[str],
-    vocab_size: int = 4096,
-    *,
-    max_chars: int = 3,
-    min_frequency: int = 2,
-    normalization: Normalization = "nfkc",
-    lowercase: bool = False,
-    pad_to_power_of_two: bool = True,
-    official_alphabet: bool = False,
-) -> PreTrainedTokenizerFast:
-    """Byte-level BPE without tokens of more than `max_chars` byte-level characters (arXiv 2503.17247).
-
-    A wrong and a right spelling are then cut at nearly the same places.
-
-    Args:
-        texts: documents; read once, so a generator will do.
-        Others: see the options of `KL3M`.
-
-    Raises:
-        InputError: no text, documents that are not text, or a vocabulary without room for special tokens and bytes.
-    """
-    return KL3M(
-        kind="char",
-        vocab_size=vocab_size,
-        max_chars=max_chars,
-        min_frequency=min_frequency,
-        normalization=normalization,
-        lowercase=lowercase,
-        pad_to_power_of_two=pad_to_power_of_two,
-        official_alphabet=official_alphabet,
-    ).train(texts)
-
-
-def _read_custom(value: Any) -> Any:
-    """Custom tokens from the command line: none, group names with commas between, a JSON list, or a file."""
-    if isinstance(value, str):
-        if value.strip().lower() in ("none", ""):
-            return ()
-        parts = [part.strip() for part in value.split(",")]
-        if all(part in GROUPS for part in parts):
-            return tuple(parts)
-    return read_lines(value, "custom tokens")
-
-
-class KL3M(Method):
+class KL3M(TokenizeMethod):
     """Train a tokenizer on the text of a domain: `KL3M(vocab_size=8192).train(texts)`."""
 
     slug: ClassVar[str] = "kl3m"
-    stage: ClassVar[str] = "tokenize"
     title: ClassVar[str] = "KL3M tokenizers"
     paper: ClassVar[str] = (
         "KL3M Tokenizers: A Family of Domain-Specific and Character-Level Tokenizers for Legal, Financial, and "
@@ -158,12 +47,14 @@ class KL3M(Method):
         description="entries before padding, with room for custom ones; none is 32768, char 4096",
     )
     min_frequency: Count = Field(2, description="a pair seen less often is never merged")
-    normalization: Normalization = Field("nfkc", description="Unicode normal form of the input; nfc keeps ½, ™ and ²")
+    normalization: Literal["none", "nfc", "nfd", "nfkc", "nfkd"] = Field(
+        "nfkc", description="Unicode normal form of the input; nfc keeps ½, ™ and ²"
+    )
     lowercase: bool = Field(False, description="lower-case the input")
     max_chars: int | None = Field(
         None, ge=2, le=1024, description="kind=char: longest token, in byte-level characters; none is 3"
     )
-    custom_tokens: Annotated[tuple[str, ...], BeforeValidator(_read_custom)] = Field(
+    custom_tokens: Annotated[tuple[str, ...], BeforeValidator(read_custom_tokens)] = Field(
         tuple(GROUPS), description="kind=domain: groups, further tokens, or a file with one a line; none for no tokens"
     )
     pad_to_power_of_two: bool = Field(True, description="fill up by whitespace runs, then reserved tokens")
@@ -273,6 +164,34 @@ class KL3M(Method):
                 if token not in learned
             ]
         )
+
+
+SPECIAL_TOKENS = (
+    "<|start|>",
+    "<|end|>",
+    "<|pad|>",
+    "<|unk|>",
+    "<|sep|>",
+    "<|cls|>",
+    "<|mask|>",
+    "<|system|>",
+    "</|system|>",
+    "<|user|>",
+    "</|user|>",
+    "<|instruction|>",
+    "</|instruction|>",
+)
+ROLES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")  # of the first special tokens
+BYTES = frozenset(pre_tokenizers.ByteLevel.alphabet())
+OFFICIAL_ALPHABET = frozenset(map(chr, range(255)))
+LONGEST_RUN = 16  # longer whitespace padding is dead weight
+LONGEST_WORD = 1024  # bytes without a break that merges are learned from at once; their cost goes with the square
+NORMALIZERS = {
+    "nfc": normalizers.NFC,
+    "nfd": normalizers.NFD,
+    "nfkc": normalizers.NFKC,
+    "nfkd": normalizers.NFKD,
+}
 
 
 def _documents(texts: Iterable[str]) -> Iterator[str]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import InputError
+from ..core.hashes import digest
 from ..hooks.attention import AttentionCall, allowed, is_edited
 from ..hooks.residual import Feed
 from ..models.anatomy import fingerprint, head_mixer
@@ -227,7 +226,7 @@ class Recorder:
             "model": self.model.config._name_or_path or type(self.model).__name__,
             "config": config,
             "fingerprint": weights,
-            "tokenizer": None if tokenizer is None else _digest(tokenizer.get_vocab()),
+            "tokenizer": None if tokenizer is None else digest(tokenizer.get_vocab(), 16),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "depth": self.model.config.get_text_config().num_hidden_layers,
             "attention": self.settings,
@@ -295,11 +294,7 @@ def identity(model: PreTrainedModel) -> list[str]:
     config = model.config.to_dict()
     written = {"architectures", "dtype", "transformers_version"}  # what save_pretrained changes
     kept = {k: v for k, v in config.items() if not k.startswith("_") and k not in written}
-    return [fingerprint(model), _digest(kept)]
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return [fingerprint(model), digest(kept, 16)]
 
 
 def _join(parts: list[Tensor]) -> Tensor:

@@ -24,11 +24,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..core.artifact import Header, check_floats, check_range, check_tensors, header_of, read_tensors
+from ..core.artifact import Header, header_of
 from ..core.errors import InputError
 from ..core.files import explained, parse_json
 from ..core.outputs import write_file
 from ..core.schemas import Fields
+from ..core.tensors import check_floats, check_range, check_tensors, read_tensors
 from ..hooks.attention import observe
 from ..hooks.holding import hold, hooked
 from ..hooks.residual import capture_residual, edit_inputs, on_feed

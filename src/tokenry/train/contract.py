@@ -3,26 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+import torch
+from pydantic import ConfigDict, Field
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from ..core.fields import Share
 from ..core.method import Method
+from ..core.schemas import Exchanged
 
-__all__ = ["TrainMethod", "report_progress"]
+__all__ = ["HouseConfig", "MeanLossTrainer", "TrainAnswer", "TrainMethod", "TrainRequest", "report_progress"]
+
+
+class TrainRequest(Exchanged):
+    """What is learned from, and where the result goes."""
+
+    data: str = Field(description="file with what is learned from")
+    output: str = Field(description="new folder for what is trained")
+    hold_out: Share = Field(0.1, description="share of the examples that is only measured")
+
+
+class TrainAnswer(Exchanged):
+    """What was trained, with the method's measures before and after; the number of examples stands under their name."""
+
+    model_config = ConfigDict(extra="allow")
+
+    held_out: int = Field(ge=0)
+    steps: int = Field(ge=0)
+    seconds: float = Field(ge=0)
+    before: dict[str, float]
+    after: dict[str, float]
+    output: str
 
 
 class TrainMethod(Method):
     """A method of the train stage.
 
-    Class attributes: `examples` (what it learns from, in the plural), `measures` ({name: what `score` means by it}),
-    `next_step` (the command that uses the result; {output} and {model} are filled in).
+    Class attributes: `examples` (what it learns from, in the plural), `data` (the file that holds them), `measures`
+    ({name: what `score` means by it}), `next_step` (the command that uses the result; {output} and {model} are filled
+    in).
     """
 
     stage: ClassVar[str] = "train"
+    input: ClassVar[type[Exchanged]] = TrainRequest
+    output: ClassVar[type[Exchanged]] = TrainAnswer
     examples: ClassVar[str]
+    data: ClassVar[str] = "a file of JSON lines"
     measures: ClassVar[dict[str, str]]
     next_step: ClassVar[str]
 
@@ -52,6 +82,32 @@ class TrainMethod(Method):
     def save(self, trainer: Trainer, folder: Path) -> None:
         """Write what was trained into a folder."""
         raise NotImplementedError
+
+
+@dataclass
+class HouseConfig(TrainingArguments):
+    """`TrainingArguments` with what all trainers here want: nothing is saved or reported on the way, and the collator
+    gets every column of the examples."""
+
+    lr_scheduler_type: str = "linear"
+    save_strategy: str = "no"
+    report_to: str = "none"
+    dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
+    remove_unused_columns: bool = False
+
+
+class MeanLossTrainer(Trainer):
+    """A `transformers.Trainer` whose `compute_loss` is a mean of its own, whatever the accumulation, and is all that
+    evaluation looks at."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        with torch.no_grad():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach(), None, None
 
 
 def report_progress(trainer: Trainer, progress: Callable[..., None]) -> None:

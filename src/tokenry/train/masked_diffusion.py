@@ -1,4 +1,4 @@
-"""Training of masked-diffusion language models: the loss of LLaDA, and a `transformers` trainer that uses it.
+"""`MaskedDiffusionTrainer`, which trains masked-diffusion language models, and its loss, that of LLaDA.
 
 Paper: Large Language Diffusion Models (LLaDA), arXiv 2502.09992. Every token of the answer is hidden with a
 probability p that is drawn for each sequence, and the model guesses the hidden ones from what is left on both sides.
@@ -13,10 +13,49 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
 from ..core.errors import InputError
-from ..models.anatomy import vocabulary_size
-from ..models.masks import check_bidirectional, make_bidirectional, own_position
+from ..models.masks import check_bidirectional, check_mask_token, make_bidirectional, own_position
 
 __all__ = ["MaskedDiffusionTrainer", "hide_tokens", "masked_diffusion_loss"]
+
+
+class MaskedDiffusionTrainer(Trainer):
+    """`transformers.Trainer` with `masked_diffusion_loss`; the model is made bidirectional first.
+
+    Batches have `input_ids`, and `attention_mask` and `labels` where there are padding and prompts: what has the label
+    -100 at the start of a row is its prompt. Use a collator that leaves the ids alone.
+
+    Args:
+        mask_token_id: a token that never occurs in the data.
+        shift, eps: see `masked_diffusion_loss`.
+
+    Raises:
+        InputError: a mask token outside the vocabulary, or a model whose attention stays causal.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *args: Any, mask_token_id: int, shift: bool = False, eps: float = 1e-3, **kw: Any
+    ) -> None:
+        check_mask_token(model, mask_token_id)
+        check_bidirectional(make_bidirectional(model))
+        super().__init__(model, *args, **kw)
+        self.model_accepts_loss_kwargs = False  # the loss is a mean of its own, whatever the accumulation
+        self.mask_token_id, self.shift, self.eps = mask_token_id, shift, eps
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        ids, mask, labels = inputs["input_ids"], inputs.get("attention_mask"), inputs.get("labels")
+        present = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        # The prompt of a row is what stands before its first label.
+        prompts = None if labels is None else (present & ((labels != -100).cumsum(1) == 0)).sum(1)
+        loss = masked_diffusion_loss(
+            model,
+            ids,
+            self.mask_token_id,
+            prompt_lengths=prompts,
+            attention_mask=mask,
+            eps=self.eps,
+            shift=self.shift,
+        )
+        return (loss, {"loss": loss}) if return_outputs else loss
 
 
 def hide_tokens(learned: Tensor, eps: float = 1e-3, stratified: bool = False) -> tuple[Tensor, Tensor]:
@@ -79,47 +118,3 @@ def masked_diffusion_loss(
     )
     weights = (1 / (p * learned.sum(1, keepdim=True))).expand_as(hidden)[hidden]
     return (losses * weights).sum() / len(input_ids)
-
-
-class MaskedDiffusionTrainer(Trainer):
-    """`transformers.Trainer` with `masked_diffusion_loss`; the model is made bidirectional first.
-
-    Batches have `input_ids`, and `attention_mask` and `labels` where there are padding and prompts: what has the label
-    -100 at the start of a row is its prompt. Use a collator that leaves the ids alone.
-
-    Args:
-        mask_token_id: a token that never occurs in the data.
-        shift, eps: see `masked_diffusion_loss`.
-
-    Raises:
-        InputError: a mask token outside the vocabulary, or a model whose attention stays causal.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, *args: Any, mask_token_id: int, shift: bool = False, eps: float = 1e-3, **kw: Any
-    ) -> None:
-        size = vocabulary_size(model)
-        if not 0 <= mask_token_id < size:
-            raise InputError(
-                f"mask_token_id={mask_token_id} is outside the vocabulary of {size}; choose an unused token"
-            )
-        check_bidirectional(make_bidirectional(model))
-        super().__init__(model, *args, **kw)
-        self.model_accepts_loss_kwargs = False  # the loss is a mean of its own, whatever the accumulation
-        self.mask_token_id, self.shift, self.eps = mask_token_id, shift, eps
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        ids, mask, labels = inputs["input_ids"], inputs.get("attention_mask"), inputs.get("labels")
-        present = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        # The prompt of a row is what stands before its first label.
-        prompts = None if labels is None else (present & ((labels != -100).cumsum(1) == 0)).sum(1)
-        loss = masked_diffusion_loss(
-            model,
-            ids,
-            self.mask_token_id,
-            prompt_lengths=prompts,
-            attention_mask=mask,
-            eps=self.eps,
-            shift=self.shift,
-        )
-        return (loss, {"loss": loss}) if return_outputs else loss

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning for SkipDecode: the loss of `SFTTrainer`, with every token as deep as it will be decoded.
+"""`SkipDecodeTrainer` and its config: the loss of trl's `SFTTrainer`, with every token as deep as it will be decoded.
 
 Paper: SkipDecode, arXiv 2307.02628. All layers compute all columns and a mask chooses, so a step costs what it always
 does; see `tokenry.hooks.skip_schedule.skip_forward`.
@@ -24,29 +24,6 @@ except ModuleNotFoundError:
     raise InputError("SkipDecodeTrainer needs the package trl; run `pip install tokenry[train]`") from None
 
 __all__ = ["SkipDecodeConfig", "SkipDecodeTrainer"]
-
-
-@dataclass
-class SkipDecodeConfig(SFTConfig):
-    """`SFTConfig` with the schedule that the model will be decoded with; see `SkipSchedule`."""
-
-    e_max: int | None = field(default=None, metadata={"help": "layers of the prompt and the first token; none: all"})
-    e_min: int | None = field(default=None, metadata={"help": "layers of the last planned token; none: half"})
-    warmup: int = field(default=2, metadata={"help": "first layers that always run"})
-    schedule: str = field(default="linear", metadata={"help": "how depth falls: linear, constant or power"})
-    power: float = field(default=2.0, metadata={"help": "exponent of the schedule 'power'"})
-    planned_new_tokens: int = field(default=256, metadata={"help": "new tokens after which e_min is reached"})
-    sample_e_min: bool = field(
-        default=False, metadata={"help": "draw the smallest depth of every step from e_min to e_max"}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.packing or self.padding_free:
-            raise InputError(
-                "packing puts several texts into a row, and depth follows the column; set packing=False and "
-                "padding_free=False"
-            )
 
 
 class SkipDecodeTrainer(SFTTrainer):
@@ -96,3 +73,26 @@ class SkipDecodeTrainer(SFTTrainer):
             return self.schedule
         rng = random.Random(f"{self.args.seed} {self.state.global_step}")
         return replace(self.schedule, e_min=rng.randint(self.schedule.e_min, self.schedule.e_max))
+
+
+@dataclass
+class SkipDecodeConfig(SFTConfig):
+    """`SFTConfig` with the schedule that the model will be decoded with; see `SkipSchedule`."""
+
+    e_max: int | None = field(default=None, metadata={"help": "layers of the prompt and the first token; none: all"})
+    e_min: int | None = field(default=None, metadata={"help": "layers of the last planned token; none: half"})
+    warmup: int = field(default=2, metadata={"help": "first layers that always run"})
+    schedule: str = field(default="linear", metadata={"help": "how depth falls: linear, constant or power"})
+    power: float = field(default=2.0, metadata={"help": "exponent of the schedule 'power'"})
+    planned_new_tokens: int = field(default=256, metadata={"help": "new tokens after which e_min is reached"})
+    sample_e_min: bool = field(
+        default=False, metadata={"help": "draw the smallest depth of every step from e_min to e_max"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.packing or self.padding_free:
+            raise InputError(
+                "packing puts several texts into a row, and depth follows the column; set packing=False and "
+                "padding_free=False"
+            )

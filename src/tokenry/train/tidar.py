@@ -1,4 +1,4 @@
-"""Training for TiDAR: one model that continues text token by token, and guesses whole blocks of it at once.
+"""`TiDARTrainer` and its loss: one model that continues text token by token, and guesses whole blocks of it at once.
 
 Paper: TiDAR: Think in Diffusion, Talk in Autoregression, arXiv 2511.08923. Behind the text stands a mask for each of
 its tokens. The text is read causally and predicts next tokens. The masks of a block see the text before their block,
@@ -15,10 +15,53 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, Trainer
 
 from ..core.errors import InputError
-from ..models.anatomy import vocabulary_size
-from ..models.masks import as_attention_mask, block_diffusion_mask, check_full_attention, check_mask
+from ..models.masks import as_attention_mask, block_diffusion_mask, check_full_attention, check_mask, check_mask_token
 
 __all__ = ["TiDARLoss", "TiDARTrainer", "tidar_loss"]
+
+
+class TiDARTrainer(Trainer):
+    """`transformers.Trainer` with `tidar_loss`; the config remembers block size and mask token for decoding.
+
+    Batches have `input_ids`, and `attention_mask` and `labels` where there are padding and prompts. Use a collator with
+    `pad_to_multiple_of` that leaves the ids alone; texts must not be packed into one row.
+
+    Args:
+        mask_token_id: a token that never occurs in the data.
+        block_size, alpha: see `tidar_loss`.
+
+    Raises:
+        InputError: a block size or mask token out of range, or a model that cannot follow the mask.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *args: Any,
+        mask_token_id: int,
+        block_size: int = 8,
+        alpha: float = 1.0,
+        **kw: Any,
+    ) -> None:
+        check_mask_token(model, mask_token_id)
+        check_full_attention(model)
+        check_mask(model, block_diffusion_mask(2 * block_size, block_size))
+        super().__init__(model, *args, **kw)
+        self.model_accepts_loss_kwargs = False  # the loss is a mean of its own, whatever the accumulation
+        self.mask_token_id, self.block_size, self.alpha = mask_token_id, block_size, alpha
+        model.config.mask_token_id, model.config.tidar_block_size = mask_token_id, block_size
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        losses = tidar_loss(
+            model,
+            inputs["input_ids"],
+            self.mask_token_id,
+            self.block_size,
+            alpha=self.alpha,
+            attention_mask=inputs.get("attention_mask"),
+            labels=inputs.get("labels"),
+        )
+        return (losses.loss, losses._asdict()) if return_outputs else losses.loss
 
 
 class TiDARLoss(NamedTuple):
@@ -89,51 +132,3 @@ def _learnt(
     if not learned[:, block_size:].any():
         raise InputError("there is no token to learn after the first block; give longer text, or a smaller block_size")
     return learned
-
-
-class TiDARTrainer(Trainer):
-    """`transformers.Trainer` with `tidar_loss`; the config remembers block size and mask token for decoding.
-
-    Batches have `input_ids`, and `attention_mask` and `labels` where there are padding and prompts. Use a collator with
-    `pad_to_multiple_of` that leaves the ids alone; texts must not be packed into one row.
-
-    Args:
-        mask_token_id: a token that never occurs in the data.
-        block_size, alpha: see `tidar_loss`.
-
-    Raises:
-        InputError: a block size or mask token out of range, or a model that cannot follow the mask.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        *args: Any,
-        mask_token_id: int,
-        block_size: int = 8,
-        alpha: float = 1.0,
-        **kw: Any,
-    ) -> None:
-        size = vocabulary_size(model)
-        if not 0 <= mask_token_id < size:
-            raise InputError(
-                f"mask_token_id={mask_token_id} is outside the vocabulary of {size}; choose an unused token"
-            )
-        check_full_attention(model)
-        check_mask(model, block_diffusion_mask(2 * block_size, block_size))
-        super().__init__(model, *args, **kw)
-        self.model_accepts_loss_kwargs = False  # the loss is a mean of its own, whatever the accumulation
-        self.mask_token_id, self.block_size, self.alpha = mask_token_id, block_size, alpha
-        model.config.mask_token_id, model.config.tidar_block_size = mask_token_id, block_size
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        losses = tidar_loss(
-            model,
-            inputs["input_ids"],
-            self.mask_token_id,
-            self.block_size,
-            alpha=self.alpha,
-            attention_mask=inputs.get("attention_mask"),
-            labels=inputs.get("labels"),
-        )
-        return (losses.loss, losses._asdict()) if return_outputs else losses.loss

@@ -24,7 +24,7 @@ from ..core.errors import InputError
 from ..core.files import explained, read_json
 from ..core.outputs import check_folder, write_folder
 from ..core.schemas import Fields, checked
-from ..models.load import LoadedModel, load, zoo_folders
+from ..models.load import Loaded, load, zoo_folders
 from .training import Progress
 
 __all__ = ["RECIPES", "Recipe", "build", "find_recipe", "record_of"]
@@ -187,7 +187,7 @@ def build(
     seconds = time.perf_counter() - start
 
     def fill(work: Path) -> None:
-        save(LoadedModel(model, tokenizer), work)
+        save(Loaded(model, tokenizer), work)
         measures = module.measure(*load(work, device="cpu"))
         (work / RECORD).write_text(json.dumps(_record(recipe, seed, seconds, model, measures), indent=1) + "\n")
         check(recipe, measures)
@@ -196,7 +196,7 @@ def build(
     return target
 
 
-def save(loaded: LoadedModel, folder: Path) -> None:
+def save(loaded: Loaded, folder: Path) -> None:
     """In Hugging Face format, half precision."""
     loaded.model.to(torch.float16).save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)

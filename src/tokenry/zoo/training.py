@@ -19,6 +19,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ..models.batch import right_padded
+
 __all__ = ["Progress", "batches_by_length", "character_tokenizer", "fit", "untrained_llama"]
 
 Progress = Callable[[int, int, float], None]  # steps done, of how many, loss
@@ -93,17 +95,10 @@ def batches_by_length(
 
 
 def _padded(batch: list[tuple[list[int], int]], pad_id: int) -> dict[str, Tensor]:
-    width = max(len(ids) for ids, _ in batch)
-    lengths = torch.tensor([[len(ids)] for ids, _ in batch])
+    ids, present = right_padded([ids for ids, _ in batch], pad_id)
     prompts = torch.tensor([[prompt] for _, prompt in batch])
-    ids = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids, _ in batch])
-    column = torch.arange(width)
-    learned = (column >= prompts) & (column < lengths)
-    return {
-        "input_ids": ids,
-        "attention_mask": (column < lengths).long(),
-        "labels": ids.masked_fill(~learned, -100),
-    }
+    learned = (torch.arange(ids.shape[1]) >= prompts) & present
+    return {"input_ids": ids, "attention_mask": present.long(), "labels": ids.masked_fill(~learned, -100)}
 
 
 def fit(

@@ -9,12 +9,11 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.streamers import BaseStreamer
 
 from ...core.errors import InputError
 from ...core.fields import Tokens
 from ...models.prompts import Prompts, encode_prompts
-from ..contract import DecodeMethod
+from ..contract import Call, DecodeMethod, RunnerMethod, refuse_others
 from ..generation.options import ending
 from .loop import (
     DiffusionOutput,
@@ -76,15 +75,10 @@ class DiffusionParts:
 class DiffusionMethods:
     """Methods for masked-diffusion models that act together; stands for them in `tokenry.generate`."""
 
-    def __init__(self, methods: Sequence[DiffusionMethod]) -> None:
+    def __init__(self, methods: Sequence[DecodeMethod]) -> None:
+        refuse_others(methods[0], [method for method in methods if not isinstance(method, DiffusionMethod)])
         self.methods = tuple(methods)
         self.slug = " and ".join(method.slug for method in methods)
-
-    def beside(self, other: DecodeMethod) -> DiffusionMethods:
-        """These methods with one more."""
-        if not isinstance(other, DiffusionMethod):
-            raise InputError(f"{self.slug} and {other.slug} both read the prompts first; use one of them")
-        return DiffusionMethods((*self.methods, other))
 
     def options(self, max_new_tokens: int) -> dict[str, Any]:
         """Arguments of `diffusion_generate`; policies and transforms are new ones."""
@@ -104,45 +98,32 @@ class DiffusionMethods:
             raise InputError(f"{self.slug} are given different values of {name}, {sorted(given)}; give one")
         return next(iter(given), getattr(self.methods[0], name))
 
-    def generate(
+    def run(
         self,
         model: PreTrainedModel | MaskedDiffusionModel,
         tokenizer: PreTrainedTokenizerBase,
         prompts: Prompts,
-        *,
-        max_new_tokens: int = 256,
-        chat: bool = True,
-        seed: int | None = None,
-        streamers: Sequence[BaseStreamer] = (),
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        **plugins: Any,
+        call: Call,
     ) -> DiffusionOutput:
-        """See `DiffusionMethod.generate`."""
-        foreign = [name for name, value in plugins.items() if not _asks_nothing(value)]
-        if foreign:
-            raise InputError(
-                f"{self.slug} does not write from left to right and has no use for {foreign[0]}; leave it out"
-            )
-        options = self.options(max_new_tokens)
+        """See `DiffusionMethod.run`."""
+        sampling = {**SAMPLING, **{name: value for name, value in call.options.items() if name in SAMPLING}}
+        self._refuse_foreign({**vars(call.plugins), "stop": call.stop, **call.options})
+        options = self.options(call.max_new_tokens)
         if not isinstance(model, MaskedDiffusionModel):
             model = MaskedDiffusionModel(model, tokenizer)
         for method in self.methods:
-            method.check(model, do_sample)
-        inputs = encode_prompts(tokenizer, prompts, chat).to(model.device)
+            method.check(model, sampling["do_sample"])
+        inputs = encode_prompts(tokenizer, prompts, call.chat).to(model.device)
         rows = len(inputs["input_ids"])
-        if streamers and len(streamers) != rows:
-            raise InputError(f"{len(streamers)} streamers for {rows} rows; give one streamer per row")
-        with ending(streamers) as streamers:
+        if call.streamers and len(call.streamers) != rows:
+            raise InputError(f"{len(call.streamers)} streamers for {rows} rows; give one streamer per row")
+        with ending(call.streamers) as streamers:
             output = diffusion_generate(
                 model,
                 inputs["input_ids"],
                 inputs.get("attention_mask"),
-                warpers=sampling_warpers(do_sample, temperature, top_k, top_p, min_p),
-                seed=seed,
+                warpers=sampling_warpers(**sampling),
+                seed=call.seed,
                 tokenizer=tokenizer,
                 **options,
             )
@@ -151,14 +132,24 @@ class DiffusionMethods:
                 streamer.put(torch.tensor(output.new_ids[row]))
         return output
 
+    def _refuse_foreign(self, given: dict[str, Any]) -> None:
+        for name, value in given.items():
+            if name not in SAMPLING and not _asks_nothing(value):
+                raise InputError(
+                    f"{self.slug} does not write from left to right and has no use for {name}; leave it out"
+                )
+
+
+SAMPLING = {"do_sample": False, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+
 
 def _asks_nothing(value: Any) -> bool:
     return value is None or value is False or (isinstance(value, Sized) and len(value) == 0)
 
 
-class DiffusionMethod(DecodeMethod):
+class DiffusionMethod(RunnerMethod):
     """A decode method that needs a masked-diffusion model. It has no plug-ins for the other loop, which goes from left
-    to right, but `parts` for this one, and a `generate` of its own."""
+    to right, but `parts` for this one."""
 
     block_length: Tokens = Field(32, description="tokens of a block; the window is filled block by block")
     cache: Cache = Field("none", description="keys and values kept within a block")
@@ -170,27 +161,24 @@ class DiffusionMethod(DecodeMethod):
     def check(self, model: MaskedDiffusionModel, do_sample: bool) -> None:
         """Refuse a model, or drawn tokens, that it was not made for."""
 
-    def beside(self, other: DecodeMethod) -> DiffusionMethods:
-        """This method and another one, to act together."""
-        return DiffusionMethods([self]).beside(other)
-
-    def generate(
+    def run(
         self,
         model: PreTrainedModel | MaskedDiffusionModel,
         tokenizer: PreTrainedTokenizerBase,
         prompts: Prompts,
-        **options: Any,
+        call: Call,
+        others: Sequence[DecodeMethod] = (),
     ) -> DiffusionOutput:
-        """Fill a window of `max_new_tokens` after each prompt.
+        """Fill a window of `max_new_tokens` after each prompt. `others` of this kind act together with it.
 
         Args:
             prompts: a prompt or several, see `encode_prompts`.
-            options: as in `tokenry.generate`: max_new_tokens, chat, do_sample, temperature, top_k, top_p, min_p; seed
-                of all that is drawn, tokens and positions; streamers, one per row, which get their row when it is
-                finished, since it does not grow from left to right.
+            call: of `options`, do_sample, temperature, top_k, top_p and min_p. `seed` is that of all that is drawn,
+                tokens and positions; streamers get their row when it is finished, since it does not grow from left to
+                right.
 
         Raises:
             InputError: empty prompt, a model that is causal or has no mask token, a window that is no multiple of the
                 block or beyond the model's context, a plug-in of the other loop.
         """
-        return DiffusionMethods([self]).generate(model, tokenizer, prompts, **options)
+        return DiffusionMethods([self, *others]).run(model, tokenizer, prompts, call)

@@ -28,9 +28,9 @@ from transformers.generation.logits_process import (
 
 from ...core.errors import InputError
 from ...core.fields import Temperature, TorchSeed, check
-from ...models.anatomy import vocabulary_size
-from ...models.masks import check_bidirectional, own_position
-from ..generation.loop import DecodeOutput
+from ...models.batch import position_ids
+from ...models.masks import check_bidirectional, check_mask_token, own_position
+from ..generation.output import DecodeOutput
 from .cache import DiffusionCache
 from .state import DiffusionState, Edit, Prediction
 from .unmask import FixedCount, UnmaskPolicy
@@ -77,11 +77,9 @@ class MaskedDiffusionModel:
         self.eos_token_id = _first(eos_token_id, _id(config, "eos_token_id"), _id(tokenizer, "eos_token_id"))
         self.pad_token_id = _first(_id(config, "pad_token_id"), _id(tokenizer, "pad_token_id"), self.eos_token_id)
         self.shift = bool(_first(shift, getattr(config, "token_shift", None), False))
-        size = vocabulary_size(model)
         if self.mask_token_id is None:
             raise InputError("the model has no mask token; give mask_token_id, an id that never occurs in text")
-        if not 0 <= self.mask_token_id < size:
-            raise InputError(f"mask_token_id={self.mask_token_id} is outside the vocabulary of {size}; give one inside")
+        check_mask_token(model, self.mask_token_id)
         if self.mask_token_id in (self.eos_token_id, self.pad_token_id):
             raise InputError(
                 f"mask_token_id={self.mask_token_id} is the end-of-text or padding token; give another one"
@@ -101,7 +99,7 @@ class MaskedDiffusionModel:
             present: what is no padding (batch, time), bool.
             cache: computes only its columns; the others keep the logits of the time when they were last computed.
         """
-        positions = (present.long().cumsum(1) - 1).clamp(min=0)
+        positions = position_ids(present)
         if cache is None:
             mask = None if present.all() else present.long()
             raw = self.model(input_ids=x, attention_mask=mask, position_ids=positions, use_cache=False).logits.float()
@@ -223,11 +221,6 @@ class DiffusionStats:
     def tokens_per_forward(self) -> list[float]:
         """Width of the window over `nfe`, row by row."""
         return [len(steps) / max(1, n) for steps, n in zip(self.commit_step, self.nfe)]
-
-    @property
-    def commits_per_step(self) -> list[list[int]]:
-        """How many tokens each forward of a row committed."""
-        return [[steps.count(i + 1) for i in range(n)] for steps, n in zip(self.commit_step, self.nfe)]
 
     def summary(self) -> dict[str, Any]:
         """The first row, for JSON."""

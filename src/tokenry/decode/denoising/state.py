@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...core.errors import InputError
 from ...core.fields import Tokens, check
+from ...models.positions import context_window
 from ..generation.sampler import row_seed
 
 __all__ = ["FRESH", "DiffusionState", "Edit", "Prediction"]
@@ -184,7 +185,7 @@ class DiffusionState:
             mask_token_id=model.mask_token_id,
             pad_token_id=model.pad_token_id or 0,
             generators=RowGenerators(seed, batch, device),
-            context=getattr(model.model.config.get_text_config(), "max_position_embeddings", None),
+            context=context_window(model.model),
         )
         state.check_context()
         return state

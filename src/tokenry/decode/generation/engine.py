@@ -41,17 +41,22 @@ COMPACT_ABOVE = 0.25  # share of dead columns at which a batch is compacted
 class Engine(Protocol):
     """What the decode loop needs from a model.
 
-    `calls` counts forward passes and `tokens_processed` tokens fed, padding excluded.
+    `calls` counts forward passes and `tokens_processed` tokens fed, padding excluded; `cache` is what it keeps of them,
+    for whoever goes on from there, or None.
     """
 
     calls: int
     tokens_processed: int
+    cache: Any
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Feed a block (batch, k), padding where mask is 0; returns the last column's float32 logits (batch, vocab)."""
 
     def rollback(self, row: int, count: int) -> None:
         """Take back the last `count` tokens that were fed to `row`."""
+
+    def free(self, row: int) -> None:
+        """`row` is over: give back what is held for it. It is fed padding from now on, and its logits mean nothing."""
 
 
 class LayerPolicy(Protocol):
@@ -195,9 +200,15 @@ class TransformersEngine:
         self.calls = self.tokens_processed = 0
         self.columns = 0
         self.stale = False
+        self.held: Tensor | None = None  # the rows in the cache, once one was freed
         self.seen: np.ndarray | None = None  # (batch, open, open): which open columns each of them sees
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        if self.held is not None:
+            tokens, mask = tokens[self.held], None if mask is None else mask[self.held]
+        return self._of_all_rows(self._feed(tokens, mask))
+
+    def _feed(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         if self.columns == 0 and not self.stale:
             tokens, mask = self._start(tokens, mask)
             if not self.stale:
@@ -216,6 +227,7 @@ class TransformersEngine:
     def rollback(self, row: int, count: int) -> None:
         if count == 0:
             return
+        row = self.places[row]
         if self.reprefills or (self.fixed_positions and (self.batch > 1 or self.padded)):
             self._mark_dead(row, count)
             self.stale = True
@@ -224,6 +236,27 @@ class TransformersEngine:
         else:
             self._mark_dead(row, count)
             self._compact()
+
+    def free(self, row: int) -> None:
+        """Take a row out of the cache. A cache from which none can be taken keeps it, and it goes along as padding."""
+        if not isinstance(self.cache, Cache) or rewind_obstacle(self.cache):
+            return
+        gone = self.places.pop(row)
+        rest = [place for place in range(self.batch) if place != gone]
+        index = torch.tensor(rest, dtype=torch.long, device=self.tokens.device)
+        self.cache.batch_select_indices(index)
+        self.mask, self.tokens, self.live = self.mask[index], self.tokens[index], self.live[index]
+        if self.seen is not None:
+            self.seen, self.parents, self.positions = self.seen[rest], self.parents[rest], self.positions[index]
+        self.batch = len(rest)
+        self.held = torch.tensor(list(self.places), dtype=torch.long, device=self.tokens.device)
+        self.places = {number: place for place, number in enumerate(self.places)}
+
+    def _of_all_rows(self, logits: Tensor) -> Tensor:
+        """Logits with a place for the rows that were freed."""
+        if self.held is None:
+            return logits
+        return logits.new_zeros(self.rows, *logits.shape[1:]).index_copy_(0, self.held, logits)
 
     # --- trees ---------------------------------------------------------------------------------------------
 
@@ -238,6 +271,8 @@ class TransformersEngine:
                 always an earlier one; -1 for what follows the tokens that are not open.
         """
         new = parents.shape[1]
+        if self.held is not None:
+            tokens, mask, parents = tokens[self.held], mask[self.held], parents[list(self.places)]
         if self.seen is None:
             self.check_tree()
             self._open()
@@ -261,10 +296,11 @@ class TransformersEngine:
         self.columns = end
         self.calls += 1
         self.tokens_processed += int(mask.sum())
-        return logits[:, -new:].float()
+        return self._of_all_rows(logits[:, -new:].float())
 
     def commit(self, kept: Sequence[Sequence[int]]) -> None:
         """Settle the open columns: for each row, those that are kept, in the order of their positions."""
+        kept = [kept[row] for row in self.places]
         held = self.seen.shape[1]
         start, width = self.columns - held, max(map(len, kept))
         device, blank = self.tokens.device, [width - len(row) for row in kept]
@@ -377,6 +413,7 @@ class TransformersEngine:
     def _start(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Set up for a prompt; returns what of it is still to be fed."""
         self.batch, prompt = tokens.shape
+        self.rows, self.places = self.batch, {row: row for row in range(self.batch)}
         device = tokens.device
         self.mask = torch.zeros(self.batch, prompt + 256, dtype=torch.bool, device=device)
         self.tokens = torch.zeros(self.batch, prompt + 256, dtype=torch.long, device=device)

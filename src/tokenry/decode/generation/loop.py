@@ -11,7 +11,7 @@ Plug-ins do not know of each other:
   begun, None = all`, which depends on the row's tokens alone; `begin(tokenizer)` is called before a generation where
   a monitor has it;
 * a layer policy and interventions (context managers), which act inside the engine's forward;
-* streamers: one `transformers` streamer per row, fed only with tokens that no rewind can remove.
+* whoever takes the steps, streamers among them: they see only tokens that no rewind can remove.
 
 A rewind costs no forward pass: the scores of every position that may be taken back are kept, the rejected token
 is lowered or banned there, and the replacement is drawn before the next forward. One draw per accepted token, so
@@ -20,26 +20,23 @@ that plug-ins that do nothing give exactly the tokens of `model.generate` at the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from transformers.generation.logits_process import (
-    LogitsProcessor,
-)
 from transformers.generation.streamers import BaseStreamer
-from transformers.utils import ModelOutput
 
 from ...core.errors import InputError
 from ...models.batch import left_padded
 from ...text.token_text import special_tokens
 from ...text.words import listed
 from .engine import Engine
-from .monitor import Monitor, RewindEvent, Violation, held_tokens
+from .job import Job
+from .monitor import ReadsText, RewindEvent, Violation, held_tokens
+from .output import DecodeOutput
+from .plugins import NO_PLUGINS, BeginsLast, BeginsWithPrompt, Ends, Plugins
 from .sampler import Sampler, of_row
 from .sequence import SequenceState
 
@@ -50,177 +47,173 @@ FULL_ROWS = 32  # newest positions whose scores are kept whole when a monitor ma
 COMPACT_ROW = 1024  # best scores kept of older positions in that case
 
 
-@dataclass
-class DecodeOutput(ModelOutput):
-    """Result of the loop. `sequences` (batch, prompt + new) is padded on the right as `generate` pads; `new_ids` and
-    `prompt_ids` are the same without any padding, a list per row. `stop_reasons` says why each row ended: "finished" by
-    itself or a stop string, "budget" after as many tokens as were asked for, or "context": the model has no more
-    positions."""
-
-    sequences: Tensor | None = None
-    new_ids: list[list[int]] | None = None
-    prompt_ids: list[list[int]] | None = None
-    texts: list[str] | None = None
-    events: list[RewindEvent] | None = None
-    forward_calls: int | None = None
-    tokens_processed: int | None = None
-    past_key_values: Any | None = None
-    stop_reasons: list[str] | None = None
-
-    @property
-    def pairs(self) -> list[dict[str, Any]]:
-        """Preference data from the rewinds: context, the rejected token with the text that went with it, and the
-        candidates at its place.
-
-        A soft ban may draw the rejected token again; that is no preference and left out.
-        """
-        return [
-            {
-                "context_ids": e.context_ids,
-                "rejected": e.rejected[0],
-                "rejected_text": e.rejected_text,
-                "chosen": e.replacement[0],
-                "candidates": e.candidates,
-                "rule": e.rule,
-            }
-            for e in self.events or []
-            if e.kind == "rewind" and e.rejected and e.replacement and e.rejected[0] != e.replacement[0]
-        ]
-
-
 class DecodeLoop:
-    """See the module docstring. Most callers want `tokenry.generate` or `custom_generate=tokenry.decode.loop`.
+    """One generation, step by step. Most callers want `tokenry.generate` or `custom_generate=tokenry.decode.loop`.
+
+    `generate` runs it to the end. Who wants to look in between, to stop in time or to give up a row takes the steps:
+
+        loop = DecodeLoop(engine, job, tokenizer, plugins)
+        deadline = time.monotonic() + 5
+        for settled in loop.steps():
+            if time.monotonic() > deadline:
+                loop.cancel(0)
+        output = loop.output()
 
     Args:
-        engine: anything with the methods of `Engine`.
-        tokenizer: needed as soon as there are monitors, streamers or stop strings.
-        processors: change the scores that are stored; `warpers` (temperature, top-k, ...) only the draw, and
-            `final_processors` what the warpers have left.
-        streamers: one per row.
-        seed: None uses torch's global generator exactly as `generate` does.
+        engine: anything with the methods of `Engine`; a new one for every loop, as it holds what was fed.
+        job: the prompts, how tokens are drawn, when rows end.
+        tokenizer: needed as soon as there are monitors or stop strings.
     """
 
     def __init__(
         self,
         engine: Engine,
+        job: Job,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        *,
-        processors: Sequence[LogitsProcessor] = (),
-        warpers: Sequence[LogitsProcessor] = (),
-        final_processors: Sequence[LogitsProcessor] = (),
-        monitors: Sequence[Monitor] = (),
-        interventions: Sequence[AbstractContextManager] = (),
-        streamers: Sequence[BaseStreamer] = (),
-        do_sample: bool = False,
-        seed: int | None = None,
+        plugins: Plugins = NO_PLUGINS,
     ) -> None:
-        self.engine, self.tokenizer = engine, tokenizer
-        self.processors, self.warpers, self.final_processors = list(processors), list(warpers), list(final_processors)
-        self.monitors, self.interventions, self.streamers = list(monitors), list(interventions), list(streamers)
-        self.do_sample, self.seed = do_sample, seed
-        if tokenizer is None and self.monitors:
+        if tokenizer is None and plugins.monitors:
             raise InputError("monitors read text; pass processing_class=tokenizer")
-
-    def generate(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        max_new_tokens: int,
-        budgets: Sequence[int] | None = None,
-        eos_ids: Sequence[int] = (),
-        pad_id: int | None = None,
-        stop: str | Sequence[str] = (),
-        stopping_criteria: Sequence[Callable] = (),
-    ) -> DecodeOutput:
-        """Continue `input_ids` (batch, prompt), padding where `attention_mask` is 0; its last column has none.
-
-        `budgets` (batch,) are limits of single rows below `max_new_tokens`. `stop` are texts, or special tokens, that
-        end a row.
-        """
-        self._prepare(input_ids, attention_mask, max_new_tokens, budgets, eos_ids, stop, stopping_criteria)
-        if self.streamers:
-            for streamer, prompt in zip(self.streamers, input_ids):
-                streamer.put(prompt[None].cpu())
-        with ExitStack() as stack:
-            for intervention in self.interventions:
-                stack.enter_context(intervention)
-            for processor in self.processors:
-                if hasattr(processor, "begin"):
-                    processor.begin(self.prompt_length)
-                if hasattr(processor, "end"):
-                    stack.callback(processor.end)
-            for cap in self.final_processors:
-                if hasattr(cap, "begin"):
-                    whole = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-                    cap.begin(self.prompt_length, whole)
-                if hasattr(cap, "end"):
-                    stack.callback(cap.end)
-            self._run(input_ids, attention_mask)
-        for streamer in self.streamers:
-            streamer.end()
-        return self._output(input_ids, pad_id)
-
-    def _run(self, block: Tensor, mask: Tensor | None) -> None:
-        """Step until every row has ended."""
-        self._step(block, mask)
-        while self.active:
-            self._step(*self._next_block())
-
-    # --- one step ------------------------------------------------------------------------------------------
-
-    def _step(self, block: Tensor, mask: Tensor | None) -> None:
-        """Feed, choose, repair and emit."""
-        logits = self.engine.forward(block, mask)
-        for row in self.rows:
-            row.fed = len(row.ids)
-        self._choose(logits)
-        for row in self.rows:
-            if row.number in self.active:
-                self._repair(row)
-                self._emit(row)
-        self.active = {row.number for row in self.rows if not row.finished}
-
-    def _prepare(
-        self,
-        input_ids: Tensor,
-        mask: Tensor | None,
-        limit: int,
-        budgets: Sequence[int] | None,
-        eos_ids: Sequence[int],
-        stop: str | Sequence[str],
-        criteria: Sequence[Callable],
-    ) -> None:
-        batch, self.prompt_length = input_ids.shape
-        if self.prompt_length == 0:
-            raise InputError("the prompt is empty; give at least one token")
-        if limit <= 0:
-            raise InputError(f"max_new_tokens={limit} leaves nothing to generate; give a number >= 1")
-        if self.streamers and len(self.streamers) != batch:
-            raise InputError(f"{len(self.streamers)} streamers for {batch} rows; give one streamer per row")
-        stop, stop_ids = self._stops(stop)
-        if budgets is not None and (len(budgets) != batch or min(budgets) < 1):
-            raise InputError(f"budgets={list(budgets)} is not allowed for {batch} rows; give a number >= 1 for each")
-        self.limits = [min(limit, budget) for budget in budgets or [limit] * batch]
-        self.eos, self.stop, self.criteria = {*eos_ids, *stop_ids}, stop, list(criteria)
-        self.batch, self.device = batch, input_ids.device
-        self.ids = torch.zeros(batch, self.prompt_length + limit + 64, dtype=torch.long, device=self.device)
-        self.ids[:, : self.prompt_length] = input_ids
-        needs_text = self.monitors or self.stop
-        prompts = input_ids.tolist()
-        masks = mask.tolist() if mask is not None else [[1] * self.prompt_length] * batch
-        live = [[t for t, m in zip(p, k) if m] for p, k in zip(prompts, masks)]
-        self.rows = [SequenceState(b, live[b], self.tokenizer if needs_text else None) for b in range(batch)]
+        self.engine, self.job, self.tokenizer, self.plugins = engine, job, tokenizer, plugins
+        self.processors, self.monitors = list(plugins.processors), list(plugins.monitors)
+        self.do_sample, self.limits, self.criteria = job.do_sample, job.limits, list(job.stopping_criteria)
+        self.stop, stop_ids = self._stops(job.stop)
+        self.eos = {*job.eos_ids, *stop_ids}
+        ids = job.input_ids
+        self.batch, self.prompt_length, self.device = *ids.shape, ids.device
+        self.ids = ids.new_zeros(self.batch, self.prompt_length + job.max_new_tokens + 64, dtype=torch.long)
+        self.ids[:, : self.prompt_length] = ids
+        self.rows = [self._sequence(row, prompt) for row, prompt in enumerate(_without_padding(job))]
+        self.active = set(range(self.batch))
+        self.started = False
+        self.fresh: list[list[int]] = [[] for _ in self.rows]  # what has settled in this step
+        self.events: list[RewindEvent] = []
+        self.sampler = Sampler(job.warpers, job.do_sample, job.seed, self.batch, self.device, plugins.final_processors)
         for monitor in self.monitors:
-            if hasattr(monitor, "begin"):
-                monitor.begin(self.tokenizer)
-        for monitor in self.monitors if self.streamers else ():
+            if isinstance(monitor, ReadsText):
+                monitor.begin(tokenizer)
+
+    # --- from outside --------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def steps(self) -> Iterator[list[list[int]]]:
+        """Step until every row has ended. Each step yields the new ids of each row that are settled: no rewind can
+        remove them any more. Together they are the row's `new_ids`.
+
+        Interventions and processors are in force until the last step, or until the generator is closed.
+        """
+        if self.started:
+            raise InputError("this decode loop has run, and its engine holds what was fed; make new ones")
+        self.started = True
+        with ExitStack() as stack:
+            self._enter(stack)
+            if self.active:
+                self._prefill()
+                for row in self.rows:
+                    if row.cancelled:
+                        self._free(row)
+                yield self._take_fresh()
+            while self.active:
+                self._advance()
+                yield self._take_fresh()
+
+    def cancel(self, row: int) -> None:
+        """End a row between two steps. It stays as it was yielded, its part of the cache is given back, and the other
+        rows go on as if nothing had happened. A row that has ended stays as it is.
+
+        Raises:
+            InputError: there is no such row.
+        """
+        if not 0 <= row < self.batch:
+            raise InputError(f"row {row} is not in this generation; give one from 0 to {self.batch - 1}")
+        state = self.rows[row]
+        if state.finished:
+            return
+        state.truncate(state.emitted)
+        state.cancelled = state.finished = True
+        self.active.discard(row)
+        if self.started:
+            self._free(state)
+
+    def generate(self, streamers: Sequence[BaseStreamer] = ()) -> DecodeOutput:
+        """Run to the end. `streamers`, one per row, get the prompt, and every token as soon as it is settled."""
+        self._check_streamers(streamers)
+        for streamer, prompt in zip(streamers, self.job.input_ids):
+            streamer.put(prompt[None].cpu())
+        with closing(self.steps()) as steps:
+            for settled in steps:
+                for streamer, tokens in zip(streamers, settled):
+                    for token in tokens:
+                        streamer.put(torch.tensor([token]))
+        for streamer in streamers:
+            streamer.end()
+        return self.output()
+
+    def output(self) -> DecodeOutput:
+        """What was written so far; rows that have not ended count as cancelled, with what is settled of them."""
+        rows = [row.ids if row.finished else row.ids[: row.emitted] for row in self.rows]
+        sequences = self.job.input_ids.new_full(
+            (self.batch, self.prompt_length + max(map(len, rows))), self.job.pad_id or 0
+        )
+        sequences[:, : self.prompt_length] = self.job.input_ids
+        for number, ids in enumerate(rows):
+            new = torch.tensor(ids, dtype=torch.long, device=self.device)
+            sequences[number, self.prompt_length : self.prompt_length + len(ids)] = new
+        texts = None
+        if self.tokenizer is not None:
+            texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in rows]
+        return DecodeOutput(
+            sequences=sequences,
+            new_ids=rows,
+            prompt_ids=[row.prompt for row in self.rows],
+            texts=texts,
+            events=self.events,
+            forward_calls=self.engine.calls,
+            tokens_processed=self.engine.tokens_processed,
+            past_key_values=self.engine.cache,
+            stop_reasons=[self._stop_reason(row) for row in self.rows],
+        )
+
+    # --- beginning and end ---------------------------------------------------------------------------------
+
+    def _sequence(self, number: int, prompt: list[int]) -> SequenceState:
+        return SequenceState(number, prompt, self.tokenizer if self.monitors or self.stop else None)
+
+    def _enter(self, stack: ExitStack) -> None:
+        """Enter the interventions, and tell processors that it begins; the stack undoes it."""
+        for intervention in self.plugins.interventions:
+            stack.enter_context(intervention)
+        for processor in self.processors:
+            if isinstance(processor, BeginsWithPrompt):
+                processor.begin(self.prompt_length)
+            if isinstance(processor, Ends):
+                stack.callback(processor.end)
+        for processor in self.plugins.final_processors:
+            if isinstance(processor, BeginsLast):
+                mask = self.job.attention_mask
+                processor.begin(self.prompt_length, torch.ones_like(self.job.input_ids) if mask is None else mask)
+            if isinstance(processor, Ends):
+                stack.callback(processor.end)
+
+    def _check_streamers(self, streamers: Sequence[BaseStreamer]) -> None:
+        if streamers and len(streamers) != self.batch:
+            raise InputError(f"{len(streamers)} streamers for {self.batch} rows; give one streamer per row")
+        for monitor in self.monitors if streamers else ():
             if monitor.hold(self.rows[0]) is None:
                 name = type(monitor).__name__
                 raise InputError(f"{name} may go back without bound, so nothing can be streamed; set max_span")
-        self.active = set(range(batch))
-        self.events: list[RewindEvent] = []
-        self.sampler = Sampler(self.warpers, self.do_sample, self.seed, batch, self.device, self.final_processors)
+
+    def _stop_reason(self, row: SequenceState) -> str:
+        if row.cancelled or not row.finished:
+            return "cancelled"
+        wanted, limit = self.job.wanted[row.number], self.limits[row.number]
+        if len(row.ids) < limit or row.ids[-1] in self.job.eos_ids:
+            return "finished"
+        return "context" if limit < wanted else "budget"
+
+    def _free(self, row: SequenceState) -> None:
+        """Give back what is held for a row that was cancelled."""
+        self.engine.free(row.number)
 
     def _stops(self, stop: str | Sequence[str]) -> tuple[list[str], list[int]]:
         """Stop strings, and the ids of those that are special tokens: the text does not have them."""
@@ -234,6 +227,28 @@ class DecodeLoop:
         for text, token in ((text, token) for text in texts for token in special if token in text):
             raise InputError(f"the stop string {text!r} holds the special token {token!r}; give {token!r} alone")
         return texts, [special[text] for text in stop if text in special]
+
+    # --- one step ------------------------------------------------------------------------------------------
+
+    def _prefill(self) -> None:
+        """The first step, which reads the prompts."""
+        self._step(self.job.input_ids, self.job.attention_mask)
+
+    def _advance(self) -> None:
+        """Another step."""
+        self._step(*self._next_block())
+
+    def _step(self, block: Tensor, mask: Tensor | None) -> None:
+        """Feed, choose, repair and emit."""
+        logits = self.engine.forward(block, mask)
+        for row in self.rows:
+            row.fed = len(row.ids)
+        self._choose(logits)
+        for row in self.rows:
+            if row.number in self.active:
+                self._repair(row)
+                self._emit(row)
+        self.active = {row.number for row in self.rows if not row.finished}
 
     def _choose(self, logits: Tensor) -> None:
         """Score and draw for every row at once, or one by one after rewinds have left rows of unequal length."""
@@ -399,17 +414,20 @@ class DecodeLoop:
             )
         )
 
-    # --- output --------------------------------------------------------------------------------------------
+    # --- what is settled -----------------------------------------------------------------------------------
 
     def _emit(self, row: SequenceState) -> None:
-        """Stream what no rewind can remove any more, and forget the scores that kept it removable."""
+        """Note what no rewind can remove any more, and forget the scores that kept it removable."""
         settled = len(row.ids) - (0 if row.finished else held_tokens(row, self.monitors, row.settled))
         for index in range(row.emitted, settled):
             row.scores.pop(index, None)
-            if self.streamers:
-                self.streamers[row.number].put(torch.tensor([row.ids[index]]))
+        self.fresh[row.number] += row.ids[row.emitted : settled]
         self._shrink_old_scores(row)
         row.emitted = max(row.emitted, settled)
+
+    def _take_fresh(self) -> list[list[int]]:
+        fresh, self.fresh = self.fresh, [[] for _ in self.rows]
+        return fresh
 
     def _shrink_old_scores(self, row: SequenceState) -> None:
         old = len(row.ids) - FULL_ROWS - 1
@@ -425,23 +443,10 @@ class DecodeLoop:
             return torch.tensor(pending, device=self.device), None
         return left_padded(pending, self.device)
 
-    def _output(self, input_ids: Tensor, pad_id: int | None) -> DecodeOutput:
-        width = max(len(row.ids) for row in self.rows)
-        sequences = input_ids.new_full((self.batch, self.prompt_length + width), 0 if pad_id is None else pad_id)
-        sequences[:, : self.prompt_length] = input_ids
-        for row in self.rows:
-            new = torch.tensor(row.ids, dtype=torch.long, device=self.device)
-            sequences[row.number, self.prompt_length : self.prompt_length + len(row.ids)] = new
-        texts = None
-        if self.tokenizer is not None:
-            texts = [self.tokenizer.decode(row.ids, skip_special_tokens=True) for row in self.rows]
-        return DecodeOutput(
-            sequences=sequences,
-            new_ids=[row.ids for row in self.rows],
-            prompt_ids=[row.prompt for row in self.rows],
-            texts=texts,
-            events=self.events,
-            forward_calls=self.engine.calls,
-            tokens_processed=self.engine.tokens_processed,
-            past_key_values=getattr(self.engine, "cache", None),
-        )
+
+def _without_padding(job: Job) -> list[list[int]]:
+    """The ids of each prompt."""
+    prompts = job.input_ids.tolist()
+    if job.attention_mask is None:
+        return prompts
+    return [[t for t, m in zip(ids, mask) if m] for ids, mask in zip(prompts, job.attention_mask.tolist())]

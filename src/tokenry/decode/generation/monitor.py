@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
+
+from transformers import PreTrainedTokenizerBase
 
 from .sequence import SequenceState
 
-__all__ = ["Monitor", "RewindEvent", "Violation"]
+__all__ = ["Monitor", "ReadsText", "RewindEvent", "Violation"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,13 @@ class Monitor(Protocol):
     def check(self, row: SequenceState) -> Violation | None: ...
 
     def hold(self, row: SequenceState) -> int | None: ...
+
+
+@runtime_checkable
+class ReadsText(Protocol):
+    """A monitor that is given the tokenizer before a generation."""
+
+    def begin(self, tokenizer: PreTrainedTokenizerBase) -> None: ...
 
 
 @dataclass

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ...core.errors import InputError
 
-__all__ = ["REFUSED", "check_config", "check_processors", "ending", "kept_by_generate"]
+__all__ = ["REFUSED", "check_config", "check_processors", "ending", "hands_on_to", "kept_by_generate"]
 
 SPECULATIVE = "use custom_generate=tokenry.decode.speculative"
 BEAMS = "the decode loop has no beams; leave"
@@ -96,6 +96,23 @@ def kept_by_generate(*names: str) -> dict[str, Any]:
     if frame is None or not callable(frame.f_locals.get("custom_generate")):
         return {}
     return {name: frame.f_locals[name] for name in names if frame.f_locals.get(name) is not None}
+
+
+F = TypeVar("F", bound=Callable)
+
+
+def hands_on_to(base: Callable, *but: str) -> Callable[[F], F]:
+    """For a `custom_generate` callable that hands its `**options` on to `base`: its signature names them, as
+    `model.generate` hands on only what a signature names. `but` are those that the callable gives itself."""
+
+    def named(call: F) -> F:
+        own = dict(inspect.signature(call).parameters)
+        own.popitem()
+        rest = {name: p for name, p in inspect.signature(base).parameters.items() if name not in (*own, *but)}
+        call.__signature__ = inspect.Signature([*own.values(), *rest.values()])
+        return call
+
+    return named
 
 
 class _EndsOnce(BaseStreamer):

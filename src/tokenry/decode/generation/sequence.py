@@ -34,6 +34,7 @@ class SequenceState:
         self.decoded = TokenText(tokenizer, prompt) if tokenizer is not None else None
         self.checked = 0  # characters of the text that monitors have passed
         self.finished = False
+        self.cancelled = False
         self.ignored: set[tuple[int, str]] = set()  # (index, rule) given up on
         self.forced: list[tuple[int, int, str]] = []  # (start, stop, rule) of forced tokens
         self.scores: dict[int, Tensor | tuple[Tensor, Tensor]] = {}

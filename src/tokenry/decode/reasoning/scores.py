@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...core.errors import InputError
 from ...models.positions import check_prompt_fits
 from ...text.words import listed
-from .steps import Messages, StepPrompts, prompts_for
+from .step_prompts import Messages, StepPrompts, prompts_for
 
 __all__ = ["DigitScorer", "LikelihoodScorer", "StepScore", "StepScorer"]
 

@@ -12,10 +12,11 @@ from typing import Any, Literal
 import torch
 
 from ...core.errors import InputError
-from ...models.load import LoadedModel
+from ...models.load import Loaded
 from ...models.prompts import listed_prompts
 from .scores import HIGHEST, LOWEST, DigitScorer, StepScore, StepScorer
-from .steps import Draft, Messages, StepModel, StepPrompts, prompts_for
+from .step_prompts import Messages, StepPrompts, prompts_for
+from .steps import Draft, StepModel
 
 __all__ = ["ReasoningResult", "ReasoningStats", "SpeculativeReasoner", "StepRecord", "step_speedup"]
 
@@ -70,10 +71,6 @@ class ReasoningStats:
     small_seconds: float
     base_seconds: float
     judge_seconds: float
-
-    @property
-    def rejected_tokens(self) -> int:
-        return self.small_tokens + self.base_tokens - self.kept_tokens
 
     @property
     def acceptance(self) -> float:
@@ -136,8 +133,8 @@ class SpeculativeReasoner:
 
     def __init__(
         self,
-        base: LoadedModel,
-        small: LoadedModel,
+        base: Loaded,
+        small: Loaded,
         scorer: StepScorer | None = None,
         *,
         threshold: float = 7.0,
@@ -153,7 +150,7 @@ class SpeculativeReasoner:
                 raise InputError(f"{name}={value} is not allowed; give a number of tokens >= 1")
         if first_n_base_steps < 0:
             raise InputError(f"first_n_base_steps={first_n_base_steps} is not allowed; give a number of steps >= 0")
-        self.base, self.small = LoadedModel(*base), LoadedModel(*small)
+        self.base, self.small = Loaded(*base), Loaded(*small)
         self.prompts = prompts or prompts_for(self.base.model)
         self.scorer = scorer or DigitScorer(*self.base, prompts=self.prompts)
         self.threshold, self.first_n_base_steps = threshold, first_n_base_steps
@@ -174,9 +171,9 @@ class SpeculativeReasoner:
 
     def run(
         self, problems: Sequence[Messages], seed: int | None, on_step: Callable[[int, str], None] | None = None
-    ) -> Speculation:
+    ) -> StepSpeculation:
         """The finished run behind `generate_many`; `on_step` is called with the row and the text of every kept step."""
-        speculation = Speculation(self, problems, seed)
+        speculation = StepSpeculation(self, problems, seed)
         with torch.no_grad():
             while speculation.open:
                 for row in speculation.round():
@@ -186,7 +183,7 @@ class SpeculativeReasoner:
 
 
 @dataclass
-class Progress:
+class Solution:
     """One problem on its way."""
 
     number: int
@@ -218,7 +215,7 @@ class Progress:
         return before, begun + draft.text
 
 
-class Speculation:
+class StepSpeculation:
     """A batch of problems, round by round: propose, judge, keep or rewrite."""
 
     def __init__(self, reasoner: SpeculativeReasoner, problems: Sequence[Messages], seed: int | None) -> None:
@@ -237,9 +234,9 @@ class Speculation:
         self.masses: list[float] = []
         self.rows = [self._start(i, p, {name: begins[name][i] for name in begins}) for i, p in enumerate(problems)]
 
-    def _start(self, number: int, problem: Messages, begin: dict[str, str]) -> Progress:
+    def _start(self, number: int, problem: Messages, begin: dict[str, str]) -> Solution:
         turn = self.prompts.separator + self.prompts.turn(self.base.tokenizer, problem)
-        row = Progress(number, problem, self.prompts.separator, begin, turn)
+        row = Solution(number, problem, self.prompts.separator, begin, turn)
         row.limit = self._limit(row)
         if row.limit < 1:
             raise InputError(
@@ -249,10 +246,10 @@ class Speculation:
         return row
 
     @property
-    def open(self) -> list[Progress]:
+    def open(self) -> list[Solution]:
         return [row for row in self.rows if row.stop_reason is None]
 
-    def round(self) -> list[Progress]:
+    def round(self) -> list[Solution]:
         """One more step for every open problem; returns them."""
         start, rows = time.perf_counter(), self.open
         drafts = self._write("small", [row for row in rows if self._drafts(row)])
@@ -264,19 +261,19 @@ class Speculation:
             self._keep(row, drafts.get(row.number), own.get(row.number), scores.get(row.number), seconds)
         return rows
 
-    def _drafts(self, row: Progress) -> bool:
+    def _drafts(self, row: Solution) -> bool:
         """Whether the small model writes first. The one that has ended thinking also writes the answer."""
         if row.answering:
             return row.steps[-1].source == "small"
         return len(row.steps) >= self.reasoner.first_n_base_steps
 
-    def _limit(self, row: Progress) -> int:
+    def _limit(self, row: Solution) -> int:
         """The most tokens of the next step."""
         text = row.text + row.turn
         room = min(model.room(row.begin[name] + text) for name, model in self.models.items())
         return int(min(self.reasoner.max_step_tokens, self.reasoner.token_budget - row.kept, room))
 
-    def _write(self, name: str, rows: Sequence[Progress]) -> dict[int, Draft]:
+    def _write(self, name: str, rows: Sequence[Solution]) -> dict[int, Draft]:
         if not rows:
             return {}
         start = time.perf_counter()
@@ -286,7 +283,7 @@ class Speculation:
         self.seconds[name] += time.perf_counter() - start
         return drafts
 
-    def _judge(self, rows: Sequence[Progress], drafts: Mapping[int, Draft]) -> dict[int, StepScore]:
+    def _judge(self, rows: Sequence[Solution], drafts: Mapping[int, Draft]) -> dict[int, StepScore]:
         """Scores of the drafts. The base model's own are read off the cache that it writes with."""
         if not rows:
             return {}
@@ -306,7 +303,7 @@ class Speculation:
         return scores
 
     def _keep(
-        self, row: Progress, draft: Draft | None, own: Draft | None, score: StepScore | None, seconds: float
+        self, row: Solution, draft: Draft | None, own: Draft | None, score: StepScore | None, seconds: float
     ) -> None:
         kept = own or draft
         text, prompts = kept.text, self.prompts
@@ -328,7 +325,7 @@ class Speculation:
         row.answering = row.answering or (not prompts.answers and prompts.end_think in text)
         row.stop_reason = "finished" if finished else self._why_stop(row)
 
-    def _why_stop(self, row: Progress) -> str | None:
+    def _why_stop(self, row: Solution) -> str | None:
         if len(row.steps) > 2 and row.steps[-1].text == row.steps[-2].text:
             return "repeated"
         if row.kept >= self.reasoner.token_budget:
@@ -344,7 +341,7 @@ class Speculation:
             )
         return [ReasoningResult(row.text, row.steps, row.stop_reason, self._stats(row, mass)) for row in self.rows]
 
-    def _stats(self, row: Progress, mass: float) -> ReasoningStats:
+    def _stats(self, row: Solution, mass: float) -> ReasoningStats:
         judged = [step for step in row.steps if step.score is not None]
         share = {name: seconds / len(self.rows) for name, seconds in self.seconds.items()}
         return ReasoningStats(

@@ -24,7 +24,7 @@ from ...core.errors import InputError
 from ...text.words import listed
 from .verifiers import SAMPLINGS, VERIFIERS, Sampling, check_drafts, check_rows, kseq_acceptance_probability
 
-__all__ = ["AcceptanceRow", "acceptance_report", "optimal_acceptance", "subset_gap", "verifier_acceptance"]
+__all__ = ["AcceptanceRow", "acceptance_report", "optimal_acceptance", "verifier_acceptance"]
 
 STEP = 0.3  # of the quadrature, in ln(time); its error is below 1e-9 for up to ten drafts
 TAIL = 1e-11  # what the quadrature leaves out on either side
@@ -58,49 +58,6 @@ def optimal_acceptance(p: Tensor, q: Tensor, k: int, scheme: Sampling = "without
         return 1 + psi.min(-1).values.clamp(max=0)
     rows = zip(p.reshape(-1, p.shape[-1]), q.reshape(-1, q.shape[-1]))
     return p.new_tensor([1 + _least_psi(*row, k) for row in rows]).reshape(p.shape[:-1])
-
-
-def subset_gap(p: Tensor, q: Tensor, k: int, scheme: Sampling = "without") -> tuple[Tensor, Tensor]:
-    """P(H) - Q(H) along the prefixes among which the best set lies: what `optimal_acceptance` takes the least of.
-
-    Args:
-        p, q: target and draft probabilities (vocabulary,) of one position; k and scheme as there.
-
-    Returns:
-        The tokens (vocabulary,) in their order, and the gap (vocabulary + 1,) of the first 0, 1, 2, ... of them. The
-        ceiling is 1 + its minimum. Without replacement it takes some 15 kB for each token of the vocabulary.
-
-    Raises:
-        InputError: as `optimal_acceptance`, or more than one position.
-    """
-    if p.ndim != 1:
-        raise InputError(f"p has shape {tuple(p.shape)}; give the probabilities (vocabulary,) of one position")
-    p, q = check_rows(p, q)
-    check_drafts(q, k, scheme)
-    first = k - 1 if scheme == "greedy" else 0  # tokens that are drafted in any case, and so come first
-    certain, distribution = _last_draft(q, k) if first else (q.new_zeros(0, dtype=torch.long), q)
-    ratio = (distribution / p).nan_to_num(nan=0.0).index_fill(0, certain, torch.inf)
-    order = ratio.argsort(descending=True, stable=True)
-    p, distribution = (torch.cat([row.new_zeros(1), row[order].cumsum(0)]) for row in (p, distribution))
-    if scheme == "without" and k > 1:
-        chance = _inside(q[order], k)
-    else:
-        chance = distribution if scheme == "greedy" else distribution**k
-        chance[:first] = 0
-    return order, p - chance
-
-
-def _inside(q: Tensor, k: int) -> Tensor:
-    """The chance (vocabulary + 1,) that k drafts without replacement lie in each prefix of one row."""
-    outside = torch.cat([q.flip(0).cumsum(0).flip(0), q.new_zeros(1)])
-    open_ = outside > 0  # beyond it every draft is inside
-    times = _nodes(float(outside[open_][-1]), k).to(q)
-    size = int(open_.sum()) - 1
-    distributions = _running(torch.ones_like(times)[None], _pieces(q[:size], 1, times, k), k)
-    chance = torch.ones_like(outside)
-    chance[0] = 0
-    chance[1 : size + 1] = _chance(distributions, outside[1 : size + 1], times)
-    return chance
 
 
 def _by_ratio(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,12 +19,13 @@ from ...core.errors import InputError
 from ...hooks.layers import skip_layers
 from ...models.anatomy import decoder_layers
 from ...models.batch import left_padded, shared_length
-from ...models.load import load
+from ...models.load import shared
 from ...models.positions import fixed_positions
 from ..generation.engine import TransformersEngine
 from .tree import ROOT, DraftTree
 
 __all__ = [
+    "CachedDrafter",
     "Drafter",
     "EarlyExitDrafter",
     "ModelDrafter",
@@ -40,6 +40,7 @@ MOST_SHARED = 0.98  # share of ids that two paddings of one vocabulary have in c
 Context = list[int] | None
 
 
+@runtime_checkable
 class Drafter(Protocol):
     """Scores next tokens, one level of the tree at a time, for all rows of a batch at once.
 
@@ -54,6 +55,16 @@ class Drafter(Protocol):
 
     def extend(self, trees: Sequence[DraftTree], nodes: Sequence[Sequence[int]]) -> Sequence[Tensor]:
         """Scores (len(nodes[r]), vocabulary) after the newest nodes of each row's tree."""
+
+
+@runtime_checkable
+class CachedDrafter(Drafter, Protocol):
+    """A drafter that keeps something of every row. `positions`: how many tokens it can read; None is no limit."""
+
+    positions: int | None
+
+    def free(self, row: int) -> None:
+        """The row is over: give back what is held for it."""
 
 
 # --- from the text so far ------------------------------------------------------------------------------------------
@@ -174,6 +185,8 @@ class ModelDrafter:
     Its logits may be padded to another width than the target's: drafts are tokens that both have.
     """
 
+    positions: int | None = None
+
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
@@ -213,6 +226,10 @@ class ModelDrafter:
         self.open += width
         logits = self._shared(self.engine.forward_tree(self._read(tokens), mask, parents))
         return [logits[row, width - len(new) :] for row, new in enumerate(nodes)]
+
+    def free(self, row: int) -> None:
+        if self.fed[row]:
+            self.engine.free(row)
 
     def _read(self, tokens: Tensor) -> Tensor:
         """The tokens as this model has them; one that only the target has is read as the last one."""
@@ -296,10 +313,10 @@ def make_drafter(drafter: str | PreTrainedModel | Drafter, target: PreTrainedMod
     if drafter == "early-exit":
         return EarlyExitDrafter(layers)
     if isinstance(drafter, str):
-        return ModelDrafter(_loaded(drafter, target.device, target.dtype)[0])
+        return ModelDrafter(shared(drafter, like=target).model)
     if isinstance(drafter, PreTrainedModel) or hasattr(drafter, "get_base_model"):  # or one of peft
         return ModelDrafter(drafter)
-    if not all(hasattr(drafter, name) for name in ("begin", "root", "extend")):
+    if not isinstance(drafter, Drafter):
         raise InputError(
             f"{type(drafter).__name__} is no drafter: it has no scores to draw drafts from; give 'prompt-lookup', "
             "'ngram', 'early-exit', a model, or an object with begin, root and extend"
@@ -309,7 +326,7 @@ def make_drafter(drafter: str | PreTrainedModel | Drafter, target: PreTrainedMod
 
 def check_same_tokens(name: str, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a draft model by name whose ids mean other tokens than the target's."""
-    other = _loaded(name, target.device, target.dtype)[1].get_vocab()
+    other = shared(name, like=target).tokenizer.get_vocab()
     mine = tokenizer.get_vocab()
     if other != mine:
         token = next(t for t in [*other, *mine] if other.get(t) != mine.get(t))
@@ -317,8 +334,3 @@ def check_same_tokens(name: str, target: PreTrainedModel, tokenizer: PreTrainedT
             f"the token {token!r} is {other.get(token)} for {name} and {mine.get(token)} for the target; the ids must "
             "mean the same tokens"
         )
-
-
-@lru_cache(maxsize=2)
-def _loaded(name: str, device: torch.device, dtype: torch.dtype):
-    return load(name, dtype, device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -11,17 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
-from transformers.generation.streamers import BaseStreamer
+from transformers.generation.logits_process import LogitsProcessorList
 
 from ...core.errors import InputError
 from ...core.fields import Drafts, check
 from ...models.batch import left_padded
 from ..api import loop
-from ..generation.loop import DecodeLoop, DecodeOutput
-from ..generation.monitor import Monitor
+from ..generation.engine import Engine
+from ..generation.job import Job
+from ..generation.loop import DecodeLoop
+from ..generation.options import hands_on_to
+from ..generation.output import DecodeOutput
+from ..generation.plugins import NO_PLUGINS, Plugins
 from ..generation.sequence import SequenceState
-from .drafters import Drafter, make_drafter
+from .drafters import CachedDrafter, Drafter, make_drafter
 from .tree import ROOT, DraftTree, slots
 from .verifiers import VERIFIERS, KSeqVerifier, SingleDraftVerifier, Verifier, sample_drafts
 
@@ -110,12 +112,18 @@ class Speculation:
                 "'rrs', 'rrs-without' or 'greedy'"
             )
 
-    def loop(self, *args: Any, **options: Any) -> SpeculativeLoop:
+    def loop(
+        self,
+        engine: Engine,
+        job: Job,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        plugins: Plugins = NO_PLUGINS,
+    ) -> SpeculativeLoop:
         """The decode loop that drafts."""
-        return SpeculativeLoop(self, *args, **options)
+        return SpeculativeLoop(self, engine, job, tokenizer, plugins)
 
 
-class Step(NamedTuple):
+class Emitted(NamedTuple):
     """A token that came out, with the scores that a rewind may draw another one from."""
 
     token: int
@@ -129,21 +137,34 @@ class SpeculativeLoop(DecodeLoop):
     needs `forward_tree` and `commit`.
     """
 
-    def __init__(self, speculation: Speculation, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(
+        self,
+        speculation: Speculation,
+        engine: Engine,
+        job: Job,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        plugins: Plugins = NO_PLUGINS,
+    ) -> None:
+        super().__init__(engine, job, tokenizer, plugins)
         self.speculation, self.stats = speculation, SpeculativeStats()
         self.drafter, self.verifier = speculation.drafter, speculation.verifier
         self.independent = self.do_sample and self.verifier.sampling == "with"
 
-    def _run(self, block: Tensor, mask: Tensor | None) -> None:
+    def output(self) -> SpeculativeOutput:
+        return SpeculativeOutput(**{**super().output(), "stats": self.stats})
+
+    def _prefill(self) -> None:
         distinct = self.speculation.num_drafts > 1 and not self.independent
         self.drafter.begin(self.engine.model, self.batch, distinct)
-        self._step(block, mask)
-        while self.active:
-            self._speculate()
+        super()._prefill()
 
-    def _output(self, input_ids: Tensor, pad_id: int | None) -> SpeculativeOutput:
-        return SpeculativeOutput(**super()._output(input_ids, pad_id), stats=self.stats)
+    def _advance(self) -> None:
+        self._speculate()
+
+    def _free(self, row: SequenceState) -> None:
+        super()._free(row)
+        if isinstance(self.drafter, CachedDrafter):
+            self.drafter.free(row.number)
 
     def _speculate(self) -> None:
         """Draft, feed the trees of all rows, and let every row go along its own as far as the verifier says."""
@@ -160,7 +181,7 @@ class SpeculativeLoop(DecodeLoop):
         width = tokens.shape[1]
         logits = self.engine.forward_tree(tokens, mask, block_parents(pending, trees, width))
         kept: list[list[int]] = [[] for _ in self.rows]
-        steps: dict[int, list[Step]] = {}
+        steps: dict[int, list[Emitted]] = {}
         for row in active:
             tree, new = trees[row.number], pending[row.number]
             first = width - len(tree)  # column of node 0
@@ -238,17 +259,17 @@ class SpeculativeLoop(DecodeLoop):
 
     # --- verifying -----------------------------------------------------------------------------------------
 
-    def _walk(self, row: SequenceState, tree: DraftTree, logits: Tensor) -> tuple[list[Step], list[int]]:
+    def _walk(self, row: SequenceState, tree: DraftTree, logits: Tensor) -> tuple[list[Emitted], list[int]]:
         """Go from the root along drafted tokens until another one comes out; returns what came out, and the nodes gone
         through. `logits` (1 + nodes, vocabulary): after the row, then after each node."""
-        steps: list[Step] = []
+        steps: list[Emitted] = []
         nodes: list[int] = []
         node, end, room = ROOT, self.prompt_length + len(row.ids), self._room(row)
         while True:
             ids = self.ids[row.number : row.number + 1, : end + len(steps)]
             scores = self._processed(row, ids, logits[node + 1][None])
             token = self._select(row, self.sampler.warp(ids, scores)[0], tree, node, len(steps))
-            steps.append(Step(token, scores[0]))
+            steps.append(Emitted(token, scores[0]))
             node = tree.child(node, token)
             if node is None or token in self.eos or len(steps) == room:
                 return steps, nodes
@@ -270,7 +291,7 @@ class SpeculativeLoop(DecodeLoop):
             self.stats.positions.append(Position(depth, token in drafted, explicitly))
         return token
 
-    def _commit(self, row: SequenceState, steps: list[Step]) -> None:
+    def _commit(self, row: SequenceState, steps: list[Emitted]) -> None:
         """Append token by token, as monitors expect it; what follows a rewind or an end is dropped."""
         for token, scores in steps:
             before = len(self.events)
@@ -293,7 +314,7 @@ class SpeculativeLoop(DecodeLoop):
 
     def _drafter_room(self, row: SequenceState) -> float:
         """How deep the drafter can draft after this row before it runs out of positions."""
-        positions = getattr(self.drafter, "positions", None)
+        positions = self.drafter.positions if isinstance(self.drafter, CachedDrafter) else None
         return float("inf") if positions is None else positions + 1 - len(row.prompt) - len(row.ids)
 
     def _generator(self, row: SequenceState) -> torch.Generator | None:
@@ -341,6 +362,7 @@ def make_verifier(verifier: str | Verifier, gamma: float | Literal["optimal"]) -
     return VERIFIERS[verifier]
 
 
+@hands_on_to(loop, "speculation")
 def speculative(
     model: PreTrainedModel,
     input_ids: Tensor,
@@ -353,15 +375,7 @@ def speculative(
     draft_length: int = 4,
     gamma: float | Literal["optimal"] = "optimal",
     exit_layers: int | None = None,
-    monitors: Sequence[Monitor] = (),
-    interventions: Sequence[AbstractContextManager] = (),
-    final_processors: Sequence[LogitsProcessor] = (),
-    token_streamers: Sequence[BaseStreamer] = (),
-    processing_class: PreTrainedTokenizerBase | None = None,
-    seed: int | None = None,
-    stop: str | Sequence[str] = (),
-    budgets: Sequence[int] | None = None,
-    **model_kwargs: Any,
+    **options: Any,
 ) -> DecodeOutput | Tensor:
     """Speculative decoding as a `custom_generate` callable; the arguments are those of `Spectr` and of the decode loop.
 
@@ -371,20 +385,4 @@ def speculative(
     plan = Speculation(
         make_drafter(drafter, model, exit_layers), make_verifier(verifier, gamma), num_drafts, draft_length
     )
-    return loop(
-        model,
-        input_ids,
-        logits_processor,
-        stopping_criteria,
-        generation_config,
-        monitors=monitors,
-        interventions=interventions,
-        final_processors=final_processors,
-        token_streamers=token_streamers,
-        processing_class=processing_class,
-        seed=seed,
-        stop=stop,
-        budgets=budgets,
-        speculation=plan,
-        **model_kwargs,
-    )
+    return loop(model, input_ids, logits_processor, stopping_criteria, generation_config, speculation=plan, **options)

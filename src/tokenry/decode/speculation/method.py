@@ -7,16 +7,15 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...core.fields import Drafts, Layers, Multiple
-from ..contract import DecodeMethod, Plugins
-from ..reasoning.reflection import read_none
+from ...core.fields import Drafts, Layers, Multiple, read_none
+from ..contract import LoopMethod, Plugins
 from .drafters import check_same_tokens, make_drafter
 from .loop import Speculation, make_verifier
 
 __all__ = ["DraftingMethod"]
 
 
-class DraftingMethod(DecodeMethod):
+class DraftingMethod(LoopMethod):
     """A method that drafts several tokens per step and verifies them in one forward of the model."""
 
     drafter: str = Field(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -11,15 +10,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
-from transformers.generation.streamers import BaseStreamer
+from transformers.generation.logits_process import LogitsProcessorList
 
 from ...core.errors import InputError
-from ...models.anatomy import vocabulary_size
-from ...models.masks import as_attention_mask, check_full_attention, check_mask, draft_mask
+from ...models.masks import as_attention_mask, check_full_attention, check_mask, check_mask_token, draft_mask
 from ..api import loop
-from ..generation.loop import DecodeOutput
-from ..generation.monitor import Monitor
+from ..generation.engine import Engine
+from ..generation.job import Job
+from ..generation.options import hands_on_to
+from ..generation.output import DecodeOutput
+from ..generation.plugins import NO_PLUGINS, Plugins
 from ..generation.sequence import SequenceState
 from .loop import SpeculativeLoop, SpeculativeStats
 from .tree import ROOT, DraftTree
@@ -66,9 +66,15 @@ class SelfDrafting:
             raise InputError("the model has no mask token; give mask_token_id, an id that never occurs in text")
         return cls(mask, size, beta)
 
-    def loop(self, *args: Any, **options: Any) -> TiDARLoop:
+    def loop(
+        self,
+        engine: Engine,
+        job: Job,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        plugins: Plugins = NO_PLUGINS,
+    ) -> TiDARLoop:
         """The decode loop that drafts."""
-        return TiDARLoop(self, *args, **options)
+        return TiDARLoop(self, engine, job, tokenizer, plugins)
 
 
 class TiDARLoop(SpeculativeLoop):
@@ -80,37 +86,35 @@ class TiDARLoop(SpeculativeLoop):
 
     speculation: SelfDrafting
 
-    def __init__(self, speculation: SelfDrafting, *args: Any, **options: Any) -> None:
-        super().__init__(speculation, *args, **options)
+    def __init__(
+        self,
+        speculation: SelfDrafting,
+        engine: Engine,
+        job: Job,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        plugins: Plugins = NO_PLUGINS,
+    ) -> None:
+        check_model(engine.model, speculation.mask_token_id)
+        _check_prompt(job, speculation.mask_token_id)
+        super().__init__(speculation, engine, job, tokenizer, plugins)
         self.independent = True  # a chain: every depth has one draft, whatever it is worth
-        check_model(self.engine.model, speculation.mask_token_id)
-
-    def _prepare(self, input_ids: Tensor, mask: Tensor | None, limit: int, *further: Any) -> None:
-        if len(input_ids) != 1:
-            raise InputError(f"{len(input_ids)} prompts at a time are too many for tidar; give one (--batch-size 1)")
-        if mask is not None and not bool(mask.all()):
-            raise InputError("the prompt is padded; give a single prompt without padding")
-        if (input_ids == self.speculation.mask_token_id).any():
-            raise InputError(
-                f"the prompt contains the mask token {self.speculation.mask_token_id}; it stands for guesses, remove it"
-            )
-        super()._prepare(input_ids, mask, limit, *further)
-        size, self.most = self.speculation.block_size, self.prompt_length + limit
+        size, self.most = speculation.block_size, self.prompt_length + job.max_new_tokens
         slots = torch.arange(size, device=self.device)
         # Built once: a step looks at the last columns of the mask, and adds its length to the positions.
-        self.sees = as_attention_mask(self.engine.model, draft_mask(self.most, size))
+        self.sees = as_attention_mask(engine.model, draft_mask(self.most, size))
         self.places = torch.cat([slots, (slots[:, None] + slots + 1).flatten()])[None]
         self.tree: DraftTree | None = None
 
-    def _run(self, block: Tensor, mask: Tensor | None) -> None:
-        self._read(block)
+    def _prefill(self) -> None:
+        self._read(self.job.input_ids)
         self.stats = SpeculativeStats()
-        while self.active:
-            if self.tree is None:  # a monitor has taken back or put in what no replica has seen
-                self.stats.target_calls += 1
-                self._read(torch.tensor([self.rows[0].ids[self.rows[0].fed :]], device=self.device))
-            else:
-                self._speculate()
+
+    def _advance(self) -> None:
+        if self.tree is None:  # a monitor has taken back or put in what no replica has seen
+            self.stats.target_calls += 1
+            self._read(torch.tensor([self.rows[0].ids[self.rows[0].fed :]], device=self.device))
+        else:
+            self._speculate()
 
     def _read(self, new: Tensor) -> None:
         """Feed tokens (1, k) with a replica behind them: the next token, and the guesses after it."""
@@ -174,11 +178,20 @@ class TiDARLoop(SpeculativeLoop):
         return masked[1:]
 
 
+def _check_prompt(job: Job, mask_token_id: int) -> None:
+    """Refuse several prompts, a padded one, and one with the mask token in it."""
+    ids, mask = job.input_ids, job.attention_mask
+    if len(ids) != 1:
+        raise InputError(f"{len(ids)} prompts at a time are too many for tidar; give one (--batch-size 1)")
+    if mask is not None and not bool(mask.all()):
+        raise InputError("the prompt is padded; give a single prompt without padding")
+    if (ids == mask_token_id).any():
+        raise InputError(f"the prompt contains the mask token {mask_token_id}; it stands for guesses, remove it")
+
+
 def check_model(model: PreTrainedModel, mask_token_id: int) -> None:
     """Refuse a model that has no place for guesses; the forwards that this needs are done once for a model."""
-    size = vocabulary_size(model)
-    if not 0 <= mask_token_id < size:
-        raise InputError(f"mask_token_id={mask_token_id} is outside the vocabulary of {size}; choose an unused token")
+    check_mask_token(model, mask_token_id)
     check_full_attention(model)
     if getattr(model.config.get_text_config(), "rope_parameters", None) is None:
         name = type(model).__name__
@@ -192,6 +205,7 @@ def check_model(model: PreTrainedModel, mask_token_id: int) -> None:
 # --- how it is called ----------------------------------------------------------------------------------------------
 
 
+@hands_on_to(loop, "speculation")
 def tidar_generate(
     model: PreTrainedModel,
     input_ids: Tensor,
@@ -201,14 +215,7 @@ def tidar_generate(
     block_size: int | None = None,
     beta: float = 1.0,
     mask_token_id: int | None = None,
-    monitors: Sequence[Monitor] = (),
-    interventions: Sequence[AbstractContextManager] = (),
-    final_processors: Sequence[LogitsProcessor] = (),
-    token_streamers: Sequence[BaseStreamer] = (),
-    processing_class: PreTrainedTokenizerBase | None = None,
-    seed: int | None = None,
-    stop: str | Sequence[str] = (),
-    **model_kwargs: Any,
+    **options: Any,
 ) -> DecodeOutput | Tensor:
     """TiDAR as a `custom_generate` callable; the arguments are those of `TiDAR` and of the decode loop.
 
@@ -220,13 +227,6 @@ def tidar_generate(
         logits_processor,
         stopping_criteria,
         generation_config,
-        monitors=monitors,
-        interventions=interventions,
-        final_processors=final_processors,
-        token_streamers=token_streamers,
-        processing_class=processing_class,
-        seed=seed,
-        stop=stop,
         speculation=SelfDrafting.of(model, mask_token_id, block_size, beta),
-        **model_kwargs,
+        **options,
     )

@@ -38,8 +38,6 @@ __all__ = [
     "Verifier",
     "check_rows",
     "kseq_acceptance_probability",
-    "kseq_division_factor",
-    "kseq_residual",
     "output_distribution",
     "sample_drafts",
 ]
@@ -233,22 +231,6 @@ VERIFIERS: dict[str, Verifier] = {
 # --- K-SEQ -----------------------------------------------------------------------------------------------------
 
 
-def kseq_division_factor(p: Tensor, q: Tensor, k: int) -> Tensor:
-    """gamma*, the division factor with the most acceptance (arXiv 2310.15141): the root in [1, k] of
-    1 - (1 - beta)^k = gamma beta, where beta(gamma) = sum min(q, p / gamma).
-
-    Args:
-        p, q: target and draft probabilities (..., vocabulary).
-        k: number of drafts, >= 1.
-
-    Returns:
-        gamma* (...), float64.
-    """
-    p, q = check_rows(p, q)
-    check_count(k)
-    return _division_factor(p, q, k, None)
-
-
 def kseq_acceptance_probability(p: Tensor, q: Tensor, k: int, gamma: float | None = None) -> Tensor:
     """Probability (...) that one of `k` drafts passes its test: 1 - (1 - beta)^k. gamma None is gamma*."""
     p, q = check_rows(p, q)
@@ -256,18 +238,12 @@ def kseq_acceptance_probability(p: Tensor, q: Tensor, k: int, gamma: float | Non
     return _any_passes(_beta(p, q, _division_factor(p, q, k, gamma)), k)
 
 
-def kseq_residual(p: Tensor, q: Tensor, k: int, gamma: float | None = None) -> Tensor:
-    """The distribution (..., vocabulary) after `k` failed tests; the target itself where they cannot all fail.
-
-    (p - min(q, p / gamma) P / beta) / (1 - P), where P is the acceptance probability. gamma None is gamma*.
-    """
-    p, q = check_rows(p, q)
-    check_count(k)
-    return _kseq_residual(p, q, k, _division_factor(p, q, k, gamma), gamma is None)
-
-
 def _division_factor(target: Tensor, draft: Tensor, k: int, gamma: float | None) -> Tensor:
-    """gamma* by Newton's method inside a shrinking bracket, or the given factor if it is valid here."""
+    """gamma* (...), the division factor with the most acceptance, or the given one if it is valid here.
+
+    It is the root in [1, k] of 1 - (1 - beta)^k = gamma beta, where beta(gamma) = sum min(q, p / gamma), by Newton's
+    method inside a shrinking bracket (arXiv 2310.15141).
+    """
     low = target.new_ones(target.shape[:-1])
     if gamma is not None:
         return _valid(target, draft, k, low * gamma)

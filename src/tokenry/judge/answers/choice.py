@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...core.errors import InputError
 from ...text.answers import normalise_answer
-from ..crew import CRewScorer, Judged
+from .samples import Judged
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from trl import DPOConfig
+
+    from ..crew import CRewScorer
 
 __all__ = [
     "Vote",

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...judge.answers.choice import best_of_n, weighted_vote
-from ...judge.crew import CRew, Judged, Solution
+from ...judge.answers.samples import Judged, Solution
+from ...judge.crew import CRew
 from ...text.answers import normalise_answer
 from ...text.spans import text_offsets
 from ..task import Metric, Outcome, Sample, Subject

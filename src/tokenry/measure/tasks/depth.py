@@ -14,7 +14,7 @@ from ...data.problems import Arithmetic, draw_problems
 from ...decode.api import generate
 from ...hooks.skip_schedule import SkipSchedule, skip_forward
 from ...models.anatomy import decoder_layers
-from ...models.load import LoadedModel
+from ...models.load import Loaded
 from ..cost import Meter
 from ..task import Metric, Outcome, Sample, Subject
 from .generated import generation_cost
@@ -99,7 +99,7 @@ class DepthTask:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        reasoner: LoadedModel,
+        reasoner: Loaded,
         texts: int = 12,
         problems: int = 240,
     ) -> None:

@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from ...data.problems import Problem, VerifiableTask
-from ...decode.generation.loop import DecodeOutput
+from ...decode.generation.output import DecodeOutput
 from ..cost import Meter
 from ..task import Metric, Outcome, Sample, Subject
 from .generated import generation_cost

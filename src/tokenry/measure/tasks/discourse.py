@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...data.problems import Split
 from ...decode.api import generate
-from ...decode.generation.loop import DecodeOutput
+from ...decode.generation.output import DecodeOutput
 from ...decode.generation.sequence import SequenceState
 from ...zoo import storyteller
 from ..cost import Meter

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...decode.generation.loop import DecodeOutput
+from ...decode.generation.output import DecodeOutput
 from ...decode.generation.sequence import SequenceState
 from ...models.kv_cache import cache_bytes
 from ..cost import Meter

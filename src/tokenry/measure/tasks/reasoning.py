@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...core.errors import InputError
 from ...data.problems import Problem, VerifiableTask
 from ...decode.api import generate
-from ...decode.generation.loop import DecodeOutput
+from ...decode.generation.output import DecodeOutput
 from ...decode.reasoning.reflection import end_think_ids
 from ..cost import Meter
 from ..task import Metric, Outcome, Sample, Subject

@@ -19,7 +19,7 @@ from ...decode.api import generate, loop
 from ...decode.speculation.acceptance import optimal_acceptance
 from ...decode.speculation.loop import Speculation, SpeculativeOutput
 from ...decode.speculation.verifiers import Selection, Verifier
-from ...models.prompts import rendered
+from ...models.prompts import encode_prompts
 from ..cost import Meter
 from ..task import Metric, Outcome, Sample, Statistic, Subject
 from .generated import generation_cost
@@ -29,7 +29,7 @@ __all__ = ["EFFICIENCY", "RecordingVerifier", "SpeculationTask", "continuation_d
 SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0}
 MAX_NEW_TOKENS = 256
 LENGTH, ROWS = 3, 250  # tokens of a continuation, and how many are drawn at a time
-LAW = "distribution"  # kind of sample
+LAW = "law"  # kind of sample
 
 
 class RecordingVerifier:
@@ -108,8 +108,7 @@ class SpeculationTask:
 
     def _solve(self, plan: Speculation | None, problem: Problem, seed: int) -> Outcome:
         options = {**SAMPLING, "max_new_tokens": MAX_NEW_TOKENS, "seed": seed, "return_dict_in_generate": True}
-        prompt = rendered(self.tokenizer, [{"role": "user", "content": problem.question}], add_generation_prompt=True)
-        inputs = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(self.model.device)
+        inputs = encode_prompts(self.tokenizer, problem.question).to(self.model.device)
         recorder = RecordingVerifier(plan.verifier) if plan else None
         if plan:
             plan = Speculation(plan.drafter, recorder, plan.num_drafts, plan.draft_length)

@@ -9,9 +9,9 @@ from itertools import pairwise
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...decode.antislop import PhraseBan
 from ...decode.api import generate
-from ...decode.generation.loop import DecodeOutput
+from ...decode.bans.phrases import PhraseBan
+from ...decode.generation.output import DecodeOutput
 from ...decode.generation.sequence import SequenceState
 from ..cost import Meter
 from ..task import Metric, Outcome, Sample, Subject

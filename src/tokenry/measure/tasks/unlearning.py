@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...train.ftpo import FTPOCollator, score_pairs
+from ...train.preference.collator import FTPOCollator
+from ...train.preference.evaluation import score_pairs
 from ..task import Metric, Outcome, Sample, Subject
 from .stories import StoriesTask
 

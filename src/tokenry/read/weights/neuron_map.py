@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,22 +10,19 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...core.artifact import Header, check_floats, check_range, check_tensors, header_of, read_tensors
+from ...core.artifact import Artifact, Header, TensorFile
 from ...core.errors import InputError
-from ...core.files import explained, parse_json
-from ...core.outputs import write_file
+from ...core.tensors import check_floats, check_range, check_tensors
 from ...models.anatomy import decoder_layers, fingerprint, unembedding
 from ..contract import Reading
 from .directions import TILE, Side, Spread, neuron_rows, top_tokens
 
-__all__ = ["NeuronMap", "Overlap"]
+__all__ = ["LayerProgress", "NeuronMap", "Overlap"]
 
-FORMAT = 1
-Progress = Callable[[int, int, str], None]
+LayerProgress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,7 @@ class MapHeader(Header):
     texts: dict[str, str]
 
 
-class NeuronMap:
+class NeuronMap(Artifact):
     """Every MLP neuron of a model with its top tokens.
 
     Attributes:
@@ -59,6 +55,18 @@ class NeuronMap:
         header: format, model, fingerprint, side, fold_norm, vocabulary, and `texts`: {token id: text} of stored ids.
         model, tokenizer: for exact answers about any token; None if loaded without them.
     """
+
+    kind = "map"
+    layout = TensorFile("tokenry_neurons")
+    fields = MapHeader
+    remedy = "give a file written by NeuronMap.save"
+    unread = "{path!r} cannot be read as a {kind}"
+    foreign = "{path!r} has no header of a neuron map"
+    named = "the {kind} {path!r}"
+    stranger = (
+        "this map was made for {model!r} (weights {fingerprint}), not for the weights {found}; map that model with "
+        "LMHeadNeurons().map(model, tokenizer)"
+    )
 
     def __init__(
         self,
@@ -79,7 +87,7 @@ class NeuronMap:
         top_k: int = 10,
         chunk: int = 512,
         bottom: bool = False,
-        progress: Progress | None = None,
+        progress: LayerProgress | None = None,
     ) -> NeuronMap:
         """Decode every neuron of every layer. Arguments as for `LMHeadNeurons`.
 
@@ -103,7 +111,7 @@ class NeuronMap:
             if progress:
                 progress(layer + 1, depth, f"layer {layer}")
         header = {
-            "format": FORMAT,
+            "format": cls.version,
             "model": model.config._name_or_path or type(model).__name__,
             "fingerprint": fingerprint(model),
             "side": side,
@@ -139,9 +147,9 @@ class NeuronMap:
         first, second = self.tensors["logits"][..., :2].unbind(-1)
         return (first - second) / self.tensors["deviation"]
 
-    def named_layers(self, least: float) -> list[int]:
+    def named_layers(self, min_prob: float) -> list[int]:
         """Layers with a neuron whose top token has at least this probability."""
-        return (self.probability >= least).any(1).nonzero().flatten().tolist()
+        return (self.probability >= min_prob).any(1).nonzero().flatten().tolist()
 
     def text(self, token: int) -> str:
         """What a stored token decodes to."""
@@ -298,11 +306,18 @@ class NeuronMap:
 
     # --- files ---------------------------------------------------------------------------------------------------
 
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file with a JSON header."""
-        tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
-        metadata = {"tokenry_neurons": json.dumps(self.header, ensure_ascii=False)}
-        write_file(path, lambda part: save_file(tensors, part, metadata=metadata))
+    @property
+    def made_for(self) -> dict[str, Any]:
+        """Whose neurons these are, as the header says."""
+        return {name: self.header[name] for name in ("model", "fingerprint")}
+
+    def stored(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return self.tensors, self.header
+
+    @classmethod
+    def restored(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> NeuronMap:
+        _check(tensors, header)
+        return cls(tensors, header)
 
     @classmethod
     def load(
@@ -316,36 +331,21 @@ class NeuronMap:
         Raises:
             InputError: not a map, a newer format, or another model.
         """
-        remedy = "give a file written by NeuronMap.save"
-        with explained(f"{str(path)!r} cannot be read as a map", remedy):
-            tensors, texts = read_tensors(path)
-            header = parse_json(texts.get("tokenry_neurons", "null"))
-        if header is None:
-            raise InputError(f"{str(path)!r} has no header of a neuron map; {remedy}")
-        with explained(f"{str(path)!r} cannot be read as a map", remedy):
-            _check(tensors, header_of(header, MapHeader, FORMAT, f"the map {str(path)!r}"))
-        found = cls(tensors, header, model, tokenizer)
+        found = super().load(path)
+        found.model, found.tokenizer = model, tokenizer
         if model is not None:
-            found.check(fingerprint(model))
+            found.check_made_for(fingerprint(model))
         return found
 
-    def check(self, weights: str) -> None:
-        """Refuse a model or trace whose fingerprint is not that of the mapped model."""
-        if weights != self.header["fingerprint"]:
-            raise InputError(
-                f"this map was made for {self.header['model']!r} (weights {self.header['fingerprint']}), not for the "
-                f"weights {weights}; map that model with LMHeadNeurons().map(model, tokenizer)"
-            )
 
-
-def _check(tensors: dict[str, Tensor], header: MapHeader) -> None:
+def _check(tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
     """Refuse tensors that do not belong together or to their header.
 
     Raises:
         ValueError: the first such tensor.
     """
     check_tensors(tensors, {"lse": (None, None)})
-    stored = min(max(header.top_k, 2), header.vocabulary)
+    stored = min(max(header["top_k"], 2), header["vocabulary"])
     shapes = {"deviation": tuple(tensors["lse"].shape)}
     for ids, logits in (("ids", "logits"), ("bottom_ids", "bottom_logits")):
         if ids == "ids" or ids in tensors:
@@ -353,11 +353,11 @@ def _check(tensors: dict[str, Tensor], header: MapHeader) -> None:
     check_tensors(tensors, shapes)
     check_floats(tensors, tensors.keys() - {"ids", "bottom_ids"})
     for name in tensors.keys() & {"ids", "bottom_ids"}:
-        check_range(name, tensors[name], header.vocabulary)
-        unnamed = [i for i in map(str, tensors[name].unique().tolist()) if i not in header.texts]
+        check_range(name, tensors[name], header["vocabulary"])
+        unnamed = [i for i in map(str, tensors[name].unique().tolist()) if i not in header["texts"]]
         if unnamed:
             raise ValueError(f"the header has no text of token {unnamed[0]}")
-    if not all(text.isdecimal() and text.isascii() for text in header.texts):
+    if not all(text.isdecimal() and text.isascii() for text in header["texts"]):
         raise ValueError("the header has texts of tokens that are no numbers")
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -19,6 +18,8 @@ from ...core.errors import InputError
 from ...hooks.layers import skip_layers
 from ...hooks.residual import edit_inputs
 from ...models.anatomy import decoder_body, decoder_layers
+from ...models.batch import left_padded, position_arguments
+from ...models.positions import context_window
 from ...text.token_text import check_encodable
 
 __all__ = ["PROMPTS", "PromptEmbedder", "clean_up", "last_states", "last_tokens", "leads_with_bos", "read_prompt"]
@@ -114,14 +115,13 @@ def last_states(model: PreTrainedModel, ids: Tensor, mask: Tensor, wanted: Seque
 
         return look
 
-    extra = {}
-    if "position_ids" in inspect.signature(body.forward).parameters:  # learned positions must not count padding
-        extra["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
     with ExitStack() as stack:
         if deepest < count:
             stack.enter_context(skip_layers(model, range(deepest)))
         stack.enter_context(edit_inputs(model, {layers[k]: keep(k) for k in wanted if k < count}))
-        final = body(input_ids=ids, attention_mask=mask, use_cache=False, **extra).last_hidden_state
+        final = body(
+            input_ids=ids, attention_mask=mask, use_cache=False, **position_arguments(body, mask)
+        ).last_hidden_state
     keep(count)(final)
     device = final.device
     return torch.stack([caught[k].to(device) for k in wanted], 1)
@@ -166,7 +166,7 @@ class PromptEmbedder(nn.Module):
         self.prompt, self.add_bos, self.normalize, self.truncate = prompt, add_bos, normalize, truncate
         self.templates = read_prompt(prompt)
         self.layers = len(decoder_layers(model))
-        self.limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.limit: int | None = context_window(model)
         self.max_seq_length = max_seq_length
         self.output_layer = self._layer(output_layer)
         self.slot_token_id = None
@@ -264,11 +264,8 @@ class PromptEmbedder(nn.Module):
 
     def _pad(self, rows: Sequence[Sequence[list[int]]]) -> dict[str, Tensor]:
         flat = [ids for variants in zip(*rows) for ids in variants]
-        width, pad = max(map(len, flat)), self.tokenizer.pad_token_id or 0
-        return {
-            "input_ids": torch.tensor([[pad] * (width - len(ids)) + ids for ids in flat]),
-            "attention_mask": torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in flat]),
-        }
+        ids, mask = left_padded(flat, pad=self.tokenizer.pad_token_id or 0)
+        return {"input_ids": ids, "attention_mask": mask.long()}
 
     # --- ids to vectors ----------------------------------------------------------------------------------------
 

@@ -62,8 +62,7 @@ class CompressKVPress(ScorerPress):
         super().__post_init__()
         if self.profile is None:
             raise InputError("CompressKVPress needs profile=..., a HeadProfile or the path of one")
-        if isinstance(self.profile, str):
-            self.profile = HeadProfile.load(self.profile)
+        self.profile = HeadProfile.opened(self.profile)
         least = self.min_tokens if self.adaptive else self.budget
         if not self.window_size < least <= self.budget:
             raise InputError(

@@ -13,8 +13,8 @@ import sys
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...core.errors import InputError
-from ..compresskv import NeedlePrompt, identify_retrieval_heads, layer_eviction_error
 from .profile import HeadProfile
+from .retrieval import NeedlePrompt, identify_retrieval_heads, layer_eviction_error
 
 __all__ = ["calibrate_model", "make_needle_prompts"]
 

@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ...core.artifact import Artifact, JsonFile
 from ...core.errors import InputError
-from ...core.files import explained, read_json
-from ...core.outputs import write_text
 from ...core.schemas import unmet
+from ...models.anatomy import fingerprint, shape_of
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
-from ...models.anatomy import shape_of
 
-__all__ = ["HeadProfile"]
+__all__ = ["HeadProfile", "shipped_profile"]
 
-
+SHIPPED = Path(__file__).parent / "data" / "smollm2.json"
 REMEDY = "make one with tokenry.select.calibrate_model(model, tokenizer)"
 
 
-class HeadProfile(BaseModel):
+class HeadProfile(Artifact, BaseModel):
     """A calibration result, bound to the model it was made for.
 
     Attributes:
-        model: name of the model; with `fingerprint` (see tokenry.hooks) it says whom the profile fits.
+        model: name of the model; with `fingerprint` (see tokenry.models.anatomy) it says whom the profile fits.
         order: per layer, all heads, best retriever first (L, H).
         scores: the scores behind the order (L, H); empty where only the order is known.
         error: per layer, the share of the damage that a tiny cache does (L), or None when it was not measured.
     """
+
+    kind: ClassVar[str] = "head profile"
+    layout: ClassVar[JsonFile] = JsonFile()
+    remedy: ClassVar[str] = REMEDY
+    unread: ClassVar[str] = "the {kind} {path!r} cannot be read"
+    foreign: ClassVar[str] = "the file {path!r} is no {kind}"
+    named: ClassVar[str] = "the {kind} {path!r}"
+    stranger: ClassVar[str] = f"the {{kind}} was made for {{model}}, not for the weights given; {REMEDY}"
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -65,15 +72,14 @@ class HeadProfile(BaseModel):
         if self.error is not None and (min(self.error) < 0 or sum(self.error) <= 0):
             raise InputError(f"the layer errors must be >= 0 and not all zero; {REMEDY}")
 
+    @property
+    def made_for(self) -> dict[str, str]:
+        """The weights, or the name of the model where they are not known."""
+        return {"model": self.model, "fingerprint": self.model if self.fingerprint is None else self.fingerprint}
+
     def fits(self, model: PreTrainedModel) -> bool:
         """Whether the profile was made for these weights (or this name, where it has no fingerprint)."""
-        from ...models.anatomy import fingerprint
-
-        if self._shape() != shape_of(model):
-            return False
-        if self.fingerprint is None:
-            return self.model == model.config._name_or_path
-        return self.fingerprint == fingerprint(model)
+        return self._shape() == shape_of(model) and self._found(model) == self.made_for["fingerprint"]
 
     def check(self, model: PreTrainedModel) -> None:
         """Refuse a model that this profile was not made for."""
@@ -81,21 +87,22 @@ class HeadProfile(BaseModel):
             raise InputError(
                 f"the head profile is for {self.model} ({self._shape()}), this model has {shape_of(model)}; {REMEDY}"
             )
-        if not self.fits(model):
-            raise InputError(f"the head profile was made for {self.model}, not for the weights given; {REMEDY}")
+        self.check_made_for(self._found(model))
+
+    def _found(self, model: PreTrainedModel) -> str:
+        return model.config._name_or_path if self.fingerprint is None else fingerprint(model)
 
     def _shape(self) -> dict[str, int]:
         return {"layers": self.layers, "heads": self.heads, "kv_heads": self.kv_heads}
 
-    def save(self, path: str | Path) -> None:
-        """Write JSON."""
-        write_text(path, json.dumps(self.model_dump(mode="json")) + "\n")
+    def stored(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {}, self.model_dump(mode="json")
 
     @classmethod
-    def load(cls, path: str | Path) -> HeadProfile:
-        """Read what `save` wrote; anything else is refused."""
-        with explained(f"the head profile {str(path)!r} cannot be read", REMEDY):
-            values = read_json(path)
-        if not isinstance(values, dict):
-            raise InputError(f"the file {str(path)!r} is no head profile; {REMEDY}")
-        return cls(**values)
+    def restored(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> HeadProfile:
+        return cls(**{name: value for name, value in header.items() if name != "format"})
+
+
+def shipped_profile() -> HeadProfile:
+    """The profile of the embedded SmolLM2-135M-Instruct, made by calibrate.py."""
+    return HeadProfile.load(SHIPPED)

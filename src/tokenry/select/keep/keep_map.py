@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ...models.batch import position_ids
+
 __all__ = ["KeepMap", "LayerView", "TokenScorer"]
 
 
@@ -54,16 +56,12 @@ class KeepMap:
         columns = self.columns[layer]
         if self.valid is None:
             return columns
-        place = (self.valid.long().cumsum(1) - 1).masked_fill(~self.valid, -1)
+        place = position_ids(self.valid).masked_fill(~self.valid, -1)
         return place.gather(1, columns)
 
     def kv_bytes(self) -> int:
         """Bytes of the kept keys and values of the prompt, over all layers that may be cut."""
         return sum(c.numel() * self.column_bytes[layer] for layer, c in self.columns.items())
-
-    def full_bytes(self) -> int:
-        """Bytes of the same layers without compression."""
-        return sum(c.shape[0] * self.length * self.column_bytes[layer] for layer, c in self.columns.items())
 
 
 # --- scorers ---------------------------------------------------------------------------------------------------
@@ -88,7 +86,7 @@ class LayerView:
         batch, _, length, _ = self.keys.shape
         if self.valid is None:
             return torch.arange(length, device=self.keys.device).expand(batch, length)
-        return (self.valid.long().cumsum(1) - 1).clamp(min=0)
+        return position_ids(self.valid)
 
 
 class TokenScorer(Protocol):

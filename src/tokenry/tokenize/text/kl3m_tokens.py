@@ -8,8 +8,9 @@ from importlib.resources import files
 from typing import Any
 
 from ...core.errors import InputError
+from ...core.method import read_lines
 
-__all__ = ["GROUPS", "custom_tokens"]
+__all__ = ["GROUPS", "custom_tokens", "read_custom_tokens"]
 
 RUNS = range(2, 9)
 TAGS = (
@@ -100,3 +101,14 @@ def custom_tokens(groups: Sequence[str] = tuple(GROUPS), lowercase: bool = False
         raise InputError(f"groups={groups!r} is not a list of custom token groups; choose from {', '.join(GROUPS)}")
     tokens = {token.lower() if lowercase else token for group in groups for token in GROUPS[group]()}
     return sorted(token for token in tokens if len(token) > 1)
+
+
+def read_custom_tokens(value: Any) -> Any:
+    """Custom tokens from the command line: none, group names with commas between, a JSON list, or a file."""
+    if isinstance(value, str):
+        if value.strip().lower() in ("none", ""):
+            return ()
+        parts = [part.strip() for part in value.split(",")]
+        if all(part in GROUPS for part in parts):
+            return tuple(parts)
+    return read_lines(value, "custom tokens")

@@ -1,1 +1,1 @@
-"""preference: pairs and their losses."""
+"""preference: pairs, their losses, and the trainers on them."""

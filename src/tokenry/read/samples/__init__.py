@@ -1,0 +1,1 @@
+"""samples: what a model writes to questions of its own accord."""
