@@ -109,8 +109,8 @@ def test_the_commands_of_a_page_are_understood(page):
         asked = [word for word in words if word not in (">", "2>")]
         result = CliRunner().invoke(main, [*asked, "--help"])
         assert result.exit_code == 0, f"{page.name}: tokenry {shlex.join(words)}: {result.output}"
-        slugs = [value for flag, value in pairwise(words) if flag == "--method"]
-        if words[0] == "compare" and words[1] in {entry.slug for entry in catalog.METHODS}:
+        slugs = [value for flag, value in pairwise(words) if flag in ("--method", "-m")]
+        if words[0] in ("compare", "fit") and words[1] in {entry.slug for entry in catalog.METHODS}:
             slugs.append(words[1])
         known = {option.name for slug in slugs for option in catalog.get(slug, words[0]).load().options()}
         assert {value.partition("=")[0] for flag, value in pairwise(words) if flag == "-o"} <= known, words
