@@ -32,8 +32,18 @@ lint: install
 	$(BIN)/ruff format --check src tests benchmarks tools
 	$(BIN)/lint-imports --no-logo
 
-docs: install
+# The site's own tools are a step apart: neither the package nor its tests need them.
+SITE := $(VENV)/.site
+
+$(SITE): $(STAMP)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $(SITE)
+
+# Look at it, with the search, by `python -m http.server -d build/site`.
+docs: $(SITE)
 	$(BIN)/python -m tokenry.measure.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
+	$(BIN)/python tools/check_site.py build/site
 
 benchmarks: install
 	for script in benchmarks/bench_*.py; do OMP_NUM_THREADS=2 $(BIN)/python $$script || exit 1; done

@@ -244,5 +244,6 @@ def test_an_experiment_has_the_name_of_its_module():
 
 def test_the_table_has_a_row_for_every_experiment():
     rows = docs.evidence_table({})
-    assert "[cyclicreflex](docs/cyclicreflex.md)" in rows and "[cyclicreflex-reasoner](docs/cyclicreflex.md)" in rows
+    assert "[cyclicreflex](docs/methods/cyclicreflex.md)" in rows
+    assert "[cyclicreflex-reasoner](docs/methods/cyclicreflex.md)" in rows
     assert "tip" not in rows.split("|")

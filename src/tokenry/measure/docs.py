@@ -1,8 +1,9 @@
 """Writes what the documentation says about numbers: `python -m tokenry.measure.docs` in the repository.
 
-The evidence table of README.md, docs/evidence.md, the option tables of docs/<slug>.md and the models of docs/zoo.md
-come from the evidence files, the methods' declarations and the records of the zoo. With --check nothing is written, and
-the exit code says whether all is up to date.
+The evidence table of README.md, docs/evidence.md, the options, evidence and picture of docs/methods/<slug>.md, the
+lists and contracts of docs/stages/<stage>.md, docs/paper-index.md, the models of docs/zoo.md and the methods in the
+menu of mkdocs.yml come from the evidence files, the methods' declarations and the records of the zoo. With --check
+nothing is written, and the exit code says whether all is up to date.
 """
 
 from __future__ import annotations
@@ -14,31 +15,43 @@ from typing import Any
 
 from .. import catalog
 from ..zoo.recipes import RECIPES, record_of
+from . import pages
 from .ledger import load_evidence
+from .pictures import picture
 
 __all__ = ["documents"]
 
 
 def documents(root: Path) -> dict[Path, str]:
     """Every generated document: {path: what it should contain}."""
-    entries = {e["slug"]: e for e in load_evidence(root / "docs" / "evidence")}
-    made = {root / "docs" / "evidence.md": evidence_page(entries)}
-    readme = root / "README.md"
-    made[readme] = fill(readme.read_text(encoding="utf-8"), "evidence", evidence_table(entries))
+    docs = root / "docs"
+    entries = {e["slug"]: e for e in load_evidence(docs / "evidence")}
+    made = {docs / "evidence.md": evidence_page(entries)}
+    made |= {docs / "pictures" / f"{name}.svg": picture(found) for name, found in entries.items()}
+    blocks = [
+        (root / "README.md", "evidence", evidence_table(entries)),
+        (root / "mkdocs.yml", "methods", pages.navigation()),
+        (docs / "zoo.md", "zoo", zoo_table()),
+        (docs / "paper-index.md", "papers", pages.paper_index(entries)),
+    ]
     for entry in catalog.METHODS:
-        page = root / "docs" / f"{entry.slug}.md"
-        if page.exists():
-            # A second entry of the same name has its table on the same page.
-            name = f"{entry.stage} options" if page in made else "options"
-            made[page] = fill(made.get(page) or page.read_text(encoding="utf-8"), name, options_table(entry))
-    zoo = root / "docs" / "zoo.md"
-    made[zoo] = fill(zoo.read_text(encoding="utf-8"), "zoo", zoo_table())
+        page = docs / "methods" / f"{entry.slug}.md"
+        # A second entry of the same name has its table on the same page.
+        second = catalog.get(entry.slug) is not entry
+        blocks.append((page, f"{entry.stage} options" if second else "options", options_table(entry)))
+        if not second:
+            blocks.append((page, "evidence", pages.evidence_of(entry, entries)))
+    for stage in catalog.STAGES:
+        page = docs / "stages" / f"{stage}.md"
+        blocks += [(page, "methods", pages.method_list(stage, entries)), (page, "contract", pages.contract(stage))]
+    for path, name, content in blocks:
+        made[path] = fill(made.get(path) or path.read_text(encoding="utf-8"), name, content)
     return made
 
 
 def fill(text: str, name: str, content: str) -> str:
-    """Replace what stands between `<!-- name -->` and `<!-- /name -->`."""
-    pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+    """Replace what stands between `<!-- name -->` and `<!-- /name -->`, in YAML between `# <name>` and `# </name>`."""
+    pattern = rf"((?:<!-- {name} -->|# <{name}>)\n).*?( *# </{name}>|<!-- /{name} -->)"
     filled, count = re.subn(pattern, lambda m: m[1] + content + "\n" + m[2], text, flags=re.S)
     if count != 1:
         raise ValueError(f"expected one <!-- {name} --> ... <!-- /{name} --> block, found {count}")
@@ -68,7 +81,7 @@ def evidence_table(entries: dict[str, dict[str, Any]]) -> str:
     for entry in catalog.METHODS:
         for name in entry.experiments:
             found = entries.get(name)
-            link = f"[{name}](docs/{entry.slug}.md)"
+            link = f"[{name}](docs/methods/{entry.slug}.md)"
             if found:
                 main = found["findings"][0]["numbers"]
                 rows.append(f"| {link} | {entry.stage} | {found['claim']} | {found['verdict']} | {main} |")
@@ -80,7 +93,7 @@ def evidence_table(entries: dict[str, dict[str, Any]]) -> str:
 def evidence_page(entries: dict[str, dict[str, Any]]) -> str:
     parts = ["# Evidence", "", "Generated from `docs/evidence/*.json` by `make docs`. Each entry is one command."]
     for found in entries.values():
-        parts += ["", f"## {found['slug']}: {found['verdict']}", "", found["claim"], ""]
+        parts += ["", f"## {found['slug']}", "", f"**{found['verdict']}**: {found['claim']}", ""]
         for finding in found["findings"]:
             parts.append(f"* **{'yes' if finding['holds'] else 'no'}**: {finding['statement']}  ")
             parts.append(f"  {finding['numbers']}")

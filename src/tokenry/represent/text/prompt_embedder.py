@@ -213,7 +213,7 @@ class PromptEmbedder(nn.Module):
     # --- texts to ids ------------------------------------------------------------------------------------------
 
     def rows(self, texts: Sequence[str]) -> list[tuple[list[int], ...]]:
-        """Token ids of every text in every template: rows[text][template]."""
+        """Token ids of every text in every template: `rows[text][template]`."""
         texts = [texts] if isinstance(texts, str) else texts
         for i, text in enumerate(texts):
             if not isinstance(text, str):
