@@ -448,15 +448,15 @@ def test_the_experiment_measures_what_the_formulas_say(llama, tokenizer, monkeyp
     method = OptimalMDSD(drafter="early-exit", exit_layers=2)
     experiment = optimal_mdsd.build(llama, tokenizer, samples=2, method=method)
     comparison = compare(experiment)
-    assert [s.role for s in experiment.subjects] == ["plain", "control", *["method"] * 4, *["control"] * 4]
+    assert [s.role for s in experiment.arms] == ["plain", "control", *["method"] * 4, *["control"] * 4]
     for name in optimal_mdsd.SEVERAL_DRAFTS:
-        mean = {subject: comparison.mean(subject, name) for subject in comparison.subjects}
+        mean = {subject: comparison.mean(subject, name) for subject in comparison.arms}
         assert mean["greedy"] == pytest.approx(mean["ceiling, greedy"]) and mean["any draft"] == 1
         assert mean["single"] < mean["kseq"] < mean["ceiling, with"] < mean["ceiling, without"]
         assert math.isnan(comparison.mean("ceiling, with", f"measured {name}"))
     hits = optimal_mdsd.pooled(comparison, "greedy", "accepted", "T=1 n=4")
     assert len(hits) == 12 and set(hits) <= {0, 1}
-    findings = experiment.judge(comparison)
+    findings = experiment.findings(comparison)
     assert len(findings) == 6 and findings[0].holds and findings[2].holds
     assert "20 random paths" in experiment.notes
 

@@ -31,7 +31,7 @@ from tokenry.decode import Antislop
 from tokenry.decode.diffadapt import DiffAdapt
 from tokenry.decode.specreason import SpecReason
 from tokenry.evidence.token_prepending import DevScores
-from tokenry.evidence.token_prepending import SequenceState as DevRow
+from tokenry.evidence.token_prepending import Row as DevRow
 from tokenry.judge import Reference, SlopProfile
 from tokenry.learned.confidence_filter import ConfidenceFilter
 from tokenry.learned.dead_end_values import DeadEndValueModel

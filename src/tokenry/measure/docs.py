@@ -1,8 +1,8 @@
 """Writes what the documentation says about numbers: `python -m tokenry.measure.docs` in the repository.
 
-The evidence table of README.md, docs/evidence.md, the option tables of docs/<slug>.md and the models of docs/zoo.md
-come from the evidence files, the methods' declarations and the records of the zoo. With --check nothing is written, and
-the exit code says whether all is up to date.
+The ledger of README.md and docs/evidence.md, the pages of docs/evidence, the option tables of docs/<slug>.md and the
+models of docs/zoo.md come from the evidence files, the methods' declarations and the records of the zoo. With --check
+nothing is written, and the exit code says whether all is up to date.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from .. import catalog
 from ..zoo.recipes import RECIPES, record_of
-from .ledger import load_evidence
+from .ledger import is_older, load_evidence, measured, outcome_of, verdict_in
 
 __all__ = ["documents"]
 
@@ -22,7 +22,8 @@ __all__ = ["documents"]
 def documents(root: Path) -> dict[Path, str]:
     """Every generated document: {path: what it should contain}."""
     entries = {e["slug"]: e for e in load_evidence(root / "docs" / "evidence")}
-    made = {root / "docs" / "evidence.md": evidence_page(entries)}
+    made = {root / "docs" / "evidence.md": ledger_page(entries)}
+    made |= {root / "docs" / "evidence" / f"{name}.md": evidence_page(found) for name, found in entries.items()}
     readme = root / "README.md"
     made[readme] = fill(readme.read_text(encoding="utf-8"), "evidence", evidence_table(entries))
     for entry in catalog.METHODS:
@@ -63,44 +64,76 @@ def zoo_table() -> str:
     return "\n".join(rows)
 
 
-def evidence_table(entries: dict[str, dict[str, Any]]) -> str:
-    rows = ["| method | stage | claim | verdict | main number |", "|---|---|---|---|---|"]
+def evidence_table(entries: dict[str, dict[str, Any]], pages: str = "docs/") -> str:
+    """The ledger: what was published, and what was measured, on which model, at most one number a cell."""
+    rows = ["| claim of | published | measured | on | verdict | numbers |", "|---|---|---|---|---|---|"]
     for entry in catalog.METHODS:
         for name in entry.experiments:
-            found = entries.get(name)
-            link = f"[{name}](docs/{entry.slug}.md)"
-            if found:
-                main = found["findings"][0]["numbers"]
-                rows.append(f"| {link} | {entry.stage} | {found['claim']} | {found['verdict']} | {main} |")
-            else:
-                rows.append(f"| {link} | {entry.stage} | {entry.summary} | not measured yet | |")
+            found, published = entries.get(name), str(entry.published or "")
+            link = f"[{name}]({pages}{entry.slug}.md)"
+            if found is None:
+                rows.append(f"| {link} | {published} | | | not measured yet | |")
+                continue
+            page = f"[all]({pages}evidence/{name}.md)"
+            rows.append(
+                f"| {link} | {published} | {measured(found)} | {found['model']} | {shown_verdict(found)} | {page} |"
+            )
     return "\n".join(rows)
 
 
-def evidence_page(entries: dict[str, dict[str, Any]]) -> str:
-    parts = ["# Evidence", "", "Generated from `docs/evidence/*.json` by `make docs`. Each entry is one command."]
-    for found in entries.values():
-        parts += ["", f"## {found['slug']}: {found['verdict']}", "", found["claim"], ""]
-        for finding in found["findings"]:
-            parts.append(f"* **{'yes' if finding['holds'] else 'no'}**: {finding['statement']}  ")
-            parts.append(f"  {finding['numbers']}")
-        if found["notes"]:
-            parts += ["", found["notes"]]
-        parts += ["", *numbers_table(found), ""]
-        numbers, versions = found["numbers"], ", ".join(f"{k} {v}" for k, v in found["versions"].items())
-        parts.append(
-            f"{found['model']}, task `{found['task']}`, {numbers['samples']} samples, seeds {numbers['seeds']}; "
-            f"`{found['command']}`; {found['date']}; {versions}."
-        )
+def shown_verdict(record: dict[str, Any]) -> str:
+    """The verdict, and whether it is one of before."""
+    return verdict_in(record) + (" (older record)" if is_older(record) else "")
+
+
+def ledger_page(entries: dict[str, dict[str, Any]]) -> str:
+    """What stands beside the table of all claims."""
+    sources = [f"* {e.slug}: {e.published}. {e.published.source}." for e in catalog.METHODS if e.published]
+    parts = [
+        "# Evidence",
+        "",
+        "Generated from `docs/evidence/*.json` by `make docs`. Each row is one command, which its page names; "
+        "`tokenry compare --all --quick` runs all of them at their smallest size.",
+        "",
+        "A check holds, fails, or is undecided, by its 95 % interval. `reproduced`: every check holds. `partly`: the "
+        "main one does. `not reproduced`: the main one fails. `undecided`: its interval is on both sides of the bound. "
+        "An older record has findings that hold or not, and the verdict of its time. Measured is the number that the "
+        "main check is made from; it is of a small model, and seldom in the unit of the published one. Models of the "
+        "zoo are described in [zoo.md](zoo.md); `smollm2` is SmolLM2-135M-Instruct.",
+        "",
+        evidence_table(entries, ""),
+        "",
+        "Published numbers, and the models and data that they are of:",
+        "",
+        *sources,
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def evidence_page(found: dict[str, Any]) -> str:
+    """All numbers of one experiment."""
+    parts = [f"# {found['slug']}: {shown_verdict(found)}", "", "Generated by `make docs`.", "", found["claim"], ""]
+    for finding in found["findings"]:
+        main = ", main" if finding.get("main") else ""
+        parts.append(f"* **{outcome_of(finding)}{main}**: {finding['statement']}  ")
+        parts.append(f"  {finding['numbers']}")
+    if found["notes"]:
+        parts += ["", found["notes"]]
+    parts += ["", *numbers_table(found), ""]
+    numbers, versions = found["numbers"], ", ".join(f"{k} {v}" for k, v in found["versions"].items())
+    parts.append(
+        f"{found['model']}, task `{found['task']}`, {numbers['samples']} samples, seeds {numbers['seeds']}; "
+        f"`{found['command']}`; {found['date']}; {versions}."
+    )
     return "\n".join(parts) + "\n"
 
 
 def numbers_table(found: dict[str, Any]) -> list[str]:
     metrics = list(found["metrics"])
-    subjects = found["numbers"]["subjects"]
-    costs = [n for n in next(iter(subjects.values())) if n not in metrics]
-    rows = ["| subject | " + " | ".join(metrics + costs) + " |", "|---|" + "---:|" * len(metrics + costs)]
-    for name, values in subjects.items():
+    arms = found["numbers"]["subjects"]
+    costs = [n for n in next(iter(arms.values())) if n not in metrics]
+    rows = ["| arm | " + " | ".join(metrics + costs) + " |", "|---|" + "---:|" * len(metrics + costs)]
+    for name, values in arms.items():
         cells = [_cell(values[n], found["numbers"]["differences"].get(name, {}).get(n)) for n in metrics + costs]
         rows.append(f"| {name} | " + " | ".join(cells) + " |")
     return [*rows, "", f"In brackets: 95 % interval of the paired difference from {found['baseline']}."]

@@ -1,20 +1,27 @@
-"""Evidence: what was measured, kept as `docs/evidence/<slug>.json` and never typed by hand."""
+"""Evidence: what was measured, kept as `docs/evidence/<slug>.json` and never typed by hand.
+
+Records of before have findings that hold or not, and a verdict of that time. They are shown with it, and said to be
+older; what they lack cannot be computed from them.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from .claims import Finding, verdict, verdict_of
 from .compare import Comparison
-from .task import Finding
 
-__all__ = ["evidence", "load_evidence", "versions"]
+__all__ = ["evidence", "is_older", "load_evidence", "measured", "outcome_of", "verdict_in", "versions"]
+
+NUMBER = r"[-+]?\d[\d.]*%? \[[^\]]*\]"  # with its interval, as text
 
 
 def versions() -> dict[str, str]:
@@ -23,21 +30,19 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **packages, "cpus": str(os.cpu_count())}
 
 
-def evidence(
-    comparison: Comparison, findings: Sequence[Finding], verdict: str, *, model: str, command: str
-) -> dict[str, Any]:
+def evidence(comparison: Comparison, findings: Sequence[Finding], *, model: str, command: str) -> dict[str, Any]:
     """One evidence entry as JSON values."""
     experiment = comparison.experiment
     return {
         "slug": experiment.slug,
         "claim": experiment.claim,
-        "verdict": verdict,
-        "findings": [{"statement": f.statement, "holds": bool(f.holds), "numbers": f.numbers} for f in findings],
+        "verdict": verdict(findings),
+        "findings": [_finding(finding) for finding in findings],
         "model": model,
         "task": experiment.task.slug,
         "identity": {name: value for name, value in comparison.identity.items() if name != "subjects"},
         "baseline": experiment.baseline,
-        "subjects": [{"name": s.name, "role": s.role, "setting": s.setting} for s in experiment.subjects],
+        "subjects": [{"name": arm.name, "role": arm.role, "setting": arm.setting} for arm in experiment.arms],
         "metrics": {m.name: {"better": m.better, "description": m.description} for m in experiment.qualities},
         "numbers": comparison.to_dict(),
         "notes": experiment.notes,
@@ -47,6 +52,50 @@ def evidence(
     }
 
 
+def _finding(finding: Finding) -> dict[str, Any]:
+    number = finding.check and finding.check.number
+    return {
+        "statement": finding.statement,
+        "outcome": finding.outcome,
+        "main": finding.main,
+        "numbers": finding.numbers,
+        "measured": {"what": number.what, "shown": number.shown} if number else None,
+    }
+
+
 def load_evidence(folder: str | Path) -> list[dict[str, Any]]:
     """All entries of a folder, by slug."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))]
+
+
+# --- records -------------------------------------------------------------------------------------------------------
+
+
+def is_older(record: Mapping[str, Any]) -> bool:
+    """Whether a record is from before findings had three outcomes."""
+    return any("outcome" not in finding for finding in record["findings"])
+
+
+def outcome_of(finding: Mapping[str, Any]) -> str:
+    """What came out of a finding of a record."""
+    return finding.get("outcome") or ("holds" if finding["holds"] else "fails")
+
+
+def verdict_in(record: Mapping[str, Any]) -> str:
+    """The verdict that follows from the findings of a record; of an older one, the verdict of its time."""
+    if is_older(record):
+        return record["verdict"]
+    (main,) = (finding for finding in record["findings"] if finding["main"])
+    outcomes = [finding["outcome"] for finding in record["findings"] if finding["outcome"] != "described"]
+    return verdict_of(main["outcome"], outcomes)
+
+
+def measured(record: Mapping[str, Any]) -> str:
+    """The number of the main finding with its interval; empty where an older record has none that can be read."""
+    if is_older(record):  # the number of the method by name, else the first one, which may say how many times
+        text = record["findings"][0]["numbers"]
+        found = re.search(rf"; {re.escape(record['slug'])} ({NUMBER})", text) or re.search(
+            rf"({NUMBER}|\d[\d.]* times)", text
+        )
+        return found[1] if found else ""
+    return next(finding["measured"]["shown"] for finding in record["findings"] if finding["main"])
