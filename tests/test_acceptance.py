@@ -457,7 +457,11 @@ def test_the_experiment_measures_what_the_formulas_say(llama, tokenizer, monkeyp
     hits = optimal_mdsd.pooled(comparison, "greedy", "accepted", "T=1 n=4")
     assert len(hits) == 12 and set(hits) <= {0, 1}
     findings = experiment.findings(comparison)
-    assert len(findings) == 6 and findings[0].holds and findings[2].holds
+    assert findings[0].outcome == "holds" and [f.main for f in findings] == [False, True, *[False] * 3]
+    assert findings[4].outcome == "described" and "without - ceiling, with: +" in findings[4].numbers
+    for verifier in (optimal_mdsd.SINGLE, *optimal_mdsd.SEVERAL):
+        assert optimal_mdsd.above_ceiling(comparison, verifier) < 1e-8
+    assert all(abs(gap.interval.mean) < 1e-9 for gap in optimal_mdsd.below_ceiling(comparison, "greedy"))
     assert "20 random paths" in experiment.notes
 
 

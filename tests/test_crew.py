@@ -595,7 +595,7 @@ def test_the_task_judges_and_the_findings_follow(llama, tokenizer):
     findings = experiment.findings(comparison)
     assert [f.outcome for f in findings] == ["undecided"] * 6 + ["described"]  # four questions decide nothing
     assert "crew - all alike: +0.000" in findings[3].numbers and "crew - all alike: +0.000" in findings[4].numbers
-    assert "equation 1.000" in findings[0].numbers and "free words 0.500" in findings[0].numbers
+    assert "equation: 1.000" in findings[0].numbers and "free words: 0.500" in findings[0].numbers
 
 
 def test_the_findings_are_decided_by_more_questions(llama, tokenizer):

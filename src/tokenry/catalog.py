@@ -39,6 +39,11 @@ class Entry:
         module, name = self.target.split(":")
         return getattr(importlib.import_module(module), name)
 
+    def claim_of(self, name: str) -> Claim | None:
+        """What was published on what an experiment tests. Where there are several it is the last that tests it: the
+        ones before are about the mechanism."""
+        return self.published if name == list(self.experiments)[-1] else None
+
     @property
     def experiments(self) -> dict[str, str]:
         """The module of every experiment by its name; the first one is called like the method."""

@@ -201,7 +201,7 @@ def findings(c: Comparison) -> list[Finding]:
     """The order of the ceilings, the gaps of the verifiers, formula against draws, and the distribution of what comes
     out."""
     verifiers = (SINGLE, *SEVERAL)
-    exceeded = max(_above_ceiling(c, verifier) for verifier in verifiers)
+    exceeded = max(above_ceiling(c, verifier) for verifier in verifiers)
     missed = max(abs(gap.interval.mean) for gap in below_ceiling(c, GREEDY))
     rates = {name: largest_error(c, name, "accepted") for name in verifiers}
     tokens = {name: largest_error(c, name, "best") for name in (*verifiers, ANY)}
@@ -270,7 +270,7 @@ def below_ceiling(c: Comparison, verifier: str) -> list[Contrast]:
     return [c.gap(name, ceiling(VERIFIERS[verifier].sampling), verifier, "+.4f") for name in SEVERAL_DRAFTS]
 
 
-def _above_ceiling(c: Comparison, verifier: str) -> float:
+def above_ceiling(c: Comparison, verifier: str) -> float:
     """The most by which a verifier exceeds its ceiling at any position."""
     top = ceiling(VERIFIERS[verifier].sampling)
     return max(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .compare import Comparison
 
 __all__ = [
+    "VERDICTS",
     "Check",
     "Contrast",
     "Finding",

@@ -14,7 +14,7 @@ from typing import Any
 
 from .. import catalog
 from ..zoo.recipes import RECIPES, record_of
-from .ledger import is_older, load_evidence, measured, outcome_of, verdict_in
+from .ledger import asked, is_older, load_evidence, measured, outcome_of, verdict_in
 
 __all__ = ["documents"]
 
@@ -64,21 +64,34 @@ def zoo_table() -> str:
     return "\n".join(rows)
 
 
-def evidence_table(entries: dict[str, dict[str, Any]], pages: str = "docs/") -> str:
-    """The ledger: what was published, and what was measured, on which model, at most one number a cell."""
+def evidence_table(entries: dict[str, dict[str, Any]]) -> str:
+    """The ledger in short: what was published, and what was measured, on which model, at most one number a cell."""
     rows = ["| claim of | published | measured | on | verdict | numbers |", "|---|---|---|---|---|---|"]
-    for entry in catalog.METHODS:
-        for name in entry.experiments:
-            found, published = entries.get(name), str(entry.published or "")
-            link = f"[{name}]({pages}{entry.slug}.md)"
-            if found is None:
-                rows.append(f"| {link} | {published} | | | not measured yet | |")
-                continue
-            page = f"[all]({pages}evidence/{name}.md)"
-            rows.append(
-                f"| {link} | {published} | {measured(found)} | {found['model']} | {shown_verdict(found)} | {page} |"
-            )
+    for entry, name in measurements():
+        found, published = entries.get(name), str(entry.claim_of(name) or "")
+        cells = ("", "", "not measured yet", "")
+        if found:
+            cells = measured(found), found["model"], shown_verdict(found), f"[all](docs/evidence/{name}.md)"
+        rows.append(f"| [{name}](docs/{entry.slug}.md) | {published} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
+
+
+def ledger(entries: dict[str, dict[str, Any]]) -> str:
+    """The ledger with what was asked, and the command that measures it."""
+    rows = ["| claim of | published | asked | measured | on | verdict | command |", "|---|---|---|---|---|---|---|"]
+    for entry, name in measurements():
+        found, published = entries.get(name), str(entry.claim_of(name) or "")
+        cells = ("", "", "", "not measured yet", "")
+        if found:
+            command = f"[`{found['command']}`](evidence/{name}.md)"
+            cells = (asked(found), measured(found), found["model"], shown_verdict(found), command)
+        rows.append(f"| [{name}]({entry.slug}.md) | {published} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def measurements() -> list[tuple[catalog.Entry, str]]:
+    """Every experiment with the method that it is about."""
+    return [(entry, name) for entry in catalog.METHODS for name in entry.experiments]
 
 
 def shown_verdict(record: dict[str, Any]) -> str:
@@ -92,7 +105,7 @@ def ledger_page(entries: dict[str, dict[str, Any]]) -> str:
     parts = [
         "# Evidence",
         "",
-        "Generated from `docs/evidence/*.json` by `make docs`. Each row is one command, which its page names; "
+        "Generated from `docs/evidence/*.json` by `make docs`. Each row is one command; behind it are all numbers. "
         "`tokenry compare --all --quick` runs all of them at their smallest size.",
         "",
         "A check holds, fails, or is undecided, by its 95 % interval. `reproduced`: every check holds. `partly`: the "
@@ -101,7 +114,7 @@ def ledger_page(entries: dict[str, dict[str, Any]]) -> str:
         "main check is made from; it is of a small model, and seldom in the unit of the published one. Models of the "
         "zoo are described in [zoo.md](zoo.md); `smollm2` is SmolLM2-135M-Instruct.",
         "",
-        evidence_table(entries, ""),
+        ledger(entries),
         "",
         "Published numbers, and the models and data that they are of:",
         "",

@@ -19,7 +19,7 @@ from typing import Any
 from .claims import Finding, verdict, verdict_of
 from .compare import Comparison
 
-__all__ = ["evidence", "is_older", "load_evidence", "measured", "outcome_of", "verdict_in", "versions"]
+__all__ = ["asked", "evidence", "is_older", "load_evidence", "measured", "outcome_of", "verdict_in", "versions"]
 
 NUMBER = r"[-+]?\d[\d.]*%? \[[^\]]*\]"  # with its interval, as text
 
@@ -85,7 +85,7 @@ def verdict_in(record: Mapping[str, Any]) -> str:
     """The verdict that follows from the findings of a record; of an older one, the verdict of its time."""
     if is_older(record):
         return record["verdict"]
-    (main,) = (finding for finding in record["findings"] if finding["main"])
+    main = main_of(record)
     outcomes = [finding["outcome"] for finding in record["findings"] if finding["outcome"] != "described"]
     return verdict_of(main["outcome"], outcomes)
 
@@ -98,4 +98,15 @@ def measured(record: Mapping[str, Any]) -> str:
             rf"({NUMBER}|\d[\d.]* times)", text
         )
         return found[1] if found else ""
-    return next(finding["measured"]["shown"] for finding in record["findings"] if finding["main"])
+    return main_of(record)["measured"]["shown"]
+
+
+def asked(record: Mapping[str, Any]) -> str:
+    """The statement of the main finding, and what its number is."""
+    main = main_of(record)
+    return main["statement"] if is_older(record) else f"{main['statement']}: {main['measured']['what']}"
+
+
+def main_of(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The main finding; of an older record the first one, as it was then."""
+    return next((finding for finding in record["findings"] if finding.get("main")), record["findings"][0])
