@@ -441,8 +441,10 @@ def test_an_exact_recursion_that_is_too_large_is_refused():
 def test_the_experiment_measures_what_the_formulas_say(llama, tokenizer, monkeypatch):
     from tokenry.decode import OptimalMDSD
     from tokenry.evidence import optimal_mdsd
+    from tokenry.measure import claims
     from tokenry.measure.compare import compare
 
+    monkeypatch.setattr(claims, "UNITS", 2)  # so that few texts decide
     monkeypatch.setattr(optimal_mdsd, "NEW_TOKENS", 6)
     monkeypatch.setattr(optimal_mdsd, "PATHS", 20)
     method = OptimalMDSD(drafter="early-exit", exit_layers=2)

@@ -29,7 +29,7 @@ from tokenry.measure.claims import (
 )
 from tokenry.measure.compare import Comparison, compare
 from tokenry.measure.experiment import Design, Experiment, Run, experiment, sweep
-from tokenry.measure.ledger import evidence, is_older, measured, verdict_in
+from tokenry.measure.ledger import evidence, is_older, measured, outcome_of, verdict_in
 from tokenry.measure.statistics import Interval, bootstrap_statistic, paired_bootstrap
 from tokenry.measure.task import Arm, Metric, Outcome, Sample
 
@@ -105,6 +105,13 @@ def test_exact_numbers_are_never_undecided():
     assert str(exactly(3, "texts that differ")) == "texts that differ: 3"
 
 
+@pytest.mark.parametrize(("n", "outcome"), [(2, "undecided"), (5, "undecided"), (6, "holds")])
+def test_a_handful_of_samples_decides_nothing(n, outcome):
+    """Their bootstrap interval ends at the lowest and highest of them, and leaves out far more than 5 %."""
+    found = above(Contrast(paired_bootstrap(np.linspace(1, 2, n), np.zeros(n)), "x"), 0.5)
+    assert found.outcome == outcome and (f"undecided, {n} samples)" in found.text) == (n < 6)
+
+
 def test_the_text_is_made_from_the_check():
     assert above(number(0.1, 0.2, 0.3), 0).text == "x: 0.20 [0.10, 0.30] (above 0: holds)"
     assert at_least(number(0.1, 0.2, 0.3, ".1%"), 0.15).text == "x: 20.0% [10.0%, 30.0%] (at least 15%: undecided)"
@@ -131,6 +138,8 @@ def test_checks_together(outcomes, every, one):
     for order in permutations(map(made, outcomes)):
         assert all_of(*order).outcome == every and any_of(*order).outcome == one
     assert all_of(*map(made, outcomes)).text == "; ".join(o[0] for o in outcomes)
+    assert any_of(*map(made, outcomes)).text == " or ".join(o[0] for o in outcomes)
+    assert any_of(all_of(made("holds"), made("fails")), made("fails")).text == "(h; f) or f"
 
 
 def test_a_share_has_its_interval_over_what_was_counted():
@@ -332,3 +341,5 @@ def test_an_older_record_keeps_its_verdict(numbers, shown):
     finding = {"statement": "it is so", "holds": True, "numbers": numbers}
     record = {"slug": "old", "verdict": "direction only", "findings": [finding, {**finding, "holds": False}]}
     assert is_older(record) and verdict_in(record) == "direction only" and measured(record) == shown
+    assert [outcome_of(one) for one in record["findings"]] == ["holds", "fails"]
+    assert outcome_of({**finding, "statement": "where it saves is described and does not decide"}) == "described"

@@ -593,7 +593,7 @@ def test_the_task_judges_and_the_findings_follow(llama, tokenizer):
     assert comparison.values("all alike", "concordance").tolist() == [0.5] * 4
     assert comparison.values("crew", "accuracy") == pytest.approx([1 / 3] * 4)
     findings = experiment.findings(comparison)
-    assert [f.outcome for f in findings] == ["undecided"] * 6 + ["described"]  # four questions decide nothing
+    assert [f.outcome for f in findings] == ["undecided"] * 6 + ["described"]  # by four questions
     assert "crew - all alike: +0.000" in findings[3].numbers and "crew - all alike: +0.000" in findings[4].numbers
     assert "equation: 1.000" in findings[0].numbers and "free words: 0.500" in findings[0].numbers
 

@@ -16,6 +16,7 @@ from tokenry.cli import main
 from tokenry.core.errors import InputError
 from tokenry.decode import PhraseBan, SequenceState, generate
 from tokenry.evidence import ftpo as experiment
+from tokenry.measure import claims
 from tokenry.measure.compare import compare
 from tokenry.train import (
     FTPO,
@@ -607,8 +608,9 @@ def test_the_experiment_measures_each_kind_of_sample(comparison, sharp, tokenize
         assert comparison.mean(arm, "rejected") < 0.7 * comparison.mean(plain, "rejected"), arm
 
 
-def test_the_verdict_follows_from_the_numbers(comparison):
+def test_the_verdict_follows_from_the_numbers(comparison, monkeypatch):
     """Ratios of sums over stories; the finding names every arm."""
+    monkeypatch.setattr(claims, "UNITS", 2)  # so that few stories decide
     plain, method = experiment.PLAIN, experiment.METHOD
 
     def rate(arm):

@@ -23,6 +23,7 @@ from tokenry.cli import main
 from tokenry.core.errors import InputError
 from tokenry.data import corpora
 from tokenry.evidence import kl3m as experiment
+from tokenry.measure import claims
 from tokenry.measure.claims import verdict
 from tokenry.measure.compare import compare
 from tokenry.measure.experiment import Experiment
@@ -490,7 +491,8 @@ def small_experiment():
     return texts, TokensTask(sets, [True, False, True], lines)
 
 
-def test_experiment_on_a_few_files(bare):
+def test_experiment_on_a_few_files(bare, monkeypatch):
+    monkeypatch.setattr(claims, "UNITS", 2)  # so that few documents decide
     texts, task = small_experiment()
     arms = [*experiment.domain_arms(texts, bare), *experiment.correction_arms(texts)]
     roles = {arm.name: arm.role for arm in arms}
@@ -514,8 +516,9 @@ def test_experiment_on_a_few_files(bare):
     assert f"{a:.3f}" in findings[0].numbers
 
 
-def test_the_judge_refuses_a_swap(bare):
+def test_the_findings_refuse_a_swap(bare, monkeypatch):
     """With the general and the domain vocabulary exchanged the claim must fail."""
+    monkeypatch.setattr(claims, "UNITS", 2)
     texts, task = small_experiment()
     arms = {arm.name: arm for arm in experiment.domain_arms(texts, bare)}
     swapped = {

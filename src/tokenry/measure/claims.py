@@ -1,8 +1,8 @@
 """What was found: numbers, checks made from them, findings, and the verdict.
 
-A check has three outcomes by its interval: it holds, it fails, or it is undecided. Its text is made from the check
-itself, so that words and condition cannot disagree. Equality is never concluded from an interval that merely contains
-0: what must not change has a margin, see `within` and `loses_at_most`.
+A check has three outcomes by its interval: it holds, it fails, or it is undecided, which it always is by a handful of
+samples. Its text is made from the check itself, so that words and condition cannot disagree. Equality is never
+concluded from an interval that merely contains 0: what must not change has a margin, see `within` and `loses_at_most`.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ __all__ = [
 Decision = Literal["holds", "fails", "undecided"]
 VERDICTS = ("reproduced", "partly", "not reproduced", "undecided")
 TWICE = 2  # margins that the interval of what is within one margin may reach
+UNITS = 6  # samples that decide at least: that five fair coins fall the same way happens in one of sixteen cases
 
 
 @dataclass(frozen=True)
@@ -131,9 +132,11 @@ def loses_at_most(x: Contrast, margin: float) -> Check:
 
 
 def _check(x: Contrast, asked: str, holds: bool, fails: bool) -> Check:
-    unknown = math.isnan(x.interval.mean) or math.isnan(x.interval.low)
+    mean, low, _, n = x.interval
+    few = n < UNITS and not x.exact
+    unknown = few or math.isnan(mean) or math.isnan(low)
     outcome: Decision = "undecided" if unknown else "holds" if holds else "fails" if fails or x.exact else "undecided"
-    return Check(outcome, f"{x} ({asked}: {outcome})", x)
+    return Check(outcome, f"{x} ({asked}: {outcome}{f', {n} samples' if few else ''})", x)
 
 
 def all_of(*checks: Check) -> Check:
@@ -147,7 +150,8 @@ def any_of(*checks: Check) -> Check:
     """Holds if one does, fails if all do. The first one has the number that is shown."""
     outcomes = {check.outcome for check in checks}
     outcome: Decision = "holds" if "holds" in outcomes else "undecided" if "undecided" in outcomes else "fails"
-    return Check(outcome, "one of: " + "; ".join(check.text for check in checks), checks[0].number)
+    parts = [f"({check.text})" if "; " in check.text else check.text for check in checks]
+    return Check(outcome, " or ".join(parts), checks[0].number)
 
 
 def beats(c: Comparison, metric: str, arm: str, controls: Sequence[str], form: str = "+.3f") -> Check:

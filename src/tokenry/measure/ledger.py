@@ -21,6 +21,7 @@ from .compare import Comparison
 
 __all__ = ["asked", "evidence", "is_older", "load_evidence", "measured", "outcome_of", "verdict_in", "versions"]
 
+DESCRIBED = "is described and does not decide"
 NUMBER = r"[-+]?\d[\d.]*%? \[[^\]]*\]"  # with its interval, as text
 
 
@@ -77,8 +78,10 @@ def is_older(record: Mapping[str, Any]) -> bool:
 
 
 def outcome_of(finding: Mapping[str, Any]) -> str:
-    """What came out of a finding of a record."""
-    return finding.get("outcome") or ("holds" if finding["holds"] else "fails")
+    """What came out of a finding of a record. In older ones a description says so, and was counted as if it held."""
+    if "outcome" in finding:
+        return finding["outcome"]
+    return "described" if DESCRIBED in finding["statement"] else "holds" if finding["holds"] else "fails"
 
 
 def verdict_in(record: Mapping[str, Any]) -> str:
