@@ -1,5 +1,6 @@
 """Findings: closed forms of every check at its three outcomes, generated texts, verdicts, contrasts and sweeps."""
 
+import importlib
 import math
 from itertools import permutations
 
@@ -8,6 +9,7 @@ import pytest
 from test_measure import Roots
 from test_measure import experiment as roots
 
+from tokenry import catalog
 from tokenry.decode import CreditDecoding
 from tokenry.measure.claims import (
     Check,
@@ -32,6 +34,7 @@ from tokenry.measure.experiment import Design, Experiment, Run, experiment, swee
 from tokenry.measure.ledger import evidence, is_older, measured, outcome_of, verdict_in
 from tokenry.measure.statistics import Interval, bootstrap_statistic, paired_bootstrap
 from tokenry.measure.task import Arm, Metric, Outcome, Sample
+from tokenry.zoo.recipes import RECIPES
 
 
 def number(low, mean, high, form=".2f"):
@@ -312,6 +315,14 @@ def test_a_declared_experiment_has_its_defaults_and_takes_others():
 def test_what_a_method_sets_replaces_the_defaults():
     made = declared()(None, None, method=CreditDecoding(threshold=0.6))
     assert made.findings(compare(made))[1].numbers == "0.6 0.3"
+
+
+@pytest.mark.parametrize("name", catalog.experiments())
+def test_every_experiment_is_declared_under_its_name(name):
+    build = importlib.import_module(catalog.experiment(name)[1]).build
+    assert build.slug == name and build.judge and build.claim and build.quick < (build.samples or 1000)
+    assert build.model == "smollm2" or build.model.removeprefix("zoo/") in {recipe.name for recipe in RECIPES}
+    assert build.limit is None or build.limit > build.samples
 
 
 # --- records -------------------------------------------------------------------------------------------------------

@@ -136,6 +136,7 @@ def test_select_answers_from_a_file(tmp_path):
         (["compare", "antislop", "--all"], "leave out 'antislop'"),
         (["compare", "--all", "--samples", "3"], "--samples would have no effect with --all"),
         (["compare", "antislop", "--quick", "--record"], "a quick run decides nothing"),
+        (["compare", "spectr", "--samples", "401", "--record"], "spectr ends at 400, fixed beforehand"),
         (["compare", "nothing"], "there is no method"),
         (["list", "--stage", "x"], "the stages are"),
         (["find", "zzzz"], "no method matches"),

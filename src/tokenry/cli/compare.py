@@ -99,6 +99,8 @@ def compare_one(
 
     with RunStore(store_path) as store:
         declared = importlib.import_module(module).build
+        if record and declared.limit and (samples or 0) > declared.limit:
+            raise InputError(f"--samples {samples} is not recorded: {name} ends at {declared.limit}, fixed beforehand")
         model_name = model_name or declared.model
         model, tokenizer = load_model(model_name, dtype, device, trust_remote_code)
         # Before anything is built on the model: an adapter adds weights to it.

@@ -24,7 +24,7 @@ METHOD, GEOMETRIC, LEAST = "crew", "crew, geo_mean", "crew, min"
 EQUATION, WORDS = KINDS
 
 
-@experiment("crew", CRew, samples=200, batch=16, quick=8)
+@experiment("crew", CRew, samples=200, batch=16, quick=8, limit=800)
 def build(run: Run) -> Design:
     """Judges of the same 8 solutions to each sum: log-likelihood, length, chance, none, and CRew.
 
@@ -46,8 +46,9 @@ def build(run: Run) -> Design:
         baseline=PLAIN,
         notes="`all alike` gives every solution the same score: its vote is the plain vote, its best the first one. "
         "Half of the questions are answered by a bare equation, half with a few free words before it. The solutions "
-        "are short; the paper's are long. The free words were settled on after 14 other prompts had been tried at 96 "
-        "solutions each; in several of them the log-likelihood ties or wins.",
+        "are short; the paper's are long.",
+        tried="The free words were settled on after 14 other prompts had been tried at 96 solutions each; in several "
+        "of them the log-likelihood ties or wins.",
     )
 
 

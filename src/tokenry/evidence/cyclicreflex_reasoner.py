@@ -41,7 +41,7 @@ DEV_PROBLEMS, BATCH = 120, 40
 LONGER, LOST = 1.15, 0.02  # "about the same length": at most this many times the tokens; accuracy that may be lost
 
 
-@experiment(NAME, CyclicReflex, model="zoo/reasoner", samples=320, seeds=(0, 1, 2), batch=BATCH, quick=3)
+@experiment(NAME, CyclicReflex, model="zoo/reasoner", samples=320, seeds=(0, 1, 2), batch=BATCH, quick=3, limit=960)
 def build(run: Run) -> Design:
     """Choose the wave and the constants on dev problems, no more of them than test problems, then compare on test
     problems. What `method` sets is not chosen but taken.

@@ -79,7 +79,7 @@ SAVED, TOLERANCE = 0.15, 0.02
 SAMPLING = {"do_sample": True, "top_k": 0}
 
 
-@experiment("diffadapt", DiffAdapt, model="zoo/reasoner", samples=320, seeds=(0, 1), batch=64, quick=4)
+@experiment("diffadapt", DiffAdapt, model="zoo/reasoner", samples=320, seeds=(0, 1), batch=64, quick=4, limit=960)
 def build(run: Run) -> Design:
     """Profile the model on training problems, fit the probes, then compare on test problems. The profile has at most
     twice as many questions as there are test problems.
@@ -113,7 +113,8 @@ def build(run: Run) -> Design:
         + ", ".join(f"{np.mean(labels == i):.0%} {name}" for i, name in enumerate(CLASSES))
         + f". Budget {MAX_NEW_TOKENS} tokens. The probe is tested on {len(truth)} questions of a third split, labeled "
         "with the same threshold of entropy. Levels 7 and 8 are beyond the model's training. The oracles see which "
-        "strategy is right; they are ceilings and no methods. " + TRIED,
+        "strategy is right; they are ceilings and no methods.",
+        tried=TRIED,
     )
 
 

@@ -108,7 +108,8 @@ def build(run: Run) -> Design:
         baseline=PLAIN,
         notes=f"{len(words)} words that the model overuses; {len(kept)} pairs from stories to other prompts. All are "
         "trained on the same pairs in the same order, with the same LoRA, learning rate and stopping rule (choice_win "
-        "0.5). These, and the strong tie (20 times the published weight), were chosen on the first 24 prompts of the "
+        "0.5).",
+        tried="These, and the strong tie (20 times the published weight), were chosen on the first 24 prompts of the "
         "task `stories`, which are left out here.",
     )
 

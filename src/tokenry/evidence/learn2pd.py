@@ -109,7 +109,7 @@ class PlainOracle(OraclePolicy):
 # --- before the comparison -----------------------------------------------------------------------------------------
 
 
-@experiment("learn2pd", Learn2PD, model="zoo/denoiser", samples=150, seeds=(0, 1, 2), batch=80, quick=4)
+@experiment("learn2pd", Learn2PD, model="zoo/denoiser", samples=150, seeds=(0, 1, 2), batch=80, quick=4, limit=1000)
 def build(run: Run) -> Design:
     """Collect traces, train the filters, then compare. There is nothing to set: it trains its own filters."""
     if run.method is not None:
@@ -124,10 +124,11 @@ def build(run: Run) -> Design:
         arms=arms(MaskedDiffusionModel(run.model, run.tokenizer), made, traces, tau, prompts),
         baseline=PLAIN,
         notes=f"{len(traces.conf)} traces of {prompts} training problems, in blocks of {BLOCK}; hidden layers of "
-        f"{KINDS[METHOD][1]['hidden']}. {TRIED} At held-out traces, where 0.96 is accepted: "
+        f"{KINDS[METHOD][1]['hidden']}. At held-out traces, where 0.96 is accepted: "
         + "; ".join(f"{kind}: {shown_report(one)}" for kind, one in reports.items())
         + f". `{EQUAL}` is {tau:.3f}. Seeds have problems of their own; all share the filters. The seconds of the "
         "oracle contain those of the plain decoder.",
+        tried=TRIED,
     )
 
 

@@ -27,7 +27,16 @@ STEPS = (3, 6, 12, 24)
 SPEEDUP, MARGIN = 3.0, 0.01  # forwards of the slow decoder over those of a threshold; exact match that may be lost
 
 
-@experiment("masked-diffusion", MaskedDiffusion, model="zoo/denoiser", samples=150, seeds=(0, 1, 2), batch=50, quick=6)
+@experiment(
+    "masked-diffusion",
+    MaskedDiffusion,
+    model="zoo/denoiser",
+    samples=150,
+    seeds=(0, 1, 2),
+    batch=50,
+    quick=6,
+    limit=1000,
+)
 def build(run: Run) -> Design:
     """Every rule, swept. Policy and its numbers are varied; the rest is that of `method`."""
     method = run.settings(MaskedDiffusion, block_length=BLOCK)

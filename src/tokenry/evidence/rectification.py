@@ -63,7 +63,9 @@ class ShuffledRectifier(RectifierLogitsProcessor):
         return caps[:, torch.randperm(caps.shape[1], generator=generator)]
 
 
-@experiment("rectification", Rectification, model="zoo/storyteller", samples=200, seeds=(0, 1), batch=100, quick=10)
+@experiment(
+    "rectification", Rectification, model="zoo/storyteller", samples=200, seeds=(0, 1), batch=100, quick=10, limit=500
+)
 def build(run: Run) -> Design:
     """Sample stories, train the rectifier, tune the bias, then compare. Samples are openings for each arm and seed.
 

@@ -58,7 +58,7 @@ STEPS, BATCH, RATE = 200, 32, 1e-3
 CLOSED = 0.5  # share of the gap that training must close
 
 
-@experiment("skipdecode", SkipDecode, samples=240, quick=4)
+@experiment("skipdecode", SkipDecode, samples=240, quick=2)
 def build(run: Run) -> Design:
     """The same cost spent in four ways: the lower middle left out, the top, and two random choices of layers.
 

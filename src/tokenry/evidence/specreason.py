@@ -49,7 +49,7 @@ TOLERANCE, HALF, FASTER, TELLS = 0.02, 0.5, 1.3, 0.8
 LARGE, VERIFY = (32.0, 1.5), 2.0  # billions of weights; tokens of the base model that a judgment is taken to cost
 
 
-@experiment("specreason", SpecReason, model="zoo/reasoner", samples=320, seeds=(0, 1), batch=64, quick=3)
+@experiment("specreason", SpecReason, model="zoo/reasoner", samples=320, seeds=(0, 1), batch=64, quick=3, limit=2000)
 def build(run: Run) -> Design:
     """Choose judge and threshold on the dev split, with at most twice as many problems, take times, then compare on the
     test split.

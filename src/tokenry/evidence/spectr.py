@@ -54,7 +54,7 @@ MARGIN = 0.03  # of accuracy that may be lost
 CONTEXT, REPEATS = 200, 5
 
 
-@experiment("spectr", Spectr, model="zoo/reasoner", samples=60, quick=2)
+@experiment("spectr", Spectr, model="zoo/reasoner", samples=60, quick=2, limit=400)
 def build(run: Run) -> Design:
     """Plain sampling, one draft, and every verifier with several, all at temperature 1.
 

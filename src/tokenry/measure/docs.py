@@ -130,8 +130,9 @@ def evidence_page(found: dict[str, Any]) -> str:
         main = ", main" if finding.get("main") else ""
         parts.append(f"* **{outcome_of(finding)}{main}**: {finding['statement']}  ")
         parts.append(f"  {finding['numbers']}")
-    if found["notes"]:
-        parts += ["", found["notes"]]
+    parts += [part for text in (found["notes"], found.get("tried")) if text for part in ("", text)]
+    if found.get("limit"):
+        parts += ["", f"While it is undecided it may be extended up to {found['limit']} samples."]
     parts += ["", *numbers_table(found), ""]
     numbers, versions = found["numbers"], ", ".join(f"{k} {v}" for k, v in found["versions"].items())
     parts.append(

@@ -68,6 +68,7 @@ class Design:
 
     Attributes:
         baseline: the arm that tables show differences from.
+        tried: what was tried before the settings were these, and on which problems.
         batch, seeds: instead of those of the run.
         statistics: numbers over all samples that are no means.
         models: those that the numbers depend on beside the measured one (a drafter, a twin).
@@ -78,6 +79,7 @@ class Design:
     arms: Sequence[Arm]
     baseline: str
     notes: str = ""
+    tried: str = ""
     batch: int | None = None
     seeds: tuple[int, ...] | None = None
     statistics: Sequence[Statistic] = ()
@@ -89,8 +91,8 @@ class Design:
 class Experiment:
     """A design with its claim, ready to run; `findings` turns the finished `Comparison` into findings.
 
-    `revision` goes up with a change of the experiment that changes numbers and is in no setting: a run is resumed by
-    the same revision alone.
+    `limit` and `tried` are for the record, see `Declaration` and `Design`. `revision` goes up with a change of the
+    experiment that changes numbers and is in no setting: a run is resumed by the same revision alone.
     """
 
     slug: str
@@ -102,6 +104,8 @@ class Experiment:
     seeds: Sequence[int] = (0,)
     batch: int = 1
     notes: str = ""
+    tried: str = ""
+    limit: int | None = None
     statistics: Sequence[Statistic] = ()
     models: Mapping[str, Any] = field(default_factory=dict)
     revision: int = 1
@@ -119,6 +123,7 @@ class Declaration:
     Attributes:
         model: the one it is made for, which `tokenry compare` takes by default.
         quick: samples of the smallest run that makes sense, with one seed.
+        limit: samples up to which a run that is undecided may be extended, fixed before it is.
         claim: what is tested, where that is not what the method's paper says.
     """
 
@@ -132,6 +137,7 @@ class Declaration:
     quick: int
     claim: str
     revision: int
+    limit: int | None
     judge: Callable[..., Iterable[Finding]] | None = None
 
     def findings(self, judge: Callable[..., Iterable[Finding]]) -> Callable[..., Iterable[Finding]]:
@@ -162,6 +168,8 @@ class Declaration:
             seeds=design.seeds or chosen,
             batch=design.batch or self.batch,
             notes=design.notes,
+            tried=design.tried,
+            limit=self.limit,
             statistics=design.statistics,
             models=design.models,
             revision=self.revision,
@@ -183,12 +191,13 @@ def experiment(
     batch: int = 1,
     claim: str = "",
     revision: int = 1,
+    limit: int | None = None,
 ) -> Callable[[Callable[[Run], Design]], Declaration]:
     """Decorator that declares an experiment; the function builds its `Design`. See `Declaration`."""
 
     def declare(build: Callable[[Run], Design]) -> Declaration:
         said = claim or method.claim
-        return Declaration(build, slug, method, model, samples, tuple(seeds), batch, quick, said, revision)
+        return Declaration(build, slug, method, model, samples, tuple(seeds), batch, quick, said, revision, limit)
 
     return declare
 
