@@ -467,23 +467,29 @@ def test_an_exact_recursion_that_is_too_large_is_refused():
 def test_the_experiment_measures_what_the_formulas_say(llama, tokenizer, monkeypatch):
     from tokenry.decode import OptimalMDSD
     from tokenry.evidence import optimal_mdsd
+    from tokenry.measure import claims
     from tokenry.measure.compare import compare
 
+    monkeypatch.setattr(claims, "UNITS", 2)  # so that few texts decide
     monkeypatch.setattr(optimal_mdsd, "NEW_TOKENS", 6)
     monkeypatch.setattr(optimal_mdsd, "PATHS", 20)
     method = OptimalMDSD(drafter="early-exit", exit_layers=2)
     experiment = optimal_mdsd.build(llama, tokenizer, samples=2, method=method)
     comparison = compare(experiment)
-    assert [s.role for s in experiment.subjects] == ["plain", "control", *["method"] * 4, *["control"] * 4]
+    assert [s.role for s in experiment.arms] == ["plain", "control", *["method"] * 4, *["control"] * 4]
     for name in optimal_mdsd.SEVERAL_DRAFTS:
-        mean = {subject: comparison.mean(subject, name) for subject in comparison.subjects}
+        mean = {subject: comparison.mean(subject, name) for subject in comparison.arms}
         assert mean["greedy"] == pytest.approx(mean["ceiling, greedy"]) and mean["any draft"] == 1
         assert mean["single"] < mean["kseq"] < mean["ceiling, with"] < mean["ceiling, without"]
         assert math.isnan(comparison.mean("ceiling, with", f"measured {name}"))
     hits = optimal_mdsd.pooled(comparison, "greedy", "accepted", "T=1 n=4")
     assert len(hits) == 12 and set(hits) <= {0, 1}
-    findings = experiment.judge(comparison)
-    assert len(findings) == 6 and findings[0].holds and findings[2].holds
+    findings = experiment.findings(comparison)
+    assert findings[0].outcome == "holds" and [f.main for f in findings] == [False, True, *[False] * 3]
+    assert findings[4].outcome == "described" and "without - ceiling, with: +" in findings[4].numbers
+    for verifier in (optimal_mdsd.SINGLE, *optimal_mdsd.SEVERAL):
+        assert optimal_mdsd.above_ceiling(comparison, verifier) < 1e-8
+    assert all(abs(gap.interval.mean) < 1e-9 for gap in optimal_mdsd.below_ceiling(comparison, "greedy"))
     assert "20 random paths" in experiment.notes
 
 

@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 from click.testing import CliRunner
 
+from tokenry import catalog
 from tokenry.cli import main
 from tokenry.measure.store import RunStore
 
@@ -131,6 +132,11 @@ def test_select_answers_from_a_file(tmp_path):
         (["compare", "antislop", "--samples", "0"], "--samples 0"),
         (["compare", "antislop", "--seeds", "a,b"], "not a list of whole numbers"),
         (["compare", "tip"], "baseline of another"),
+        (["compare"], "say what to compare"),
+        (["compare", "antislop", "--all"], "leave out 'antislop'"),
+        (["compare", "--all", "--samples", "3"], "--samples would have no effect with --all"),
+        (["compare", "antislop", "--quick", "--record"], "a quick run decides nothing"),
+        (["compare", "spectr", "--samples", "401", "--record"], "spectr ends at 400, fixed beforehand"),
         (["compare", "nothing"], "there is no method"),
         (["list", "--stage", "x"], "the stages are"),
         (["find", "zzzz"], "no method matches"),
@@ -174,6 +180,24 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
     assert report.read_text().startswith("<!doctype html>")
     with RunStore(store) as open_store:
         assert kept < set(open_store.outcomes(1)) and len(open_store.outcomes(1)) == 8
+
+
+def test_all_experiments_in_one_table_and_one_that_fails(tmp_path, monkeypatch):
+    """Each in a process of its own, on its own model; the others go on, and --resume measures nothing twice."""
+    monkeypatch.setattr(catalog, "experiments", lambda: ["creditdecoding", "no-such-thing", "masked-diffusion"])
+    store = tmp_path / "runs.sqlite"
+    for _ in range(2):
+        command = ["compare", "--all", "--quick", "--json", "--resume", "--store", str(store)]
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code == 1 and "1 of 3 failed: no-such-thing" in result.stderr
+        credit, failed, masked = json.loads(result.stdout)
+        assert credit["model"] == masked["model"] == "zoo/denoiser" and credit["numbers"]["samples"] == 4
+        assert credit["command"] == "tokenry compare creditdecoding --quick" and credit["numbers"]["seeds"] == [0]
+        assert failed == {"slug": "no-such-thing", "error": failed["error"]} and "no method" in failed["error"]
+        shown = next(line for line in result.stderr.splitlines() if line.startswith("masked-diffusion"))
+        assert "zoo/denoiser" in shown and masked["verdict"] in shown
+        with RunStore(store) as kept:
+            assert [row[0] for row in kept.db.execute("SELECT count(*) FROM runs")] == [2]
 
 
 def test_many_prompts_give_a_json_line_each(tmp_path, llama, tokenizer):

@@ -428,20 +428,22 @@ def test_is_found_by_the_catalogue_and_reads_options_as_text():
 
 
 def test_retrieval_heads_keep_the_needle_that_recent_tokens_lose(smollm2):
-    from tokenry.measure.task import Subject
+    from tokenry.measure.task import Arm
     from tokenry.measure.tasks.needle import NeedleTask
     from tokenry.select import CacheCutter, FirstLast
 
     model, tokenizer = smollm2
     task = NeedleTask(model, tokenizer, count=1, length=200)
-    subjects = [
-        Subject("full", "plain"),
-        Subject("compresskv", "method", apply=lambda model, draw: CompressKV(budget=64)(model)),
-        Subject(
-            "recent", "control", apply=lambda model, draw: CacheCutter(model, FirstLast(), dict.fromkeys(range(30), 64))
+    arms = [
+        Arm("full", role="plain"),
+        Arm("compresskv", apply=lambda model, draw: CompressKV(budget=64)(model)),
+        Arm(
+            "recent",
+            role="control",
+            apply=lambda model, draw: CacheCutter(model, FirstLast(), dict.fromkeys(range(30), 64)),
         ),
     ]
-    full, ours, recent = (task.run(subject, task.samples(), 0)[0] for subject in subjects)
+    full, ours, recent = (task.run(arm, task.samples(), 0)[0] for arm in arms)
     assert full.metrics["answer_nll"] < ours.metrics["answer_nll"] < recent.metrics["answer_nll"]
     assert sum(ours.detail["kept"]) == 64 * 30 and len(ours.detail["tokens"]) == 9
     assert ours.cost["cache_bytes"] == recent.cost["cache_bytes"] == 64 * 30 * 2 * 3 * 64 * 4

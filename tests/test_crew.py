@@ -592,18 +592,30 @@ def test_the_task_judges_and_the_findings_follow(llama, tokenizer):
     assert comparison.values("crew", "concordance").tolist() == [1, 0, 1, 1]
     assert comparison.values("all alike", "concordance").tolist() == [0.5] * 4
     assert comparison.values("crew", "accuracy") == pytest.approx([1 / 3] * 4)
-    findings = experiment.judge(comparison)
-    assert [f.holds for f in findings] == [False, False, False, True, False, True]
-    assert "equation 1.000" in findings[0].numbers and "free words 0.500" in findings[0].numbers
+    findings = experiment.findings(comparison)
+    assert [f.outcome for f in findings] == ["undecided"] * 6 + ["described"]  # by four questions
+    assert "crew - all alike: +0.000" in findings[3].numbers and "crew - all alike: +0.000" in findings[4].numbers
+    assert "equation: 1.000" in findings[0].numbers and "free words: 0.500" in findings[0].numbers
+
+
+def test_the_findings_are_decided_by_more_questions(llama, tokenizer):
+    """Right solutions come second and are surer: whoever reads probabilities is ahead of who does not."""
+    golds = [s.data["answer"] for s in ArithmeticTask(llama, tokenizer, count=40).samples()]
+    told = [[("so 999", 0.5), (f"so {gold}", 0.9)] for gold in golds]
+    experiment = build(llama, tokenizer, samples=40)
+    findings = experiment.findings(compare(dataclasses.replace(experiment, task=Told(llama, tokenizer, told))))
+    assert [f.outcome for f in findings if f.main] == ["holds"] and "AUROC, equation: 1.000" in findings[0].numbers
+    assert [f.outcome for f in findings[3:5]] == ["holds", "holds"]
+    assert findings[1].outcome == findings[5].outcome == "undecided"  # the log-likelihood says the same here
 
 
 def test_the_experiment_runs_on_a_real_draw(llama, tokenizer):
     experiment = build(llama, tokenizer, samples=2, method=CRew(aggregate="product"))
     comparison = compare(experiment)
-    assert {s.role for s in experiment.subjects} == {"plain", "control", "method"}
-    assert "as given" in comparison.subjects and experiment.subjects[-1].setting["marker"] == "number"
+    assert {s.role for s in experiment.arms} == {"plain", "control", "method"}
+    assert "as given" in comparison.arms and experiment.arms[-1].setting["marker"] == "number"
     assert comparison.mean("crew", "forward_passes") == 0
-    own = build(llama, tokenizer, samples=2, method=CRew(marker=find_answer)).subjects[-1]
+    own = build(llama, tokenizer, samples=2, method=CRew(marker=find_answer)).arms[-1]
     assert own.setting == {"aggregate": "mean_prob", "marker": "find_answer"}
     json.dumps(comparison.to_dict())
 

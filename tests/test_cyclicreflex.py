@@ -938,12 +938,12 @@ def test_the_experiment_counts_by_phase(llama, tokenizer):
     method = decode.CyclicReflex(token_ids=REFLECT, amplitude=4, period=16, end_think=None)
     experiment = build(llama, tokenizer, samples=2, seeds=(0, 1), method=method)
     comparison = compare(experiment)
-    assert [s.role for s in experiment.subjects] == ["plain", "control", "control", "control", "method"]
+    assert [s.role for s in experiment.arms] == ["plain", "control", "control", "control", "method"]
     counts = phase_counts(comparison, "cyclicreflex")
     assert counts.shape == (2, 2, 16) and counts[:, 1].sum() == comparison.values("cyclicreflex", "tokens").sum() * 2
     assert counts[:, 0].sum() > 0 and comparison.mean("cyclicreflex", "rate_top") > 0
-    assert experiment.subjects[1].setting["bias"] == pytest.approx(4, abs=0.01)
-    findings = experiment.judge(comparison)
+    assert experiment.arms[1].setting["bias"] == pytest.approx(4, abs=0.01)
+    findings = experiment.findings(comparison)
     assert len(findings) == 4 and all(f.numbers for f in findings)
 
 

@@ -771,13 +771,13 @@ def test_the_experiment_runs():
     model, tokenizer = tokenry.load("zoo/denoiser")
     made = experiment.build(model, tokenizer, samples=9, seeds=(0,))
     comparison = compare(made)
-    assert {s.role for s in made.subjects} == {"plain", "control", "method"}
+    assert {s.role for s in made.arms} == {"plain", "control", "method"}
     assert (comparison.values(experiment.PLAIN, "forward_passes") == 32).all()
     for width in experiment.FIXED:
         assert (comparison.values(experiment.fixed(width), "window") == width).all()
     grown, answer = (comparison.values(experiment.METHOD, name) for name in ("window", "answer"))
     assert (grown >= answer).all() and grown[answer == 16].min() > grown[answer < 6].max()
-    findings = made.judge(comparison)
+    findings = made.findings(comparison)
     assert len(findings) == 8 and all(f.numbers for f in findings)
     long = comparison.values(experiment.METHOD, "exact_long")
     assert (np.isnan(long) == (answer <= 8)).all()
@@ -787,7 +787,7 @@ def test_the_experiment_runs():
 
 def test_options_replace_those_of_the_experiment():
     made = experiment.build(*tokenry.load("zoo/denoiser"), samples=3, method=Daedal(expansion_factor=6))
-    setting = next(s.setting for s in made.subjects if s.name == experiment.METHOD)
+    setting = next(s.setting for s in made.arms if s.name == experiment.METHOD)
     assert setting["expansion_factor"] == 6 and setting["initial_gen_length"] == 8
 
 
@@ -796,7 +796,7 @@ def test_neutral_windows_are_fixed_ones():
     model, tokenizer = tokenry.load("zoo/denoiser")
     task = WindowTask(model, tokenizer, (0,), 6, 32)
     method = Daedal(initial_gen_length=24, max_gen_length=24)
-    made = {s.name: s for s in experiment.subjects(method)}
+    made = {s.name: s for s in experiment.arms(method)}
     runs = [task.run(made[name], task.samples(), 0) for name in (experiment.fixed(24), experiment.METHOD)]
     for a, b in zip(*runs):
         assert a.metrics == b.metrics and a.detail == b.detail and a.cost["forward_passes"] == b.cost["forward_passes"]

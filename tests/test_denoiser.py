@@ -27,11 +27,13 @@ from tokenry.decode import (
     encode_prompts,
     generate,
 )
-from tokenry.evidence.creditdecoding import build, subjects
+from tokenry.evidence.creditdecoding import arms, build
 from tokenry.measure.compare import Comparison, compare
+from tokenry.measure.experiment import Experiment
+from tokenry.measure.frontier import cost_at
 from tokenry.measure.report import render
-from tokenry.measure.task import Experiment, Metric, Outcome, Sample, Subject
-from tokenry.measure.tasks.denoising import PuzzleTask, cost_at, cost_ratio
+from tokenry.measure.task import Arm, Metric, Outcome, Sample
+from tokenry.measure.tasks.denoising import PuzzleTask
 from tokenry.train import train_filter
 from tokenry.zoo import denoiser
 
@@ -157,13 +159,14 @@ def test_the_frontier_by_hand():
 
 
 def made_up(points):
-    """A comparison whose subjects have these (cost, quality) on every sample."""
+    """A comparison whose arms, in the sweeps a and b, have these (cost, quality) on every sample."""
 
     class Task:
         slug, stage, metrics = "made-up", "decode", (Metric("exact", "higher", "quality"),)
 
     samples = [Sample(f"s{i}", "") for i in range(6)]
-    experiment = Experiment("x", "", Task(), [Subject(n, "control") for n in points], "a1", lambda c: [])
+    arms = [Arm(n, role="control", sweep=n[0], value=int(n[1])) for n in points]
+    experiment = Experiment("x", "", Task(), arms, "a1", lambda c: [])
     outcomes = {
         (n, s.id, 0): Outcome({"exact": quality}, {"forward_passes": cost})
         for n, (cost, quality) in points.items()
@@ -174,34 +177,34 @@ def made_up(points):
 
 def test_the_ratio_at_equal_quality():
     found = made_up({"a1": (2, 0.6), "a2": (4, 0.8), "b1": (1, 0.6), "b2": (2, 0.8)})
-    ratio = cost_ratio(found, ["b1", "b2"], ["a1", "a2"], "forward_passes", "exact")
+    ratio = found.frontier("forward_passes", "b", "a", at="exact").interval
     assert ratio[:3] == pytest.approx((0.5, 0.5, 0.5))
     along = made_up({"a1": (2, 0.6), "a2": (4, 0.8), "b1": (3, 0.7), "b2": (5, 0.9)})  # on one line
-    ratio = cost_ratio(along, ["b1", "b2"], ["a1", "a2"], "forward_passes", "exact")
+    ratio = along.frontier("forward_passes", "b", "a", at="exact").interval
     assert ratio.mean == pytest.approx(1)
     apart = made_up({"a1": (2, 0.1), "a2": (4, 0.2), "b1": (3, 0.7), "b2": (5, 0.9)})
-    assert np.isnan(cost_ratio(apart, ["b1", "b2"], ["a1", "a2"], "forward_passes", "exact").mean)
+    assert np.isnan(apart.frontier("forward_passes", "b", "a", at="exact").interval.mean)
 
 
 def test_the_experiment_runs_and_is_drawn():
     model, tokenizer = load("zoo/denoiser")
     experiment = build(model, tokenizer, samples=6, seeds=(0, 1))
     comparison = compare(experiment)
-    assert {s.role for s in experiment.subjects} == {"plain", "control", "method"}
+    assert {s.role for s in experiment.arms} == {"plain", "control", "method"}
     assert (comparison.values("one token per step", "forward_passes") == 16).all()
     assert (comparison.values("credit 0.9", "tokens_processed") > 0).all()
-    findings = experiment.judge(comparison)
-    assert len(findings) == 5 and all(f.numbers for f in findings)
+    findings = experiment.findings(comparison)
+    assert len(findings) == 6 and all(f.numbers for f in findings)
     (detail, *_) = comparison.details("credit 0.9")
     assert len(detail["denoising"]) == 16 and detail["note"].startswith("sudoku ")
     html = render(comparison, findings, "x", model="m", command="c", versions="v")
     assert '"denoising"' in html and "function denoising" in html
 
 
-def test_neutral_subjects_are_the_same_decoder():
+def test_neutral_arms_are_the_same_decoder():
     model, tokenizer = load("zoo/denoiser")
     task = PuzzleTask(model, tokenizer, (0,), 6)
-    made = {s.name: s for s in subjects(CreditDecoding(alpha=0))}
+    made = {s.name: s for s in arms(CreditDecoding(alpha=0))}
     runs = [task.run(made[f"{kind} 0.9"], task.samples(), 0) for kind in ("threshold", "credit")]
     for a, b in zip(*runs):
         assert a.metrics == b.metrics and a.detail == b.detail

@@ -21,8 +21,10 @@ from tokenry.decode.generation.sequence import SequenceState
 from tokenry.decode.reasoning.strategies import DEFAULT_STRATEGIES, Strategy
 from tokenry.evidence import diffadapt as experiment
 from tokenry.learned.difficulty_probe import CLASSES, DifficultyProbe, read_questions
+from tokenry.measure.claims import verdict
 from tokenry.measure.compare import compare
-from tokenry.measure.task import Experiment, Subject
+from tokenry.measure.experiment import Experiment
+from tokenry.measure.task import Arm
 from tokenry.measure.tasks.difficulty import Answer, DifficultyTask
 from tokenry.models.anatomy import decoder_layers
 from tokenry.models.prompts import prompt_ids, question_ids
@@ -743,7 +745,7 @@ def answering(right, tokens, strategy):
 def test_unfinished_answers_are_wrong():
     task, (problem, other) = DifficultyTask(Arithmetic(), PROBLEMS), PROBLEMS[:2]
     given = [Answer(problem.answer, False, "easy", {}), Answer(other.answer, True, "easy", {})]
-    outcomes = task.run(Subject("x", "plain", {}, lambda problems, seed: given), task.samples()[:2], 0)
+    outcomes = task.run(Arm("x", role="plain", apply=lambda problems, seed: given), task.samples()[:2], 0)
     assert [o.metrics["accuracy"] for o in outcomes] == [0, 1] and outcomes[0].detail["level"] == 1
 
 
@@ -783,22 +785,25 @@ def test_judge_on_answers_made_up(helps):
     never, solved = (lambda p: False), (lambda p: p.difficulty <= 6)
     cheap = answering(solved if helps else never, lambda p: 20 if p.difficulty != 5 else 40, "easy")
     controls = ("EASY", "HARD", "SHUFFLED", "RANDOM", "LINEAR", "LENGTH", "DIRECTLY", "ORACLE")
-    runs = {getattr(experiment, n): answering(lambda p: p.difficulty == 5, lambda p: 25, "easy") for n in controls}
+    runs = {getattr(experiment, n): answering(lambda p: p.difficulty == 5, lambda p: 30, "easy") for n in controls}
     runs |= {
         experiment.PLAIN: answering(solved, lambda p: 40, "normal"),
         experiment.FAST_ORACLE: answering(solved, lambda p: 10, "easy"),
         experiment.METHOD: cheap,
     }
-    subjects = [Subject(name, "control", {}, run) for name, run in runs.items()]
+    arms = [Arm(name, role="control", apply=run) for name, run in runs.items()]
     levels = [p.difficulty for p in PROBLEMS]
     u = EntropyProfile(np.array([abs(n - 5) for n in levels], float), np.ones(24), np.ones(24))
     trained = experiment.Profiled([], levels, u)
     known = {experiment.METHOD: np.array([helps] * 24)}
-    made = Experiment("diffadapt", "", task, subjects, experiment.PLAIN, None, batch=8)
-    findings = experiment.judge(compare(made), trained, known, np.arange(24) % 3)
-    assert [f.holds for f in findings] == [helps] * 5 + [True] * 3
-    assert "tokens saved 43.8%" in findings[0].numbers and "the U appears" in findings[7].numbers
-    assert "level 1: 100% easy, 0% normal, 0% hard, 20.0 of 40.0 tokens" in findings[6].numbers
+    made = Experiment("diffadapt", "", task, arms, experiment.PLAIN, None, batch=8)
+    findings = experiment.findings(compare(made), trained, known, np.arange(24) % 3)
+    assert [f.holds for f in findings] == [helps] * 7 + [False] * 3
+    assert [f.outcome for f in findings[7:]] == ["described"] * 3
+    assert verdict(findings) == ("reproduced" if helps else "not reproduced")
+    assert "tokens saved, diffadapt of normal for all: 43.8%" in findings[0].numbers
+    assert "level 1: 100% easy, 0% normal, 0% hard, 20.0 of 40.0 tokens" in findings[8].numbers
+    assert "the U appears" in findings[9].numbers
 
 
 # --- the command line ------------------------------------------------------------------------------------------------

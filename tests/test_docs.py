@@ -16,8 +16,9 @@ from click.testing import CliRunner
 
 from tokenry import catalog
 from tokenry.cli import main
-from tokenry.measure.docs import documents, fill
-from tokenry.measure.ledger import load_evidence
+from tokenry.measure.claims import VERDICTS
+from tokenry.measure.docs import documents, evidence_table, fill
+from tokenry.measure.ledger import is_older, load_evidence, verdict_in
 from tokenry.measure.pages import contract
 from tokenry.measure.pictures import picture
 
@@ -243,10 +244,21 @@ def test_every_measured_method_has_evidence_with_controls():
     assert sorted(entries) == sorted(path.stem for path in folder.glob("*.json")) == sorted(measured)
     for name in measured:
         found = entries[name]
-        assert found["verdict"] in ("reproduced", "direction only", "not reproduced")
+        older = ("reproduced", "direction only", "not reproduced")
+        assert verdict_in(found) in (older if is_older(found) else VERDICTS)
         roles = {s["role"] for s in found["subjects"]}
         assert roles == {"plain", "control", "method"} and found["numbers"]["samples"] > 1
         assert found["findings"] and all(f["numbers"] for f in found["findings"])
+
+
+def test_a_cell_of_the_ledger_holds_at_most_one_number():
+    """With its interval; the published one may say what it is compared with."""
+    rows = evidence_table({e["slug"]: e for e in load_evidence(ROOT / "docs" / "evidence")}).splitlines()[2:]
+    assert len(rows) == len(catalog.experiments())
+    for row in rows:
+        _, _, published, measured, *_ = row.split("|")
+        assert re.fullmatch(r" ([-+]?[\d.]+%?( \[[-+\d.%]+, [-+\d.%]+\]| times)?)? ", measured), row
+        assert len(published) < 80, row
 
 
 def test_blocks_must_exist():

@@ -16,6 +16,7 @@ from tokenry.cli import main
 from tokenry.core.errors import InputError
 from tokenry.decode import PhraseBan, SequenceState, generate
 from tokenry.evidence import ftpo as experiment
+from tokenry.measure import claims
 from tokenry.measure.compare import compare
 from tokenry.train import (
     FTPO,
@@ -584,7 +585,7 @@ def comparison(sharp, tokenizer, tmp_path_factory):
         found = build()
         patch.setattr(FTPOTrainer, "train", None)  # made once: a second time it comes from the cache
         again = build()
-        assert [s.setting for s in found.subjects] == [s.setting for s in again.subjects]
+        assert [s.setting for s in found.arms] == [s.setting for s in again.arms]
         return compare(found)
 
 
@@ -604,22 +605,27 @@ def test_the_experiment_measures_each_kind_of_sample(comparison, sharp, tokenize
     assert comparison.mean(plain, "drift") == 0 and comparison.mean(method, "drift") > 0
     assert comparison.mean(method, "rejected") < comparison.mean(plain, "rejected")
     assert comparison.mean(method, "drift") < comparison.mean(experiment.UNTIED, "drift")
-    for subject in experiment.TRAINED:
-        assert comparison.mean(subject, "rejected") < 0.7 * comparison.mean(plain, "rejected"), subject
+    for arm in experiment.TRAINED:
+        assert comparison.mean(arm, "rejected") < 0.7 * comparison.mean(plain, "rejected"), arm
 
 
-def test_the_verdict_follows_from_the_numbers(comparison):
-    """Ratios of sums over stories; the finding names every subject."""
+def test_the_verdict_follows_from_the_numbers(comparison, monkeypatch):
+    """Ratios of sums over stories; the finding names every arm."""
+    monkeypatch.setattr(claims, "UNITS", 2)  # so that few stories decide
     plain, method = experiment.PLAIN, experiment.METHOD
 
-    def rate(subject):
-        values = [comparison.values(subject, n)[:4] for n in ("hits_per_1000_words", "words")]
+    def rate(arm):
+        values = [comparison.values(arm, n)[:4] for n in ("hits_per_1000_words", "words")]
         return (values[0] * values[1]).sum() / values[1].sum()
 
     expected = 1 - rate(method) / rate(plain)
-    assert experiment.fewer_hits(comparison, method).mean == pytest.approx(expected)
-    findings = experiment.judge(comparison)
-    assert findings[0].holds == (expected >= 0.6) and f"ftpo {expected:.1%}" in findings[0].numbers
+    assert experiment.fewer_hits(comparison, method).interval.mean == pytest.approx(expected)
+    findings = experiment.findings(comparison)
+    low, high = experiment.fewer_hits(comparison, method).interval[1:3]
+    assert findings[0].outcome == ("holds" if low >= 0.6 else "fails" if high < 0.6 else "undecided")
+    assert f"fewer hits, ftpo: {expected:.1%}" in findings[0].numbers
     assert f"antislop while sampling {1:.1%}" in findings[0].numbers
     ratio = math.exp(comparison.difference(method, plain, "text_nll").mean)
-    assert findings[1].holds == (ratio <= 1.05) and f"ftpo {ratio:.3f}" in findings[1].numbers
+    low, high = (math.exp(v) for v in comparison.difference(method, plain, "text_nll")[1:3])
+    assert findings[1].outcome == ("holds" if high <= 1.05 else "fails" if low > 1.05 else "undecided")
+    assert f"ftpo / plain: {ratio:.3f}" in findings[1].numbers

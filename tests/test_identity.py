@@ -107,7 +107,7 @@ def test_an_old_store_is_read_and_not_resumed(tmp_path):
 
 def test_the_evidence_says_what_was_measured(llama, tokenizer):
     comparison = compare(roots(Set()), about=made_of(llama, tokenizer))
-    found = evidence(comparison, [], "reproduced", model="m", command="c")["identity"]
+    found = evidence(comparison, comparison.experiment.findings(comparison), model="m", command="c")["identity"]
     assert found["task"] == {"name": Roots.slug, "steps": 7} and found["revision"] == 1
     assert {"weights", "tokenizer", "tokenry"} <= set(found) and "subjects" not in found
 

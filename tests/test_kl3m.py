@@ -7,6 +7,7 @@ import re
 import sysconfig
 import unicodedata
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,11 @@ from tokenry.cli import main
 from tokenry.core.errors import InputError
 from tokenry.data import corpora
 from tokenry.evidence import kl3m as experiment
+from tokenry.measure import claims
+from tokenry.measure.claims import verdict
 from tokenry.measure.compare import compare
-from tokenry.measure.task import Experiment, Subject
+from tokenry.measure.experiment import Experiment
+from tokenry.measure.task import Arm
 from tokenry.measure.tasks.tokens import TokensTask
 from tokenry.tokenize import (
     KL3M,
@@ -493,45 +497,47 @@ def small_experiment():
     return texts, TokensTask(sets, [True, False, True], lines)
 
 
-def test_experiment_on_a_few_files(bare):
+def test_experiment_on_a_few_files(bare, monkeypatch):
+    monkeypatch.setattr(claims, "UNITS", 2)  # so that few documents decide
     texts, task = small_experiment()
-    subjects = [*experiment.domain_subjects(texts, bare), *experiment.correction_subjects(texts)]
-    roles = {subject.name: subject.role for subject in subjects}
+    arms = [*experiment.domain_arms(texts, bare), *experiment.correction_arms(texts)]
+    roles = {arm.name: arm.role for arm in arms}
     assert [name for name, role in roles.items() if role == "plain"] == [experiment.GENERAL]
-    run = Experiment("kl3m", "", task, subjects, experiment.GENERAL, experiment.judge, batch=7)
+    run = Experiment("kl3m", "", task, arms, experiment.GENERAL, experiment.findings, batch=7)
     result = compare(run)
-    tokenizers = {subject.name: subject.apply for subject in subjects}
+    tokenizers = {arm.name: arm.apply for arm in arms}
     for name, tokenizer in tokenizers.items():
         assert result.mean(name, "licenses") == pytest.approx(tokens_per_character(tokenizer, texts.licenses))
         new = [texts.licenses[0], texts.licenses[2]]
         assert result.mean(name, "new_licenses") == pytest.approx(tokens_per_character(tokenizer, new))
-    saved = experiment.saving(result, experiment.METHOD, experiment.GENERAL, "licenses")
+    saved = result.saved("licenses", experiment.METHOD, experiment.GENERAL).interval
     a, b = (tokens_per_character(tokenizers[n], texts.licenses) for n in (experiment.METHOD, experiment.GENERAL))
     assert saved.mean == pytest.approx((b - a) / b) and saved.low <= saved.mean <= saved.high
     assert result.mean(experiment.BYTES, "boundary_stability") == pytest.approx(1, abs=0.01)
     sample = corpora.up_to_bytes(texts.correction, 200_000)
     equal = tokens_per_character(tokenizers[experiment.EQUAL], sample)
     assert equal == pytest.approx(tokens_per_character(tokenizers[experiment.CHAR], sample), rel=0.005)
-    findings = experiment.judge(result)
-    assert len(findings) == 5 and findings[0].holds and findings[1].holds and findings[3].holds
+    findings = experiment.findings(result)
+    assert len(findings) == 6 and findings[0].holds and findings[1].holds and findings[4].holds
     assert f"{a:.3f}" in findings[0].numbers
 
 
-def test_the_judge_refuses_a_swap(bare):
+def test_the_findings_refuse_a_swap(bare, monkeypatch):
     """With the general and the domain vocabulary exchanged the claim must fail."""
+    monkeypatch.setattr(claims, "UNITS", 2)
     texts, task = small_experiment()
-    subjects = {subject.name: subject for subject in experiment.domain_subjects(texts, bare)}
+    arms = {arm.name: arm for arm in experiment.domain_arms(texts, bare)}
     swapped = {
-        **subjects,
-        experiment.METHOD: subjects[experiment.GENERAL],
-        experiment.GENERAL: subjects[experiment.METHOD],
+        **arms,
+        experiment.METHOD: arms[experiment.GENERAL],
+        experiment.GENERAL: arms[experiment.METHOD],
     }
     names = (experiment.CHAR, experiment.PLAIN, experiment.LARGE, experiment.EQUAL, experiment.BYTES)
-    char = [Subject(name, "control", {}, bare) for name in names]
-    named = [Subject(name, s.role, s.setting, s.apply) for name, s in swapped.items()] + char
-    run = Experiment("kl3m", "", task, named, experiment.GENERAL, experiment.judge, batch=50)
-    findings = experiment.judge(compare(run))
-    assert not any(findings[i].holds for i in (0, 1, 3, 4)) and run.verdict(findings) == "not reproduced"
+    char = [Arm(name, role="control", apply=bare) for name in names]
+    named = [replace(s, name=name) for name, s in swapped.items()] + char
+    run = Experiment("kl3m", "", task, named, experiment.GENERAL, experiment.findings, batch=50)
+    findings = experiment.findings(compare(run))
+    assert not any(findings[i].holds for i in (0, 1, 4, 5)) and verdict(findings) == "not reproduced"
 
 
 # --- command line ----------------------------------------------------------------------------------------------

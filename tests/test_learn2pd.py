@@ -729,14 +729,14 @@ def test_the_comparison_runs(tmp_path, monkeypatch):
     model, tokenizer = load("zoo/denoiser")
     made = experiment.build(model, tokenizer, samples=3, seeds=(0,))
     kept = sorted(path.name for path in tmp_path.rglob("*.safetensors"))
-    assert len(kept) == 5 and [s.name for s in made.subjects].count(experiment.PLAIN) == 1
+    assert len(kept) == 5 and [s.name for s in made.arms].count(experiment.PLAIN) == 1
     again = experiment.build(model, tokenizer, samples=3, seeds=(0,))
     assert again.notes == made.notes and kept == sorted(path.name for path in tmp_path.rglob("*.safetensors"))
     comparison = compare(made)
     assert comparison.mean(experiment.PLAIN, "forward_passes") == 24
     assert comparison.mean(f"{experiment.PLAIN}, 32", "forward_passes") == 32
     assert comparison.mean(experiment.ORACLE, "exact") == comparison.mean(experiment.PLAIN, "exact")
-    findings = made.judge(comparison)
+    findings = made.findings(comparison)
     assert len(findings) == 6 and all(f.numbers for f in findings)
     with pytest.raises(InputError, match="trains its own filters"):
         experiment.build(model, tokenizer, method=object())

@@ -16,6 +16,7 @@ from tokenry.core.errors import InputError
 from tokenry.evidence.lm_head_neurons import METHOD, PLAIN, RANDOM, build
 from tokenry.hooks.neurons import clamp_neurons
 from tokenry.hooks.residual import edit_outputs
+from tokenry.measure.claims import verdict
 from tokenry.measure.compare import compare
 from tokenry.measure.tasks.clamp import PROMPTS
 from tokenry.models.anatomy import decoder_layers, fingerprint, gated_mlp, unembedding
@@ -435,9 +436,9 @@ def experiment(tokenizer):
 def test_planted_neurons_are_named_and_reproduce_the_claim(experiment):
     made, comparison = experiment
     assert {s.id for s in made.task.samples()} == {f"{i}.{j}" for i in (1, 2, 3) for j in range(4)}
-    findings = made.judge(comparison)
-    assert made.verdict(findings) == "reproduced", findings
-    assert [type(f.holds) for f in findings] == [bool] * 4
+    findings = made.findings(comparison)
+    assert verdict(findings) == "reproduced", findings
+    assert [f.outcome for f in findings] == ["holds"] * 4
     assert comparison.mean(METHOD, "effect") > 2 * comparison.mean(RANDOM, "effect")
     assert comparison.mean(PLAIN, "effect") < 1e-4
     assert math.isnan(comparison.mean(PLAIN, "correlation")) and comparison.mean(METHOD, "correlation") > 0.5
@@ -475,7 +476,7 @@ def test_the_first_order_is_the_derivative_of_the_last_logits_input(experiment):
 def test_controls_keep_what_they_should(experiment):
     made, _ = experiment
     task, named = made.task, {(t.layer, t.neuron) for t in made.task.named}
-    assert [s.role for s in made.subjects] == ["plain", "control", "control", "method"]
+    assert [s.role for s in made.arms] == ["plain", "control", "control", "method"]
     for sample in task.samples():
         target = sample.data["target"]
         chosen, other = task.random_neuron(sample, 1), task.other_token(sample, 1)

@@ -98,9 +98,9 @@ def test_the_experiment_sweeps_every_rule_and_judges():
     assert (comparison.values("steps 6", "forward_passes") == 6).all()
     assert comparison.mean("threshold 0.5", "forward_passes") <= comparison.mean("threshold 0.99", "forward_passes")
     for label in ("prefix", "dual"):
-        subject = next(s for s in experiment.subjects if s.name == f"threshold 0.9, cache {label}")
-        assert subject.setting["cache"] == label and subject.setting["block_length"] == 8
-    findings = experiment.judge(comparison)
+        arm = next(s for s in experiment.arms if s.name == f"threshold 0.9, cache {label}")
+        assert arm.setting["cache"] == label and arm.setting["block_length"] == 8
+    findings = experiment.findings(comparison)
     assert len(findings) == 5 and all(finding.numbers for finding in findings)
 
 

@@ -13,14 +13,16 @@ import pytest
 
 from tokenry import InputError
 from tokenry.measure import report
+from tokenry.measure.claims import Finding, below
 from tokenry.measure.compare import Comparison, Interrupted, compare
 from tokenry.measure.cost import Meter
+from tokenry.measure.experiment import Experiment
 from tokenry.measure.ledger import evidence
 from tokenry.measure.statistics import Interval, bootstrap_statistic, paired_bootstrap
 from tokenry.measure.store import RunStore, signature
-from tokenry.measure.task import Experiment, Finding, Metric, Outcome, Sample, Statistic, Subject
+from tokenry.measure.task import Arm, Metric, Outcome, Sample, Statistic
 
-# --- a small real task: how far a subject's estimate of a square root is off ------------------------------------
+# --- a small real task: how far an arm's estimate of a square root is off ------------------------------------
 
 
 class Roots:
@@ -33,17 +35,17 @@ class Roots:
     def samples(self):
         return [Sample(f"n{i}", f"root of {i}", {"n": i}) for i in range(1, self.count + 1)]
 
-    def run(self, subject, samples, seed):
+    def run(self, arm, samples, seed):
         if self.stop_at is not None and len(self.log) == self.stop_at:
             raise KeyboardInterrupt
-        self.log.append((subject.name, [s.id for s in samples], seed))
+        self.log.append((arm.name, [s.id for s in samples], seed))
         found = []
         for sample in samples:
             n, x = sample.data["n"], 1.0 + 0.1 * seed
-            for _ in range(subject.apply):
+            for _ in range(arm.apply):
                 x = (x + n / x) / 2
             detail = {"tokens": [[f"root </script> {x:.2f}", 0.5]], "marks": [{"index": 0, "kind": "x", "rule": "r"}]}
-            cost = {"seconds": 0.01 * subject.apply, "tokens": 1.0}
+            cost = {"seconds": 0.01 * arm.apply, "tokens": 1.0}
             found.append(Outcome({"error": abs(x - math.sqrt(n)), "size": float(n)}, cost, detail))
         return found
 
@@ -53,11 +55,12 @@ def experiment(task=None, seeds=(0, 1), batch=2):
         slug="roots",
         claim="More steps are closer.",
         task=task or Roots(),
-        subjects=[Subject("one step", "plain", {"steps": 1}, 1), Subject("four steps", "method", {"steps": 4}, 4)],
-        baseline="one step",
-        judge=lambda c: [
-            Finding("closer", c.difference("four steps", "one step", "error").high < 0, "see the table"),
+        arms=[
+            Arm("one step", role="plain", setting={"steps": 1}, apply=1),
+            Arm("four steps", setting={"steps": 4}, apply=4),
         ],
+        baseline="one step",
+        findings=lambda c: [Finding("closer", below(c.gap("error", "four steps", "one step"), 0), main=True)],
         seeds=seeds,
         batch=batch,
     )
@@ -92,7 +95,7 @@ def test_a_comparison_shows_statistics_like_metrics():
     """A ratio of sums: its value, its interval, its paired difference; in the table, the report and the evidence."""
     ratio = Statistic("relative", "lower", "summed error / summed size", lambda v: v["error"].sum() / v["size"].sum())
     result = compare(replace(experiment(), statistics=(ratio,)))
-    table = {s: result.table(s) for s in result.subjects}
+    table = {s: result.table(s) for s in result.arms}
     assert table["one step"]["error"].shape == (6, 2) and np.isnan(table["one step"]["cache_bytes"]).all()
     expected = {s: t["error"].sum() / t["size"].sum() for s, t in table.items()}
     assert result.mean("one step", "relative") == pytest.approx(expected["one step"])
@@ -119,7 +122,7 @@ def test_bootstrap_edge_cases():
 # --- compare -------------------------------------------------------------------------------------------------------
 
 
-def test_subjects_run_interleaved_and_differences_are_paired():
+def test_arms_run_interleaved_and_differences_are_paired():
     task = Roots()
     comparison = compare(experiment(task))
     batches = [tuple(ids) for _, ids, _ in task.log]
@@ -129,7 +132,7 @@ def test_subjects_run_interleaved_and_differences_are_paired():
     assert comparison.difference("four steps", "one step", "error").mean == pytest.approx(expected)
     assert comparison.values("one step", "error").shape == (6,)  # averaged over seeds
     assert comparison.costs() == ["seconds", "tokens"]
-    assert comparison.experiment.judge(comparison)[0].holds
+    assert comparison.experiment.findings(comparison)[0].holds
 
 
 @pytest.mark.parametrize("stop_at", [0, 1, 5, 11])
@@ -150,7 +153,7 @@ def test_a_run_can_be_extended(tmp_path):
         task = Roots(6)
         extended = compare(experiment(task, seeds=(0, 1)), store, resume=True)
     assert extended.to_dict() == compare(experiment()).to_dict()
-    assert len(task.log) == 8  # two subjects: one new batch of seed 0, three of seed 1
+    assert len(task.log) == 8  # two arms: one new batch of seed 0, three of seed 1
 
 
 def test_a_run_with_other_settings_is_not_resumed(tmp_path):
@@ -223,14 +226,14 @@ def comparison() -> Comparison:
 
 
 def test_the_report_is_self_contained(comparison):
-    findings = comparison.experiment.judge(comparison)
+    findings = comparison.experiment.findings(comparison)
     html = report.render(comparison, findings, "reproduced", model="m", command="tokenry <x>", versions="v")
     assert not re.search(r"(src|href)\s*=|https?://(?!www\.w3\.org/2000/svg)|@import|url\(", html)
     assert "tokenry &lt;x&gt;" in html and html.count("</script>") == 2  # data cannot end its element
     data = json.loads(re.search(r'type="application/json">(.*?)</script>', html, re.S).group(1))
-    assert [s["name"] for s in data["subjects"]] == ["one step", "four steps"]
+    assert [s["name"] for s in data["arms"]] == ["one step", "four steps"]
     assert len(data["samples"]) == 6
-    interval = data["subjects"][0]["values"]["error"]
+    interval = data["arms"][0]["values"]["error"]
     assert interval["low"] <= interval["mean"] <= interval["high"]
 
 
@@ -254,22 +257,14 @@ def test_numbers_are_readable():
 
 
 def test_evidence_says_what_was_measured(comparison):
-    findings = comparison.experiment.judge(comparison)
-    entry = evidence(comparison, findings, "reproduced", model="m", command="c")
+    findings = comparison.experiment.findings(comparison)
+    entry = evidence(comparison, findings, model="m", command="c")
     entry = json.loads(json.dumps(entry))
     assert entry["numbers"]["subjects"]["four steps"]["error"] < entry["numbers"]["subjects"]["one step"]["error"]
     low, high = entry["numbers"]["differences"]["four steps"]["error"][1:]
     assert low <= entry["numbers"]["differences"]["four steps"]["error"][0] <= high
     assert entry["subjects"][1] == {"name": "four steps", "role": "method", "setting": {"steps": 4}}
     assert {"python", "torch", "transformers", "tokenry"} <= set(entry["versions"])
-
-
-def test_verdicts():
-    verdict = experiment().verdict
-    yes, no = Finding("a", True, ""), Finding("b", False, "")
-    assert verdict([yes, yes]) == "reproduced"
-    assert verdict([yes, no]) == "direction only"
-    assert verdict([no, yes]) == verdict([no]) == "not reproduced"
 
 
 def test_the_meter_sees_time_and_memory():

@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -14,8 +13,9 @@ from tokenry.decode.generation.output import DecodeOutput
 from tokenry.evidence import cyclicreflex_reasoner as experiment
 from tokenry.evidence.cyclicreflex_reasoner import Choice, Trial
 from tokenry.measure import docs
+from tokenry.measure.claims import verdict
 from tokenry.measure.compare import compare
-from tokenry.measure.task import Subject
+from tokenry.measure.task import Arm
 from tokenry.measure.tasks.generated import continuation_logprobs
 from tokenry.measure.tasks.reasoning import ReasoningTask
 from tokenry.zoo.reasoner import build_tokenizer
@@ -104,7 +104,7 @@ def test_outcomes_hold_metrics_costs_and_levels(reasoner):
     task = task_of(reasoner, problems, max_new_tokens=12, budgets=(4,))
     samples = task.samples()
     assert [s.data["level"] for s in samples] == [1, 2, 3, 1, 2, 3] and samples[0].prompt == problems[0].question
-    outcomes = task.run(Subject("plain", "plain"), samples[2:5], seed=1)
+    outcomes = task.run(Arm("plain", role="plain"), samples[2:5], seed=1)
     again = task.generate(problems[2:5], 100_002)
     scores = continuation_logprobs(task.model, again)
     names = ["accuracy", "accuracy_4", "finished", "reflections", "confidence"]
@@ -165,23 +165,23 @@ def test_the_best_on_dev_is_chosen():
     assert "wait 2/40/0.5 0.750 (58)" in notes and "wait check +2 0.800 (60)" in notes
 
 
-def test_subjects_are_what_they_say(reasoner):
+def test_arms_are_what_they_say(reasoner):
     task = task_of(reasoner)
     sets = experiment.token_sets(task.tokenizer, None)
     wait, check = task.tokenizer.convert_tokens_to_ids(["wait", "check"])
     assert sets == {"wait": (wait,), "wait check": (wait, check)}
-    subjects = {s.name: s for s in experiment.make_subjects(CHOICE, sets, {}, task)}
-    assert list(subjects) == [
+    arms = {s.name: s for s in experiment.make_arms(CHOICE, sets, {}, task)}
+    assert list(arms) == [
         *("plain", "constant -2 on wait", "constant +2 on wait", "constant +2 on wait check", "constant +0.4 on wait"),
         *("tip", "budget forcing", "wave, half a period later", "cyclicreflex"),
     ]
-    assert {name for name, s in subjects.items() if s.role == "method"} == {"cyclicreflex"}
-    assert subjects["cyclicreflex"].setting["shift"] == 0.5
-    assert subjects["wave, half a period later"].setting["shift"] == 0
-    assert subjects["tip"].setting["beta"] == 40 and subjects["tip"].setting["per_thought"]
-    assert all(subjects[name].setting["token_ids"] == [wait] for name in ("tip", "cyclicreflex"))
-    assert subjects["budget forcing"].apply["methods"] == [BudgetForcing(ignore_text="check")]
-    (processor,) = subjects["constant +2 on wait check"].apply["processors"]
+    assert {name for name, s in arms.items() if s.role == "method"} == {"cyclicreflex"}
+    assert arms["cyclicreflex"].setting["shift"] == 0.5
+    assert arms["wave, half a period later"].setting["shift"] == 0
+    assert arms["tip"].setting["beta"] == 40 and arms["tip"].setting["per_thought"]
+    assert all(arms[name].setting["token_ids"] == [wait] for name in ("tip", "cyclicreflex"))
+    assert arms["budget forcing"].options["methods"] == [BudgetForcing(ignore_text="check")]
+    (processor,) = arms["constant +2 on wait check"].apply["processors"]
     before = torch.zeros(1, len(task.tokenizer))
     after = processor(torch.tensor([[7, 7]]), before)
     assert after[0, [wait, check]].tolist() == [2, 2] and after.count_nonzero() == 2
@@ -206,20 +206,18 @@ def test_from_the_choice_to_the_verdict(reasoner, small):
     assert made.task.budgets == (6, 12) and made.slug == "cyclicreflex-reasoner"
     assert "6 dev problems" in made.notes and "wait check 2/16/0 " in made.notes
     comparison = compare(made)
-    findings = made.judge(comparison)
-    assert len(findings) == 7 and all(f.numbers and np.isscalar(f.holds) for f in findings)
-    assert not findings[0].holds  # a random model solves nothing
-    assert made.verdict(findings) == "not reproduced"
+    findings = made.findings(comparison)
+    assert len(findings) == 7 and all(f.numbers for f in findings)
+    assert findings[0].main and findings[0].outcome == "undecided"  # a random model solves nothing
+    assert verdict(findings) == "undecided"
 
 
 def test_what_is_given_is_not_chosen(reasoner, small):
     method = CyclicReflex(amplitude=4, shift=0.25, token_ids=[9])
     made = experiment.build(*reasoner, samples=2, seeds=(0,), method=method)
-    wave = {s.name: s for s in made.subjects}["cyclicreflex"].setting
+    wave = {s.name: s for s in made.arms}["cyclicreflex"].setting
     assert (wave["amplitude"], wave["shift"], wave["token_ids"]) == (4, 0.25, [9]) and wave["period"] in (8, 16)
-    assert made.task.reflection_ids == {9} and {"constant -4 on 0", "constant +4 on 0"} < {
-        s.name for s in made.subjects
-    }
+    assert made.task.reflection_ids == {9} and {"constant -4 on 0", "constant +4 on 0"} < {s.name for s in made.arms}
 
 
 def test_other_models_are_refused(llama, tokenizer):

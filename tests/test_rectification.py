@@ -21,8 +21,10 @@ from tokenry.decode.generation.sequence import SequenceState
 from tokenry.decode.rectification import Rectification, RectifierLogitsProcessor
 from tokenry.evidence import rectification as experiment
 from tokenry.learned.dead_end_values import DeadEndValueModel, ValueCache, vocabulary_hash
+from tokenry.measure.claims import verdict
 from tokenry.measure.compare import Comparison
-from tokenry.measure.task import Experiment, Outcome, Sample, Subject
+from tokenry.measure.experiment import Experiment
+from tokenry.measure.task import Arm, Outcome, Sample
 from tokenry.measure.tasks.discourse import DiscourseTask
 from tokenry.train import (
     Rectifier,
@@ -912,15 +914,18 @@ def test_the_task_scores_stories():
         tokenizer, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
     ).eval()
     task = DiscourseTask(model, tokenizer, count=3)
-    outcomes = task.run(Subject("plain", "plain"), task.samples(), seed=0)
+    outcomes = task.run(Arm("plain", role="plain"), task.samples(), seed=0)
     assert len(outcomes) == 3
     for outcome in outcomes:
         assert outcome.metrics["undesired"] == 0 and outcome.metrics["sound"] <= 0.5  # random words
         assert outcome.metrics["nll"] == pytest.approx(5.4, abs=0.3)
 
 
-@pytest.mark.parametrize(("shuffled", "verdict"), [(0.3, "reproduced"), (0.05, "direction only")])
-def test_the_judge_reads_the_controls(shuffled, verdict):
+@pytest.mark.parametrize(
+    ("shuffled", "method", "expected"),
+    [(0.3, 0.05, "reproduced"), (0.05, 0.05, "partly"), (0.3, 0.28, "not reproduced"), (0.3, 0.18, "undecided")],
+)
+def test_the_findings_read_the_controls(shuffled, method, expected):
     shares = {
         experiment.PLAIN: 0.3,
         experiment.BAN: 0.25,
@@ -930,18 +935,17 @@ def test_the_judge_reads_the_controls(shuffled, verdict):
         experiment.PURE: 0.15,
         experiment.STRICT: 0.0,
         experiment.PUBLISHED: 0.05,
-        experiment.METHOD: 0.05,
+        experiment.METHOD: method,
     }
     samples = [Sample(str(i), "") for i in range(100)]
-    subjects = [Subject(name, "method") for name in shares]
-    made = Experiment("r", "", _Metrics(), subjects, experiment.PLAIN, experiment.judge)
+    arms = [Arm(name) for name in shares]
+    made = Experiment("r", "", _Metrics(), arms, experiment.PLAIN, experiment.findings)
     outcomes = {
         (name, str(i), 0): Outcome({"undesired": float(i < 100 * share), "nll": 0.9 + 0.1 * share, "sound": 1.0})
         for name, share in shares.items()
         for i in range(100)
     }
-    findings = experiment.judge(Comparison(made, samples, outcomes))
-    assert made.verdict(findings) == verdict
+    assert verdict(experiment.findings(Comparison(made, samples, outcomes))) == expected
 
 
 class _Metrics:

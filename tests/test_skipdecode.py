@@ -597,14 +597,14 @@ def test_the_experiment_from_training_to_findings(reasoner, tmp_path):
 
     experiment = build(*reasoner, samples=3)
     comparison = compare(experiment)
-    assert [s.role for s in experiment.subjects] == ["plain", *["control"] * 3, *["method"] * 3]
+    assert [s.role for s in experiment.arms] == ["plain", *["control"] * 3, *["method"] * 3]
     assert len(list((tmp_path / "skipdecode").glob("*/*/*"))) == 5
-    means = {s: comparison.mean(s, "nll_75") for s in comparison.subjects}
+    means = {s: comparison.mean(s, "nll_75") for s in comparison.arms}
     assert len(set(means.values())) == 7 and all(2 < m < 5 for m in means.values())
     assert comparison.mean(PLAIN, "nll_97") == comparison.mean(PLAIN, "nll_67")
     assert comparison.mean(PLAIN, "depth_75") == 1 and 0.5 < comparison.mean(METHOD, "depth_75") < 0.75
     assert comparison.mean(METHOD, "trained_75") == 0 and comparison.mean(METHOD, "tokens") > 0
-    findings = experiment.judge(comparison)
+    findings = experiment.findings(comparison)
     assert len(findings) == 5 and all(f.numbers for f in findings) and not findings[0].holds
     with pytest.raises(InputError, match="sets e_min itself; give warmup alone"):
         build(*reasoner, method=SkipDecode(e_min=3, warmup=2))

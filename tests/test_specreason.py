@@ -715,10 +715,10 @@ def test_the_experiment_compares_and_judges():
     method = decode.SpecReason(small=SMALL, prompts="lines", threshold=4.5)
     experiment = build(*BASE, samples=3, seeds=(0,), method=method)
     comparison = compare(experiment)
-    assert [s.role for s in experiment.subjects] == ["plain", *["control"] * 3, "method", "method"]
+    assert [s.role for s in experiment.arms] == ["plain", *["control"] * 3, "method", "method"]
     assert comparison.mean("base alone", "small_tokens") == 0 == comparison.mean("small alone", "base_tokens")
     assert comparison.mean("small alone", "acceptance") == 1
-    findings = experiment.judge(comparison)
+    findings = experiment.findings(comparison)
     assert len(findings) == 5 and all(f.numbers for f in findings)
     assert "no step kept" in experiment.notes and "likelihood 4.5:" in experiment.notes
     tries = {("digits", t): Tried(accuracy, 50 + t, 0.5) for t, accuracy in enumerate((0.2, 0.5, 0.79, 0.8, 0.9, 0.7))}

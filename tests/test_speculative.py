@@ -703,11 +703,11 @@ def test_the_experiment_compares_and_judges(pair, tmp_path, monkeypatch):
     method = decode.Spectr(drafter=str(tmp_path), draft_length=2)
     built = experiment.build(target, tokenizer, samples=2, method=method)
     comparison = compare(built)
-    assert [s.role for s in built.subjects] == ["plain", "control", "control", *["method"] * 4]
+    assert [s.role for s in built.arms] == ["plain", "control", "control", *["method"] * 4]
     assert comparison.mean("plain", "block_efficiency") == 1 < comparison.mean("kseq", "block_efficiency")
     for name in ("single", "rrs", "rrs-without", "kseq", "greedy"):
         assert 0 < comparison.mean(name, "ceiling") <= 1
-    findings = built.judge(comparison)
+    findings = built.findings(comparison)
     assert len(findings) == 7 and all(finding.numbers for finding in findings)
 
 

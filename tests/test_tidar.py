@@ -454,18 +454,20 @@ def test_guesses_of_other_kinds():
 
 def test_the_experiment_compares_and_judges(monkeypatch):
     from tokenry.evidence import tidar as experiment
+    from tokenry.measure import claims
     from tokenry.measure.compare import compare
 
+    monkeypatch.setattr(claims, "UNITS", 2)  # so that few problems decide
     for name, value in (("LESSONS", 50), ("MANY", 6)):
         monkeypatch.setattr(experiment, name, value)
     built = experiment.build(*load("zoo/tidar"), samples=2, seeds=(4, 5))
-    assert [s.role for s in built.subjects].count("method") == 4
+    assert [s.role for s in built.arms].count("method") == 4
     comparison = compare(built)
     assert comparison.table("tidar")["accuracy"].shape == (2, 2)
     assert np.isnan(comparison.table("tidar")["accuracy"][:, 1]).all()  # greedy text needs one seed
     assert not np.isnan(comparison.table("tidar, sampled")["accuracy"]).any()
     assert comparison.mean("tidar", "tokens_processed") > 5 * comparison.mean("tidar", "forward_passes")
-    findings = built.judge(comparison)
+    findings = built.findings(comparison)
     assert len(findings) == 8 and all(f.numbers for f in findings)
     assert findings[0].holds and findings[1].holds and findings[2].holds
     with pytest.raises(InputError, match="measured with --model zoo/tidar"):

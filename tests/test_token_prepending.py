@@ -28,6 +28,7 @@ from tokenry.evidence.token_prepending import (
     score_on_dev,
 )
 from tokenry.hooks.residual import capture_residual
+from tokenry.measure.claims import verdict
 from tokenry.measure.compare import Comparison, compare
 from tokenry.measure.task import Outcome
 from tokenry.measure.tasks.sts import load_minilm, load_pairs, similarities, spearman, spread
@@ -449,7 +450,7 @@ def test_the_shipped_choice_fits_the_embedded_model(smollm2):
 def test_the_experiment_runs_and_its_controls_are_what_they_say(llama, tokenizer):
     method = TokenPrepending(exit_layer=3, output_layer=3)
     experiment = build(llama, tokenizer, samples=6, method=method)
-    roles = {s.name: s.role for s in experiment.subjects}
+    roles = {s.name: s.role for s in experiment.arms}
     assert roles == {PLAIN: "plain", SLOT: "control", PUBLISHED: "method", METHOD: "method", MINILM: "control"}
     comparison = compare(experiment)
     second = [p.second for p in spread(load_pairs("test"), 6)]
@@ -467,7 +468,7 @@ def test_the_experiment_runs_and_its_controls_are_what_they_say(llama, tokenizer
     assert comparison.mean(METHOD, "spearman") == pytest.approx(
         100 * spearman(comparison.values(METHOD, "similarity"), comparison.values(METHOD, "gold"))
     )
-    findings = experiment.judge(comparison)
+    findings = experiment.findings(comparison)
     assert len(findings) == 4 and "layer (3) beats the last one" in findings[3].statement
 
 
@@ -485,13 +486,14 @@ def test_the_judge_follows_the_numbers(llama, tokenizer, helps):
             layers = (gold + size * row + 200 * row * (np.arange(5) == 4)).tolist()
             metrics = {"similarity": layers[2], "similarity_last": layers[-1], "gold": gold}
             outcomes[name, sample.id, 0] = Outcome(metrics, detail={"layers": layers})
-    findings = experiment.judge(Comparison(experiment, samples, outcomes))
-    assert [f.holds for f in findings] == [helps, helps, False, True]
-    assert experiment.verdict(findings) == ("direction only" if helps else "not reproduced")
+    findings = experiment.findings(Comparison(experiment, samples, outcomes))
+    better = "holds" if helps else "fails"
+    assert [f.outcome for f in findings] == [better, better, "undecided", "holds"]
+    assert verdict(findings) == ("partly" if helps else "not reproduced")
     # a plain prompt that dev reads elsewhere: then the gain could be the layer's
-    plain = replace(experiment.subjects[0], setting={"output_layer": 1})
-    elsewhere = replace(experiment, subjects=[plain, *experiment.subjects[1:]])
-    more = elsewhere.judge(Comparison(elsewhere, samples, outcomes))
+    plain = replace(experiment.arms[0], setting={"output_layer": 1})
+    elsewhere = replace(experiment, arms=[plain, *experiment.arms[1:]])
+    more = elsewhere.findings(Comparison(elsewhere, samples, outcomes))
     assert more[:4] == findings and more[4].holds == helps and "same layer (2)" in more[4].statement
 
 

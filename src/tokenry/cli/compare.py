@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +21,30 @@ from .. import catalog
 from ..core.errors import InputError
 from ..core.fields import Count, Seed, check, shown
 from ..core.outputs import check_file, write_text
-from .options import Number, as_json, console, example, force_option, load_model, model_options, parse_methods, progress
+from .options import (
+    Number,
+    as_json,
+    console,
+    example,
+    force_option,
+    load_model,
+    model_options,
+    parse_methods,
+    progress,
+    refuse_unused,
+)
+
+EVIDENCE = Path("docs/evidence")
+AT_ONCE = 2  # experiments of --all that run side by side, one thread each
 
 
 @click.command(epilog=example("tokenry compare antislop --samples 64 --report report.html --record"))
-@click.argument("name")
+@click.argument("name", required=False)
 @click.option("-o", "options", multiple=True, metavar="NAME=VALUE", help="An option of the method.")
 @click.option("--samples", type=Number(Count), help="How many samples; default: enough for the claim.")
 @click.option("--seeds", help="Seeds, separated by commas.")
+@click.option("--all", "every", is_flag=True, help="All experiments, each on its own model, in one table.")
+@click.option("--quick", is_flag=True, help="The smallest size that runs everything; it decides little.")
 @click.option("--report", "report_path", help="Write a self-contained HTML report.")
 @click.option("--picture", help="Write the table as an SVG picture.")
 @click.option("--record", is_flag=True, help="Write the evidence entry docs/evidence/NAME.json.")
@@ -31,57 +53,65 @@ from .options import Number, as_json, console, example, force_option, load_model
 )
 @click.option("--resume", is_flag=True, help="Go on with the latest run of the same comparison and model.")
 @force_option
-@model_options
-def compare(
+@partial(model_options, model=None)
+def compare(name: str | None, every: bool, **given: Any) -> None:
+    """Measure a method against the plain model and against the controls that could fool it."""
+    if every:
+        if name:
+            raise InputError(f"--all runs every experiment; leave out {name!r}")
+        alone = ["-o", "--samples", "--report", "--picture", "--model"]
+        refuse_unused(alone, "with --all, where each experiment has its own")
+        compare_all(given)
+    elif name is None:
+        raise InputError("say what to compare, for example `tokenry compare antislop`, or --all")
+    else:
+        compare_one(name, **given)
+
+
+def compare_one(
     name: str,
     options: tuple[str, ...],
     samples: int | None,
     seeds: str | None,
+    quick: bool,
     report_path: str | None,
     picture: str | None,
     record: bool,
     store_path: str,
     resume: bool,
     force: bool,
-    model_name: str,
+    model_name: str | None,
     dtype: str | None,
     device: str | None,
     trust_remote_code: bool,
     json_output: bool,
 ) -> None:
-    """Measure a method against the plain model and against the controls that could fool it."""
+    """One experiment: build, run, judge, write."""
     entry, module = catalog.experiment(name)
     method = parse_methods([entry.slug], options, entry.stage)[0] if options else None  # else the experiment's own
     seed_list = parse_seeds(seeds)
-    evidence_path = Path("docs/evidence") / f"{name}.json"
-    if record:
-        try:
-            evidence_path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{str(evidence_path.parent)!r} cannot be made ({error.strerror})") from None
-        check_file(evidence_path, force=True)
-    for path in (report_path, picture):
-        if path:
-            check_file(path, force)
+    if quick and record:
+        raise InputError("a quick run decides nothing; leave out --quick or --record")
+    outputs = Outputs(report_path, picture, EVIDENCE / f"{name}.json" if record else None)
+    outputs.check(force)
     from ..measure.compare import made_of
     from ..measure.store import RunStore
 
     with RunStore(store_path) as store:
+        declared = importlib.import_module(module).build
+        if record and declared.limit and (samples or 0) > declared.limit:
+            raise InputError(f"--samples {samples} is not recorded: {name} ends at {declared.limit}, fixed beforehand")
+        model_name = model_name or declared.model
         model, tokenizer = load_model(model_name, dtype, device, trust_remote_code)
         # Before anything is built on the model: an adapter adds weights to it.
         about = {"model": model_name, "dtype": str(model.dtype), **made_of(model, tokenizer)}
-        build = importlib.import_module(module).build
-        experiment = build(model, tokenizer, samples=samples, seeds=seed_list, method=method)
+        experiment = declared(model, tokenizer, samples=samples, seeds=seed_list, method=method, quick=quick)
         comparison = run_compare(experiment, store, about, resume)
-    findings = experiment.judge(comparison)
-    verdict = experiment.verdict(findings)
-    command = rerun_command(name, options, samples, seeds, model_name, dtype, trust_remote_code)
-    outputs = (report_path, picture, evidence_path if record else None)
-    publish(comparison, findings, verdict, model_name, command, *outputs)
+    other = model_name if model_name != declared.model else None
+    command = rerun_command(name, options, samples, seeds, other, dtype, trust_remote_code, quick)
+    entry = publish(comparison, experiment.findings(comparison), model_name, command, outputs)
     if json_output:
-        from ..measure.ledger import evidence
-
-        as_json(evidence(comparison, findings, verdict, model=model_name, command=command))
+        as_json(entry)
 
 
 def parse_seeds(seeds: str | None) -> list[int] | None:
@@ -103,18 +133,17 @@ def rerun_command(
     options: Sequence[str],
     samples: int | None,
     seeds: str | None,
-    model: str,
+    model: str | None,
     dtype: str | None,
     trust_remote_code: bool = False,
+    quick: bool = False,
 ) -> str:
-    """The command that measures the same again, without where its outputs went."""
-    import shlex
-
+    """The command that measures the same again, without where its outputs went. No model: the experiment's own."""
     parts = ["tokenry", "compare", name]
-    for option, value in (("samples", samples), ("seeds", seeds), ("dtype", dtype)):
+    for option, value in (("samples", samples), ("seeds", seeds), ("dtype", dtype), ("model", model)):
         parts += [f"--{option}", str(value)] if value is not None else []
-    parts += ["--model", model] if model != "smollm2" else []
     parts += ["--trust-remote-code"] if trust_remote_code else []
+    parts += ["--quick"] if quick else []
     return shlex.join([*parts, *(word for pair in options for word in ("-o", pair))])
 
 
@@ -136,33 +165,49 @@ def run_compare(experiment: Any, store: Any, about: dict[str, Any], resume: bool
         sys.exit(130)
 
 
-def publish(
-    comparison: Any,
-    findings: Sequence[Any],
-    verdict: str,
-    model: str,
-    command: str,
-    report_path: str | None,
-    picture: str | None,
-    evidence_path: Path | None,
-) -> None:
-    """Table on standard error (standard output is for --json), report, picture and evidence entry."""
+# --- what is written -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where a comparison goes, beside the terminal."""
+
+    report: str | None
+    picture: str | None
+    evidence: Path | None
+
+    def check(self, force: bool) -> None:
+        """Refuse what cannot be written, before anything is measured."""
+        if self.evidence:
+            try:
+                self.evidence.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"{str(self.evidence.parent)!r} cannot be made ({error.strerror})") from None
+            check_file(self.evidence, force=True)
+        for path in (self.report, self.picture):
+            if path:
+                check_file(path, force)
+
+
+def publish(comparison: Any, findings: Sequence[Any], model: str, command: str, outputs: Outputs) -> dict[str, Any]:
+    """Table on standard error (standard output is for --json), report, picture; the evidence entry is returned."""
     from ..measure import report
     from ..measure.ledger import evidence, versions
 
     screen = console(stderr=True)
-    print_result(screen, comparison, findings, verdict)
-    text = ", ".join(f"{k} {v}" for k, v in versions().items())
-    if report_path:
-        html = report.render(comparison, findings, verdict, model=model, command=command, versions=text)
-        write_text(report_path, html)
-        screen.print(f"report: {report_path}")
-    if picture:
-        write_text(picture, draw(comparison, findings, verdict))
-    if evidence_path:
-        entry = evidence(comparison, findings, verdict, model=model, command=command)
-        write_text(evidence_path, json.dumps(entry, ensure_ascii=False, indent=1) + "\n")
-        screen.print(f"evidence: {evidence_path}")
+    entry = evidence(comparison, findings, model=model, command=command)
+    print_result(screen, comparison, findings, entry["verdict"])
+    if outputs.report:
+        text = ", ".join(f"{k} {v}" for k, v in versions().items())
+        html = report.render(comparison, findings, entry["verdict"], model=model, command=command, versions=text)
+        write_text(outputs.report, html)
+        screen.print(f"report: {outputs.report}")
+    if outputs.picture:
+        write_text(outputs.picture, draw(comparison, findings, entry["verdict"]))
+    if outputs.evidence:
+        write_text(outputs.evidence, json.dumps(entry, ensure_ascii=False, indent=1) + "\n")
+        screen.print(f"evidence: {outputs.evidence}")
+    return entry
 
 
 def draw(comparison: Any, findings: Sequence[Any], verdict: str) -> str:
@@ -177,6 +222,9 @@ def draw(comparison: Any, findings: Sequence[Any], verdict: str) -> str:
     return re.sub(r"@font-face\s*\{.*?\}", "", svg, flags=re.DOTALL)
 
 
+COLORS = {"holds": "green", "fails": "red", "undecided": "yellow", "described": "dim"}
+
+
 def print_result(screen: Any, comparison: Any, findings: Sequence[Any], verdict: str) -> None:
     from rich.text import Text
 
@@ -185,7 +233,64 @@ def print_result(screen: Any, comparison: Any, findings: Sequence[Any], verdict:
     for table in report.tables(comparison):
         screen.print(table)
     for finding in findings:
-        answer = ("yes", "green") if finding.holds else ("no ", "red")
-        screen.print(Text.assemble(answer, f" {finding.statement}"))
+        screen.print(Text.assemble((f"{finding.outcome:9}", COLORS[finding.outcome]), f" {finding.statement}"))
         screen.print(f"    {finding.numbers}", style="dim")
     screen.print(Text.assemble("verdict: ", (verdict, "bold")))
+
+
+# --- all experiments -----------------------------------------------------------------------------------------------
+
+
+def compare_all(given: dict[str, Any]) -> None:
+    """Every experiment in a process of its own, so that one that fails, or fills the memory, leaves the others alone.
+
+    The exit code is 1 if one has failed.
+    """
+    from rich.table import Table
+
+    names, rows = catalog.experiments(), {}
+    with progress("all experiments", len(names)) as update, ThreadPoolExecutor(AT_ONCE) as pool:
+        running = {pool.submit(run_alone, name, given): name for name in names}
+        try:
+            for future in as_completed(running):
+                rows[running[future]] = future.result()
+                update(advance=1, description=running[future])
+        except KeyboardInterrupt:  # it has reached those that run, too
+            pool.shutdown(cancel_futures=True)
+            click.echo(
+                f"interrupted after {len(rows)} of {len(names)} experiments; --resume goes on from there", err=True
+            )
+            sys.exit(130)
+    table = Table("experiment", "model", "verdict", "measured", box=None, pad_edge=False)
+    for name in names:
+        table.add_row(*row_of(name, rows[name]))
+    console(stderr=True).print(table)
+    if given["json_output"]:
+        as_json([rows[name] for name in names])
+    failed = [name for name in names if "error" in rows[name]]
+    if failed:
+        click.echo(f"{len(failed)} of {len(names)} failed: {', '.join(failed)}", err=True)
+        sys.exit(1)
+
+
+def run_alone(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The evidence entry of an experiment, or {"slug", "error"}: the last line that it has said."""
+    command = [sys.executable, "-m", "tokenry", "compare", name, "--json", "--store", given["store_path"]]
+    for flag in ("quick", "resume", "record", "force", "trust_remote_code"):
+        command += [f"--{flag.replace('_', '-')}"] if given[flag] else []
+    for option in ("seeds", "dtype", "device"):
+        command += [f"--{option}", given[option]] if given[option] else []
+    alone = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", **os.environ}
+    done = subprocess.run(command, capture_output=True, text=True, env=alone, stdin=subprocess.DEVNULL)
+    if done.returncode == 0:
+        return json.loads(done.stdout)
+    said = [line for line in done.stderr.splitlines() if line.strip()] or [f"ended with {done.returncode}"]
+    return {"slug": name, "error": said[-1]}
+
+
+def row_of(name: str, entry: dict[str, Any]) -> tuple[str, str, str, str]:
+    from ..measure.ledger import measured
+
+    if "error" in entry:
+        return name, "", "failed", entry["error"]
+    return name, entry["model"], entry["verdict"], measured(entry)

@@ -64,14 +64,15 @@ def trust_option(command: Any) -> Any:
     return click.option("--trust-remote-code", is_flag=True, help=text)(command)
 
 
-def model_options(command: Any) -> Any:
-    """--model, --dtype, --device, --trust-remote-code and --json."""
+def model_options(command: Any, model: str | None = "smollm2") -> Any:
+    """--model, --dtype, --device, --trust-remote-code and --json. Without a default model the verb knows its own."""
+    default = model or "that of the experiment"
     for option in (
         click.option("--json", "json_output", is_flag=True, help="Print JSON."),
         trust_option,
         click.option("--device", help="Where to run; default: cuda where there is one."),
         click.option("--dtype", help="float32, bfloat16 or float16; default: float32 on CPU."),
-        click.option("--model", "model_name", default="smollm2", show_default=True, help="Name, folder or hub id."),
+        click.option("--model", "model_name", default=model, show_default=default, help="Name, folder or hub id."),
     ):
         command = option(command)
     return command

@@ -6,11 +6,15 @@ import math
 from collections.abc import Sequence
 from importlib.resources import files
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from ..decode.antislop import Antislop
+from ..measure.claims import Contrast, Finding, at_least, at_most, beats, describe
 from ..measure.compare import Comparison
-from ..measure.task import Experiment, Finding, Subject
+from ..measure.experiment import Design, Run, experiment
+from ..measure.statistics import bootstrap_statistic
+from ..measure.task import Arm
 from ..measure.tasks.stories import StoriesTask
 
 PLAIN, SEQUENCES, FIRST, METHOD = "plain", "bad_words_ids", "ban first tokens", "antislop"
@@ -21,32 +25,23 @@ def default_phrases() -> list[str]:
     return (files("tokenry.data") / "prompts" / "slop_smollm2.txt").read_text(encoding="utf-8").split("\n")[:-1]
 
 
-def build(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: int | None = None,
-    seeds: Sequence[int] | None = None,
-    method: Antislop | None = None,
-) -> Experiment:
+@experiment("antislop", Antislop, samples=24, batch=8, quick=2)
+def build(run: Run) -> Design:
     """Plain sampling, two `bad_words_ids` controls and Antislop on the same prompts and seeds."""
-    method = method if method and method.phrases else Antislop(**{**_set(method), "phrases": default_phrases()})
+    method = run.method
+    if not method or not method.phrases:
+        method = Antislop(**{**run.given, "phrases": default_phrases()})
     phrases = list(method.phrases)
-    sequences = bad_word_ids(tokenizer, phrases)
-    subjects = [
-        Subject(PLAIN, "plain"),
-        Subject(SEQUENCES, "control", {"phrases": phrases}, {"bad_words_ids": sequences}),
-        Subject(FIRST, "control", {"phrases": phrases}, {"bad_words_ids": first_tokens(sequences)}),
-        Subject(METHOD, "method", method.model_dump(mode="json"), {"methods": [method]}),
-    ]
-    return Experiment(
-        slug="antislop",
-        claim=Antislop.claim,
-        task=StoriesTask(model, tokenizer, phrases, count=samples or 24),
-        subjects=subjects,
+    sequences, named = bad_word_ids(run.tokenizer, phrases), {"phrases": phrases}
+    return Design(
+        task=StoriesTask(run.model, run.tokenizer, phrases, count=run.samples),
+        arms=[
+            Arm(PLAIN, role="plain"),
+            Arm(SEQUENCES, role="control", setting=named, apply={"bad_words_ids": sequences}),
+            Arm(FIRST, role="control", setting=named, apply={"bad_words_ids": first_tokens(sequences)}),
+            Arm(METHOD, method),
+        ],
         baseline=PLAIN,
-        judge=judge,
-        seeds=tuple(seeds or (0,)),
-        batch=8,
         notes="`ban first tokens` is what certainty costs without rewinding. `bad_words_ids` bans the last token of a "
         "sequence where it would be completed; it misses other tokenizations and leaves the beginning of the phrase "
         "standing. For a short list of common phrases it is a strong control: compare its row.",
@@ -64,47 +59,42 @@ def first_tokens(sequences: Sequence[list[int]]) -> list[list[int]]:
     return [[token] for token in dict.fromkeys(ids[0] for ids in sequences)]
 
 
-def corpus_perplexity(comparison: Comparison, subject: str) -> float:
-    """Perplexity over all tokens of all stories."""
-    details = comparison.details(subject)
-    return math.exp(sum(d["nll"] for d in details) / sum(len(d["tokens"]) for d in details))
+def perplexity_ratio(c: Comparison, arm: str) -> Contrast:
+    """Perplexity over all tokens of all stories, times that of the plain model, with its interval over stories."""
+
+    def by_story(name: str) -> np.ndarray:
+        rows = np.array([(detail["nll"], len(detail["tokens"])) for detail in c.details(name)], float)
+        return rows.reshape(-1, len(c.samples), 2).sum(0)
+
+    def nats(rows: np.ndarray) -> float:
+        return rows[:, 0].sum() / rows[:, 1].sum()
+
+    mine, plain = by_story(arm), by_story(PLAIN)
+    ratio = bootstrap_statistic(lambda pick: math.exp(nats(mine[pick]) - nats(plain[pick])), len(c.samples))
+    return Contrast(ratio, f"corpus perplexity, {arm} / {PLAIN}", ".2f")
 
 
-def judge(comparison: Comparison) -> list[Finding]:
+@build.findings
+def findings(c: Comparison) -> list[Finding]:
     """The claim, its price, and the controls."""
-    hits = {s: comparison.mean(s, "hits_per_1000_words") for s in comparison.subjects}
-    given_up = sum(m["kind"] == "given up" for d in comparison.details(METHOD) for m in d["marks"])
-    perplexity = {s: corpus_perplexity(comparison, s) for s in comparison.subjects}
-    ratio = {s: p / perplexity[PLAIN] for s, p in perplexity.items()}
-    worse = comparison.difference(FIRST, METHOD, "perplexity")
-    variety = comparison.difference(FIRST, METHOD, "distinct_2")
+    hits = "hits_per_1000_words"
+    given_up = sum(m["kind"] == "given up" for d in c.details(METHOD) for m in d["marks"])
+    shown = ", ".join(f"{s} {c.mean(s, hits):.2f}" for s in c.arms)
+    others = "; ".join(str(perplexity_ratio(c, s)) for s in (SEQUENCES, FIRST))
     return [
         Finding(
-            "no banned pattern is left, and the plain model has many",
-            hits[METHOD] == 0 and hits[PLAIN] > 0,
-            f"hits per 1,000 words: {_list(hits)}; places given up: {given_up}",
+            "no banned pattern is left of those that the plain model writes",
+            at_least(c.saved(hits, METHOD, PLAIN), 1),
+            main=True,
+            note=f"hits per 1,000 words: {shown}; places given up: {given_up}",
         ),
+        Finding("perplexity stays below 1.15 x plain", at_most(perplexity_ratio(c, METHOD), 1.15), note=others),
+        Finding("banning first tokens costs more perplexity", beats(c, "perplexity", METHOD, [FIRST], "+.2f")),
         Finding(
-            "perplexity stays below 1.15 x plain",
-            ratio[METHOD] <= 1.15,
-            f"corpus perplexity: {_list(perplexity)}; ratio to plain: {_list(ratio)}",
+            "banning first tokens costs more variety (distinct-2)", beats(c, "distinct_2", METHOD, [FIRST], "+.4f")
         ),
-        Finding(
-            "banning first tokens costs more perplexity",
-            worse.low > 0,
-            f"perplexity, {FIRST} - {METHOD}: {worse:.2f}",
-        ),
-        Finding(
-            "banning first tokens costs more variety (distinct-2)",
-            variety.high < 0,
-            f"distinct-2, {FIRST} - {METHOD}: {variety:.4f}",
+        describe(
+            "bad_words_ids is the control to beat for a short list",
+            f"{c.gap('perplexity', SEQUENCES, METHOD, '+.2f')}; {c.gap('distinct_2', SEQUENCES, METHOD, '+.4f')}",
         ),
     ]
-
-
-def _set(method: Antislop | None) -> dict:
-    return method.model_dump(exclude_unset=True) if method else {}
-
-
-def _list(numbers: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.2f}" for name, value in numbers.items())

@@ -8,111 +8,87 @@ a threshold decides between 1 and 12 forwards; the other puzzles are solved in l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from functools import partial
 
 from ..data.puzzles import Sudoku
 from ..decode.creditdecoding import CreditDecoding
-from ..decode.denoising.contract import DiffusionMethods
 from ..decode.denoising.unmask import FixedCount
+from ..measure.claims import Finding, at_most, below, describe, loses_at_most
 from ..measure.compare import Comparison
-from ..measure.statistics import Interval
-from ..measure.task import Experiment, Finding, Subject
-from ..measure.tasks.denoising import PuzzleTask, cost_ratio
+from ..measure.experiment import Design, Run, experiment, sweep
+from ..measure.task import Arm
+from ..measure.tasks.denoising import PuzzleTask
 
 THRESHOLDS = (0.7, 0.8, 0.9, 0.95, 0.99)
 PLAIN, ALONE, BONUS, METHOD = "one token per step", "threshold", "bonus without history", "credit"
 SAVING = 0.95  # at most this share of the forwards
+KEPT = (PLAIN, 0.005)  # curves are compared where exact match is no further below
 
 
-def build(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: int | None = None,
-    seeds: Sequence[int] | None = None,
-    method: CreditDecoding | None = None,
-) -> Experiment:
+def arms(method: CreditDecoding) -> list[Arm]:
+    """The plain decoder, then thresholds alone, with the bonus of one step, and with credit."""
+    return [
+        Arm(PLAIN, role="plain", apply=lambda width: {"unmask": FixedCount()}),
+        *sweep(ALONE, method, "control", threshold=THRESHOLDS, alpha=0.0),
+        *sweep(BONUS, method, "control", threshold=THRESHOLDS, beta=0.0),
+        *sweep(METHOD, method, threshold=THRESHOLDS),
+    ]
+
+
+@experiment(
+    "creditdecoding",
+    CreditDecoding,
+    model="zoo/denoiser",
+    samples=240,
+    seeds=(0, 1, 2),
+    batch=40,
+    quick=4,
+    limit=960,
+    claim="At equal exact match, decoding with trace credit takes fewer forward passes than decoding with a threshold "
+    "alone, because of what it remembers.",
+)
+def build(run: Run) -> Design:
     """One token per step, and each of the thresholds alone, with the bonus of one step, and with credit.
 
     The threshold of `method` is not used; its window is filled as one block.
     """
-    method, seeds = method or CreditDecoding(), tuple(seeds or (0, 1, 2))
-    return Experiment(
-        slug="creditdecoding",
-        claim="At equal exact match, decoding with trace credit takes fewer forward passes than decoding with a "
-        "threshold alone, because of what it remembers.",
-        task=PuzzleTask(model, tokenizer, seeds, samples or 240, width=16, kinds=(Sudoku(),)),
-        subjects=subjects(method),
-        baseline=name(ALONE, 0.9),
-        judge=judge,
-        seeds=seeds,
-        batch=40,
+    return Design(
+        task=PuzzleTask(run.model, run.tokenizer, run.seeds, run.samples, width=16, kinds=(Sudoku(),)),
+        arms=arms(run.method or CreditDecoding()),
+        baseline=f"{ALONE} 0.9",
         notes="Each seed has problems of its own. Seconds are those of a batch of 40, shared by its rows, which wait "
-        "for the slowest one. Seven other settings, tried on 360 dev problems (alpha 0.3 to 2, gamma 0.2 to 1, "
-        "beta 0 to 0.95), took 0.992 to 1.044 times the forwards of thresholds at equal exact match. Where a "
-        "sudoku has several solutions, a token that stays the best one for some steps is not the right one for "
-        "that reason.",
+        "for the slowest one. Where a sudoku has several solutions, a token that stays the best one for some "
+        "steps is not the right one for that reason.",
+        tried="Seven other settings, on 360 dev problems (alpha 0.3 to 2, gamma 0.2 to 1, beta 0 to 0.95), took 0.992 "
+        "to 1.044 times the forwards of thresholds at equal exact match.",
     )
 
 
-def name(kind: str, threshold: float) -> str:
-    return f"{kind} {threshold}"
-
-
-def names(kind: str) -> list[str]:
-    return [name(kind, threshold) for threshold in THRESHOLDS]
-
-
-def subjects(method: CreditDecoding) -> list[Subject]:
-    """The plain decoder, then a subject for each kind and threshold."""
-    made = [Subject(PLAIN, "plain", apply=lambda width: {"unmask": FixedCount()})]
-    kinds = ((ALONE, "control", {"alpha": 0.0}), (BONUS, "control", {"beta": 0.0}), (METHOD, "method", {}))
-    for kind, role, change in kinds:
-        for threshold in THRESHOLDS:
-            one = method.model_copy(update={**change, "threshold": threshold})
-            made.append(
-                Subject(name(kind, threshold), role, one.model_dump(mode="json"), DiffusionMethods([one]).options)
-            )
-    return made
-
-
-def judge(comparison: Comparison) -> list[Finding]:
-    """Forwards at equal exact match, against both controls; quality at the default threshold; seconds."""
-    forwards = _ratio(comparison, METHOD, ALONE, "forward_passes")
-    history = _ratio(comparison, METHOD, BONUS, "forward_passes")
-    bonus = _ratio(comparison, BONUS, ALONE, "forward_passes")
-    seconds = _ratio(comparison, METHOD, ALONE, "seconds")
-    quality = comparison.difference(name(METHOD, 0.9), name(ALONE, 0.9), "exact")
-    saved = comparison.mean(name(METHOD, 0.9), "forward_passes") / comparison.mean(name(ALONE, 0.9), "forward_passes")
+@build.findings
+def findings(c: Comparison) -> list[Finding]:
+    """Forwards where nothing is lost, against both controls; seconds; the default threshold; the whole curve."""
+    forwards = partial(c.frontier, "forward_passes", at="exact")
+    credit, alone = c.sweep(METHOD)[0.9], c.sweep(ALONE)[0.9]
+    saved = forwards(METHOD, ALONE, keeps=KEPT)
     return [
+        Finding("where quality is kept, credit takes fewer forwards than thresholds alone", below(saved, 1), main=True),
+        Finding(f"at most {SAVING:.0%} of them", at_most(saved, SAVING)),
         Finding(
-            "at equal exact match, credit takes fewer forwards than thresholds alone",
-            forwards.high < 1,
-            f"forwards, credit / threshold: {forwards:.3f}",
+            "it is the history: the bonus of one step alone takes more forwards",
+            below(forwards(METHOD, BONUS, keeps=KEPT), 1),
+            note=str(forwards(BONUS, ALONE, keeps=KEPT)),
         ),
         Finding(
-            f"at most {SAVING:.0%} of them",
-            forwards.mean <= SAVING,
-            f"forwards, credit / threshold: {forwards:.3f}",
+            "it is quicker, too: fewer seconds",
+            below(c.frontier("seconds", METHOD, ALONE, at="exact", keeps=KEPT), 1),
         ),
         Finding(
-            "it is the history: the bonus of one step alone takes more forwards at equal exact match",
-            history.high < 1,
-            f"forwards, credit / bonus: {history:.3f}; bonus / threshold: {bonus:.3f}",
+            "at the same threshold, 0.9, exact match falls by at most 0.01",
+            loses_at_most(c.gap("exact", credit, alone), 0.01),
+            note=str(c.ratio("forward_passes", credit, alone)),
         ),
-        Finding(
-            "it is quicker, too: fewer seconds at equal exact match",
-            seconds.high < 1,
-            f"seconds, credit / threshold: {seconds:.3f}",
-        ),
-        Finding(
-            "at the same threshold, 0.9, exact match falls by less than 0.01",
-            quality.low > -0.01,
-            f"exact match, credit - threshold: {quality:+.3f}; forwards, credit / threshold: {saved:.3f}",
+        describe(
+            "over the whole curve, where much may be lost",
+            f"{forwards(METHOD, ALONE)}; {forwards(METHOD, BONUS)}; {forwards(BONUS, ALONE)}",
         ),
     ]
-
-
-def _ratio(comparison: Comparison, first: str, second: str, cost: str) -> Interval:
-    return cost_ratio(comparison, names(first), names(second), cost, "exact")

@@ -10,13 +10,14 @@ import random
 from collections.abc import Sequence
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..judge.answers.samples import Solution
 from ..judge.crew import CRew
+from ..measure.claims import Contrast, Finding, above, all_of, beats, describe
 from ..measure.compare import Comparison
+from ..measure.experiment import Design, Run, experiment
 from ..measure.statistics import Interval, bootstrap_statistic
-from ..measure.task import Experiment, Finding, Subject
+from ..measure.task import Arm
 from ..measure.tasks.arithmetic import KINDS, ArithmeticTask, auroc
 
 PLAIN, LENGTH, RANDOM, ALIKE = "mean log-likelihood", "shortest", "random", "all alike"
@@ -24,52 +25,40 @@ METHOD, GEOMETRIC, LEAST = "crew", "crew, geo_mean", "crew, min"
 EQUATION, WORDS = KINDS
 
 
-def build(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: int | None = None,
-    seeds: Sequence[int] | None = None,
-    method: CRew | None = None,
-) -> Experiment:
+@experiment("crew", CRew, samples=200, batch=16, quick=8, limit=800)
+def build(run: Run) -> Design:
     """Judges of the same 8 solutions to each sum: log-likelihood, length, chance, none, and CRew.
 
-    Args:
-        method: settings to compare as well; where it sets no marker, the answer is the last number.
+    `method` has settings to compare as well; where it sets no marker, the answer is the last number.
     """
-    subjects = [
-        Subject(PLAIN, "plain", {}, likelihood),
-        Subject(LENGTH, "control", {}, shortest),
-        Subject(RANDOM, "control", {}, chance),
-        Subject(ALIKE, "control", {}, alike),
-        *(
-            _subject(name, CRew(marker="number", aggregate=aggregate))
-            for name, aggregate in ((METHOD, "mean_prob"), (GEOMETRIC, "geo_mean"), (LEAST, "min"))
-        ),
-    ]
-    if method is not None:
-        subjects.append(_subject("as given", CRew(**{"marker": "number", **method.model_dump(exclude_unset=True)})))
-    return Experiment(
-        slug=CRew.slug,
-        claim=CRew.claim,
-        task=ArithmeticTask(model, tokenizer, samples or 200),
-        subjects=subjects,
+    settings = {METHOD: "mean_prob", GEOMETRIC: "geo_mean", LEAST: "min"}
+    methods = {name: CRew(marker="number", aggregate=aggregate) for name, aggregate in settings.items()}
+    if run.method is not None:
+        methods["as given"] = run.settings(CRew, marker="number")
+    return Design(
+        task=ArithmeticTask(run.model, run.tokenizer, run.samples),
+        arms=[
+            Arm(PLAIN, role="plain", apply=likelihood),
+            Arm(LENGTH, role="control", apply=shortest),
+            Arm(RANDOM, role="control", apply=chance),
+            Arm(ALIKE, role="control", apply=alike),
+            *(_arm(name, method) for name, method in methods.items()),
+        ],
         baseline=PLAIN,
-        judge=judge,
-        seeds=tuple(seeds or (0,)),
-        batch=16,
         notes="`all alike` gives every solution the same score: its vote is the plain vote, its best the first one. "
         "Half of the questions are answered by a bare equation, half with a few free words before it. The solutions "
-        "are short; the paper's are long. The free words were settled on after 14 other prompts had been tried at 96 "
-        "solutions each; in several of them the log-likelihood ties or wins.",
+        "are short; the paper's are long.",
+        tried="The free words were settled on after 14 other prompts had been tried at 96 solutions each; in several "
+        "of them the log-likelihood ties or wins.",
     )
 
 
-def _subject(name: str, method: CRew) -> Subject:
+def _arm(name: str, method: CRew) -> Arm:
     def score(solutions: Sequence[Solution], draw: random.Random) -> list[float | None]:
         return method.score(solutions)
 
     marker = getattr(method.marker, "__name__", method.marker)
-    return Subject(name, "method", {"aggregate": method.aggregate, "marker": marker}, score)
+    return Arm(name, setting={"aggregate": method.aggregate, "marker": marker}, apply=score)
 
 
 def likelihood(solutions: Sequence[Solution], draw: random.Random) -> list[float]:
@@ -89,25 +78,42 @@ def alike(solutions: Sequence[Solution], draw: random.Random) -> list[float]:
     return [1.0] * len(solutions)
 
 
-def judge(comparison: Comparison) -> list[Finding]:
-    """Right against wrong, against likelihood, against the controls; votes, best of n, calibration."""
-    return [
-        _tells(comparison),
-        _beats_likelihood(comparison),
-        _beats_controls(comparison),
-        _votes(comparison),
-        _chooses(comparison),
-        _is_calibrated(comparison),
-    ]
-
-
 Scored = list[np.ndarray]  # of each question (n, 2): score, and 1 if right
 
 
-def scored(comparison: Comparison, subject: str, kind: str | None = None) -> Scored:
+@build.findings
+def findings(c: Comparison) -> list[Finding]:
+    """Right against wrong, against likelihood, against the controls; votes, best of n, calibration."""
+    controls = [_gain(c, name, kind) for name in (LENGTH, RANDOM) for kind in KINDS]
+    return [
+        Finding(
+            "The probability of the answer tells right from wrong: AUROC above 0.70 for both kinds of solution.",
+            all_of(*(above(Contrast(over(scored(c, METHOD, kind)), f"AUROC, {kind}"), 0.70) for kind in KINDS)),
+            main=True,
+        ),
+        Finding(
+            "Where the words are free it tells more than the mean log-likelihood of the solution.",
+            above(_gain(c, PLAIN, WORDS), 0),
+            note=str(_gain(c, PLAIN, EQUATION)),
+        ),
+        Finding(
+            "It tells more than the length of the solution and than chance.",
+            all_of(*(above(one, 0) for one in controls)),
+        ),
+        Finding("A vote weighted by it is right more often than a plain vote.", beats(c, "vote", METHOD, [ALIKE])),
+        Finding("The best of 8 by it is right more often than one solution.", beats(c, "best_of_n", METHOD, [ALIKE])),
+        Finding(
+            "The best of 8 by it is right more often than the best by log-likelihood.",
+            beats(c, "best_of_n", METHOD, [PLAIN]),
+        ),
+        describe("The higher the probability, the more solutions are right.", _fifths(c)),
+    ]
+
+
+def scored(c: Comparison, arm: str, kind: str | None = None) -> Scored:
     """Every judged solution of each question, seeds together, of one kind or all."""
-    details = comparison.details(subject)
-    questions = [details[i :: len(comparison.samples)] for i in range(len(comparison.samples))]
+    details = c.details(arm)
+    questions = [details[i :: len(c.samples)] for i in range(len(c.samples))]
     return [
         np.array([row for d in question for row in d["scored"]], float).reshape(-1, 2)
         for question in questions
@@ -129,73 +135,14 @@ def _pooled(questions: Scored, pick: np.ndarray) -> float:
     return auroc(rows[:, 0], rows[:, 1])
 
 
-def _gain(comparison: Comparison, subject: str, kind: str) -> Interval:
-    return over(scored(comparison, METHOD, kind), scored(comparison, subject, kind))
+def _gain(c: Comparison, arm: str, kind: str) -> Contrast:
+    gain = over(scored(c, METHOD, kind), scored(c, arm, kind))
+    return Contrast(gain, f"AUROC, {METHOD} - {arm}, {kind}", "+.3f")
 
 
-def _tells(comparison: Comparison) -> Finding:
-    found = {kind: over(scored(comparison, METHOD, kind)) for kind in KINDS}
-    return Finding(
-        "The probability of the answer tells right from wrong: AUROC above 0.70 for both kinds of solution.",
-        all(interval.mean > 0.70 for interval in found.values()),
-        "AUROC: " + ", ".join(f"{kind} {_show(interval)}" for kind, interval in found.items()),
-    )
-
-
-def _beats_likelihood(comparison: Comparison) -> Finding:
-    gain = {kind: _gain(comparison, PLAIN, kind) for kind in KINDS}
-    notes = {kind: "" if interval.excludes_zero else " (a tie)" for kind, interval in gain.items()}
-    return Finding(
-        "Where the words are free it tells more than the mean log-likelihood of the solution.",
-        gain[WORDS].low > 0,
-        "AUROC, crew - mean log-likelihood: "
-        + ", ".join(f"{kind} {_show(interval, signed=True)}{notes[kind]}" for kind, interval in gain.items()),
-    )
-
-
-def _beats_controls(comparison: Comparison) -> Finding:
-    gain = {(name, kind): _gain(comparison, name, kind) for name in (LENGTH, RANDOM) for kind in KINDS}
-    return Finding(
-        "It tells more than the length of the solution and than chance.",
-        all(interval.low > 0 for interval in gain.values()),
-        "AUROC, crew - control: "
-        + ", ".join(f"{name}, {kind} {_show(interval, signed=True)}" for (name, kind), interval in gain.items()),
-    )
-
-
-def _votes(comparison: Comparison) -> Finding:
-    gain = comparison.difference(METHOD, ALIKE, "vote")
-    rates = {name: comparison.mean(name, "vote") for name in (METHOD, ALIKE, PLAIN)}
-    return Finding(
-        "A vote weighted by it is right at least as often as a plain vote.",
-        gain.mean >= 0,
-        f"right votes: crew {rates[METHOD]:.3f}, plain vote {rates[ALIKE]:.3f}, weighted by likelihood "
-        f"{rates[PLAIN]:.3f}; crew - plain vote {_show(gain, signed=True)}",
-    )
-
-
-def _chooses(comparison: Comparison) -> Finding:
-    gain = comparison.difference(METHOD, ALIKE, "best_of_n")
-    rates = {name: comparison.mean(name, "best_of_n") for name in (METHOD, ALIKE)}
-    other = comparison.difference(METHOD, PLAIN, "best_of_n")
-    return Finding(
-        "The best of 8 by it is right more often than one solution.",
-        gain.low > 0,
-        f"right: crew {rates[METHOD]:.3f}, one solution {rates[ALIKE]:.3f}; crew - one {_show(gain, signed=True)}; "
-        f"crew - mean log-likelihood {_show(other, signed=True)}",
-    )
-
-
-def _is_calibrated(comparison: Comparison) -> Finding:
-    rows = np.concatenate(scored(comparison, METHOD))
+def _fifths(c: Comparison) -> str:
+    rows = np.concatenate(scored(c, METHOD))
     fifths = [part.mean(0) for part in np.array_split(rows[rows[:, 0].argsort(kind="stable")], 5) if len(part)]
-    return Finding(
-        "The higher the probability, the more solutions are right: the highest fifth beats the lowest.",
-        bool(fifths[-1][1] > fifths[0][1]),
-        "mean probability and share of right, by fifths: " + ", ".join(f"{p:.2f}: {right:.2f}" for p, right in fifths),
+    return "mean probability and share of right, by fifths: " + ", ".join(
+        f"{p:.2f}: {right:.2f}" for p, right in fifths
     )
-
-
-def _show(interval: Interval, signed: bool = False) -> str:
-    sign = "+" if signed else ""
-    return f"{interval.mean:{sign}.3f} [{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]"

@@ -6,17 +6,18 @@ mathematics rises needs a reasoning model and is not claimed here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..decode.cyclicreflex import CyclicReflectionLogitsProcessor, CyclicReflex, constant_schedule, triangular_wave
 from ..decode.reasoning.reflection import reflection_token_ids
 from ..decode.tip import ThoughtSwitchPenalty
+from ..measure.claims import Contrast, Finding, above, all_of, at_least, below
 from ..measure.compare import Comparison
-from ..measure.task import Experiment, Finding, Subject
+from ..measure.experiment import Design, Run, experiment
+from ..measure.statistics import bootstrap_statistic
+from ..measure.task import Arm
 from ..measure.tasks.reflection import BOTTOM, TOP, ReflectionTask
 
 PLAIN, CONSTANT, TIP, SHIFTED, METHOD = "plain", "constant", "tip", "wave, half a period later", "cyclicreflex"
@@ -25,42 +26,39 @@ DEFAULT = {"words": WORDS, "amplitude": 2.0, "period": 100.0, "end_think": None}
 RESAMPLES = 2000
 
 
-def build(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: int | None = None,
-    seeds: Sequence[int] | None = None,
-    method: CyclicReflex | None = None,
-) -> Experiment:
+@experiment(
+    "cyclicreflex",
+    CyclicReflex,
+    samples=20,
+    seeds=(0, 1, 2),
+    batch=20,
+    quick=2,
+    claim="The rate of reflection words follows exp(wave), at no large cost in fluency. The mechanism alone: the model "
+    "is no reasoning model, and whether more problems are solved is the claim of cyclicreflex-reasoner.",
+)
+def build(run: Run) -> Design:
     """Plain sampling, a constant bias, TIP, the wave half a period later, and the wave, on the same prompts and seeds.
 
     What `method` sets replaces the defaults of this experiment: " but", " However", " and", amplitude 2, period 100.
     """
-    method = CyclicReflex(**{**DEFAULT, **(method.model_dump(exclude_unset=True) if method else {})})
-    token_ids = method.token_ids or reflection_token_ids(tokenizer, method.words, method.leading_space)
-    task = ReflectionTask(model, tokenizer, token_ids, method.period, samples or 20)
+    method = run.settings(CyclicReflex, **DEFAULT)
+    token_ids = method.token_ids or reflection_token_ids(run.tokenizer, method.words, method.leading_space)
+    task = ReflectionTask(run.model, run.tokenizer, token_ids, method.period, run.samples)
     shared = {"words": method.words, "token_ids": method.token_ids, "leading_space": method.leading_space}
-    tip = ThoughtSwitchPenalty(**shared, end_think=method.end_think)
-    shifted = CyclicReflex(**{**dict(method), "shift": (method.shift + 0.5) % 1})
     strength = constant_strength(method)
     constant = CyclicReflectionLogitsProcessor(token_ids, schedule=constant_schedule(strength))
-    subjects = [
-        Subject(PLAIN, "plain"),
-        Subject(CONSTANT, "control", {"bias": strength, "token_ids": list(token_ids)}, {"processors": [constant]}),
-        Subject(TIP, "control", tip.model_dump(mode="json"), {"methods": [tip]}),
-        Subject(SHIFTED, "control", shifted.model_dump(mode="json"), {"methods": [shifted]}),
-        Subject(METHOD, "method", method.model_dump(mode="json"), {"methods": [method]}),
-    ]
-    return Experiment(
-        slug="cyclicreflex",
-        claim="The rate of reflection words follows exp(wave), at no large cost in fluency (mechanism only: "
-        "the model is no reasoning model).",
+    bias = {"bias": strength, "token_ids": list(token_ids)}
+    return Design(
         task=task,
-        subjects=subjects,
+        arms=[
+            Arm(PLAIN, role="plain"),
+            Arm(CONSTANT, role="control", setting=bias, apply={"processors": [constant]}),
+            Arm(TIP, ThoughtSwitchPenalty(**shared, end_think=method.end_think), "control"),
+            Arm(SHIFTED, CyclicReflex(**{**dict(method), "shift": (method.shift + 0.5) % 1}), "control"),
+            Arm(METHOD, method),
+        ],
         baseline=PLAIN,
-        judge=lambda comparison: judge(comparison, task.wave(method.amplitude, method.shift)),
-        seeds=tuple(seeds or (0, 1, 2)),
-        batch=20,
+        facts={"factors": task.wave(method.amplitude, method.shift)},
         notes="Accuracy of a reasoning model is not measured here.",
     )
 
@@ -71,22 +69,10 @@ def constant_strength(method: CyclicReflex) -> float:
     return round(2 * float(np.abs(triangular_wave(t, method.amplitude, method.period)).mean()), 6)
 
 
-class Estimate(NamedTuple):
-    """A number with its 95 % interval from resampled samples."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
-
-
-def phase_counts(comparison: Comparison, subject: str) -> np.ndarray:
-    """Counts of a subject, summed over seeds: (samples, 2, bins), reflection tokens and all tokens."""
-    details = comparison.details(subject)
-    counts = np.array([[d["phase_hits"], d["phase_tokens"]] for d in details], float)
-    return counts.reshape(len(comparison.experiment.seeds), -1, *counts.shape[1:]).sum(0)
+def phase_counts(c: Comparison, arm: str) -> np.ndarray:
+    """Counts of an arm, summed over seeds: (samples, 2, bins), reflection tokens and all tokens."""
+    counts = np.array([[d["phase_hits"], d["phase_tokens"]] for d in c.details(arm)], float)
+    return counts.reshape(len(c.experiment.seeds), -1, *counts.shape[1:]).sum(0)
 
 
 def rates(counts: np.ndarray) -> np.ndarray:
@@ -110,44 +96,33 @@ def top_over_bottom(counts: np.ndarray, factors: np.ndarray) -> float:
     return float((hits[top].sum() + 0.5) / tokens[top].sum() / ((hits[bottom].sum() + 0.5) / tokens[bottom].sum()))
 
 
-def estimate(statistic, counts: np.ndarray, factors: np.ndarray) -> Estimate:
-    """The statistic with its percentile bootstrap interval over samples."""
-    value = statistic(counts, factors)
-    if np.isnan(value):
-        return Estimate(value, value, value)
-    picks = np.random.default_rng(0).integers(0, len(counts), (RESAMPLES, len(counts)))
-    low, high = np.nanpercentile([statistic(counts[p], factors) for p in picks], [2.5, 97.5])
-    return Estimate(value, float(low), float(high))
-
-
-def judge(comparison: Comparison, factors: np.ndarray) -> list[Finding]:
+@build.findings
+def findings(c: Comparison, factors: np.ndarray) -> list[Finding]:
     """The mechanism, the controls that must not show it, and the fluency."""
-    counts = {s: phase_counts(comparison, s) for s in comparison.subjects}
-    follows = {s: estimate(correlation, c, factors) for s, c in counts.items()}
-    ratio = {s: estimate(top_over_bottom, c, factors) for s, c in counts.items()}
-    fluency = comparison.difference(METHOD, PLAIN, "logprob")
-    blunt = comparison.difference(METHOD, CONSTANT, "logprob")
-    flat = [PLAIN, CONSTANT, TIP]
+    counts = {arm: phase_counts(c, arm) for arm in c.arms}
+
+    def over(statistic: Callable[..., float], arm: str, what: str) -> Contrast:
+        found = bootstrap_statistic(lambda pick: statistic(counts[arm][pick], factors), len(c.samples), RESAMPLES)
+        return Contrast(found, f"{what}, {arm}", ".2f")
+
+    ratio = {arm: over(top_over_bottom, arm, "top / bottom") for arm in c.arms}
     return [
         Finding(
-            "the rate of reflection words follows exp(wave) over the phase, correlation above 0.8",
-            follows[METHOD].value > 0.8,
-            f"correlation: {follows[METHOD]}",
+            "the rate of reflection words follows exp(wave) over the phase",
+            above(over(correlation, METHOD, "correlation"), 0.8),
+            main=True,
         ),
         Finding(
-            "the top quarter of the wave has more than 3 times the rate of the bottom quarter",
-            ratio[METHOD].value > 3,
-            f"top / bottom: {ratio[METHOD]}",
+            "the top quarter of the wave has more than 3 times the rate of the bottom quarter", above(ratio[METHOD], 3)
         ),
         Finding(
             "it is the wave and not the place in the text: without a wave the ratio is below 3, half a period later it "
             "turns round",
-            all(ratio[s].value < 3 for s in flat) and ratio[SHIFTED].value < 1 / 3,
-            "top / bottom: " + "; ".join(f"{s} {ratio[s]}" for s in [*flat, SHIFTED]),
+            all_of(below(ratio[SHIFTED], 1 / 3), *(below(ratio[arm], 3) for arm in (PLAIN, CONSTANT, TIP))),
         ),
         Finding(
             "the text stays fluent: at most 0.5 nats per token less likely under the plain model",
-            fluency.low > -0.5,
-            f"nats per token, wave - plain: {Estimate(*fluency[:3])}; wave - constant: {Estimate(*blunt[:3])}",
+            at_least(c.gap("logprob", METHOD, PLAIN, "+.2f"), -0.5),
+            note=str(c.gap("logprob", METHOD, CONSTANT, "+.2f")),
         ),
     ]

@@ -7,13 +7,12 @@ wave and the constant biases that it must beat are chosen on dev problems; what 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from itertools import chain, product
 from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.generation.logits_process import LogitsProcessor
 
 from ..core.errors import InputError
@@ -22,9 +21,11 @@ from ..decode.budget_forcing import BudgetForcing
 from ..decode.cyclicreflex import CyclicReflectionLogitsProcessor, CyclicReflex, constant_schedule
 from ..decode.reasoning.reflection import reflection_token_ids
 from ..decode.tip import ThoughtSwitchPenalty
+from ..measure.claims import Check, Contrast, Finding, above, all_of, at_most, beats, loses_at_most
 from ..measure.compare import Comparison
-from ..measure.statistics import Interval, bootstrap_statistic, paired_bootstrap
-from ..measure.task import Experiment, Finding, Subject
+from ..measure.experiment import Design, Run, experiment
+from ..measure.statistics import paired_bootstrap
+from ..measure.task import Arm
 from ..measure.tasks.reasoning import END_THINK, ReasoningTask
 from ..zoo.reasoner import LEVELS
 
@@ -37,45 +38,34 @@ GRID = {"amplitude": (1.0, 3.0), "period": (24.0, 48.0, 96.0), "shift": (0.0, 0.
 CONSTANTS = (-3.0, -1.0, 1.0, 3.0)
 MAX_NEW_TOKENS, BUDGETS = 256, (64, 128)
 DEV_PROBLEMS, BATCH = 120, 40
-LONGER = 1.15  # "about the same length": at most this many times the tokens
+LONGER, LOST = 1.15, 0.02  # "about the same length": at most this many times the tokens; accuracy that may be lost
 
 
-def build(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: int | None = None,
-    seeds: Sequence[int] | None = None,
-    method: CyclicReflex | None = None,
-) -> Experiment:
-    """Choose the wave and the constants on dev problems, then compare on test problems.
-
-    Args:
-        samples: test problems; default 320. No more than that many dev problems are used.
-        method: what it sets is not chosen but taken.
+@experiment(NAME, CyclicReflex, model="zoo/reasoner", samples=320, seeds=(0, 1, 2), batch=BATCH, quick=3, limit=960)
+def build(run: Run) -> Design:
+    """Choose the wave and the constants on dev problems, no more of them than test problems, then compare on test
+    problems. What `method` sets is not chosen but taken.
     """
-    check_tokenizer(tokenizer)
+    check_tokenizer(run.tokenizer)
     words = {"words", "leading_space", "token_ids"}
-    given = {name: getattr(method, name) for name in method.model_fields_set - words} if method else {}
-    sets = token_sets(tokenizer, method)
+    given = {name: value for name, value in run.given.items() if name not in words}
+    sets = token_sets(run.tokenizer, run.method)
     counted = sorted({token for ids in sets.values() for token in ids})
-    count, arithmetic = samples or 320, Arithmetic()
     dev, test = (
-        ReasoningTask(model, tokenizer, arithmetic, level_by_level(problems), counted, MAX_NEW_TOKENS, BUDGETS)
+        ReasoningTask(
+            run.model, run.tokenizer, Arithmetic(), level_by_level(problems), counted, MAX_NEW_TOKENS, BUDGETS
+        )
         for problems in (
-            draw_problems(arithmetic, min(count, DEV_PROBLEMS), split="dev", levels=LEVELS),
-            draw_problems(arithmetic, count, levels=LEVELS),
+            draw_problems(Arithmetic(), min(run.samples, DEV_PROBLEMS), split="dev", levels=LEVELS),
+            draw_problems(Arithmetic(), run.samples, levels=LEVELS),
         )
     )
     choice = choose(dev, sets, given)
-    return Experiment(
-        slug=NAME,
-        claim=CyclicReflex.claim,
+    return Design(
         task=test,
-        subjects=make_subjects(choice, sets, given, test),
+        arms=make_arms(choice, sets, given, test),
         baseline=PLAIN,
-        judge=partial(judge, choice=choice),
-        seeds=tuple(seeds or (0, 1, 2)),
-        batch=BATCH,
+        facts={"choice": choice},
         notes=choice.notes(len(dev.problems)),
     )
 
@@ -181,7 +171,7 @@ def choose(dev: ReasoningTask, sets: Mapping[str, Sequence[int]], given: Mapping
 
 
 def trial(task: ReasoningTask, apply: dict[str, Any] | None) -> Trial:
-    """What a subject does on all problems of a task, with one seed."""
+    """What an arm does on all problems of a task, with one seed."""
     solved = []
     for start in range(0, len(task.problems), BATCH):
         problems = task.problems[start : start + BATCH]
@@ -204,35 +194,34 @@ def forcing(word: str) -> BudgetForcing:
     return BudgetForcing(min_ignores=1, ignore_text=word)
 
 
-# --- the subjects ----------------------------------------------------------------------------------------------------
+# --- the arms --------------------------------------------------------------------------------------------------------
 
 
-def make_subjects(
+def make_arms(
     choice: Choice, sets: Mapping[str, Sequence[int]], given: Mapping[str, Any], task: ReasoningTask
-) -> list[Subject]:
+) -> list[Arm]:
     """Plain sampling, constants, TIP, budget forcing, the wave half a period later, and the wave."""
     method, words = wave(choice.wave, sets, given), choice.wave[0]
     shifted = CyclicReflex(**{**dict(method), "shift": (method.shift + 0.5) % 1})
     shared = {name: getattr(method, name) for name in ("token_ids", "end_think")}
     tip = ThoughtSwitchPenalty(**shared, beta=method.period)  # in the papers too beta is the period: both are 600
-    rules = {TIP: tip, FORCING: forcing(choice.word), SHIFTED: shifted, METHOD: method}
     ends = ((words, -method.amplitude), (words, method.amplitude))
     constants = [c for c in dict.fromkeys((*ends, choice.constant, choice.equal_constant)) if c[1]]
     return [
-        Subject(PLAIN, "plain"),
+        Arm(PLAIN, role="plain"),
         *(
-            Subject(
+            Arm(
                 constant_name(point),
-                "control",
-                {"bias": point[1], "token_ids": list(sets[point[0]])},
-                {"processors": [constant(point, sets, task)]},
+                role="control",
+                setting={"bias": point[1], "token_ids": list(sets[point[0]])},
+                apply={"processors": [constant(point, sets, task)]},
             )
             for point in constants
         ),
-        *(
-            Subject(name, "method" if name == METHOD else "control", rule.model_dump(mode="json"), {"methods": [rule]})
-            for name, rule in rules.items()
-        ),
+        Arm(TIP, tip, "control"),
+        Arm(FORCING, forcing(choice.word), "control"),
+        Arm(SHIFTED, shifted, "control"),
+        Arm(METHOD, method),
     ]
 
 
@@ -244,80 +233,39 @@ def constant_name(point: Constant) -> str:
 # --- afterwards ----------------------------------------------------------------------------------------------------
 
 
-def judge(comparison: Comparison, choice: Choice) -> list[Finding]:
+@build.findings
+def findings(c: Comparison, choice: Choice) -> list[Finding]:
     """Accuracy and length against plain, then against every rule that could do the same, then budget by budget and
     level by level."""
-    gain, length = comparison.difference(METHOD, PLAIN, "accuracy"), longer(comparison, METHOD, PLAIN)
+    spent = "; ".join(
+        f"{name} {c.mean(name, 'accuracy'):.3f} with {c.mean(name, 'tokens'):.1f} tokens" for name in c.arms
+    )
+    constants = dict.fromkeys((constant_name(choice.constant), constant_name(choice.equal_constant)))
     return [
         Finding(
             "it solves more problems than plain sampling",
-            gain.low > 0,
-            f"accuracy: {gain:+.3f}; cyclicreflex {_spent(comparison, METHOD)}, plain {_spent(comparison, PLAIN)}",
+            above(c.gap("accuracy", METHOD, PLAIN), 0),
+            main=True,
+            note=spent,
         ),
+        Finding("at about the same length as plain sampling", at_most(c.ratio("tokens", METHOD, PLAIN), LONGER)),
         Finding(
-            f"at about the same length: at most {LONGER} times the tokens of plain sampling",
-            length.mean <= LONGER,
-            f"tokens, times plain: {length:.2f}",
-        ),
-        _beats(
-            comparison,
             "it solves more than the best constant of dev, and than a constant that spends as many tokens",
-            {"best of dev": constant_name(choice.constant), "as many tokens": constant_name(choice.equal_constant)},
+            beats(c, "accuracy", METHOD, list(constants)),
         ),
-        _beats(comparison, "it is the wave: half a period later it solves less", {"": SHIFTED}),
-        _beats(comparison, "it solves more than TIP and than budget forcing", {"": TIP, choice.word: FORCING}),
-        _within_budgets(comparison),
-        _on_levels(comparison),
+        Finding("it is the wave: half a period later it solves less", beats(c, "accuracy", METHOD, [SHIFTED])),
+        Finding("it solves more than TIP and than budget forcing", beats(c, "accuracy", METHOD, [TIP, FORCING])),
+        Finding(
+            f"cut off at {' or '.join(map(str, BUDGETS))} tokens, it still solves more than plain sampling",
+            all_of(*(above(c.gap(f"accuracy_{n}", METHOD, PLAIN), 0) for n in BUDGETS)),
+        ),
+        Finding("on no level does it lose", all_of(*_by_level(c))),
     ]
 
 
-def longer(comparison: Comparison, subject: str, than: str) -> Interval:
-    """How many times the tokens of `than` a subject needs, over all samples."""
-    a, b = comparison.values(subject, "tokens"), comparison.values(than, "tokens")
-    return bootstrap_statistic(lambda pick: a[pick].sum() / b[pick].sum(), len(a))
-
-
-def _beats(comparison: Comparison, statement: str, controls: Mapping[str, str]) -> Finding:
-    """Whether accuracy is surely above that of every control; the keys say what a control is."""
-    gains = {about: comparison.difference(METHOD, name, "accuracy") for about, name in controls.items()}
-    shown = (
-        f"{name}{f' ({about})' if about else ''} {gains[about]:+.3f}, it has {_spent(comparison, name)}"
-        for about, name in controls.items()
-    )
-    return Finding(
-        statement, all(gain.low > 0 for gain in gains.values()), "accuracy, cyclicreflex - " + "; ".join(shown)
-    )
-
-
-def _within_budgets(comparison: Comparison) -> Finding:
-    gains = {n: comparison.difference(METHOD, PLAIN, f"accuracy_{n}") for n in BUDGETS}
-    shown = ", ".join(
-        f"{n} tokens {gain:+.3f} ("
-        + ", ".join(f"{s} {comparison.mean(s, f'accuracy_{n}'):.3f}" for s in comparison.subjects)
-        + ")"
-        for n, gain in gains.items()
-    )
-    return Finding(
-        f"cut off at {' or '.join(map(str, BUDGETS))} tokens, it still solves more than plain sampling",
-        all(gain.low > 0 for gain in gains.values()),
-        f"accuracy, cyclicreflex - plain: {shown}",
-    )
-
-
-def _on_levels(comparison: Comparison) -> Finding:
+def _by_level(c: Comparison) -> list[Check]:
     """The gain of each level, with its interval over the problems of the level."""
-    solved = {name: comparison.values(name, "accuracy") for name in (METHOD, PLAIN)}
-    levels = by_difficulty(comparison.experiment.task.problems)
-    gains = {level: paired_bootstrap(solved[METHOD][i], solved[PLAIN][i]) for level, i in levels.items()}
-    return Finding(
-        "on no level does it solve less",
-        all(gain.high >= 0 for gain in gains.values()),
-        "accuracy, cyclicreflex - plain, by level: "
-        + ", ".join(
-            f"{level}: {gain:+.3f} of {solved[PLAIN][levels[level]].mean():.3f}" for level, gain in gains.items()
-        ),
-    )
-
-
-def _spent(comparison: Comparison, subject: str) -> str:
-    return f"{comparison.mean(subject, 'accuracy'):.3f} with {comparison.mean(subject, 'tokens'):.1f} tokens"
+    method, plain = (c.values(name, "accuracy") for name in (METHOD, PLAIN))
+    levels = by_difficulty(c.experiment.task.problems)
+    gains = {level: paired_bootstrap(method[i], plain[i]) for level, i in levels.items()}
+    return [loses_at_most(Contrast(gain, f"level {level}", "+.3f"), LOST) for level, gain in gains.items()]

@@ -8,13 +8,12 @@ token, and where a threshold fills a window in two.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..decode.daedal import Daedal
 from ..decode.denoising.contract import DiffusionMethods
@@ -22,8 +21,10 @@ from ..decode.denoising.growth import DaedalLength
 from ..decode.denoising.loop import MaskedDiffusionModel
 from ..decode.denoising.state import DiffusionState, Edit
 from ..decode.denoising.unmask import FixedCount, Threshold
+from ..measure.claims import Finding, above, beats, below, loses_at_most
 from ..measure.compare import Comparison
-from ..measure.task import Experiment, Finding, Statistic, Subject
+from ..measure.experiment import Design, Run, experiment
+from ..measure.task import Arm, Statistic
 from ..measure.tasks.denoising import LONG, WindowTask
 from ..measure.tasks.sts import spearman
 
@@ -69,37 +70,36 @@ WIDTHS = Statistic(
 )
 
 
-def build(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: int | None = None,
-    seeds: Sequence[int] | None = None,
-    method: Daedal | None = None,
-) -> Experiment:
+@experiment(
+    "daedal",
+    Daedal,
+    model="zoo/denoiser",
+    samples=180,
+    seeds=(0, 1, 2),
+    batch=30,
+    quick=6,
+    limit=720,
+    claim="A window that starts short and grows ends up as wide as the answer needs: exact match is that of the best "
+    "fixed window, at less cost and with fewer useless tokens than in a wide one.",
+)
+def build(run: Run) -> Design:
     """One token per step and a threshold, each in fixed windows and with DAEDAL, whole and in parts.
 
     What `method` sets replaces the defaults of this experiment.
     """
-    method = Daedal(**{**DEFAULT, **(method.model_dump(exclude_unset=True) if method else {})})
-    seeds = tuple(seeds or (0, 1, 2))
-    return Experiment(
-        slug="daedal",
-        claim="A window that starts short and grows ends up as wide as the answer needs: exact match is that of the "
-        "best fixed window, at less cost and with fewer useless tokens than in a wide one.",
-        task=WindowTask(model, tokenizer, seeds, samples or 180, WIDEST),
-        subjects=subjects(method),
+    return Design(
+        task=WindowTask(run.model, run.tokenizer, run.seeds, run.samples, WIDEST),
+        arms=arms(run.settings(Daedal, **DEFAULT)),
         baseline=fixed(WIDEST),
-        judge=judge,
-        seeds=seeds,
-        batch=30,
         statistics=(WIDTHS,),
         notes="Each seed has problems of its own. Seconds are those of a batch of 30, shared by its rows, which wait "
-        f"for the slowest one. The longest answer has {FIT} tokens, so that a fixed window of {FIT} knows the task. On "
-        "dev problems no factor (4, 8) and no number of tokens to check (2, 4, 6) took fewer token-forwards with a "
-        "threshold than the widest window (121 to 135 instead of 95): that is filled in two forwards, and growing "
-        "takes two more. Insertions below a confidence of 0.3, 0.5 or 0.8, also with no heed to the end, changed "
-        "nothing after growth; alone they brought exact match to 0.603 at most. In a window that is too narrow the "
-        "model writes the start of the answer, mostly surely: what is missing is missing at the end.",
+        f"for the slowest one. The longest answer has {FIT} tokens, so that a fixed window of {FIT} knows the task. In "
+        "a window that is too narrow the model writes the start of the answer, mostly surely: what is missing is "
+        "missing at the end.",
+        tried="On dev problems no factor (4, 8) and no number of tokens to check (2, 4, 6) took fewer token-forwards "
+        "with a threshold than the widest window (121 to 135 instead of 95): that is filled in two forwards, and "
+        "growing takes two more. Insertions below a confidence of 0.3, 0.5 or 0.8, also with no heed to the end, "
+        "changed nothing after growth; alone they brought exact match to 0.603 at most.",
     )
 
 
@@ -107,100 +107,82 @@ def fixed(width: int) -> str:
     return f"threshold, {width}"
 
 
-def subjects(method: Daedal) -> list[Subject]:
+def arms(method: Daedal) -> list[Arm]:
     """Fixed windows, then DAEDAL and its parts. The threshold is that of the method, everywhere."""
     tau = method.high_conf_threshold
-    made = [Subject(PLAIN, "plain", {"width": WIDEST}, partial(_window, WIDEST, FixedCount))]
-    made += [
-        Subject(fixed(n), "control", {"width": n, "threshold": tau}, partial(_window, n, partial(Threshold, tau)))
-        for n in FIXED
-    ]
-    parts = (
-        (OTHERS, "control", DaedalWithPermutedWidths(**dict(method))),
-        (GROWTH, "control", method.model_copy(update={"low_conf_threshold": 0.0})),
-        (INSERTIONS, "control", method.model_copy(update={"eos_confidence_threshold": 0.0, "tail": "none"})),
-        (METHOD, "method", method),
-    )
-    made += [Subject(name, role, one.model_dump(mode="json"), _options(one)) for name, role, one in parts]
+    window = {n: partial(_window, n, partial(Threshold, tau)) for n in FIXED}
     setting = {**method.model_dump(mode="json"), "unmask": "one token per step"}
-    stepwise = _options(method)
-    return [*made, Subject(STEPWISE, "method", setting, lambda width: {**stepwise(width), "unmask": FixedCount()})]
-
-
-def _options(method: Daedal) -> Callable[[int], dict[str, Any]]:
-    return DiffusionMethods([method]).options
+    stepwise = DiffusionMethods([method]).options
+    return [
+        Arm(PLAIN, role="plain", setting={"width": WIDEST}, apply=partial(_window, WIDEST, FixedCount)),
+        *(
+            Arm(fixed(n), role="control", setting={"width": n, "threshold": tau}, apply=apply)
+            for n, apply in window.items()
+        ),
+        Arm(OTHERS, DaedalWithPermutedWidths(**dict(method)), "control"),
+        Arm(GROWTH, method.model_copy(update={"low_conf_threshold": 0.0}), "control"),
+        Arm(INSERTIONS, method.model_copy(update={"eos_confidence_threshold": 0.0, "tail": "none"}), "control"),
+        Arm(METHOD, method),
+        Arm(STEPWISE, setting=setting, apply=lambda width: {**stepwise(width), "unmask": FixedCount()}),
+    ]
 
 
 def _window(width: int, unmask: Callable[[], Any], widest: int) -> dict[str, Any]:
     return {"gen_length": width, "unmask": unmask()}
 
 
-def judge(comparison: Comparison) -> list[Finding]:
+@build.findings
+def findings(c: Comparison) -> list[Finding]:
     """Widths, quality, cost, use, and what the two stages bring."""
-    follows, mean = comparison.interval(METHOD, WIDTHS.name), partial(comparison.mean, METHOD)
-    best = max((fixed(n) for n in FIXED), key=lambda name: comparison.mean(name, "exact"))
-    quality = comparison.difference(METHOD, best, "exact")
-    long = comparison.difference(METHOD, fixed(LONG), "exact_long")
-    useful = comparison.difference(METHOD, fixed(WIDEST), "useful")
-    against = {name: comparison.difference(METHOD, name, "exact") for name in (fixed(MEAN), OTHERS)}
-    stages = {name: comparison.difference(METHOD, name, "exact") for name in (INSERTIONS, GROWTH)}
+    best = max((fixed(n) for n in FIXED), key=lambda name: c.mean(name, "exact"))
+    exact = ", ".join(f"{n} {c.mean(n, 'exact'):.3f}" for n in (PLAIN, *map(fixed, FIXED), METHOD, STEPWISE))
+    useful = ", ".join(f"{n} {c.mean(n, 'useful'):.3f}" for n in (*map(fixed, FIXED), METHOD))
+    widths = f"mean width {c.mean(METHOD, 'window'):.1f}, mean answer {c.mean(METHOD, 'answer'):.1f}"
     return [
         Finding(
-            f"the width of the window follows the length of the answer, rank correlation above {FOLLOWS}",
-            follows.low > FOLLOWS,
-            f"Spearman {follows:.2f}; {_by_kind(comparison)}; mean width {mean('window'):.1f}, mean answer "
-            f"{mean('answer'):.1f}",
+            "the width of the window follows the length of the answer",
+            above(c.value(WIDTHS.name, METHOD, ".2f"), FOLLOWS),
+            main=True,
+            note=f"{_by_kind(c)}; {widths}",
         ),
         Finding(
-            f"exact match is within {MARGIN} of the best fixed window",
-            quality.low > -MARGIN,
-            f"exact match, daedal - {best}: {quality:+.3f}; "
-            + ", ".join(
-                f"{n} {comparison.mean(n, 'exact'):.3f}" for n in (PLAIN, *map(fixed, FIXED), METHOD, STEPWISE)
-            ),
+            f"exact match falls by at most {MARGIN} against the best fixed window",
+            loses_at_most(c.gap("exact", METHOD, best), MARGIN),
+            note=exact,
         ),
-        _cheaper(comparison, "one token per step", STEPWISE, PLAIN),
-        _cheaper(comparison, "with a threshold", METHOD, fixed(WIDEST)),
+        _cheaper(c, "one token per step", STEPWISE, PLAIN),
+        _cheaper(c, "with a threshold", METHOD, fixed(WIDEST)),
         Finding(
             "a larger share of the window is useful than in the widest one",
-            useful.low > 0,
-            f"useful, daedal - {fixed(WIDEST)}: {useful:+.3f}; "
-            + ", ".join(f"{name} {comparison.mean(name, 'useful'):.3f}" for name in (*map(fixed, FIXED), METHOD)),
+            above(c.gap("useful", METHOD, fixed(WIDEST)), 0),
+            note=useful,
         ),
         Finding(
             f"long answers, of more than {LONG} tokens, need the growth: a window of {LONG} fails on them",
-            long.low > 0.5,
-            f"exact match there, daedal - {fixed(LONG)}: {long:+.3f}",
+            above(c.gap("exact_long", METHOD, fixed(LONG)), 0.5),
         ),
         Finding(
             "it is the fit to the question: as wide a window on average, and the same widths in other rows, are worse",
-            all(difference.low > 0 for difference in against.values()),
-            "; ".join(f"exact match, daedal - {name}: {d:+.3f}" for name, d in against.items()),
+            beats(c, "exact", METHOD, [fixed(MEAN), OTHERS]),
         ),
         Finding(
             "both stages are needed: exact match falls without either",
-            all(difference.low > 0 for difference in stages.values()),
-            "; ".join(f"exact match, daedal - {name}: {d:+.3f}" for name, d in stages.items()),
+            beats(c, "exact", METHOD, [INSERTIONS, GROWTH]),
         ),
     ]
 
 
-def _cheaper(comparison: Comparison, how: str, first: str, second: str) -> Finding:
-    cost = comparison.difference(first, second, "tokens_processed")
-    share = comparison.mean(first, "tokens_processed") / comparison.mean(second, "tokens_processed")
-    calls = [comparison.mean(name, "forward_passes") for name in (first, second)]
-    quality = comparison.difference(first, second, "exact")
+def _cheaper(c: Comparison, how: str, arm: str, than: str) -> Finding:
     return Finding(
         f"{how}, fewer tokens are fed to the model than in a window of {WIDEST}",
-        cost.high < 0,
-        f"token-forwards {share:.2f} of those of {second}; forwards {calls[0]:.1f} instead of {calls[1]:.1f}; exact "
-        f"match {quality:+.3f}",
+        below(c.ratio("tokens_processed", arm, than), 1),
+        note=f"{c.ratio('forward_passes', arm, than)}; {c.gap('exact', arm, than)}",
     )
 
 
-def _by_kind(comparison: Comparison) -> str:
+def _by_kind(c: Comparison) -> str:
     """The correlation among puzzles of one kind, where their answers differ in length."""
-    table = comparison.table(METHOD)
+    table = c.table(METHOD)
     kinds = [name for name in table if name.startswith("exact_") and name != "exact_long"]
     found = {kind.removeprefix("exact_"): _within(table, ~np.isnan(table[kind])) for kind in kinds}
     return "within " + ", ".join(f"{kind} {value:.2f}" for kind, value in found.items() if not np.isnan(value))

@@ -7,7 +7,6 @@ linear probe, a probe that is told nothing but the length of the question, and o
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,17 +18,28 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..core.files import read_json
 from ..data.problems import Arithmetic, Problem, Split, draw_problems
 from ..decode.api import generate
 from ..decode.diffadapt import DiffAdapt, generate_by_strategy, oracle_strategy
 from ..decode.reasoning.strategies import Strategy
 from ..learned.difficulty_probe import CLASSES, DifficultyProbe
-from ..measure.build_cache import digest, kept_folder, read, write
+from ..measure.build_cache import built_json, digest, kept_folder
+from ..measure.claims import (
+    Check,
+    Finding,
+    above,
+    all_of,
+    any_of,
+    at_least,
+    describe,
+    loses_at_most,
+    share,
+)
 from ..measure.compare import Comparison
 from ..measure.cost import Meter
+from ..measure.experiment import Design, Run, experiment
 from ..measure.statistics import Interval, bootstrap_statistic
-from ..measure.task import Experiment, Finding, Subject
+from ..measure.task import Arm
 from ..measure.tasks.difficulty import Answer, Answering, DifficultyTask, answers
 from ..read.difficulty_probe import DifficultyProbeMethod, question_states
 from ..read.samples.entropy import EntropyProfile
@@ -71,28 +81,23 @@ SAVED, TOLERANCE = 0.15, 0.02
 SAMPLING = {"do_sample": True, "top_k": 0}
 
 
-def build(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: int | None = None,
-    seeds: Sequence[int] | None = None,
-    method: DiffAdapt | None = None,
-) -> Experiment:
-    """Profile the model on training problems, fit the probes, then compare on test problems.
+@experiment("diffadapt", DiffAdapt, model="zoo/reasoner", samples=320, seeds=(0, 1), batch=64, quick=4, limit=960)
+def build(run: Run) -> Design:
+    """Profile the model on training problems, fit the probes, then compare on test problems. The profile has at most
+    twice as many questions as there are test problems.
 
-    Args:
-        samples: test problems; default 320. The profile has at most twice as many questions.
-        method: the strategies, the threshold and the probe that it sets replace those of this experiment.
+    Strategies, threshold and probe that `method` sets replace those of this experiment.
     """
-    count, labeling, task = samples or 320, DifficultyProbeMethod(gamma=GAMMA), Arithmetic()
+    model, tokenizer = run.model, run.tokenizer
+    labeling, task = DifficultyProbeMethod(gamma=GAMMA), Arithmetic()
     trained, held = (
-        profiled(model, tokenizer, labeling, min(most, max(2 * count, 16)), split, seed)
+        profiled(model, tokenizer, labeling, min(most, max(2 * run.samples, 16)), split, seed)
         for most, split, seed in ((PROFILED, "train", 0), (HELD_OUT, "dev", HELD_OUT_SEED))
     )
     labels = labeling.labels(trained.profile)
     probes = fit_probes(model, tokenizer, labeling, trained.questions, labels)
     length_probe = DifficultyProbe(1, labeling.hidden).fit(lengths(trained.questions), labels)
-    given = {name: getattr(method, name) for name in method.model_fields_set} if method else {}
+    given = dict(run.given)
     probes[METHOD] = given.pop("probe", probes[METHOD])
     routed = {name: DiffAdapt(**{"strategies": STRATEGIES, **given, "probe": probe}) for name, probe in probes.items()}
     beta = solved_limit(trained.profile, labeling)
@@ -100,22 +105,18 @@ def build(
     states = question_states(model, tokenizer, held.questions)
     known = {name: right_classes(one.probe, states, truth) for name, one in routed.items()}
     known[LENGTH] = right_classes(length_probe, lengths(held.questions), truth)
-    difficulty = DifficultyTask(task, by_length(draw_problems(task, count)))
-    subjects = make_subjects(model, tokenizer, routed, length_probe, difficulty)
-    return Experiment(
-        slug=DiffAdapt.slug,
-        claim=DiffAdapt.claim,
+    difficulty = DifficultyTask(task, by_length(draw_problems(task, run.samples)))
+    return Design(
         task=difficulty,
-        subjects=subjects,
+        arms=make_arms(model, tokenizer, routed, length_probe, difficulty),
         baseline=PLAIN,
-        judge=partial(judge, trained=trained, known=known, truth=truth),
-        seeds=tuple(seeds or (0, 1)),
-        batch=64,
+        facts={"trained": trained, "known": known, "truth": truth},
         notes=f"Labels from {labeling.n_samples} samples of each of {len(labels)} training questions: "
         + ", ".join(f"{np.mean(labels == i):.0%} {name}" for i, name in enumerate(CLASSES))
         + f". Budget {MAX_NEW_TOKENS} tokens. The probe is tested on {len(truth)} questions of a third split, labeled "
         "with the same threshold of entropy. Levels 7 and 8 are beyond the model's training. The oracles see which "
-        "strategy is right; they are ceilings and no methods. " + TRIED,
+        "strategy is right; they are ceilings and no methods.",
+        tried=TRIED,
     )
 
 
@@ -144,7 +145,8 @@ def profiled(
     questions = [problem.question for problem in problems]
     setting = [questions, labeling.n_samples, labeling.temperature, MAX_NEW_TOKENS]
     path = kept_folder("diffadapt", model, tokenizer) / f"profile-{split}-{seed}-{digest(setting)}.json"
-    if not path.exists():
+
+    def sample() -> dict[str, list]:
         with tqdm(desc=f"sampling the {split} questions", total=count) as bar:
             found = labeling.profile(
                 model,
@@ -154,9 +156,9 @@ def profiled(
                 max_new_tokens=MAX_NEW_TOKENS,
                 progress=lambda done, total: bar.update(done - bar.n),
             )
-        text = json.dumps({name: values.tolist() for name, values in vars(found).items()})
-        write(path, lambda part: part.write_text(text, encoding="utf-8"))
-    kept = {name: np.array(values) for name, values in read(path, read_json).items()}
+        return {name: values.tolist() for name, values in vars(found).items()}
+
+    kept = {name: np.array(values) for name, values in built_json(path, sample).items()}
     return Profiled(questions, [problem.difficulty for problem in problems], EntropyProfile(**kept))
 
 
@@ -195,16 +197,16 @@ def lengths(questions: Sequence[str]) -> Tensor:
     return torch.tensor([[float(len(question))] for question in questions])
 
 
-# --- the subjects ----------------------------------------------------------------------------------------------------
+# --- the arms --------------------------------------------------------------------------------------------------------
 
 
-def make_subjects(
+def make_arms(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     routed: dict[str, DiffAdapt],
     length_probe: DifficultyProbe,
     task: DifficultyTask,
-) -> list[Subject]:
+) -> list[Arm]:
     """One strategy for all, choices that do not read the question, probes, and the oracle."""
     method = routed[METHOD]
     easy, normal, hard = method.strategies
@@ -228,7 +230,7 @@ def make_subjects(
         METHOD: ("method", partial(by_probe, model, tokenizer, method)),
     }
     setting = {"strategies": [vars(one) for one in method.strategies], "min_confidence": method.min_confidence}
-    return [Subject(name, role, setting, run) for name, (role, run) in runs.items()]
+    return [Arm(name, role=role, setting=setting, apply=run) for name, (role, run) in runs.items()]
 
 
 def remembered(run: Answering) -> Answering:
@@ -339,77 +341,65 @@ def length_choice(method: DiffAdapt, probe: DifficultyProbe) -> Callable[[Proble
 # --- afterwards ----------------------------------------------------------------------------------------------------
 
 
-def saved(comparison: Comparison, subject: str, than: str) -> Interval:
-    """Share of the tokens of `than` that `subject` does not need, over all samples."""
-    a, b = comparison.values(subject, "tokens"), comparison.values(than, "tokens")
-    return bootstrap_statistic(lambda pick: 1 - a[pick].sum() / b[pick].sum(), len(a))
-
-
-def judge(comparison: Comparison, trained: Profiled, known: dict[str, np.ndarray], truth: np.ndarray) -> list[Finding]:
+@build.findings
+def findings(c: Comparison, trained: Profiled, known: dict[str, np.ndarray], truth: np.ndarray) -> list[Finding]:
     """Tokens and accuracy against one strategy for all, the probe, the controls, the ceiling, the shape of entropy."""
-    fewer, accuracy = saved(comparison, METHOD, PLAIN), comparison.difference(METHOD, PLAIN, "accuracy")
-    numbers = f"tokens saved {fewer:.1%}; accuracy {accuracy:+.3f}"
+    fewer, accuracy = c.saved("tokens", METHOD, PLAIN), c.gap("accuracy", METHOD, PLAIN)
+    spent = ", ".join(
+        f"{s} {c.mean(s, 'tokens'):.1f} ({c.mean(s, 'accuracy'):.3f})" for s in (PLAIN, METHOD, EASY, HARD)
+    )
+    classes = {name: share(right, f"right classes, {name}") for name, right in known.items()}
+    most = np.bincount(truth, minlength=len(CLASSES)).max() / len(truth)
     return [
         Finding(
-            f"it saves tokens against the normal strategy, and accuracy falls by no more than {TOLERANCE:.0%}",
-            fewer.low > 0 and accuracy.mean > -TOLERANCE,
-            f"{numbers}; " + _spent(comparison, (PLAIN, METHOD, EASY, HARD)),
+            f"it saves tokens against the normal strategy, and accuracy falls by at most {TOLERANCE:.0%}",
+            all_of(above(fewer, 0), loses_at_most(accuracy, TOLERANCE)),
+            main=True,
+            note=f"tokens (accuracy): {spent}",
         ),
         Finding(
-            f"it saves at least {SAVED:.0%}, and the interval of accuracy excludes a loss of {TOLERANCE:.0%}",
-            fewer.mean >= SAVED and accuracy.low > -TOLERANCE,
-            numbers,
+            f"it saves at least {SAVED:.0%}, and accuracy surely falls by less than {TOLERANCE:.0%}",
+            all_of(at_least(fewer, SAVED), above(accuracy, -TOLERANCE)),
         ),
-        _probe_tells(known, truth),
-        _beats(comparison, RANDOM, "a random choice with the same shares"),
-        _beats(comparison, SHUFFLED, "a probe of shuffled labels"),
-        _ceiling(comparison),
-        _by_level(comparison),
-        _shape(trained),
+        Finding(
+            "the probe gives more than 80 % of held-out questions their class",
+            above(classes[METHOD], 0.8),
+            note="; ".join(f"{name} {one.shown}" for name, one in classes.items() if name != METHOD)
+            + f"; the most frequent class {most:.1%}",
+        ),
+        *(
+            Finding(
+                f"it beats {what}: more accurate with no more tokens, or as accurate with fewer", _better(c, control)
+            )
+            for control, what in (
+                (RANDOM, "a random choice with the same shares"),
+                (SHUFFLED, "a probe of shuffled labels"),
+                (LENGTH, "a probe that knows the length of the question alone"),
+                (LINEAR, "a linear probe"),
+            )
+        ),
+        describe(
+            "an oracle that gives up on what no strategy solves, and one that takes normal there",
+            f"{c.saved('tokens', FAST_ORACLE, METHOD)}; {c.gap('accuracy', FAST_ORACLE, METHOD)}; "
+            f"{c.saved('tokens', ORACLE, PLAIN)}",
+        ),
+        describe("where it saves tokens", _by_level(c)),
+        describe("whether entropy is high on easy, low on medium and high on hard questions", _shape(trained)),
     ]
 
 
-def _probe_tells(known: dict[str, np.ndarray], truth: np.ndarray) -> Finding:
-    found = {
-        name: bootstrap_statistic(lambda pick, r=right: r[pick].mean(), len(right)) for name, right in known.items()
-    }
-    most = np.bincount(truth, minlength=len(CLASSES)).max() / len(truth)
-    return Finding(
-        "the probe gives more than 80 % of held-out questions their class",
-        found[METHOD].mean > 0.8,
-        "right classes: "
-        + ", ".join(f"{name} {one:.1%}" for name, one in found.items())
-        + f"; the most frequent class {most:.1%}",
+def _better(c: Comparison, control: str) -> Check:
+    gain, fewer = c.gap("accuracy", METHOD, control), c.saved("tokens", METHOD, control)
+    return any_of(
+        all_of(above(fewer, 0), loses_at_most(gain, TOLERANCE)), all_of(above(gain, 0), loses_at_most(fewer, 0.01))
     )
 
 
-def _beats(comparison: Comparison, control: str, what: str) -> Finding:
-    """More accurate with no more tokens, or fewer tokens at the same accuracy."""
-    gain, fewer = comparison.difference(METHOD, control, "accuracy"), saved(comparison, METHOD, control)
-    better = gain.low > 0 and fewer.mean > -0.01
-    cheaper = fewer.low > 0 and gain.low > -TOLERANCE
-    return Finding(
-        f"it beats {what}: more accurate with no more tokens, or as accurate with fewer",
-        better or cheaper,
-        f"accuracy {gain:+.3f}, tokens saved {fewer:.1%}",
-    )
-
-
-def _ceiling(comparison: Comparison) -> Finding:
-    fewer, gain = saved(comparison, FAST_ORACLE, METHOD), comparison.difference(FAST_ORACLE, METHOD, "accuracy")
-    return Finding(
-        "an oracle that gives up on what no strategy solves saves more still, and is no less accurate",
-        fewer.low > 0 and gain.low > -TOLERANCE,
-        f"it against diffadapt: tokens saved {fewer:.1%}, accuracy {gain:+.3f}; one that takes normal there, "
-        f"against normal for all: tokens saved {saved(comparison, ORACLE, PLAIN):.1%}",
-    )
-
-
-def _by_level(comparison: Comparison) -> Finding:
-    details = comparison.details(METHOD)[: len(comparison.samples)]  # one seed: another chooses the same strategies
+def _by_level(c: Comparison) -> str:
+    details = c.details(METHOD)[: len(c.samples)]  # one seed: another chooses the same strategies
     levels = np.array([detail["level"] for detail in details])
     strategies = np.array([detail["strategy"] for detail in details])
-    values = {(s, n): comparison.values(s, n) for s in (METHOD, PLAIN) for n in ("tokens", "accuracy")}
+    values = {(s, n): c.values(s, n) for s in (METHOD, PLAIN) for n in ("tokens", "accuracy")}
 
     def line(level: int) -> str:
         here = levels == level
@@ -421,15 +411,11 @@ def _by_level(comparison: Comparison) -> Finding:
             f"({accuracy[1]:.2f})"
         )
 
-    return Finding(
-        "where it saves tokens is described and does not decide",
-        True,
-        "diffadapt of normal: " + "; ".join(line(level) for level in np.unique(levels)),
-    )
+    return "diffadapt of normal: " + "; ".join(line(level) for level in np.unique(levels))
 
 
-def _shape(trained: Profiled) -> Finding:
-    """Described only: the U is a claim about large models, and the labels work without it."""
+def _shape(trained: Profiled) -> str:
+    """The U is a claim about large models, and the labels work without it."""
     levels, entropy = np.array(trained.levels), trained.profile.entropy
     third = np.zeros(len(levels), int)
     for i, part in enumerate(np.array_split(np.unique(levels), 3)):
@@ -446,14 +432,6 @@ def _shape(trained: Profiled) -> Finding:
     easy, hard = above_the_middle(0), above_the_middle(2)
     appears = "the U appears" if easy.low > 0 and hard.low > 0 else "no U"
     means = ", ".join(f"{level}: {one.entropy:.3f}" for level, one in trained.profile.levels(levels).items())
-    return Finding(
-        "whether entropy is high on easy, low on medium and high on hard questions is described and does not decide",
-        True,
-        f"{appears}: nats per token, easy third - middle {easy:+.3f}, hard third - middle {hard:+.3f}; by "
-        f"level {means}",
+    return (
+        f"{appears}: nats per token, easy third - middle {easy:+.3f}, hard third - middle {hard:+.3f}; by level {means}"
     )
-
-
-def _spent(comparison: Comparison, subjects: Sequence[str]) -> str:
-    shown = (f"{s} {comparison.mean(s, 'tokens'):.1f} ({comparison.mean(s, 'accuracy'):.3f})" for s in subjects)
-    return "tokens (accuracy): " + ", ".join(shown)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -17,16 +17,18 @@ from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ..core.errors import InputError
 from ..core.outputs import write_folder
 from ..decode.antislop import Antislop
 from ..decode.api import generate
-from ..measure.build_cache import digest, kept_folder, write
+from ..measure.build_cache import built_once, digest
+from ..measure.claims import Contrast, Finding, above, all_of, at_least, at_most, beats, below, loses_at_most
 from ..measure.compare import Comparison
+from ..measure.experiment import Design, Run, experiment
 from ..measure.statistics import Interval, bootstrap_statistic
-from ..measure.task import Experiment, Finding, Subject
+from ..measure.task import Arm
 from ..measure.tasks.stories import SAMPLING
 from ..measure.tasks.unlearning import UnlearningTask
 from ..train.adapters import save_adapter, without_adapter
@@ -59,28 +61,16 @@ HELD_OUT = 96  # pairs that are only measured
 PASSAGES = 40
 
 
-def build(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: int | None = None,
-    seeds: Sequence[int] | None = None,
-    method: FTPO | None = None,
-) -> Experiment:
+@experiment("ftpo", FTPO, samples=40, seeds=(0, 1), batch=20, quick=2)
+def build(run: Run) -> Design:
     """Sample the rewinds, train FTPO, FTPO with a stronger tie to the reference and with none, and DPO, then compare.
-
-    Args:
-        samples: stories for each subject and seed; default 40.
-        method: settings that replace the defaults of this experiment, see DEFAULT.
+    Samples are stories for each arm and seed; `method` has settings that replace DEFAULT.
     """
-    try:
-        from peft import PeftModel
-    except ModuleNotFoundError:
-        raise InputError("this comparison needs the package peft; run `pip install tokenry[train]`") from None
-    method = FTPO(**{**DEFAULT, **(method.model_dump(exclude_unset=True) if method else {})})
-    words = lines("slop_words_smollm2.txt")
-    folder = kept_folder("ftpo", model, tokenizer)
-    pairs = method.pairs(read_pairs(sample_rewinds(model, tokenizer, words, folder)), tokenizer)
-    held, kept = pairs[:HELD_OUT], pairs[HELD_OUT:]
+    method = run.settings(FTPO, **{**DEFAULT, "max_examples": run.size(DEFAULT["max_examples"], 40)})
+    words, held_out = lines("slop_words_smollm2.txt"), run.size(HELD_OUT, 8)
+    folder = run.folder("ftpo")  # of the bare model: adapters come later
+    pairs = training_pairs(run, folder, method, words)
+    held, kept = pairs[:held_out], pairs[held_out:]
     if len(kept) < len(held):
         raise InputError(
             f"only {len(pairs)} pairs are left of the rewinds; this model hardly writes the {len(words)} words, or "
@@ -94,39 +84,33 @@ def build(
         UNTIED: (untied, FTPOTrainer),
         DPO: (method, FinalTokenDPOTrainer),
     }
-    adapters = {
-        name: train_adapter(model, tokenizer, settings, trainer, kept, folder)
-        for name, (settings, trainer) in trainings.items()
+    setting = {
+        name: {**settings.model_dump(mode="json"), "pairs": len(kept)} for name, (settings, _) in trainings.items()
     }
-    wrapped = PeftModel.from_pretrained(model, adapters[METHOD], adapter_name=METHOD)
-    for name in TRAINED[1:]:  # only now: an adapter that is loaded would be trained on, and unloaded, with the next
-        wrapped.load_adapter(adapters[name], name)
-    ban = {"adapter": None, "methods": [Antislop(phrases=words)]}
-    shared = {"pairs": len(kept)}
-    subjects = [
-        Subject(PLAIN, "plain", {}, {"adapter": None}),
-        Subject(BAN, "control", {"phrases": words}, ban),
-        Subject(DPO, "control", {**method.model_dump(mode="json"), **shared, "loss": "dpo"}, {"adapter": DPO}),
-        Subject(UNTIED, "control", {**untied.model_dump(mode="json"), **shared}, {"adapter": UNTIED}),
-        Subject(STRONG, "method", {**strong.model_dump(mode="json"), **shared}, {"adapter": STRONG}),
-        Subject(METHOD, "method", {**method.model_dump(mode="json"), **shared}, {"adapter": METHOD}),
-    ]
-    count = samples or 40
-    task = UnlearningTask(
-        wrapped.eval(), tokenizer, words, held, count, min(PASSAGES, 2 * count), min(method.max_length, 512)
-    )
-    return Experiment(
-        slug="ftpo",
-        claim=FTPO.claim,
-        task=task,
-        subjects=subjects,
+    wrapped = with_adapters(run, folder, trainings, kept)
+    return Design(
+        task=UnlearningTask(
+            wrapped.eval(),
+            run.tokenizer,
+            words,
+            held,
+            run.samples,
+            min(PASSAGES, 2 * run.samples),
+            min(method.max_length, 512),
+        ),
+        arms=[
+            Arm(PLAIN, role="plain", apply={"adapter": None}),
+            Arm(BAN, Antislop(phrases=words), "control", {"phrases": words}, {"adapter": None}),
+            Arm(DPO, role="control", setting={**setting[DPO], "loss": "dpo"}, apply={"adapter": DPO}),
+            Arm(UNTIED, role="control", setting=setting[UNTIED], apply={"adapter": UNTIED}),
+            Arm(STRONG, setting=setting[STRONG], apply={"adapter": STRONG}),
+            Arm(METHOD, setting=setting[METHOD], apply={"adapter": METHOD}),
+        ],
         baseline=PLAIN,
-        judge=judge,
-        seeds=tuple(seeds or (0, 1)),
-        batch=20,
         notes=f"{len(words)} words that the model overuses; {len(kept)} pairs from stories to other prompts. All are "
         "trained on the same pairs in the same order, with the same LoRA, learning rate and stopping rule (choice_win "
-        "0.5). These, and the strong tie (20 times the published weight), were chosen on the first 24 prompts of the "
+        "0.5).",
+        tried="These, and the strong tie (20 times the published weight), were chosen on the first 24 prompts of the "
         "task `stories`, which are left out here.",
     )
 
@@ -138,31 +122,50 @@ def lines(name: str) -> list[str]:
     return (files("tokenry.data") / "prompts" / name).read_text(encoding="utf-8").splitlines()
 
 
-def sample_rewinds(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, words: Sequence[str], folder: Path
-) -> Path:
-    """The file of rewinds under a ban of `words` on the training prompts; sampled where it is not there yet."""
-    prompts, ban, found = lines("training_prompts.txt"), Antislop(phrases=words), []
-    setting = [ban.model_dump(mode="json"), prompts, SAMPLING, ROUNDS, BATCH, NEW_TOKENS]
-    path = folder / f"rewinds-{digest(setting)}.jsonl"
-    if path.exists():
-        return path
-    starts = [(r, i) for r in range(ROUNDS) for i in range(0, len(prompts), BATCH)]
-    for r, i in tqdm(starts, desc="sampling rewinds"):
-        batch = prompts[i : i + BATCH]
-        options = {**SAMPLING, "max_new_tokens": NEW_TOKENS, "seed": 1000 * r + i}
-        found += generate(model, tokenizer, batch, methods=[ban], **options).pairs
-    write(path, lambda part: part.write_text("".join(json.dumps(p) + "\n" for p in found), encoding="utf-8"))
-    return path
+def training_pairs(run: Run, folder: Path, method: FTPO, words: Sequence[str]) -> list[dict[str, Any]]:
+    """Pairs from rewinds under a ban of `words` on the training prompts; sampled where they are not there yet."""
+    prompts, ban = lines("training_prompts.txt"), Antislop(phrases=words)
+    prompts, rounds, new_tokens = (
+        prompts[: run.size(len(prompts), BATCH)],
+        run.size(ROUNDS, 1),
+        run.size(NEW_TOKENS, 60),
+    )
+
+    def sample() -> list[dict[str, Any]]:
+        found = []
+        starts = [(r, i) for r in range(rounds) for i in range(0, len(prompts), BATCH)]
+        for r, i in tqdm(starts, desc="sampling rewinds"):
+            batch = prompts[i : i + BATCH]
+            options = {**SAMPLING, "max_new_tokens": new_tokens, "seed": 1000 * r + i}
+            found += generate(run.model, run.tokenizer, batch, methods=[ban], **options).pairs
+        return found
+
+    setting = [ban.model_dump(mode="json"), prompts, SAMPLING, rounds, BATCH, new_tokens]
+    rewinds = built_once(folder / f"rewinds-{digest(setting)}.jsonl", sample, _write_lines, read_pairs)
+    return method.pairs(rewinds, run.tokenizer)
+
+
+def _write_lines(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def with_adapters(
+    run: Run, folder: Path, trainings: dict[str, tuple[FTPO, type[FTPOTrainer]]], pairs: Sequence[dict[str, Any]]
+) -> PreTrainedModel:
+    """The model with a trained adapter for each of `TRAINED`."""
+    try:
+        from peft import PeftModel
+    except ModuleNotFoundError:
+        raise InputError("this comparison needs the package peft; run `pip install tokenry[train]`") from None
+    folders = {name: train_adapter(run, folder, *training, pairs) for name, training in trainings.items()}
+    wrapped = PeftModel.from_pretrained(run.model, folders[METHOD], adapter_name=METHOD)
+    for name in TRAINED[1:]:  # only now: an adapter that is loaded would be trained on, and unloaded, with the next
+        wrapped.load_adapter(folders[name], name)
+    return wrapped
 
 
 def train_adapter(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    method: FTPO,
-    trainer_class: type[FTPOTrainer],
-    pairs: Sequence[dict[str, Any]],
-    folder: Path,
+    run: Run, folder: Path, method: FTPO, trainer_class: type[FTPOTrainer], pairs: Sequence[dict[str, Any]]
 ) -> Path:
     """The folder of a trained adapter; trained where it is not there yet. The model is left as it was."""
     path = folder / f"{trainer_class.__name__}-{digest([method.model_dump(mode='json'), pairs])}"
@@ -173,7 +176,7 @@ def train_adapter(
                 bar.total = total
                 bar.update(completed - bar.n)
 
-            trainer = method.trainer(model, tokenizer, pairs, scratch, trainer_class, progress=advance)
+            trainer = method.trainer(run.model, run.tokenizer, pairs, scratch, trainer_class, progress=advance)
             trainer.train()
         write_folder(path, partial(save_adapter, trainer.model))
         without_adapter(trainer.model)
@@ -183,67 +186,65 @@ def train_adapter(
 # --- afterwards ----------------------------------------------------------------------------------------------------
 
 
-def fewer_hits(comparison: Comparison, subject: str) -> Interval:
+def fewer_hits(c: Comparison, arm: str) -> Contrast:
     """1 - hits per word / hits per word of the plain model, over all stories."""
 
-    def rates(name: str) -> tuple[Any, Any]:
-        hits, words = (comparison.values(name, n) for n in ("hits_per_1000_words", "words"))
+    def rates(name: str) -> tuple[np.ndarray, np.ndarray]:
+        hits, words = (c.values(name, n) for n in ("hits_per_1000_words", "words"))
         stories = ~np.isnan(hits)
         return (hits * words)[stories], words[stories]
 
-    (hits, words), (plain_hits, plain_words) = rates(subject), rates(PLAIN)
+    (hits, words), (plain_hits, plain_words) = rates(arm), rates(PLAIN)
 
     def fewer(p: np.ndarray) -> float:
         before = plain_hits[p].sum() / plain_words[p].sum()
         return 1 - (hits[p].sum() / words[p].sum()) / before if before else math.nan
 
-    return bootstrap_statistic(fewer, len(hits))
+    return Contrast(bootstrap_statistic(fewer, len(hits)), f"fewer hits, {arm}", ".1%")
 
 
-def judge(comparison: Comparison) -> list[Finding]:
+def perplexity_ratio(c: Comparison, arm: str) -> Contrast:
+    gap = c.difference(arm, PLAIN, "text_nll")
+    ratio = Interval(*(math.exp(v) for v in gap[:3]), gap.n)
+    return Contrast(ratio, f"perplexity of ordinary text, {arm} / {PLAIN}")
+
+
+@build.findings
+def findings(c: Comparison) -> list[Finding]:
     """Fewer hits, the price in ordinary text and in variety, and whether DPO or no tie would do as well."""
-    fewer = {s: fewer_hits(comparison, s) for s in comparison.subjects if s != PLAIN}
-    ratios = {}
-    for subject in TRAINED:
-        gap = comparison.difference(subject, PLAIN, "text_nll")
-        ratios[subject] = Interval(*(math.exp(v) for v in gap[:3]), gap.n)
-    variety = {s: comparison.difference(s, PLAIN, "distinct_2") for s in TRAINED}
-    wins = {s: comparison.mean(s, "choice_win") for s in TRAINED}
-    drift = {s: comparison.difference(s, METHOD, "drift") for s in (DPO, UNTIED)}
-    own_drift = comparison.mean(METHOD, "drift")
-    dearer = comparison.difference(DPO, METHOD, "text_nll")
-    duller = comparison.difference(DPO, METHOD, "distinct_2")
+
+    def others(of: Callable[[Comparison, str], Contrast], arms: Sequence[str]) -> str:
+        return "; ".join(f"{arm} {of(c, arm).shown}" for arm in arms if arm not in (PLAIN, METHOD))
+
+    wins = ", ".join(f"{s} {c.mean(s, 'choice_win'):.2f}" for s in TRAINED)
     return [
         Finding(
             "plain sampling of the trained model has at least 60 % fewer hits on held-out prompts",
-            fewer[METHOD].mean >= 0.6,
-            "fewer hits: " + _list(fewer, "{:.1%}"),
+            at_least(fewer_hits(c, METHOD), 0.6),
+            main=True,
+            note=others(fewer_hits, c.arms),
         ),
         Finding(
             "perplexity on ordinary text is at most 5 % higher",
-            ratios[METHOD].mean <= 1.05,
-            "perplexity / plain: " + _list(ratios, "{:.3f}"),
+            at_most(perplexity_ratio(c, METHOD), 1.05),
+            note=others(perplexity_ratio, TRAINED),
         ),
         Finding(
-            "variety (distinct-2) is not lower",
-            variety[METHOD].high >= 0,
-            "distinct-2 - plain: " + _list(variety, "{:+.4f}"),
+            "variety (distinct-2) falls by at most 0.01",
+            loses_at_most(c.gap("distinct_2", METHOD, PLAIN, "+.4f"), 0.01),
+            note=others(lambda c, arm: c.gap("distinct_2", arm, PLAIN, "+.4f"), TRAINED),
         ),
         Finding(
             "the tie to the reference keeps the other logits: without it, and with DPO, they move further",
-            all(gap.low > 0 for gap in drift.values()),
-            f"drift of ftpo {own_drift:.3f}; more than that: {_list(drift, '{:+.3f}')}; choice_win at held-out pairs: "
-            + ", ".join(f"{s} {w:.2f}" for s, w in wins.items()),
+            beats(c, "drift", METHOD, [DPO, UNTIED]),
+            note=f"drift of ftpo {c.mean(METHOD, 'drift'):.3f}; choice_win at held-out pairs: {wins}",
         ),
         Finding(
-            "DPO on the same pairs avoids fewer patterns and costs more",
-            fewer[DPO].mean < fewer[METHOD].mean and dearer.low > 0 and duller.high < 0,
-            f"fewer hits: dpo {fewer[DPO].mean:.1%}, ftpo {fewer[METHOD].mean:.1%}; dpo - ftpo: "
-            + _list({"nats per token of ordinary text": dearer, "distinct-2": duller}, "{:+.4f}"),
+            "DPO on the same pairs costs more, in ordinary text and in variety",
+            all_of(
+                above(c.gap("text_nll", DPO, METHOD, "+.4f"), 0),
+                below(c.gap("distinct_2", DPO, METHOD, "+.4f"), 0),
+            ),
         ),
+        Finding("and it avoids fewer patterns", above(c.saved("hits_per_1000_words", METHOD, DPO), 0)),
     ]
-
-
-def _list(intervals: dict[str, Interval], form: str) -> str:
-    shown = ((name, [form.format(v) for v in found[:3]]) for name, found in intervals.items())
-    return "; ".join(f"{name} {mean} [{low}, {high}]" for name, (mean, low, high) in shown)

@@ -10,17 +10,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 from tokenizers import Tokenizer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..core.errors import InputError
 from ..data.corpora import docstrings, library_source, license_texts, overlap, split, up_to_bytes, word_grams
+from ..measure.claims import Finding, above, all_of, beats, below
 from ..measure.compare import Comparison
-from ..measure.statistics import Interval, bootstrap_statistic
-from ..measure.task import Experiment, Finding, Subject
+from ..measure.experiment import Design, Run, experiment
+from ..measure.task import Arm
 from ..measure.tasks.tokens import TokensTask
 from ..tokenize.kl3m import KL3M, SPECIAL_TOKENS
 from ..tokenize.text.measures import tokens_per_character
@@ -58,37 +59,25 @@ class Texts(NamedTuple):
     code: list[str]
 
 
-def build(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: int | None = None,
-    seeds: Sequence[int] | None = None,
-    method: KL3M | None = None,
-) -> Experiment:
+@experiment("kl3m", KL3M, batch=50, quick=16)
+def build(run: Run) -> Design:
     """Trains about ten tokenizers (half a minute), and compares them on held-out text.
 
-    Args:
-        samples: held-out documents in all, in equal parts licenses, docstrings, code and paragraphs with recognition
-            errors; default: all there are.
-        method: settings to compare as well, trained on the text of its kind.
+    Samples are held-out documents in all, in equal parts licenses, docstrings, code and paragraphs with recognition
+    errors; by default all there are. `method` has settings to compare as well, trained on the text of its kind.
     """
-    if samples is not None and samples < 2 * SETS:
-        raise InputError(f"samples={samples} leaves less than two documents of a kind; give at least {2 * SETS}")
+    if run.samples is not None and run.samples < 2 * SETS:
+        raise InputError(f"samples={run.samples} leaves less than two documents of a kind; give at least {2 * SETS}")
     texts = read_texts()
     seen = set().union(*map(word_grams, texts.correction))
     new = [overlap(text, seen) <= NEAR_COPY for text in texts.licenses]
     clean = paragraphs([text for text, is_new in zip(texts.licenses, new) if is_new])
-    each = None if samples is None else samples // SETS
+    each = None if run.samples is None else run.samples // SETS
     sets = {name: getattr(texts, name)[:each] for name in ("licenses", "docstrings", "code")}
-    return Experiment(
-        slug=KL3M.slug,
-        claim=KL3M.claim,
+    return Design(
         task=TokensTask(sets, new[:each], clean[:each]),
-        subjects=[*domain_subjects(texts, tokenizer), *correction_subjects(texts), *given(texts, method)],
+        arms=[*domain_arms(texts, run.tokenizer), *correction_arms(texts), *given(texts, run.method)],
         baseline=GENERAL,
-        judge=judge,
-        seeds=tuple(seeds or (0,)),
-        batch=50,
         notes=f"Vocabularies of {VOCABULARY} from equal numbers of bytes, split 80/20 by document. New licenses share "
         f"at most {NEAR_COPY:.0%} of their 20-word stretches with any training license. Char tokens and the plain BPEs "
         "beside them learn from all training licenses. Correction by a trained model is not measured.",
@@ -112,19 +101,19 @@ def paragraphs(documents: Sequence[str]) -> list[str]:
     return found
 
 
-def domain_subjects(texts: Texts, tokenizer: PreTrainedTokenizerBase) -> list[Subject]:
+def domain_arms(texts: Texts, tokenizer: PreTrainedTokenizerBase) -> list[Arm]:
     """Equal sizes and equal training bytes; what differs is the text, and the custom tokens."""
     bare = {"vocab_size": VOCABULARY, "custom_tokens": ()}
     return [
         trained(GENERAL, "plain", texts.general, **bare),
-        Subject(OWN, "control", {"vocabulary": len(tokenizer)}, tokenizer),
+        Arm(OWN, role="control", setting={"vocabulary": len(tokenizer)}, apply=tokenizer),
         trained(DOMAIN, "control", texts.domain, **bare),
         trained(PUBLISHED, "control", texts.domain, vocab_size=VOCABULARY, single_word_alpha=False),
         trained(METHOD, "method", texts.domain, vocab_size=VOCABULARY),
     ]
 
 
-def correction_subjects(texts: Texts) -> list[Subject]:
+def correction_arms(texts: Texts) -> list[Arm]:
     """Short tokens against plain BPE of equal size, of a large vocabulary, with as short tokens, and bytes alone."""
     bare = {"custom_tokens": (), "pad_to_power_of_two": False}
     char = trained(CHAR, "method", texts.correction, kind="char")
@@ -134,23 +123,23 @@ def correction_subjects(texts: Texts) -> list[Subject]:
         char,
         plain,
         trained(LARGE, "control", texts.correction, vocab_size=32768, **bare),
-        Subject(EQUAL, "control", {"merges": merges}, equal),
-        Subject(BYTES, "control", {"merges": 0}, first_merges(plain.apply, 0)),
+        Arm(EQUAL, role="control", setting={"merges": merges}, apply=equal),
+        Arm(BYTES, role="control", setting={"merges": 0}, apply=first_merges(plain.apply, 0)),
     ]
 
 
-def given(texts: Texts, method: KL3M | None) -> list[Subject]:
+def given(texts: Texts, method: KL3M | None) -> list[Arm]:
     """The settings of the command line."""
     if method is None:
         return []
     text = texts.domain if method.kind == "domain" else texts.correction
-    return [Subject("as given", "method", method.model_dump(mode="json"), method.train(text))]
+    return [Arm("as given", method, apply=method.train(text))]
 
 
-def trained(name: str, role: Any, texts: Sequence[str], **options: Any) -> Subject:
+def trained(name: str, role: Any, texts: Sequence[str], **options: Any) -> Arm:
     method = KL3M(**options)
     setting = {**method.model_dump(mode="json"), "training_characters": sum(map(len, texts))}
-    return Subject(name, role, setting, method.train(texts))
+    return Arm(name, method, role, setting, method.train(texts))
 
 
 def first_merges(tokenizer: PreTrainedTokenizerFast, count: int) -> PreTrainedTokenizerFast:
@@ -176,92 +165,47 @@ def as_short_as(
     return first_merges(plain, high), high
 
 
-def judge(comparison: Comparison) -> list[Finding]:
+@build.findings
+def findings(c: Comparison) -> list[Finding]:
     """Fewer tokens at home and more elsewhere, and why; steadier cuts, and whether short tokens alone explain them."""
+    saved = partial(c.saved, arm=METHOD, than=GENERAL)
+    sizes = "; ".join(f"{arm} {c.mean(arm, 'licenses'):.3f}" for arm in (METHOD, GENERAL, DOMAIN, PUBLISHED, OWN))
+    cuts = "; ".join(
+        f"{arm} {c.mean(arm, 'boundary_stability'):.3f} at {c.mean(arm, 'clean'):.3f}"
+        for arm in (CHAR, PLAIN, LARGE, EQUAL, BYTES)
+    )
     return [
-        domain_finding(comparison),
-        copies_finding(comparison),
-        custom_finding(comparison),
-        stability_finding(comparison),
-        length_finding(comparison),
+        Finding(
+            "On licenses the vocabulary learned from licenses needs fewer tokens than one of equal size learned from "
+            "docstrings, and more on docstrings and code.",
+            all_of(above(saved("licenses"), 0), below(saved("docstrings"), 0), below(saved("code"), 0)),
+            main=True,
+            note=f"tokens per character of licenses: {sizes}",
+        ),
+        Finding(
+            f"It is not for near-copies: licenses that share at most {NEAR_COPY:.0%} of their 20-word stretches with "
+            "training text also need fewer tokens.",
+            above(saved("new_licenses"), 0),
+            note=f"{saved('new_licenses').interval.n} licenses",
+        ),
+        Finding(
+            "It is the text that saves: without the list of custom tokens the saving is there too.",
+            above(c.saved("licenses", DOMAIN, GENERAL), 0),
+        ),
+        Finding(
+            "The list of custom tokens saves as well.",
+            above(c.saved("licenses", METHOD, DOMAIN), 0),
+            note=str(c.saved("licenses", METHOD, PUBLISHED)),
+        ),
+        Finding(
+            "Cuts of tokens of at most 3 characters withstand recognition errors better than those of plain BPE, of "
+            "equal size and of 32,768.",
+            beats(c, "boundary_stability", CHAR, [PLAIN, LARGE]),
+            note=f"boundary stability at tokens per character: {cuts}",
+        ),
+        Finding(
+            "That is not only because the tokens are short: plain BPE with as many tokens per character is less steady "
+            "(single bytes are steady by definition).",
+            beats(c, "boundary_stability", CHAR, [EQUAL]),
+        ),
     ]
-
-
-def saving(comparison: Comparison, subject: str, base: str, name: str) -> Interval:
-    """(tokens of base - tokens of subject) / tokens of base, over all documents of a set, with its interval."""
-    a, b = comparison.values(subject, name), comparison.values(base, name)
-    measured = ~np.isnan(a + b)
-    a, b = a[measured], b[measured]
-    if not len(a):
-        return Interval(float("nan"), float("nan"), float("nan"), 0)
-    return bootstrap_statistic(lambda pick: float(1 - a[pick].sum() / b[pick].sum()), len(a))
-
-
-def _saved(comparison: Comparison, subject: str, base: str, name: str) -> tuple[Interval, str]:
-    found = saving(comparison, subject, base, name)
-    each = [f"{s} {comparison.mean(s, name):.3f}" for s in (subject, base)]
-    share = f"{found:.1%}"
-    return found, f"{name.replace('_', ' ')}: {each[0]}, {each[1]} tokens per character, {share} saved"
-
-
-def domain_finding(comparison: Comparison) -> Finding:
-    home, first = _saved(comparison, METHOD, GENERAL, "licenses")
-    other, second = _saved(comparison, METHOD, GENERAL, "docstrings")
-    code, third = _saved(comparison, METHOD, GENERAL, "code")
-    return Finding(
-        "On licenses the vocabulary learned from licenses needs fewer tokens than one of equal size learned from "
-        "docstrings, and more on docstrings and code.",
-        home.low > 0 and other.high < 0 and code.high < 0,
-        f"{first}; {second}; {third}",
-    )
-
-
-def copies_finding(comparison: Comparison) -> Finding:
-    new, numbers = _saved(comparison, METHOD, GENERAL, "new_licenses")
-    return Finding(
-        f"It is not for near-copies: licenses that share at most {NEAR_COPY:.0%} of their 20-word stretches with "
-        "training text also need fewer tokens.",
-        new.low > 0,
-        f"{numbers}; {new.n} licenses",
-    )
-
-
-def custom_finding(comparison: Comparison) -> Finding:
-    bare, first = _saved(comparison, DOMAIN, GENERAL, "licenses")
-    _, second = _saved(comparison, METHOD, DOMAIN, "licenses")
-    _, third = _saved(comparison, METHOD, PUBLISHED, "licenses")
-    return Finding(
-        "It is the text that saves and not the list of custom tokens: without them the saving is there too.",
-        bare.low > 0,
-        f"{first}; {second}; {third}",
-    )
-
-
-def _steadier(comparison: Comparison, base: str) -> tuple[bool, str]:
-    gap = comparison.difference(CHAR, base, "boundary_stability")
-    stable, size = comparison.mean(base, "boundary_stability"), comparison.mean(base, "clean")
-    numbers = f"{base} {stable:.3f} at {size:.3f} tokens per character"
-    return gap.low > 0, f"{numbers}, {gap:+.3f} to {CHAR}"
-
-
-def stability_finding(comparison: Comparison) -> Finding:
-    equal, first = _steadier(comparison, PLAIN)
-    large, second = _steadier(comparison, LARGE)
-    own = f"{CHAR} {comparison.mean(CHAR, 'boundary_stability'):.3f} at {comparison.mean(CHAR, 'clean'):.3f}"
-    return Finding(
-        "Cuts of tokens of at most 3 characters withstand recognition errors better than those of plain BPE, of equal "
-        "size and of 32,768.",
-        equal and large,
-        f"boundary stability: {own} tokens per character; {first}; {second}",
-    )
-
-
-def length_finding(comparison: Comparison) -> Finding:
-    short, first = _steadier(comparison, EQUAL)
-    _, second = _steadier(comparison, BYTES)
-    return Finding(
-        "That is not only because the tokens are short: plain BPE with as many tokens per character is less steady "
-        "(single bytes are steady by definition).",
-        short,
-        f"{first}; {second}",
-    )

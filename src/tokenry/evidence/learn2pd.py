@@ -9,7 +9,8 @@ ends, and what cutting the window there saves, is measured in wider windows too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,12 @@ from ..decode.denoising.state import DiffusionState, Prediction
 from ..decode.denoising.unmask import FixedCount, Threshold, UnmaskPolicy, best_first
 from ..decode.learn2pd import EndOfTextTruncation, Learn2PD, LearnedFilter
 from ..learned.confidence_filter import ConfidenceFilter, TraceDataset
-from ..measure.build_cache import digest, kept_folder, read, write
+from ..measure.build_cache import built_once, digest
+from ..measure.claims import Finding, all_of, at_least, below, loses_at_most
 from ..measure.compare import Comparison
-from ..measure.statistics import Interval
-from ..measure.task import Experiment, Finding, Subject
-from ..measure.tasks.denoising import PuzzleTask, cost_ratio
+from ..measure.experiment import Design, Run, experiment
+from ..measure.task import Arm
+from ..measure.tasks.denoising import PuzzleTask
 from ..train.filters.loss import filter_report
 from ..train.filters.trainer import FilterTrainer
 
@@ -60,6 +62,7 @@ PLAIN, ALONE, METHOD, MASKED, OWN, SHUFFLED, RANDOM, EQUAL, ORACLE = (
     "oracle",
 )
 CUT, SAFE = ", cut", ", cut at 0.9"
+DEFAULT = f"{METHOD} 0.96"
 SPEEDUP, FEWER = 3.0, 2.0  # forwards of the plain decoder over the filter's; tokens fed without a cut over with
 MARGIN = 0.01  # exact match that may be lost
 
@@ -108,52 +111,45 @@ class PlainOracle(OraclePolicy):
 # --- before the comparison -----------------------------------------------------------------------------------------
 
 
-def build(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: int | None = None,
-    seeds: Sequence[int] | None = None,
-    method: Learn2PD | None = None,
-) -> Experiment:
-    """Collect traces, train the filters, then compare.
-
-    Args:
-        samples: problems for each subject and seed; default 150.
-        method: this comparison trains its own filters, so there is nothing to set.
-    """
-    if method is not None:
+@experiment("learn2pd", Learn2PD, model="zoo/denoiser", samples=150, seeds=(0, 1, 2), batch=80, quick=4, limit=1000)
+def build(run: Run) -> Design:
+    """Collect traces, train the filters, then compare. There is nothing to set: it trains its own filters."""
+    if run.method is not None:
         raise InputError("this comparison trains its own filters and sweeps their thresholds; give no options")
-    folder, seeds = kept_folder("learn2pd", model, tokenizer), tuple(seeds or (0, 1, 2))
-    traces = training_traces(model, tokenizer, folder)
-    made = {kind: train(kind, traces, folder) for kind in KINDS}
+    folder, prompts = run.folder("learn2pd"), run.size(PROMPTS, 120)
+    traces = training_traces(run.model, run.tokenizer, folder, prompts)
+    made = {kind: train(kind, traces, folder, prompts) for kind in KINDS}
     reports = {kind: report_of(one, traces) for kind, one in made.items()}
     tau = threshold_of_equal_error(traces, reports[METHOD]["false_positives"])
-    return Experiment(
-        slug="learn2pd",
-        claim=Learn2PD.claim,
-        task=PuzzleTask(model, tokenizer, seeds, samples or 150, WIDTH),
-        subjects=subjects(MaskedDiffusionModel(model, tokenizer), made, traces, tau),
+    return Design(
+        task=PuzzleTask(run.model, run.tokenizer, run.seeds, run.samples, WIDTH),
+        arms=arms(MaskedDiffusionModel(run.model, run.tokenizer), made, traces, tau, prompts),
         baseline=PLAIN,
-        judge=judge,
-        seeds=seeds,
-        batch=80,
-        notes=f"{len(traces.conf)} traces of {PROMPTS} training problems, in blocks of {BLOCK}; hidden layers of "
-        f"{KINDS[METHOD][1]['hidden']}. {TRIED} At held-out traces, where 0.96 is accepted: "
+        notes=f"{len(traces.conf)} traces of {prompts} training problems, in blocks of {BLOCK}; hidden layers of "
+        f"{KINDS[METHOD][1]['hidden']}. At held-out traces, where 0.96 is accepted: "
         + "; ".join(f"{kind}: {shown_report(one)}" for kind, one in reports.items())
         + f". `{EQUAL}` is {tau:.3f}. Seeds have problems of their own; all share the filters. The seconds of the "
         "oracle contain those of the plain decoder.",
+        tried=TRIED,
     )
 
 
-def training_traces(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> TraceDataset:
+def training_traces(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, count: int
+) -> TraceDataset:
     """Traces of training problems; collected where they are not kept yet."""
-    path = folder / f"traces-{digest([PROMPTS, SEED, WIDTH, BLOCK])}.safetensors"
-    if not path.exists():
-        drawn = [draw_problems(task, PROMPTS // len(PUZZLES), SEED, "train") for task in PUZZLES]
+
+    def collect() -> TraceDataset:
+        drawn = [draw_problems(task, count // len(PUZZLES), SEED, "train") for task in PUZZLES]
         prompts = [problem.question for problems in drawn for problem in problems]
-        found = collect_egp_traces(model, tokenizer, prompts, gen_length=WIDTH, block_length=BLOCK, batch_size=100)
-        write(path, partial(save_file, {name: values.contiguous() for name, values in found._asdict().items()}))
-    return read(path, lambda kept: TraceDataset(**read_tensors(kept)[0]))
+        return collect_egp_traces(model, tokenizer, prompts, gen_length=WIDTH, block_length=BLOCK, batch_size=100)
+
+    return built_once(
+        folder / f"traces-{digest([count, SEED, WIDTH, BLOCK])}.safetensors",
+        collect,
+        lambda found, part: save_file({name: values.contiguous() for name, values in found._asdict().items()}, part),
+        lambda kept: TraceDataset(**read_tensors(kept)[0]),
+    )
 
 
 class OwnTrainer(FilterTrainer):
@@ -168,18 +164,20 @@ KINDS: dict[str, tuple[type[FilterTrainer], dict[str, Any]]] = {
 }
 
 
-def train(kind: str, traces: TraceDataset, folder: Path) -> ConfidenceFilter:
+def train(kind: str, traces: TraceDataset, folder: Path, count: int) -> ConfidenceFilter:
     """The filter of a kind; trained where it is not kept yet."""
     trainer, options = KINDS[kind]
-    path = folder / f"{kind.replace(' ', '-')}-{digest([PROMPTS, SEED, WIDTH, BLOCK, options])}.safetensors"
     if kind == SHUFFLED:
         order = torch.randperm(traces.label.numel(), generator=torch.Generator().manual_seed(SEED))
         traces = traces._replace(label=traces.label.flatten()[order].reshape(traces.label.shape))
     made = trainer(traces, seed=SEED, **options)
-    if not path.exists():
+
+    def trained() -> dict[str, Tensor]:
         made.train()
-        write(path, partial(save_file, made.filter.state_dict()))
-    read(path, lambda kept: made.filter.load_state_dict(read_tensors(kept)[0]))
+        return made.filter.state_dict()
+
+    path = folder / f"{kind.replace(' ', '-')}-{digest([count, SEED, WIDTH, BLOCK, options])}.safetensors"
+    made.filter.load_state_dict(built_once(path, trained, save_file, lambda kept: read_tensors(kept)[0]))
     return made.filter.eval()
 
 
@@ -202,113 +200,96 @@ def threshold_of_equal_error(traces: TraceDataset, wrong: float) -> float:
     return float(conf[int(fits[-1])]) if len(fits) else 1.0
 
 
-def subjects(
-    model: MaskedDiffusionModel, made: dict[str, ConfidenceFilter], traces: TraceDataset, tau: float
-) -> list[Subject]:
+def arms(
+    model: MaskedDiffusionModel, made: dict[str, ConfidenceFilter], traces: TraceDataset, tau: float, count: int
+) -> list[Arm]:
     """The plain decoder, sweeps, the oracle, and windows that are cut."""
-
-    def subject(
-        name: str,
-        role: str,
-        unmask: Callable[[], UnmaskPolicy],
-        least: float | None = None,
-        width: int = WIDTH,
-        **own: Any,
-    ) -> Subject:
-        def apply(_: int) -> dict[str, Any]:
-            length = None if least is None else EndOfTextTruncation(least)
-            return {"unmask": unmask(), "length": length, "block_length": BLOCK, "gen_length": width}
-
-        setting = {"block_length": BLOCK, "gen_length": width, "eotp_min_confidence": least, **own}
-        return Subject(name if width == WIDTH else f"{name}, {width}", role, setting, apply)
+    shares = {a: report_of(made[METHOD], traces, a)["accepted"] for a in ACCEPT}
 
     def learned(kind: str, accept: float) -> dict[str, Any]:
-        return {"accept_threshold": accept, "prompts": PROMPTS, "seed": SEED, **KINDS[kind][1]}
+        return {"accept_threshold": accept, "prompts": count, "seed": SEED, **KINDS[kind][1]}
 
-    found = [subject(PLAIN, "plain", FixedCount)]
-    found += [subject(named(ALONE, t), "control", partial(Threshold, t), threshold=t) for t in THRESHOLDS]
+    found = [_arm(PLAIN, "plain", FixedCount)]
+    found += [_swept(ALONE, t, "control", partial(Threshold, t), threshold=t) for t in THRESHOLDS]
     for kind, role in ((METHOD, "method"), (MASKED, "method"), (OWN, "control"), (SHUFFLED, "control")):
-        for a in ACCEPT:
-            found.append(subject(named(kind, a), role, partial(LearnedFilter, made[kind], a), **learned(kind, a)))
-    shares = {a: report_of(made[METHOD], traces, a)["accepted"] for a in ACCEPT}
-    found += [subject(named(RANDOM, a), "control", partial(AtRandom, s), share=s) for a, s in shares.items()]
-    found += [
-        subject(EQUAL, "control", partial(Threshold, tau), threshold=tau),
-        subject(ORACLE, "control", partial(PlainOracle, model)),
-    ]
-    best, own = partial(LearnedFilter, made[METHOD], 0.96), learned(METHOD, 0.96)
+        found += [_swept(kind, a, role, partial(LearnedFilter, made[kind], a), **learned(kind, a)) for a in ACCEPT]
+    found += [_swept(RANDOM, a, "control", partial(AtRandom, s), share=s) for a, s in shares.items()]
+    found += [_arm(EQUAL, "control", partial(Threshold, tau), threshold=tau)]
+    found += [_arm(ORACLE, "control", partial(PlainOracle, model))]
+    filtered = (DEFAULT, "method", partial(LearnedFilter, made[METHOD], 0.96), learned(METHOD, 0.96))
     for width in (WIDTH, WIDE):
-        for name, role, unmask, setting in (
-            (PLAIN, "plain", FixedCount, {}),
-            (named(METHOD, 0.96), "method", best, own),
-        ):
+        for name, role, unmask, setting in ((PLAIN, "plain", FixedCount, {}), filtered):
             if width == WIDE:
-                found.append(subject(name, role, unmask, width=width, **setting))
-            found.append(subject(name + CUT, "method", unmask, 0.0, width, **setting))
-            found.append(subject(name + SAFE, "method", unmask, 0.9, width, **setting))
+                found.append(_arm(name, role, unmask, width=width, **setting))
+            found.append(_arm(name + CUT, "method", unmask, 0.0, width, **setting))
+            found.append(_arm(name + SAFE, "method", unmask, 0.9, width, **setting))
     return found
 
 
-def named(kind: str, threshold: float) -> str:
-    return f"{kind} {threshold}"
+def _arm(
+    name: str,
+    role: Any,
+    unmask: Callable[[], UnmaskPolicy],
+    least: float | None = None,
+    width: int = WIDTH,
+    **own: Any,
+) -> Arm:
+    def apply(_: int) -> dict[str, Any]:
+        length = None if least is None else EndOfTextTruncation(least)
+        return {"unmask": unmask(), "length": length, "block_length": BLOCK, "gen_length": width}
+
+    setting = {"block_length": BLOCK, "gen_length": width, "eotp_min_confidence": least, **own}
+    return Arm(name if width == WIDTH else f"{name}, {width}", role=role, setting=setting, apply=apply)
 
 
-def sweep(kind: str) -> list[str]:
-    return [named(kind, threshold) for threshold in (THRESHOLDS if kind == ALONE else ACCEPT)]
+def _swept(kind: str, value: float, role: str, unmask: Callable[[], UnmaskPolicy], **own: Any) -> Arm:
+    return replace(_arm(f"{kind} {value}", role, unmask, **own), sweep=kind, value=value)
 
 
 # --- afterwards ----------------------------------------------------------------------------------------------------
 
 
-def judge(comparison: Comparison) -> list[Finding]:
+@build.findings
+def findings(c: Comparison) -> list[Finding]:
     """Against the plain decoder, thresholds, what has no context and what has learned nothing; the cut; seconds."""
-    default = named(METHOD, 0.96)
-    quality = comparison.difference(default, PLAIN, "exact")
-    passes = {s: comparison.mean(s, "forward_passes") for s in comparison.subjects}
-    speedup = passes[PLAIN] / passes[default]
-    forwards = {kind: ratio(comparison, METHOD, kind) for kind in (ALONE, OWN, MASKED, SHUFFLED, RANDOM)}
-    seconds = ratio(comparison, METHOD, ALONE, "seconds")
-    equal = comparison.difference(default, EQUAL, "exact")
-    wide = [f"{default}{cut}, {WIDE}" for cut in ("", CUT, SAFE)]
-    lost = {s: comparison.difference(s, wide[0], "exact") for s in wide[1:]}
-    fed = {s: comparison.mean(wide[0], "tokens_processed") / comparison.mean(s, "tokens_processed") for s in wide[1:]}
+    forwards = partial(c.frontier, "forward_passes", METHOD, at="exact")
+    whole, cut, safe = (f"{DEFAULT}{how}, {WIDE}" for how in ("", CUT, SAFE))
+    passes = "; ".join(f"{name} {c.mean(name, 'forward_passes'):.2f}" for name in (PLAIN, DEFAULT, EQUAL, ORACLE))
     return [
         Finding(
-            f"at least {SPEEDUP:g} times fewer forwards than one token per step, exact match within {MARGIN}",
-            speedup >= SPEEDUP and quality.low > -MARGIN,
-            f"{passes[PLAIN]:.2f} / {passes[default]:.2f} = {speedup:.2f} times; oracle "
-            f"{passes[PLAIN] / passes[ORACLE]:.2f} times; exact match {quality:+.3f}",
+            f"at least {SPEEDUP:g} times fewer forwards than one token per step, exact match falls by at most {MARGIN}",
+            all_of(
+                at_least(c.ratio("forward_passes", PLAIN, DEFAULT), SPEEDUP),
+                loses_at_most(c.gap("exact", DEFAULT, PLAIN), MARGIN),
+            ),
+            main=True,
+            note=f"forwards: {passes}",
         ),
         Finding(
             "at equal exact match, the filter takes fewer forwards than thresholds",
-            forwards[ALONE].high < 1,
-            f"forwards, filter / threshold: {forwards[ALONE]:.3f}; at 0.96 {passes[default]:.2f}, threshold of "
-            f"equal error {passes[EQUAL]:.2f}, exact match {equal:+.3f}; oracle {passes[ORACLE]:.2f}",
+            below(forwards(ALONE), 1),
+            note=f"{c.ratio('forward_passes', DEFAULT, EQUAL)}; {c.gap('exact', DEFAULT, EQUAL)}",
         ),
         Finding(
             "context matters: fewer forwards than a regression of each position's own confidence",
-            forwards[OWN].high < 1,
-            f"forwards, filter / own confidence: {forwards[OWN]:.3f}; filter / filter of masked positions: "
-            f"{forwards[MASKED]:.3f}",
+            below(forwards(OWN), 1),
+            note=str(forwards(MASKED)),
         ),
         Finding(
             "it is what it has learned: more forwards at equal exact match at random, and with shuffled labels",
-            forwards[RANDOM].high < 1 and forwards[SHUFFLED].high < 1,
-            f"forwards, filter / at random: {forwards[RANDOM]:.3f}; filter / shuffled labels: {forwards[SHUFFLED]:.3f}",
+            all_of(below(forwards(RANDOM), 1), below(forwards(SHUFFLED), 1)),
         ),
         Finding(
             f"in windows of {WIDE}, cutting at the surest end of text feeds at least {FEWER:g} times fewer tokens, "
-            f"exact match within {MARGIN}",
-            fed[wide[1]] >= FEWER and lost[wide[1]].low > -MARGIN,
-            "; ".join(f"{s}: {fed[s]:.2f} times fewer tokens, exact match {lost[s]:+.3f}" for s in wide[1:]),
+            f"exact match falls by at most {MARGIN}",
+            all_of(
+                at_least(c.ratio("tokens_processed", whole, cut), FEWER),
+                loses_at_most(c.gap("exact", cut, whole), MARGIN),
+            ),
+            note=f"{c.ratio('tokens_processed', whole, safe)}; {c.gap('exact', safe, whole)}",
         ),
         Finding(
             "it is quicker, too: fewer seconds than thresholds at equal exact match",
-            seconds.high < 1,
-            f"seconds, filter / threshold: {seconds:.3f}",
+            below(c.frontier("seconds", METHOD, ALONE, at="exact"), 1),
         ),
     ]
-
-
-def ratio(comparison: Comparison, first: str, second: str, cost: str = "forward_passes") -> Interval:
-    return cost_ratio(comparison, sweep(first), sweep(second), cost, "exact")

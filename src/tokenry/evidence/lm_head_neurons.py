@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..measure.claims import Contrast, Finding, above, at_least, below, exactly
 from ..measure.compare import Comparison
-from ..measure.statistics import Interval, bootstrap_statistic
-from ..measure.task import Experiment, Finding, Statistic, Subject
+from ..measure.experiment import Design, Run, experiment
+from ..measure.statistics import bootstrap_statistic
+from ..measure.task import Arm, Statistic
 from ..measure.tasks.clamp import PROMPTS, ClampTask, named_neurons
 from ..models.anatomy import decoder_layers
 from ..read.lm_head_neurons import LMHeadNeurons
@@ -26,38 +27,28 @@ LAST = 3  # layers: named neurons live in the last ones
 VALUE = 20.0
 
 
-def build(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: int | None = None,
-    seeds: Sequence[int] | None = None,
-    method: LMHeadNeurons | None = None,
-) -> Experiment:
-    """Clamps at +-20 on the neurons of the last three layers whose names stand out most; a seed is a prompt.
+@experiment("lm-head-neurons", LMHeadNeurons, samples=60, seeds=range(len(PROMPTS)), batch=12, quick=4)
+def build(run: Run) -> Design:
+    """Clamps at +-20 on the neurons of the last three layers whose names stand out most; a seed is a prompt, samples
+    are named neurons, the layers in turns.
 
-    Args:
-        samples: how many named neurons, the layers in turns.
-        method: side and norm that name the neurons; the clamp always holds the up-projection.
+    `method` has side and norm that name the neurons; the clamp always holds the up-projection.
     """
-    method = method or LMHeadNeurons()
-    depth = len(decoder_layers(model))
+    method = run.method or LMHeadNeurons()
+    depth = len(decoder_layers(run.model))
     layers = range(max(0, depth - LAST), depth)
-    task = ClampTask(model, tokenizer, named_neurons(model, layers, samples or 60, method), VALUE)
+    named = named_neurons(run.model, layers, run.samples, method)
+    task = ClampTask(run.model, run.tokenizer, named, VALUE)
     setting = {"value": VALUE, **method.model_dump(mode="json", include={"side", "fold_norm"})}
-    return Experiment(
-        slug=LMHeadNeurons.slug,
-        claim=LMHeadNeurons.claim,
+    return Design(
         task=task,
-        subjects=[
-            Subject(PLAIN, "plain", setting),
-            Subject(RANDOM, "control", setting, task.random_neuron),
-            Subject(OTHER, "control", setting, task.other_token),
-            Subject(METHOD, "method", setting, task.own_token),
+        arms=[
+            Arm(PLAIN, role="plain", setting=setting),
+            Arm(RANDOM, role="control", setting=setting, apply=task.random_neuron),
+            Arm(OTHER, role="control", setting=setting, apply=task.other_token),
+            Arm(METHOD, setting=setting, apply=task.own_token),
         ],
         baseline=RANDOM,
-        judge=judge,
-        seeds=tuple(seeds or range(len(PROMPTS))),
-        batch=12,
         statistics=(
             Statistic(
                 "correlation",
@@ -80,46 +71,38 @@ def correlation(values: Mapping[str, np.ndarray]) -> float:
     return float(np.corrcoef(slope[known], predicted[known])[0, 1])
 
 
-def effect_ratio(comparison: Comparison, first: str, second: str, layer: int | None = None) -> Interval:
-    """Mean effect of `first` over that of `second`, of one layer or all, resampled over neurons."""
-    chosen = np.array([layer in (None, s.data["target"].layer) for s in comparison.samples])
-    a, b = (comparison.values(s, "effect")[chosen] for s in (first, second))
-    return bootstrap_statistic(lambda pick: a[pick].mean() / b[pick].mean(), int(chosen.sum()))
+def effect_ratio(c: Comparison, second: str, layer: int | None = None) -> Contrast:
+    """Mean effect of the method over that of a control, of one layer or all, resampled over neurons."""
+    chosen = np.array([layer in (None, s.data["target"].layer) for s in c.samples])
+    a, b = (c.values(s, "effect")[chosen] for s in (METHOD, second))
+    found = bootstrap_statistic(lambda pick: a[pick].mean() / b[pick].mean(), int(chosen.sum()))
+    return Contrast(found, f"effect, own / {second}" if layer is None else f"layer {layer}", ".2f")
 
 
-def judge(comparison: Comparison) -> list[Finding]:
+@build.findings
+def findings(c: Comparison) -> list[Finding]:
     """The claim, the control for neurons that move everything, the first order, and the neutral clamp."""
-    layers = sorted({s.data["target"].layer for s in comparison.samples})
-    ratio = {layer: effect_ratio(comparison, METHOD, RANDOM, layer) for layer in (None, *layers)}
-    specific = effect_ratio(comparison, METHOD, OTHER)
-    first_order = comparison.interval(METHOD, "correlation")
-    neutral = float(comparison.values(PLAIN, "effect").max())
-    means = ", ".join(f"{s} {comparison.mean(s, 'effect'):.2f}" for s in (METHOD, RANDOM, OTHER))
-    by_layer = "; ".join(f"layer {layer}: {_show(ratio[layer])}" for layer in layers)
+    layers = sorted({s.data["target"].layer for s in c.samples})
+    means = ", ".join(f"{s} {c.mean(s, 'effect'):.2f}" for s in (METHOD, RANDOM, OTHER))
+    neutral = float(c.values(PLAIN, "effect").max())
     return [
         Finding(
             "Clamping a named neuron moves its token at least 1.5 times as much as clamping a random neuron of its "
             "layer does.",
-            ratio[None].mean >= 1.5 and ratio[None].low > 1,
-            f"effect in nats: {means}; ratio {_show(ratio[None])}; {by_layer}",
+            at_least(effect_ratio(c, RANDOM), 1.5),
+            main=True,
+            note=f"nats: {means}; " + "; ".join(str(effect_ratio(c, RANDOM, layer)) for layer in layers),
         ),
         Finding(
             "It is its own token that a named neuron moves: the tokens of other named neurons move less.",
-            specific.low > 1,
-            f"own / other token: {_show(specific)}",
+            above(effect_ratio(c, OTHER), 1),
         ),
         Finding(
             "The effect follows value * act(gate) * (unembedding row . down column): its correlation is positive.",
-            first_order.low > 0,
-            f"correlation: {_show(first_order)}",
+            above(c.value("correlation", METHOD, ".2f"), 0),
         ),
         Finding(
             "A neuron held at its own value changes nothing.",
-            neutral < 1e-3,
-            f"largest effect: {neutral:.1e} nats",
+            below(exactly(neutral, "largest effect in nats", ".1e"), 1e-3),
         ),
     ]
-
-
-def _show(interval: Interval) -> str:
-    return f"{interval:.2f}"

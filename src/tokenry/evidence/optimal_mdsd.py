@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,9 +23,10 @@ from ..decode.optimal_mdsd import OptimalMDSD
 from ..decode.speculation.acceptance import optimal_acceptance, verifier_acceptance
 from ..decode.speculation.drafters import Drafter, ModelDrafter, make_drafter
 from ..decode.speculation.verifiers import SAMPLINGS, VERIFIERS, Selection, Verifier, sample_drafts
+from ..measure.claims import Check, Contrast, Finding, above, all_of, at_most, beats, describe, exactly
 from ..measure.compare import Comparison
-from ..measure.statistics import Interval
-from ..measure.task import Experiment, Finding, Metric, Outcome, Sample, Subject
+from ..measure.experiment import Design, Run, experiment
+from ..measure.task import Arm, Metric, Outcome, Sample
 
 __all__ = ["AcceptanceTask", "Reach", "build"]
 
@@ -38,51 +39,45 @@ PATHS, SMALL = 200, 64  # random paths for the rate of rrs-without, and the voca
 ERRORS, MOST_ERRORS = 3, 4  # standard errors off that K-SEQ and greedy may be, and any of the many comparisons
 
 
-def build(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: int | None = None,
-    seeds: Sequence[int] | None = None,
-    method: OptimalMDSD | None = None,
-) -> Experiment:
-    """Ceilings and verifiers with one, two and four drafts at two temperatures, on texts of the model's own.
-
-    Args:
-        samples: texts, default 36, of at most 80 positions each.
-        method: its drafter replaces zoo/drafter.
+@experiment("optimal-mdsd", OptimalMDSD, model="zoo/reasoner", samples=36, quick=2)
+def build(run: Run) -> Design:
+    """Ceilings and verifiers with one, two and four drafts at two temperatures, on texts of the model's own, of at most
+    80 positions each. The drafter of `method` replaces zoo/drafter.
     """
-    given = method.model_dump(exclude_unset=True, include={"drafter", "exit_layers"}) if method else {}
+    given = {name: value for name, value in run.given.items() if name in ("drafter", "exit_layers")}
     settings = OptimalMDSD(**{"drafter": "zoo/drafter", **given})
-    drafter = make_drafter(settings.drafter, model, settings.exit_layers)
-    task = AcceptanceTask(model, tokenizer, drafter, samples or 36)
-    paths = PATHS if model.config.get_text_config().vocab_size > SMALL else None
-    subjects = [
-        Subject(SINGLE, "plain", {}, Reach(partial(verifier_acceptance, verifier=SINGLE), VERIFIERS[SINGLE], 1))
-    ]
-    drafts = {"drafter": settings.drafter, "exit_layers": settings.exit_layers}
-    for name in SEVERAL:
-        options = {"monte_carlo": paths} if name == WITHOUT else {}
-        rate = partial(verifier_acceptance, verifier=name, **options)
-        role = "control" if name == NAIVE else "method"
-        subjects.append(Subject(name, role, drafts, Reach(rate, VERIFIERS[name])))
-    subjects.append(Subject(ANY, "control", {}, Reach(lambda p, q, n: p.new_ones(len(p)), AnyDraft())))
-    for scheme in SAMPLINGS:
-        subjects.append(Subject(ceiling(scheme), "control", {}, Reach(partial(optimal_acceptance, scheme=scheme))))
-    return Experiment(
-        slug=OptimalMDSD.slug,
-        claim=OptimalMDSD.claim,
-        task=task,
-        models={"drafter": drafter.model} if type(drafter) is ModelDrafter else {},  # others are in the settings
-        subjects=subjects,
+    drafter = make_drafter(settings.drafter, run.model, settings.exit_layers)
+    paths = PATHS if run.model.config.get_text_config().vocab_size > SMALL else None
+    return Design(
+        task=AcceptanceTask(run.model, run.tokenizer, drafter, run.samples),
+        arms=make_arms({"drafter": settings.drafter, "exit_layers": settings.exit_layers}, paths),
         baseline=SINGLE,
-        judge=judge,
-        seeds=tuple(seeds or (0,)),
-        batch=1,
+        models={"drafter": drafter.model} if type(drafter) is ModelDrafter else {},  # others are in the settings
         notes=f"Drafts come from {settings.drafter}. Texts are what the target writes at temperature 1 for problems of "
         f"the test split, at most {NEW_TOKENS} tokens each. `single` has one draft in every column. Ceilings are no "
         f"verifiers; `{ANY}` emits the first draft whatever the target says and is not lossless."
         + (f" The rate of {WITHOUT} is estimated from {PATHS} random paths per position." if paths else ""),
     )
+
+
+def make_arms(drafts: dict[str, Any], paths: int | None) -> list[Arm]:
+    """One draft, the verifiers of several, any draft, and the ceilings."""
+
+    def arm(name: str, role: Any, rate: Callable, *more: Any, setting: dict[str, Any] | None = None) -> Arm:
+        return Arm(name, role=role, setting=setting, apply=Reach(rate, *more))
+
+    def rate(name: str) -> Callable:
+        return partial(verifier_acceptance, verifier=name, **({"monte_carlo": paths} if name == WITHOUT else {}))
+
+    return [
+        arm(SINGLE, "plain", rate(SINGLE), VERIFIERS[SINGLE], 1),
+        *(
+            arm(name, "control" if name == NAIVE else "method", rate(name), VERIFIERS[name], setting=drafts)
+            for name in SEVERAL
+        ),
+        arm(ANY, "control", lambda p, q, n: p.new_ones(len(p)), AnyDraft()),
+        *(arm(ceiling(scheme), "control", partial(optimal_acceptance, scheme=scheme)) for scheme in SAMPLINGS),
+    ]
 
 
 def ceiling(scheme: str) -> str:
@@ -102,7 +97,7 @@ SEVERAL_DRAFTS = [setting(t, n) for t in TEMPERATURES for n in DRAFTS if n > 1]
 
 @dataclass(frozen=True)
 class Reach:
-    """What is measured of a subject.
+    """What is measured of an arm.
 
     Attributes:
         rate: acceptance by formula, (p, q, n) -> (positions,).
@@ -127,7 +122,7 @@ class AnyDraft:
 
 
 class AcceptanceTask:
-    """Texts of the target's own, read by target and drafter. A subject's `apply` is a `Reach`."""
+    """Texts of the target's own, read by target and drafter. An arm's `apply` is a `Reach`."""
 
     slug: ClassVar[str] = "acceptance"
     stage: ClassVar[str] = "decode"
@@ -149,8 +144,8 @@ class AcceptanceTask:
     def samples(self) -> list[Sample]:
         return [Sample(question, question, {"index": i}) for i, question in enumerate(self.texts)]
 
-    def run(self, subject: Subject, samples: Sequence[Sample], seed: int) -> list[Outcome]:
-        return [self._measure(subject.apply, sample, seed) for sample in samples]
+    def run(self, arm: Arm, samples: Sequence[Sample], seed: int) -> list[Outcome]:
+        return [self._measure(arm.apply, sample, seed) for sample in samples]
 
     def _measure(self, reach: Reach, sample: Sample, seed: int) -> Outcome:
         generator = torch.Generator().manual_seed(10_000 * seed + sample.data["index"])
@@ -201,9 +196,57 @@ class AcceptanceTask:
 # --- the verdict ---------------------------------------------------------------------------------------------------
 
 
-def pooled(comparison: Comparison, subject: str, what: str, name: str) -> np.ndarray:
-    """What was kept of a subject in a setting, over all positions."""
-    return np.concatenate([np.array(d[what][name], float) for d in comparison.details(subject)])
+@build.findings
+def findings(c: Comparison) -> list[Finding]:
+    """The order of the ceilings, the gaps of the verifiers, formula against draws, and the distribution of what comes
+    out."""
+    verifiers = (SINGLE, *SEVERAL)
+    exceeded = max(above_ceiling(c, verifier) for verifier in verifiers)
+    missed = max(abs(gap.interval.mean) for gap in below_ceiling(c, GREEDY))
+    rates = {name: largest_error(c, name, "accepted") for name in verifiers}
+    tokens = {name: largest_error(c, name, "best") for name in (*verifiers, ANY)}
+    positions = len(pooled(c, SINGLE, "expected", ALL[0]))
+    return [
+        Finding(
+            "recursive rejection and K-SEQ stay below the ceilings of their drafts",
+            all_of(*(above(gap, 0) for verifier in (KSEQ, RRS, WITHOUT) for gap in below_ceiling(c, verifier))),
+            note=f"{positions} positions",
+        ),
+        Finding(
+            "greedy drafts with their verifier are accepted more often than K-SEQ and recursive rejection",
+            all_of(*(beats(c, name, GREEDY, [KSEQ, RRS], "+.4f") for name in SEVERAL_DRAFTS)),
+            main=True,
+            note="; ".join(
+                f"{name}: " + ", ".join(f"{v} {c.mean(v, name):.4f}" for v in verifiers) for name in SEVERAL_DRAFTS
+            ),
+        ),
+        Finding(
+            f"real draws are accepted as often as the formulas say: K-SEQ and greedy within {ERRORS} standard errors, "
+            f"all within {MOST_ERRORS}",
+            all_of(
+                *(_within_errors(rates, name, ERRORS) for name in (KSEQ, GREEDY)),
+                *(_within_errors(rates, name, MOST_ERRORS) for name in verifiers if name not in (KSEQ, GREEDY)),
+            ),
+        ),
+        Finding(
+            "the target's most probable token comes out as often as the target says; taking any draft fails that",
+            all_of(
+                *(_within_errors(tokens, name, MOST_ERRORS) for name in verifiers),
+                above(_errors(tokens, ANY), MOST_ERRORS),
+            ),
+        ),
+        describe(
+            "what follows from the formulas: the ceiling is higher without replacement than with it, greedy drafts "
+            "reach theirs, and none exceeds its own",
+            "; ".join(str(c.gap(name, ceiling("without"), ceiling("with"), "+.4f")) for name in SEVERAL_DRAFTS)
+            + f"; largest gap of greedy {missed:.1e}; most above a ceiling {exceeded:.1e}",
+        ),
+    ]
+
+
+def pooled(c: Comparison, arm: str, what: str, name: str) -> np.ndarray:
+    """What was kept of an arm in a setting, over all positions."""
+    return np.concatenate([np.array(d[what][name], float) for d in c.details(arm)])
 
 
 def errors_off(hits: np.ndarray, chances: np.ndarray) -> float:
@@ -213,80 +256,32 @@ def errors_off(hits: np.ndarray, chances: np.ndarray) -> float:
     return off / variance**0.5 if variance > 1e-12 else (0.0 if abs(off) < 1e-6 else float("inf"))
 
 
-def largest_error(comparison: Comparison, subject: str, of: str) -> float:
+def largest_error(c: Comparison, arm: str, of: str) -> float:
     """The largest distance over the settings, in standard errors: of "accepted" or of "best"."""
     found = []
     for name in ALL:
-        hits = pooled(comparison, subject, of, name)
-        found.append(
-            errors_off(*hits.T) if of == "best" else errors_off(hits, pooled(comparison, subject, "expected", name))
-        )
+        hits = pooled(c, arm, of, name)
+        found.append(errors_off(*hits.T) if of == "best" else errors_off(hits, pooled(c, arm, "expected", name)))
     return max(found, key=abs)
 
 
-def gaps(comparison: Comparison, verifier: str) -> dict[str, Interval]:
-    """Ceiling of the same drafts minus the verifier, by setting."""
-    top = ceiling(VERIFIERS[verifier].sampling)
-    return {name: comparison.difference(top, verifier, name) for name in SEVERAL_DRAFTS}
+def below_ceiling(c: Comparison, verifier: str) -> list[Contrast]:
+    """Ceiling of the same drafts minus the verifier, in each setting."""
+    return [c.gap(name, ceiling(VERIFIERS[verifier].sampling), verifier, "+.4f") for name in SEVERAL_DRAFTS]
 
 
-def above(comparison: Comparison, verifier: str) -> float:
+def above_ceiling(c: Comparison, verifier: str) -> float:
     """The most by which a verifier exceeds its ceiling at any position."""
     top = ceiling(VERIFIERS[verifier].sampling)
     return max(
-        float(np.max(pooled(comparison, verifier, "expected", name) - pooled(comparison, top, "expected", name)))
+        float(np.max(pooled(c, verifier, "expected", name) - pooled(c, top, "expected", name)))
         for name in (ALL if verifier != SINGLE else ALL[:1])
     )
 
 
-def listed(intervals: dict[str, Interval]) -> str:
-    return ", ".join(f"{name} {i:.4f}" for name, i in intervals.items())
+def _errors(found: dict[str, float], name: str) -> Contrast:
+    return exactly(abs(found[name]), f"standard errors, {name}", ".2f")
 
 
-def judge(comparison: Comparison) -> list[Finding]:
-    """The order of the ceilings, the gaps of the verifiers, formula against draws, and the distribution of what comes
-    out."""
-    gained = {name: comparison.difference(ceiling("without"), ceiling("with"), name) for name in SEVERAL_DRAFTS}
-    below = {verifier: gaps(comparison, verifier) for verifier in (KSEQ, RRS, WITHOUT, GREEDY)}
-    exceeded = max(above(comparison, verifier) for verifier in (SINGLE, *SEVERAL))
-    rates = {verifier: largest_error(comparison, verifier, "accepted") for verifier in (SINGLE, *SEVERAL)}
-    distributions = {verifier: largest_error(comparison, verifier, "best") for verifier in (SINGLE, *SEVERAL, ANY)}
-    positions = len(pooled(comparison, SINGLE, "expected", ALL[0]))
-    return [
-        Finding(
-            "the ceiling is higher without replacement than with it",
-            all(i.low > 0 for i in gained.values()),
-            f"without - with: {listed(gained)}; {positions} positions",
-        ),
-        Finding(
-            "recursive rejection and K-SEQ stay below the ceilings of their drafts",
-            all(i.low > 0 for verifier in (KSEQ, RRS, WITHOUT) for i in below[verifier].values()),
-            "gap: " + "; ".join(f"{verifier}: {listed(below[verifier])}" for verifier in (KSEQ, RRS, WITHOUT)),
-        ),
-        Finding(
-            "the verifier of greedy drafts reaches their ceiling, and none exceeds its own at any position",
-            max(abs(i.mean) for i in below[GREEDY].values()) < 1e-9 and exceeded < 1e-8,
-            f"largest gap of greedy {max(abs(i.mean) for i in below[GREEDY].values()):.1e}; "
-            f"most above a ceiling {exceeded:.1e}",
-        ),
-        Finding(
-            f"real draws are accepted as often as the formulas say: K-SEQ and greedy within {ERRORS} standard errors, "
-            f"all within {MOST_ERRORS}",
-            all(abs(z) <= (ERRORS if v in (KSEQ, GREEDY) else MOST_ERRORS) for v, z in rates.items()),
-            f"largest distance over {len(ALL)} settings: " + ", ".join(f"{v} {z:+.2f}" for v, z in rates.items()),
-        ),
-        Finding(
-            "the target's most probable token comes out as often as the target says; taking any draft fails that",
-            all(abs(z) <= MOST_ERRORS for v, z in distributions.items() if v != ANY)
-            and abs(distributions[ANY]) > MOST_ERRORS,
-            "standard errors: " + ", ".join(f"{v} {z:+.2f}" for v, z in distributions.items()),
-        ),
-        Finding(
-            "greedy drafts with their verifier are accepted more often than K-SEQ and recursive rejection",
-            all(comparison.difference(GREEDY, v, n).low > 0 for v in (KSEQ, RRS) for n in SEVERAL_DRAFTS),
-            "; ".join(
-                f"{name}: " + ", ".join(f"{v} {comparison.mean(v, name):.4f}" for v in (SINGLE, *SEVERAL))
-                for name in SEVERAL_DRAFTS
-            ),
-        ),
-    ]
+def _within_errors(found: dict[str, float], name: str, most: int) -> Check:
+    return at_most(_errors(found, name), most)

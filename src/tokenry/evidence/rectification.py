@@ -6,8 +6,6 @@ model told after openings of the split "train"; the strength of the bias is chos
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -18,19 +16,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import InputError
-from ..core.files import read_json
 from ..decode.api import generate
 from ..decode.rectification import Rectification, RectifierLogitsProcessor
-from ..measure.build_cache import digest, kept_folder, read, write
+from ..measure.build_cache import built_json, digest, write
+from ..measure.claims import Contrast, Finding, above, all_of, at_least, beats, below, loses_at_most
 from ..measure.compare import Comparison
-from ..measure.statistics import Interval, bootstrap_statistic
-from ..measure.task import Experiment, Finding, Subject
+from ..measure.experiment import Design, Run, experiment
+from ..measure.statistics import Interval
+from ..measure.task import Arm
 from ..measure.tasks.discourse import SAMPLING, DiscourseTask
 from ..train.rectifier import Rectifier
 from ..zoo import storyteller
@@ -52,6 +50,7 @@ EPISODES, BATCH, SEED = 6000, 250, 0
 RECTIFIER = Rectifier(layers=3, width=64, learning_rate=2e-3, warmup_steps=50, epochs=8, seed=SEED)
 WORDS = 8  # that are banned or biased
 DEV, STRENGTHS, HALVINGS = 150, 12.0, 6  # openings, largest bias in logits, steps of the search
+FLOOR = 0.01  # of the share of undesired stories: a step of eps may leave as many more, where hardly any are left
 
 
 class ShuffledRectifier(RectifierLogitsProcessor):
@@ -63,52 +62,40 @@ class ShuffledRectifier(RectifierLogitsProcessor):
         return caps[:, torch.randperm(caps.shape[1], generator=generator)]
 
 
-def build(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: int | None = None,
-    seeds: Sequence[int] | None = None,
-    method: Rectification | None = None,
-) -> Experiment:
-    """Sample stories, train the rectifier, tune the bias, then compare.
+@experiment(
+    "rectification", Rectification, model="zoo/storyteller", samples=200, seeds=(0, 1), batch=100, quick=10, limit=500
+)
+def build(run: Run) -> Design:
+    """Sample stories, train the rectifier, tune the bias, then compare. Samples are openings for each arm and seed.
 
-    Args:
-        samples: openings for each subject and seed; default 200.
-        method: settings that replace the defaults; its `rectifier` is a folder used instead of training one.
+    `method` has settings that replace the defaults; its `rectifier` is a folder used instead of training one.
     """
-    folder = kept_folder("rectification", model, tokenizer)
-    episodes = sample_episodes(model, tokenizer, folder)
-    place = None if method else train_rectifier(model, tokenizer, episodes, folder)
-    method = method or Rectification(rectifier=place)
-    setting = partial(_setting, name=place.name if place else f"rectifier-{method.rectifier.digest()}")
+    model, tokenizer, folder = run.model, run.tokenizer, run.folder("rectification")
+    episodes = sample_episodes(model, tokenizer, folder, run.size(EPISODES, 2 * BATCH))
+    method = run.method or Rectification(rectifier=str(train_rectifier(model, tokenizer, episodes, folder)))
     words = characteristic_words(tokenizer, episodes)
     shuffled = method.processor(model, tokenizer)
     shuffled = ShuffledRectifier(shuffled.rectifier, method.eps, method.mode, method.p_min, method.p_max)
-    bias = tune_bias(model, tokenizer, method, words, _bias_file(folder, setting(method), words))
-    pure, strict, published = (
-        method.model_copy(update=change) for change in ({"eps": 0.0}, {"eps": 0.3}, {"mode": "iterate"})
-    )
-    named = {"words": tokenizer.convert_ids_to_tokens(words)}
-    subjects = [
-        Subject(PLAIN, "plain"),
-        Subject(BAN, "control", named, {"bad_words_ids": [[word] for word in words]}),
-        Subject(BIAS, "control", {**named, "bias": bias}, {"sequence_bias": biases(words, bias)}),
-        Subject(SHUFFLED, "control", setting(method), {"final_processors": [shuffled]}),
-        Subject(WHOLE, "control", {**setting(method), "min_p": None}, {"methods": [method], "min_p": None}),
-        Subject(PURE, "method", setting(pure), {"methods": [pure]}),
-        Subject(STRICT, "method", setting(strict), {"methods": [strict]}),
-        Subject(PUBLISHED, "method", setting(published), {"methods": [published]}),
-        Subject(METHOD, "method", setting(method), {"methods": [method]}),
-    ]
-    return Experiment(
-        slug="rectification",
-        claim=Rectification.claim,
-        task=DiscourseTask(model, tokenizer, samples or 200),
-        subjects=subjects,
+    bias = tune_bias(model, tokenizer, method, words, folder, run.size(DEV, 20))
+    changes = {PURE: {"eps": 0.0}, STRICT: {"eps": 0.3}, PUBLISHED: {"mode": "iterate"}, METHOD: {}}
+    methods = {name: method.model_copy(update=change) for name, change in changes.items()}
+    named, setting = {"words": tokenizer.convert_ids_to_tokens(words)}, method.model_dump(mode="json")
+    return Design(
+        task=DiscourseTask(model, tokenizer, run.samples),
+        arms=[
+            Arm(PLAIN, role="plain"),
+            Arm(BAN, role="control", setting=named, apply={"bad_words_ids": [[word] for word in words]}),
+            Arm(
+                BIAS,
+                role="control",
+                setting={**named, "bias": bias},
+                apply={"sequence_bias": biases(words, bias)},
+            ),
+            Arm(SHUFFLED, role="control", setting=setting, apply={"final_processors": [shuffled]}),
+            Arm(WHOLE, method, "control", {**setting, "min_p": None}, {"min_p": None}),
+            *(Arm(name, one) for name, one in methods.items()),
+        ],
         baseline=PLAIN,
-        judge=judge,
-        seeds=tuple(seeds or (0, 1)),
-        batch=100,
         notes=f"The rectifier learned from {len(episodes)} stories of the model itself, all of them and not only the "
         f"extremes of each opening, so that its values are the model's risks. Words: the {WORDS} with the highest log "
         "odds ratio, in standard errors, of being in an undesired rather than another story of these. `word bias of "
@@ -121,19 +108,22 @@ def build(
 # --- before the comparison -----------------------------------------------------------------------------------------
 
 
-def sample_episodes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[dict[str, Any]]:
+def sample_episodes(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, count: int
+) -> list[dict[str, Any]]:
     """Stories of the model after training openings, with their rewards; sampled where they are not there yet."""
-    path = folder / f"episodes-{digest([EPISODES, BATCH, SEED, SAMPLING])}.json"
-    if not path.exists():
-        prompts, found = storyteller.openings(EPISODES, "train", SEED), []
-        for start in tqdm(range(0, EPISODES, BATCH), desc="sampling stories"):
+
+    def sample() -> list[dict[str, Any]]:
+        prompts, found = storyteller.openings(count, "train", SEED), []
+        for start in tqdm(range(0, count, BATCH), desc="sampling stories"):
             batch = prompts[start : start + BATCH]
             output = generate(model, tokenizer, batch, **SAMPLING, seed=start)
             for prompt, text, before, ids in zip(batch, output.texts, output.prompt_ids, output.new_ids):
                 reward = -float(storyteller.undesired(f"{prompt} {text}"))
                 found.append({"prompt_ids": before, "continuation_ids": ids, "reward": reward})
-        write(path, lambda part: part.write_text(json.dumps(found), encoding="utf-8"))
-    episodes = read(path, read_json)
+        return found
+
+    episodes = built_json(folder / f"episodes-{digest([count, BATCH, SEED, SAMPLING])}.json", sample)
     if len({e["reward"] for e in episodes}) < 2:
         raise InputError("the model's stories are all desired or all undesired; use the model zoo/storyteller")
     return episodes
@@ -178,95 +168,72 @@ def tune_bias(
     tokenizer: PreTrainedTokenizerBase,
     method: Rectification,
     words: Sequence[int],
-    path: Path,
+    folder: Path,
+    count: int = DEV,
 ) -> float:
-    """The bias on the words at which dev stories have the nats per token that rectification has there; kept at
-    `path`."""
-    if path.exists():
-        return read(path, read_json)
-    task = DiscourseTask(model, tokenizer, DEV, "dev")
+    """The bias on the words at which dev stories have the nats per token that rectification has there."""
 
-    def cost(apply: dict[str, Any]) -> float:
-        outcomes = task.run(Subject("dev", "control", {}, apply), task.samples(), SEED)
-        return float(np.mean([o.metrics["nll"] for o in outcomes]))
+    def tune() -> float:
+        task = DiscourseTask(model, tokenizer, count, "dev")
 
-    wanted, low, high = cost({"methods": [method]}), 0.0, STRENGTHS
-    for _ in tqdm(range(HALVINGS), desc="tuning the bias"):
-        middle = (low + high) / 2
-        low, high = (middle, high) if cost({"sequence_bias": biases(words, middle)}) < wanted else (low, middle)
-    write(path, lambda part: part.write_text(json.dumps(high), encoding="utf-8"))
-    return high
+        def cost(arm: Arm) -> float:
+            return float(np.mean([o.metrics["nll"] for o in task.run(arm, task.samples(), SEED)]))
 
+        wanted, low, high = cost(Arm("dev", method)), 0.0, STRENGTHS
+        for _ in tqdm(range(HALVINGS), desc="tuning the bias"):
+            middle = (low + high) / 2
+            biased = Arm("dev", role="control", apply={"sequence_bias": biases(words, middle)})
+            low, high = (middle, high) if cost(biased) < wanted else (low, middle)
+        return high
 
-def _bias_file(folder: Path, setting: dict[str, Any], words: Sequence[int]) -> Path:
-    return folder / f"bias-{digest([setting, list(words), DEV, SEED, STRENGTHS, HALVINGS, SAMPLING])}.json"
-
-
-def _setting(method: Rectification, name: str) -> dict[str, Any]:
-    tensors, _ = method.rectifier.stored()
-    stored = save({name: tensor.contiguous() for name, tensor in tensors.items()})  # as the file holds them
-    weights = {method.rectifier.layout.weights: hashlib.sha256(stored).hexdigest()[:12]}
-    return {**method.model_dump(mode="json"), "rectifier": name, "weights": weights}
+    setting = [method.model_dump(mode="json"), list(words), count, SEED, STRENGTHS, HALVINGS, SAMPLING]
+    return built_json(folder / f"bias-{digest(setting)}.json", tune)
 
 
 # --- afterwards ----------------------------------------------------------------------------------------------------
 
 
-def fewer(comparison: Comparison, subject: str) -> Interval:
-    """1 - share of undesired stories / that of the plain model."""
-    before, after = comparison.values(PLAIN, "undesired"), comparison.values(subject, "undesired")
-
-    def relative(pick: np.ndarray) -> float:
-        plain = before[pick].sum()
-        return 1 - after[pick].sum() / plain if plain else math.nan
-
-    return bootstrap_statistic(relative, len(before))
+def perplexity_ratio(c: Comparison, arm: str) -> Contrast:
+    gap = c.difference(arm, PLAIN, "nll")
+    return Contrast(Interval(*(math.exp(v) for v in gap[:3]), gap.n), f"perplexity, {arm} / {PLAIN}")
 
 
-def judge(comparison: Comparison) -> list[Finding]:
+@build.findings
+def findings(c: Comparison) -> list[Finding]:
     """Fewer undesired stories, their price, the controls, and the strictness."""
-    others = [s for s in comparison.subjects if s != PLAIN]
-    fall = {s: fewer(comparison, s) for s in others}
-    costs = {s: comparison.difference(s, PLAIN, "nll") for s in others}
-    ratios = {s: Interval(*(math.exp(v) for v in gap[:3]), gap.n) for s, gap in costs.items()}
-    worse = {s: comparison.difference(s, METHOD, "undesired") for s in (BIAS, SHUFFLED, BAN)}
-    pairs = {"eps 0 - 0.1": (PURE, METHOD), "eps 0.1 - 0.3": (METHOD, STRICT), "eps 0 - 0.3": (PURE, STRICT)}
-    steps = {name: comparison.difference(*pair, "undesired") for name, pair in pairs.items()}
-    soundness = {s: comparison.difference(s, PLAIN, "sound") for s in others}
+    others = [arm for arm in c.arms if arm != PLAIN]
+    steps = [c.gap("undesired", *pair) for pair in ((PURE, METHOD), (METHOD, STRICT))]
     return [
         Finding(
             "at eps 0.1 at least 40 % fewer stories are undesired",
-            fall[METHOD].mean >= 0.4 and fall[METHOD].low > 0,
-            f"share of the plain model {comparison.mean(PLAIN, 'undesired'):.3f}; fewer: " + _list(fall, "{:.1%}"),
+            at_least(c.saved("undesired", METHOD, PLAIN), 0.4),
+            main=True,
+            note=f"share of the plain model {c.mean(PLAIN, 'undesired'):.3f}; "
+            + "; ".join(f"{arm} {c.saved('undesired', arm, PLAIN).shown}" for arm in others if arm != METHOD),
         ),
         Finding(
             "their perplexity under the plain model is less than 20 % higher",
-            ratios[METHOD].mean < 1.2,
-            "perplexity / plain: " + _list(ratios, "{:.3f}"),
+            below(perplexity_ratio(c, METHOD), 1.2),
+            note="; ".join(f"{arm} {perplexity_ratio(c, arm).shown}" for arm in others if arm != METHOD),
         ),
         Finding(
             "a bias on characteristic words that costs as much perplexity leaves more undesired stories",
-            worse[BIAS].low > 0,
-            "undesired, control - rectification: " + _list({s: worse[s] for s in (BIAS, BAN)}, "{:+.3f}"),
+            beats(c, "undesired", METHOD, [BIAS]),
+            note=str(c.gap("undesired", BAN, METHOD)),
         ),
         Finding(
-            "the same caps on other tokens leave more undesired stories",
-            worse[SHUFFLED].low > 0,
-            "undesired, control - rectification: " + _list({SHUFFLED: worse[SHUFFLED]}, "{:+.3f}"),
+            "the same caps on other tokens leave more undesired stories", beats(c, "undesired", METHOD, [SHUFFLED])
         ),
         Finding(
-            "a larger eps leaves fewer undesired stories, over 0, 0.1 and 0.3",
-            all(step.mean >= 0 for step in steps.values()) and steps["eps 0 - 0.3"].low > 0,
-            "undesired: " + _list(steps, "{:+.3f}"),
+            "a larger eps leaves fewer undesired stories, over 0, 0.1 and 0.3: no step more, and fewer in all",
+            all_of(
+                above(c.gap("undesired", PURE, STRICT), 0),
+                *(loses_at_most(step, FLOOR) for step in steps),
+            ),
         ),
         Finding(
-            "the stories stay whole: the share of sentences that the language has falls by less than 0.02",
-            soundness[METHOD].mean > -0.02,
-            "share of sound sentences - plain: " + _list(soundness, "{:+.4f}"),
+            "the stories stay whole: the share of sentences that the language has falls by at most 0.02",
+            loses_at_most(c.gap("sound", METHOD, PLAIN, "+.4f"), 0.02),
+            note="; ".join(f"{arm} {c.gap('sound', arm, PLAIN, '+.4f').shown}" for arm in others if arm != METHOD),
         ),
     ]
-
-
-def _list(intervals: dict[str, Interval], form: str) -> str:
-    shown = ((name, [form.format(v) for v in found[:3]]) for name, found in intervals.items())
-    return "; ".join(f"{name} {mean} [{low}, {high}]" for name, (mean, low, high) in shown)

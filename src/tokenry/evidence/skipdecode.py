@@ -7,24 +7,25 @@ sums are right or wrong. Trained models are kept in the cache folder.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ..core.errors import InputError
-from ..core.outputs import write_folder
 from ..data.problems import Arithmetic, draw_problems
 from ..decode.skipdecode import SkipDecode
 from ..hooks.skip_schedule import SkipSchedule
-from ..measure.build_cache import digest, kept_folder
+from ..measure.build_cache import built_folder, digest, kept_folder
+from ..measure.claims import Contrast, Finding, above, all_of, at_least, beats, describe
 from ..measure.compare import Comparison
-from ..measure.statistics import Interval, bootstrap_statistic
-from ..measure.task import Experiment, Finding, Subject
+from ..measure.experiment import Design, Run, experiment
+from ..measure.statistics import bootstrap_statistic
+from ..measure.task import Arm
 from ..measure.tasks.depth import (
     LEVELS,
     PLANNED,
@@ -57,25 +58,18 @@ STEPS, BATCH, RATE = 200, 32, 1e-3
 CLOSED = 0.5  # share of the gap that training must close
 
 
-def build(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: int | None = None,
-    seeds: Sequence[int] | None = None,
-    method: SkipDecode | None = None,
-) -> Experiment:
+@experiment("skipdecode", SkipDecode, samples=240, quick=2)
+def build(run: Run) -> Design:
     """The same cost spent in four ways: the lower middle left out, the top, and two random choices of layers.
 
-    Args:
-        samples: problems; default 240. There are at most 12 texts.
-        seeds: has no effect, nothing is drawn.
-        method: its `warmup` takes the place of 2.
+    Samples are problems; there are at most 12 texts. Seeds have no effect, nothing is drawn. The `warmup` of `method`
+    takes the place of 2.
     """
-    if method is not None and method.model_fields_set - {"warmup"}:
-        others = ", ".join(sorted(method.model_fields_set - {"warmup"}))
+    if run.given.keys() - {"warmup"}:
+        others = ", ".join(sorted(run.given.keys() - {"warmup"}))
         raise InputError(f"this comparison sets {others} itself; give warmup alone")
-    warmup, count = method.warmup if method else 2, samples or 240
-    reasoner = load("zoo/reasoner", device=model.device)
+    warmup, count = run.method.warmup if run.method else 2, run.samples
+    reasoner = load("zoo/reasoner", device=run.model.device)
     schedules: dict[str, Callable[..., SkipSchedule]] = {
         PLAIN: partial(schedule, SkipSchedule, warmup, plain=True),
         EXIT: partial(schedule, EarlyExit, warmup),
@@ -85,31 +79,29 @@ def build(
         LONG: partial(schedule, SkipSchedule, 4),
         METHOD: partial(schedule, SkipSchedule, warmup),
     }
-    steps = STEPS if samples is None else min(STEPS, samples)
+    steps = min(STEPS, count)
     trained = {name: train(reasoner, schedules[name], steps) for name in TRAINED}
     roles = {PLAIN: "plain", **dict.fromkeys(CONTROLS, "control")}
-    subjects = [
-        Subject(
-            name,
-            roles.get(name, "method"),
-            describe(made),
-            {"schedule": made, "trained": trained.get(name), "problems": name in TRAINED},
-        )
-        for name, made in schedules.items()
-    ]
-    return Experiment(
-        slug=SkipDecode.slug,
-        claim=SkipDecode.claim,
-        task=DepthTask(model, tokenizer, reasoner, min(12, count), count),
-        subjects=subjects,
+    return Design(
+        task=DepthTask(run.model, run.tokenizer, reasoner, min(12, count), count),
+        arms=[
+            Arm(
+                name,
+                role=roles.get(name, "method"),
+                setting=describe_schedule(made),
+                apply={"schedule": made, "trained": trained.get(name), "problems": name in TRAINED},
+            )
+            for name, made in schedules.items()
+        ],
         baseline=PLAIN,
-        judge=judge,
         batch=count,
+        seeds=(0,),
         models={"reasoner": reasoner.model},
         notes=f"Texts: the model as it is. Sums: zoo/reasoner, {len(decoder_layers(reasoner.model))} layers, levels "
         f"{LEVELS[0]} to {LEVELS[-1]}, depth planned to fall over {PLANNED} tokens. Training: {steps} steps of {BATCH} "
         f"solutions, AdamW at {RATE}, the smallest depth drawn for every step, for all alike; '{PLAIN}' is trained on "
-        "at full depth. Speed is measured by benchmarks/bench_skipdecode.py.",
+        "at full depth. Each schedule is trained once: the intervals do not contain the variance of training. Speed is "
+        "measured by benchmarks/bench_skipdecode.py.",
     )
 
 
@@ -128,7 +120,7 @@ def schedule(
     return kind(layers, layers, low, warmup, prompt, planned, **settings)
 
 
-def describe(made: Callable[..., SkipSchedule]) -> dict[str, Any]:
+def describe_schedule(made: Callable[..., SkipSchedule]) -> dict[str, Any]:
     """What identifies a schedule in the store."""
     kind, warmup = made.args
     return {"skips": kind.__name__, "warmup": warmup, **made.keywords}
@@ -149,15 +141,14 @@ def solutions(reasoner: Loaded, count: int) -> list[dict[str, list[int]]]:
 
 def train(reasoner: Loaded, made: Callable[..., SkipSchedule], steps: int) -> PreTrainedModel:
     """The reasoner trained with this schedule; from the cache folder where it has been before."""
-    settings = [describe(made), steps, BATCH, RATE, LEVELS, PLANNED, PROBLEM_DEPTHS]
-    name = digest(settings)
-    folder = kept_folder("skipdecode", *reasoner) / name
-    if not folder.exists():
+    settings = [describe_schedule(made), steps, BATCH, RATE, LEVELS, PLANNED, PROBLEM_DEPTHS]
+
+    def saving() -> Callable[[Path], Any]:
         trainer = make_trainer(reasoner, made, steps)
         trainer.train()
-        write_folder(
-            folder, lambda part: (trainer.model.save_pretrained(part), reasoner.tokenizer.save_pretrained(part))
-        )
+        return lambda part: (trainer.model.save_pretrained(part), reasoner.tokenizer.save_pretrained(part))
+
+    folder = built_folder(kept_folder("skipdecode", *reasoner) / digest(settings), saving)
     return load(folder, device=reasoner.model.device).model
 
 
@@ -201,64 +192,51 @@ def make_trainer(reasoner: Loaded, made: Callable[..., SkipSchedule], steps: int
 # --- afterwards ----------------------------------------------------------------------------------------------------
 
 
-def closed(comparison: Comparison, subject: str, average: int) -> Interval:
+def closed(c: Comparison, arm: str, average: int) -> Contrast:
     """The share of what skipping loses of the sums solved that training brings back."""
-    plain = comparison.values(PLAIN, f"untrained_{average}")
-    before, after = (comparison.values(subject, f"{state}_{average}") for state in ("untrained", "trained"))
+    plain = c.values(PLAIN, f"untrained_{average}")
+    before, after = (c.values(arm, f"{state}_{average}") for state in ("untrained", "trained"))
     known = np.flatnonzero(~np.isnan(plain))  # texts have no sums
 
     def share(pick) -> float:
         lost = (plain[known][pick] - before[known][pick]).sum()
         return float((after[known][pick] - before[known][pick]).sum() / lost) if lost > 0 else float("nan")
 
-    return bootstrap_statistic(share, len(known))
+    return Contrast(bootstrap_statistic(share, len(known)), f"gap closed, {arm}", ".0%")
 
 
-def judge(comparison: Comparison) -> list[Finding]:
+@build.findings
+def findings(c: Comparison) -> list[Finding]:
     """Which layers can go, how fast an untrained model degrades, and what training brings back."""
-    mean, least = comparison.mean, PROBLEM_DEPTHS[-1]
-    nll = {s: [mean(s, f"nll_{d}") for d in TEXT_DEPTHS] for s in comparison.subjects}
-    before = {s: mean(s, f"untrained_{least}") for s in TRAINED}
-    after = {s: mean(s, f"trained_{least}") for s in TRAINED}
-    back = closed(comparison, METHOD, least)
-    ahead = {s: comparison.difference(METHOD, s, f"trained_{least}") for s in CONTROLS}
-    saved = {s: comparison.difference(s, METHOD, f"nll_{TEXT_DEPTHS[1]}") for s in (EXIT, SHORT)}
+    least, middle = PROBLEM_DEPTHS[-1], f"nll_{TEXT_DEPTHS[1]}"
+    solved = "; ".join(
+        f"{s} {c.mean(s, f'untrained_{least}'):.3f}, {c.mean(s, f'trained_{least}'):.3f}" for s in TRAINED
+    )
+    nll = {s: [c.mean(s, f"nll_{d}") for d in TEXT_DEPTHS] for s in c.arms}
+    depths = ", ".join(f"{d}%" for d in TEXT_DEPTHS)
     return [
         Finding(
             f"training closes at least half of the gap to all layers, at an average depth of {least}%",
-            back.mean >= CLOSED,
-            f"gap closed: {_interval(back, '.0%')}; sums solved before and after: "
-            + "; ".join(f"{s} {before[s]:.3f}, {after[s]:.3f}" for s in TRAINED),
+            at_least(closed(c, METHOD, least), CLOSED),
+            main=True,
+            note="; ".join(str(closed(c, arm, least)) for arm in CONTROLS)
+            + f"; sums solved before and after: {solved}",
         ),
         Finding(
             "equally trained, no random choice of as many layers and no early exit does as well",
-            all(gap.low > 0 for gap in ahead.values()),
-            "sums solved, skipdecode - " + "; ".join(f"{s} {_interval(gap, '+.3f')}" for s, gap in ahead.items()),
+            beats(c, f"trained_{least}", METHOD, CONTROLS),
         ),
         Finding(
             "without training, skipping the lower middle is better than leaving out the top, at every depth",
-            all(skip < top for skip, top in zip(nll[METHOD], nll[EXIT])),
-            f"nats per token at average depths {', '.join(f'{d}%' for d in TEXT_DEPTHS)}: "
-            + "; ".join(f"{s} {_numbers(nll[s])}" for s in comparison.subjects)
-            + f"; at {TEXT_DEPTHS[1]}%, early exit - skipdecode {_interval(saved[EXIT], '+.2f')}",
-        ),
-        Finding(
-            "an untrained model degrades with every layer that is skipped",
-            all(a < b for a, b in zip([nll[PLAIN][0], *nll[METHOD]], nll[METHOD])),
-            f"nats per token: all layers {nll[PLAIN][0]:.2f}, skipdecode {_numbers(nll[METHOD])}",
+            all_of(*(above(c.gap(f"nll_{d}", EXIT, METHOD, "+.2f"), 0) for d in TEXT_DEPTHS)),
         ),
         Finding(
             "layer 1 is indispensable: a warm-up of 1 is worse by more than 2 nats",
-            saved[SHORT].low > 2,
-            f"warm-up 1 - skipdecode at {TEXT_DEPTHS[1]}%: {_interval(saved[SHORT], '+.2f')} nats per token",
+            above(c.gap(middle, SHORT, METHOD, "+.2f"), 2),
+        ),
+        describe(
+            "an untrained model degrades with the layers that are skipped",
+            f"nats per token at average depths {depths}: "
+            + "; ".join(f"{s} " + ", ".join(f"{v:.2f}" for v in values) for s, values in nll.items()),
         ),
     ]
-
-
-def _numbers(values: Sequence[float]) -> str:
-    return ", ".join(f"{v:.2f}" for v in values)
-
-
-def _interval(found: Interval, form: str) -> str:
-    mean, low, high = (format(v, form) for v in found[:3])
-    return f"{mean} [{low}, {high}]"

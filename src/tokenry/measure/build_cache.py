@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..core.files import explained
+from ..core.files import explained, read_json
 from ..core.hashes import digest
-from ..core.outputs import write_file
+from ..core.outputs import write_file, write_folder
 from ..models.anatomy import fingerprint
 from ..models.load import cache_folder
 
-__all__ = ["digest", "kept_folder", "read", "tokenizer_hash", "write"]
+__all__ = ["built_folder", "built_json", "built_once", "digest", "kept_folder", "read", "tokenizer_hash", "write"]
 
 T = TypeVar("T")
 
@@ -46,6 +47,27 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     for use in ("padding", "truncation") if backend is not None else ():
         state.pop(use, None)  # of the last call
     return digest([state, tokenizer.chat_template, tokenizer.special_tokens_map])
+
+
+def built_once(path: Path, make: Callable[[], T], save: Callable[[T, Path], Any], load: Callable[[Path], T]) -> T:
+    """What is kept at `path`; made and kept where it is not there yet. It is read again even then, so that a second
+    run has exactly what the first one had."""
+    if not path.exists():
+        made = make()
+        write(path, partial(save, made))
+    return read(path, load)
+
+
+def built_json(path: Path, make: Callable[[], Any]) -> Any:
+    """`built_once` for JSON values."""
+    return built_once(path, make, lambda made, part: part.write_text(json.dumps(made), encoding="utf-8"), read_json)
+
+
+def built_folder(path: Path, make: Callable[[], Callable[[Path], Any]]) -> Path:
+    """`path`, a folder; made where it is not there yet. `make` gives the function that saves what it has made."""
+    if not path.exists():
+        write_folder(path, make())
+    return path
 
 
 def write(path: Path, save: Callable[[Path], Any]) -> None:

@@ -1,6 +1,6 @@
-"""compare(): run the subjects of an experiment interleaved, sample by sample, and say what differs.
+"""compare(): run the arms of an experiment interleaved, sample by sample, and say what differs.
 
-Interleaving means that all subjects see the same machine at the same time. Differences are paired: by sample, after
+Interleaving means that all arms see the same machine at the same time. Differences are paired: by sample, after
 averaging over seeds.
 """
 
@@ -16,9 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.anatomy import fingerprint
 from .build_cache import tokenizer_hash
+from .claims import Contrast
+from .experiment import Experiment
+from .frontier import cost_ratio
 from .statistics import Interval, bootstrap_statistic, paired_bootstrap
 from .store import RunStore
-from .task import COSTS, Experiment, Outcome, Sample, Statistic
+from .task import COSTS, Metric, Outcome, Sample, Statistic
 
 __all__ = ["Comparison", "Interrupted", "compare", "identity", "made_of"]
 
@@ -35,7 +38,7 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass
 class Comparison:
-    """All outcomes of an experiment, {(subject, sample, seed): outcome}, and what identifies the run."""
+    """All outcomes of an experiment, {(arm, sample, seed): outcome}, and what identifies the run."""
 
     experiment: Experiment
     samples: Sequence[Sample]
@@ -43,46 +46,55 @@ class Comparison:
     identity: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def subjects(self) -> list[str]:
-        return [s.name for s in self.experiment.subjects]
+    def arms(self) -> list[str]:
+        """Their names."""
+        return [arm.name for arm in self.experiment.arms]
 
-    def values(self, subject: str, name: str) -> np.ndarray:
-        """A metric or cost of a subject, one number per sample (mean over seeds, NaN where not measured)."""
+    def sweep(self, name: str) -> dict[Any, str]:
+        """The arms of a sweep: {value: name}."""
+        return {arm.value: arm.name for arm in self.experiment.arms if arm.sweep == name}
+
+    def quality(self, name: str) -> Metric | Statistic:
+        """The metric or statistic of this name."""
+        return next(q for q in self.experiment.qualities if q.name == name)
+
+    def values(self, arm: str, name: str) -> np.ndarray:
+        """A metric or cost of an arm, one number per sample (mean over seeds, NaN where not measured)."""
         rows = []
         for sample in self.samples:
-            found = [self.outcomes.get((subject, sample.id, seed)) for seed in self.experiment.seeds]
+            found = [self.outcomes.get((arm, sample.id, seed)) for seed in self.experiment.seeds]
             numbers = [(o.cost if name in COSTS else o.metrics).get(name, np.nan) for o in found if o is not None]
             numbers = [n for n in numbers if not np.isnan(n)]
             rows.append(np.mean(numbers) if numbers else np.nan)
         return np.array(rows, float)
 
-    def table(self, subject: str) -> dict[str, np.ndarray]:
-        """Every metric and cost of a subject: {name: (samples, seeds), NaN where not measured}."""
+    def table(self, arm: str) -> dict[str, np.ndarray]:
+        """Every metric and cost of an arm: {name: (samples, seeds), NaN where not measured}."""
         names = [*(m.name for m in self.experiment.task.metrics), *COSTS]
         shape = (len(self.samples), len(self.experiment.seeds))
         found = {name: np.full(shape, np.nan) for name in names}
         for i, sample in enumerate(self.samples):
             for j, seed in enumerate(self.experiment.seeds):
-                outcome = self.outcomes.get((subject, sample.id, seed))
+                outcome = self.outcomes.get((arm, sample.id, seed))
                 for name, value in {**outcome.metrics, **outcome.cost}.items() if outcome else ():
                     found[name][i, j] = value
         return found
 
-    def mean(self, subject: str, name: str) -> float:
+    def mean(self, arm: str, name: str) -> float:
         """Mean over samples of a metric or cost, or the value of a statistic; NaN if nothing was measured."""
         statistic = self._statistic(name)
         if statistic:
-            return statistic.compute({n: v.ravel() for n, v in self.table(subject).items()})
-        values = self.values(subject, name)
+            return statistic.compute({n: v.ravel() for n, v in self.table(arm).items()})
+        values = self.values(arm, name)
         return float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")
 
-    def interval(self, subject: str, name: str) -> Interval:
+    def interval(self, arm: str, name: str) -> Interval:
         """A mean or statistic with its 95 % interval over samples."""
         statistic = self._statistic(name)
         if statistic is None:
-            values = self.values(subject, name)
+            values = self.values(arm, name)
             return paired_bootstrap(values, np.zeros_like(values))
-        table = self.table(subject)
+        table = self.table(arm)
         return bootstrap_statistic(lambda pick: _compute(statistic, table, pick), len(self.samples))
 
     def difference(self, first: str, second: str, name: str) -> Interval:
@@ -95,27 +107,69 @@ class Comparison:
             lambda pick: _compute(statistic, a, pick) - _compute(statistic, b, pick), len(self.samples)
         )
 
+    # Contrasts: what checks are made from, see `claims`.
+
+    def value(self, name: str, arm: str, form: str = ".3f") -> Contrast:
+        """A metric, cost or statistic of an arm."""
+        return Contrast(self.interval(arm, name), f"{_words(name)}, {arm}", form)
+
+    def gap(self, name: str, first: str, second: str, form: str = "+.3f") -> Contrast:
+        """How much higher a metric, cost or statistic of one arm is than that of another."""
+        return Contrast(self.difference(first, second, name), f"{_words(name)}, {first} - {second}", form)
+
+    def ratio(self, name: str, first: str, second: str, form: str = ".2f") -> Contrast:
+        """How many times as much of a cost or metric one arm has as another, in sum over all samples."""
+        sums = self._sums(name, first, second)
+        return Contrast(_over(sums, lambda a, b: a / b), f"{_words(name)}, {first} / {second}", form)
+
+    def saved(self, name: str, arm: str, than: str, form: str = ".1%") -> Contrast:
+        """The share of a cost or metric of `than`, in sum over all samples, that an arm does not have."""
+        sums = self._sums(name, arm, than)
+        return Contrast(_over(sums, lambda a, b: 1 - a / b), f"{_words(name)} saved, {arm} of {than}", form)
+
+    def frontier(self, cost: str, first: str, second: str, at: str, keeps: tuple[str, float] | None = None) -> Contrast:
+        """How many times the cost of a sweep another one has at equal quality `at`.
+
+        Args:
+            keeps: an arm and a margin: only qualities count that are not further below this arm's.
+        """
+        sides = [[self.table(name) for name in self.sweep(sweep).values()] for sweep in (first, second)]
+        least, what = None, f"{_words(cost)} at equal {_words(at)}, {first} / {second}"
+        if keeps:
+            best, margin = self.table(keeps[0])[at], keeps[1]
+            least, what = (
+                lambda pick: float(np.nanmean(best[pick])) - margin,
+                f"{what}, where at most {margin:g} is lost",
+            )
+        return Contrast(cost_ratio(*sides, cost, at, len(self.samples), least), what)
+
+    def _sums(self, name: str, first: str, second: str) -> tuple[np.ndarray, np.ndarray]:
+        """What both arms have, of the samples for which both were measured."""
+        a, b = self.values(first, name), self.values(second, name)
+        measured = ~np.isnan(a + b)
+        return a[measured], b[measured]
+
     def _statistic(self, name: str) -> Statistic | None:
         return next((s for s in self.experiment.statistics if s.name == name), None)
 
-    def details(self, subject: str) -> list[dict[str, Any]]:
+    def details(self, arm: str) -> list[dict[str, Any]]:
         """What the report shows, of every sample and seed."""
-        keys = [(subject, sample.id, seed) for seed in self.experiment.seeds for sample in self.samples]
+        keys = [(arm, sample.id, seed) for seed in self.experiment.seeds for sample in self.samples]
         return [self.outcomes[key].detail for key in keys if key in self.outcomes]
 
     def costs(self) -> list[str]:
-        """The costs that were measured for at least one subject."""
-        return [name for name in COSTS if any(not np.isnan(self.mean(s, name)) for s in self.subjects)]
+        """The costs that were measured for at least one arm."""
+        return [name for name in COSTS if any(not np.isnan(self.mean(s, name)) for s in self.arms)]
 
     def to_dict(self) -> dict[str, Any]:
         """Means, and paired differences of the metrics from the baseline, as JSON values."""
         metrics = [m.name for m in self.experiment.qualities]
         base = self.experiment.baseline
         return {
-            "subjects": {s: {n: _number(self.mean(s, n)) for n in metrics + self.costs()} for s in self.subjects},
+            "subjects": {s: {n: _number(self.mean(s, n)) for n in metrics + self.costs()} for s in self.arms},
             "differences": {
                 s: {n: [_number(v) for v in self.difference(s, base, n)[:3]] for n in metrics}
-                for s in self.subjects
+                for s in self.arms
                 if s != base
             },
             "samples": len(self.samples),
@@ -135,7 +189,7 @@ def identity(experiment: Experiment, about: Mapping[str, Any] | None = None) -> 
         "revision": experiment.revision,
         "tokenry": version("tokenry"),
         "task": {"name": experiment.task.slug, **getattr(experiment.task, "setting", {})},
-        "subjects": {s.name: s.setting for s in experiment.subjects},
+        "subjects": {s.name: s.setting for s in experiment.arms},
         "models": {name: fingerprint(model) for name, model in experiment.models.items()},
         **(about or {}),
     }
@@ -164,7 +218,7 @@ def compare(
     run = store.begin(known, resume) if store else None
     wanted = {
         (s.name, x.key, seed): (s.name, x.id, seed)
-        for s in experiment.subjects
+        for s in experiment.arms
         for x in samples
         for seed in experiment.seeds
     }
@@ -174,17 +228,17 @@ def compare(
         for seed in experiment.seeds:
             for start in range(0, len(samples), experiment.batch):
                 batch = samples[start : start + experiment.batch]
-                for subject in _rotated(experiment.subjects, start // experiment.batch):
-                    todo = [s for s in batch if (subject.name, s.id, seed) not in outcomes]
+                for arm in _rotated(experiment.arms, start // experiment.batch):
+                    todo = [s for s in batch if (arm.name, s.id, seed) not in outcomes]
                     if progress:
-                        progress(len(outcomes), total, subject.name)
+                        progress(len(outcomes), total, arm.name)
                     if not todo:
                         continue
-                    measured = experiment.task.run(subject, batch, seed)
+                    measured = experiment.task.run(arm, batch, seed)
                     rows = list(zip(batch, measured, strict=True))
                     if store:
-                        store.add(run, [(subject.name, s.key, seed, o) for s, o in rows])
-                    outcomes.update({(subject.name, s.id, seed): o for s, o in rows})
+                        store.add(run, [(arm.name, s.key, seed, o) for s, o in rows])
+                    outcomes.update({(arm.name, s.id, seed): o for s, o in rows})
     except KeyboardInterrupt:
         raise Interrupted(len(outcomes), total) from None
     if progress:
@@ -192,14 +246,31 @@ def compare(
     return Comparison(experiment, samples, outcomes, known)
 
 
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _over(sums: tuple[np.ndarray, np.ndarray], compute: Callable[[float, float], float]) -> Interval:
+    """A number from the sums of two arms, with its interval over samples; NaN where the second has none."""
+    a, b = sums
+    if not len(a):
+        return Interval(float("nan"), float("nan"), float("nan"), 0)
+
+    def over(pick: np.ndarray) -> float:
+        whole = b[pick].sum()
+        return float(compute(a[pick].sum(), whole)) if whole else float("nan")
+
+    return bootstrap_statistic(over, len(a))
+
+
 def _compute(statistic: Statistic, table: dict[str, np.ndarray], pick: np.ndarray) -> float:
     return statistic.compute({name: values[pick].ravel() for name, values in table.items()})
 
 
-def _rotated(subjects: Sequence, by: int) -> list:
-    """Another subject goes first in every batch, so that none always meets a cold or a warm machine."""
-    by %= len(subjects)
-    return [*subjects[by:], *subjects[:by]]
+def _rotated(arms: Sequence, by: int) -> list:
+    """Another arm goes first in every batch, so that none always meets a cold or a warm machine."""
+    by %= len(arms)
+    return [*arms[by:], *arms[:by]]
 
 
 def _number(value: float) -> float | None:

@@ -1,9 +1,9 @@
 """Writes what the documentation says about numbers: `python -m tokenry.measure.docs` in the repository.
 
-The evidence table of README.md, docs/evidence.md, the options, evidence and picture of docs/methods/<slug>.md, the
-lists and contracts of docs/stages/<stage>.md, docs/paper-index.md, the models of docs/zoo.md and the methods in the
-menu of mkdocs.yml come from the evidence files, the methods' declarations and the records of the zoo. With --check
-nothing is written, and the exit code says whether all is up to date.
+The ledger of README.md and docs/evidence.md, the pages of docs/evidence, the options, evidence and picture of
+docs/methods/<slug>.md, the lists and contracts of docs/stages/<stage>.md, docs/paper-index.md, the models of
+docs/zoo.md and methods and evidence in the menu of mkdocs.yml come from the evidence files, the methods' declarations
+and the records of the zoo. With --check nothing is written, and the exit code says whether all is up to date.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from .. import catalog
 from ..zoo.recipes import RECIPES, record_of
 from . import pages
-from .ledger import load_evidence
+from .ledger import asked, load_evidence, measured, outcome_of, shown_verdict
 from .pictures import picture
 
 __all__ = ["documents"]
@@ -26,11 +26,13 @@ def documents(root: Path) -> dict[Path, str]:
     """Every generated document: {path: what it should contain}."""
     docs = root / "docs"
     entries = {e["slug"]: e for e in load_evidence(docs / "evidence")}
-    made = {docs / "evidence.md": evidence_page(entries)}
+    made = {docs / "evidence.md": ledger_page(entries)}
+    made |= {docs / "evidence" / f"{name}.md": evidence_page(found) for name, found in entries.items()}
     made |= {docs / "pictures" / f"{name}.svg": picture(found) for name, found in entries.items()}
     blocks = [
         (root / "README.md", "evidence", evidence_table(entries)),
         (root / "mkdocs.yml", "methods", pages.navigation()),
+        (root / "mkdocs.yml", "evidence", pages.evidence_navigation(entries)),
         (docs / "zoo.md", "zoo", zoo_table()),
         (docs / "paper-index.md", "papers", pages.paper_index(entries)),
     ]
@@ -77,43 +79,84 @@ def zoo_table() -> str:
 
 
 def evidence_table(entries: dict[str, dict[str, Any]]) -> str:
-    rows = ["| method | stage | claim | verdict | main number |", "|---|---|---|---|---|"]
-    for entry in catalog.METHODS:
-        for name in entry.experiments:
-            found = entries.get(name)
-            link = f"[{name}](docs/methods/{entry.slug}.md)"
-            if found:
-                main = found["findings"][0]["numbers"]
-                rows.append(f"| {link} | {entry.stage} | {found['claim']} | {found['verdict']} | {main} |")
-            else:
-                rows.append(f"| {link} | {entry.stage} | {entry.summary} | not measured yet | |")
+    """The ledger in short: what was published, and what was measured, on which model, at most one number a cell."""
+    rows = ["| claim of | published | measured | on | verdict | numbers |", "|---|---|---|---|---|---|"]
+    for entry, name in measurements():
+        found, published = entries.get(name), str(entry.claim_of(name) or "")
+        cells = ("", "", "not measured yet", "")
+        if found:
+            cells = measured(found), found["model"], shown_verdict(found), f"[all](docs/evidence/{name}.md)"
+        rows.append(f"| [{name}](docs/methods/{entry.slug}.md) | {published} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
 
-def evidence_page(entries: dict[str, dict[str, Any]]) -> str:
-    parts = ["# Evidence", "", "Generated from `docs/evidence/*.json` by `make docs`. Each entry is one command."]
-    for found in entries.values():
-        parts += ["", f"## {found['slug']}", "", f"**{found['verdict']}**: {found['claim']}", ""]
-        for finding in found["findings"]:
-            parts.append(f"* **{'yes' if finding['holds'] else 'no'}**: {finding['statement']}  ")
-            parts.append(f"  {finding['numbers']}")
-        if found["notes"]:
-            parts += ["", found["notes"]]
-        parts += ["", *numbers_table(found), ""]
-        numbers, versions = found["numbers"], ", ".join(f"{k} {v}" for k, v in found["versions"].items())
-        parts.append(
-            f"{found['model']}, task `{found['task']}`, {numbers['samples']} samples, seeds {numbers['seeds']}; "
-            f"`{found['command']}`; {found['date']}; {versions}."
-        )
+def ledger(entries: dict[str, dict[str, Any]]) -> str:
+    """The ledger with what was asked, and the command that measures it."""
+    rows = ["| claim of | published | asked | measured | on | verdict | command |", "|---|---|---|---|---|---|---|"]
+    for entry, name in measurements():
+        found, published = entries.get(name), str(entry.claim_of(name) or "")
+        cells = ("", "", "", "not measured yet", "")
+        if found:
+            command = f"[`{found['command']}`](evidence/{name}.md)"
+            cells = (asked(found), measured(found), found["model"], shown_verdict(found), command)
+        rows.append(f"| [{name}](methods/{entry.slug}.md) | {published} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def measurements() -> list[tuple[catalog.Entry, str]]:
+    """Every experiment with the method that it is about."""
+    return [(entry, name) for entry in catalog.METHODS for name in entry.experiments]
+
+
+def ledger_page(entries: dict[str, dict[str, Any]]) -> str:
+    """What stands beside the table of all claims."""
+    sources = [f"* {e.slug}: {e.published}. {e.published.source}." for e in catalog.METHODS if e.published]
+    parts = [
+        "# Evidence",
+        "",
+        "Generated from `docs/evidence/*.json` by `make docs`. Each row is one command; behind it are all numbers. "
+        "`tokenry compare --all --quick` runs all of them at their smallest size.",
+        "",
+        "A check holds, fails, or is undecided, by its 95 % interval. `reproduced`: every check holds. `partly`: the "
+        "main one does. `not reproduced`: the main one fails. `undecided`: its interval is on both sides of the bound. "
+        "An older record has findings that hold or not, and the verdict of its time. Measured is the number that the "
+        "main check is made from; it is of a small model, and seldom in the unit of the published one. Models of the "
+        "zoo are described in [zoo.md](zoo.md); `smollm2` is SmolLM2-135M-Instruct.",
+        "",
+        ledger(entries),
+        "",
+        "Published numbers, and the models and data that they are of:",
+        "",
+        *sources,
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def evidence_page(found: dict[str, Any]) -> str:
+    """All numbers of one experiment."""
+    parts = [f"# {found['slug']}: {shown_verdict(found)}", "", "Generated by `make docs`.", "", found["claim"], ""]
+    for finding in found["findings"]:
+        main = ", main" if finding.get("main") else ""
+        parts.append(f"* **{outcome_of(finding)}{main}**: {finding['statement']}  ")
+        parts.append(f"  {finding['numbers']}")
+    parts += [part for text in (found["notes"], found.get("tried")) if text for part in ("", text)]
+    if found.get("limit"):
+        parts += ["", f"While it is undecided it may be extended up to {found['limit']} samples."]
+    parts += ["", *numbers_table(found), ""]
+    numbers, versions = found["numbers"], ", ".join(f"{k} {v}" for k, v in found["versions"].items())
+    parts.append(
+        f"{found['model']}, task `{found['task']}`, {numbers['samples']} samples, seeds {numbers['seeds']}; "
+        f"`{found['command']}`; {found['date']}; {versions}."
+    )
     return "\n".join(parts) + "\n"
 
 
 def numbers_table(found: dict[str, Any]) -> list[str]:
     metrics = list(found["metrics"])
-    subjects = found["numbers"]["subjects"]
-    costs = [n for n in next(iter(subjects.values())) if n not in metrics]
-    rows = ["| subject | " + " | ".join(metrics + costs) + " |", "|---|" + "---:|" * len(metrics + costs)]
-    for name, values in subjects.items():
+    arms = found["numbers"]["subjects"]
+    costs = [n for n in next(iter(arms.values())) if n not in metrics]
+    rows = ["| arm | " + " | ".join(metrics + costs) + " |", "|---|" + "---:|" * len(metrics + costs)]
+    for name, values in arms.items():
         cells = [_cell(values[n], found["numbers"]["differences"].get(name, {}).get(n)) for n in metrics + costs]
         rows.append(f"| {name} | " + " | ".join(cells) + " |")
     return [*rows, "", f"In brackets: 95 % interval of the paired difference from {found['baseline']}."]

@@ -1,20 +1,39 @@
-"""Evidence: what was measured, kept as `docs/evidence/<slug>.json` and never typed by hand."""
+"""Evidence: what was measured, kept as `docs/evidence/<slug>.json` and never typed by hand.
+
+Records of before have findings that hold or not, and a verdict of that time. They are shown with it, and said to be
+older; what they lack cannot be computed from them.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from .claims import Finding, verdict, verdict_of
 from .compare import Comparison
-from .task import Finding
 
-__all__ = ["evidence", "load_evidence", "versions"]
+__all__ = [
+    "asked",
+    "evidence",
+    "is_older",
+    "load_evidence",
+    "main_of",
+    "measured",
+    "outcome_of",
+    "shown_verdict",
+    "verdict_in",
+    "versions",
+]
+
+DESCRIBED = "is described and does not decide"
+NUMBER = r"[-+]?\d[\d.]*%? \[[^\]]*\]"  # with its interval, as text
 
 
 def versions() -> dict[str, str]:
@@ -23,30 +42,92 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **packages, "cpus": str(os.cpu_count())}
 
 
-def evidence(
-    comparison: Comparison, findings: Sequence[Finding], verdict: str, *, model: str, command: str
-) -> dict[str, Any]:
+def evidence(comparison: Comparison, findings: Sequence[Finding], *, model: str, command: str) -> dict[str, Any]:
     """One evidence entry as JSON values."""
     experiment = comparison.experiment
     return {
         "slug": experiment.slug,
         "claim": experiment.claim,
-        "verdict": verdict,
-        "findings": [{"statement": f.statement, "holds": bool(f.holds), "numbers": f.numbers} for f in findings],
+        "verdict": verdict(findings),
+        "findings": [_finding(finding) for finding in findings],
         "model": model,
         "task": experiment.task.slug,
         "identity": {name: value for name, value in comparison.identity.items() if name != "subjects"},
         "baseline": experiment.baseline,
-        "subjects": [{"name": s.name, "role": s.role, "setting": s.setting} for s in experiment.subjects],
+        "subjects": [{"name": arm.name, "role": arm.role, "setting": arm.setting} for arm in experiment.arms],
         "metrics": {m.name: {"better": m.better, "description": m.description} for m in experiment.qualities},
         "numbers": comparison.to_dict(),
         "notes": experiment.notes,
+        "tried": experiment.tried,
+        "limit": experiment.limit,
         "command": command,
         "versions": versions(),
         "date": datetime.now(UTC).date().isoformat(),
     }
 
 
+def _finding(finding: Finding) -> dict[str, Any]:
+    number = finding.check and finding.check.number
+    return {
+        "statement": finding.statement,
+        "outcome": finding.outcome,
+        "main": finding.main,
+        "numbers": finding.numbers,
+        "measured": {"what": number.what, "shown": number.shown} if number else None,
+    }
+
+
 def load_evidence(folder: str | Path) -> list[dict[str, Any]]:
     """All entries of a folder, by slug."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))]
+
+
+# --- records -------------------------------------------------------------------------------------------------------
+
+
+def is_older(record: Mapping[str, Any]) -> bool:
+    """Whether a record is from before findings had three outcomes."""
+    return any("outcome" not in finding for finding in record["findings"])
+
+
+def outcome_of(finding: Mapping[str, Any]) -> str:
+    """What came out of a finding of a record. In older ones a description says so, and was counted as if it held."""
+    if "outcome" in finding:
+        return finding["outcome"]
+    return "described" if DESCRIBED in finding["statement"] else "holds" if finding["holds"] else "fails"
+
+
+def verdict_in(record: Mapping[str, Any]) -> str:
+    """The verdict that follows from the findings of a record; of an older one, the verdict of its time."""
+    if is_older(record):
+        return record["verdict"]
+    main = main_of(record)
+    outcomes = [finding["outcome"] for finding in record["findings"] if finding["outcome"] != "described"]
+    return verdict_of(main["outcome"], outcomes)
+
+
+def shown_verdict(record: dict[str, Any]) -> str:
+    """The verdict, and whether it is one of before."""
+    return verdict_in(record) + (" (older record)" if is_older(record) else "")
+
+
+def measured(record: Mapping[str, Any]) -> str:
+    """The number of the main finding with its interval; empty where an older record has none that can be read."""
+    if is_older(record):  # the number of the method by name, else the first one, which may say how many times
+        text = record["findings"][0]["numbers"]
+        found = re.search(rf"; {re.escape(record['slug'])} ({NUMBER})", text) or re.search(
+            rf"({NUMBER}|\d[\d.]* times)", text
+        )
+        return found[1] if found else ""
+    return main_of(record)["measured"]["shown"]
+
+
+def asked(record: Mapping[str, Any]) -> str:
+    """The statement of the main finding, and what its number is."""
+    main = main_of(record)
+    return main["statement"] if is_older(record) else f"{main['statement']}: {main['measured']['what']}"
+
+
+def main_of(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The main finding; of an older record the first one, as it was then."""
+    return next((finding for finding in record["findings"] if finding.get("main")), record["findings"][0])

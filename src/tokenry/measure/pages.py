@@ -11,8 +11,9 @@ from typing import Any
 
 from .. import catalog
 from ..core.method import Method
+from .ledger import main_of, shown_verdict
 
-__all__ = ["contract", "evidence_of", "method_list", "navigation", "paper_index"]
+__all__ = ["contract", "evidence_navigation", "evidence_of", "method_list", "navigation", "paper_index"]
 
 PAPER = re.compile(r"(.*), arXiv (\d{4}\.\d{5})")
 
@@ -27,8 +28,8 @@ def evidence_of(entry: catalog.Entry, entries: dict[str, dict[str, Any]]) -> str
         return "It has no comparison of its own: it is a part or a baseline of another method's."
     rows = ["| comparison | verdict | main finding | model |", "|---|---|---|---|"]
     for one in found:
-        link = f"[{one['slug']}](../evidence.md#{one['slug']})"
-        rows.append(f"| {link} | {one['verdict']} | {one['findings'][0]['statement']} | {one['model']} |")
+        link = f"[{one['slug']}](../evidence/{one['slug']}.md)"
+        rows.append(f"| {link} | {shown_verdict(one)} | {main_of(one)['statement']} | {one['model']} |")
     for one in found:
         rows += ["", f"![{one['slug']}: what was measured](../pictures/{one['slug']}.svg)", "", f"`{one['command']}`"]
     return "\n".join(rows)
@@ -90,7 +91,7 @@ def _head(node: ast.ClassDef | ast.FunctionDef, lines: Sequence[str]) -> str:
 
 def _verdict(entry: catalog.Entry, entries: dict[str, dict[str, Any]]) -> str:
     name = next((name for name in entry.experiments if name in entries), None)
-    return f"[{entries[name]['verdict']}](../evidence.md#{name})" if name else ""
+    return f"[{shown_verdict(entries[name])}](../evidence/{name}.md)" if name else ""
 
 
 # --- papers and the menu -------------------------------------------------------------------------------------------
@@ -120,3 +121,8 @@ def navigation() -> str:
                 listed.add(entry.slug)
                 lines.append(f'          - "{entry.load().title}": methods/{entry.slug}.md')
     return "\n".join(lines)
+
+
+def evidence_navigation(entries: Sequence[str]) -> str:
+    """The pages of all comparisons for the menu of the site, as YAML."""
+    return "\n".join(f"      - evidence/{name}.md" for name in sorted(entries))

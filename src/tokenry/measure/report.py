@@ -14,9 +14,10 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from .claims import Finding
 from .compare import Comparison
 from .statistics import Interval
-from .task import COSTS, Finding
+from .task import COSTS
 
 __all__ = ["format_number", "render", "tables"]
 
@@ -62,28 +63,28 @@ def tables(comparison: Comparison) -> list[Table]:
     for first in range(0, len(qualities), ACROSS):
         shown = qualities[first : first + ACROSS]
         headings = [f"{label(m.name)} {ARROWS[m.better]}".strip() for m in shown]
-        rows = {s: [_cell(comparison, s, m.name, base) for m in shown] for s in comparison.subjects}
+        rows = {s: [_cell(comparison, s, m.name, base) for m in shown] for s in comparison.arms}
         made.append(_table(comparison, "quality", headings, rows))
     made[-1].caption = f"second and third line: paired difference from {base}, 95 % interval"
-    rows = {s: [format_number(c, comparison.mean(s, c)) for c in comparison.costs()] for s in comparison.subjects}
+    rows = {s: [format_number(c, comparison.mean(s, c)) for c in comparison.costs()] for s in comparison.arms}
     return [*made, _table(comparison, "cost per sample", [label(c) for c in comparison.costs()], rows)]
 
 
 def _table(comparison: Comparison, title: str, headings: Sequence[str], rows: dict[str, list[str | Text]]) -> Table:
     grid = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    grid.add_column("subject", no_wrap=True)
+    grid.add_column("arm", no_wrap=True)
     for heading in headings:
         grid.add_column(heading, justify="right")
-    for subject in comparison.experiment.subjects:
-        grid.add_row(subject.name, *rows[subject.name], style="bold" if subject.role == "method" else None)
+    for arm in comparison.experiment.arms:
+        grid.add_row(arm.name, *rows[arm.name], style="bold" if arm.role == "method" else None)
     return grid
 
 
-def _cell(comparison: Comparison, subject: str, name: str, base: str) -> str | Text:
-    mean = format_number(name, comparison.mean(subject, name))
-    if subject == base:
+def _cell(comparison: Comparison, arm: str, name: str, base: str) -> str | Text:
+    mean = format_number(name, comparison.mean(arm, name))
+    if arm == base:
         return mean
-    difference = comparison.difference(subject, base, name)
+    difference = comparison.difference(arm, base, name)
     shown = format_difference(name, difference).replace(" [", "\n[", 1)
     return Text.assemble(mean, ("\n" + shown, "dim"))
 
@@ -95,11 +96,11 @@ def render(
     experiment = comparison.experiment
     shown = columns(comparison)
     rows = []
-    for subject in experiment.subjects:
+    for arm in experiment.arms:
         cells = []
         for name, _, _ in shown:
-            cells.append(_html_cell(comparison, subject.name, name, experiment.baseline))
-        rows.append({"name": subject.name, "role": subject.role, "cells": cells})
+            cells.append(_html_cell(comparison, arm.name, name, experiment.baseline))
+        rows.append({"name": arm.name, "role": arm.role, "cells": cells})
     template = jinja2.Environment(autoescape=True).from_string(
         (files("tokenry.measure") / "report.html").read_text(encoding="utf-8")
     )
@@ -121,15 +122,15 @@ def render(
     )
 
 
-def _html_cell(comparison: Comparison, subject: str, name: str, base: str) -> dict[str, Any]:
+def _html_cell(comparison: Comparison, arm: str, name: str, base: str) -> dict[str, Any]:
     """Mean and difference from the baseline. Samples of a batch share their cost, so costs get a ratio instead."""
-    mean, plain = comparison.mean(subject, name), comparison.mean(base, name)
+    mean, plain = comparison.mean(arm, name), comparison.mean(base, name)
     cell = {"mean": format_number(name, mean), "difference": "", "sure": False}
-    if subject == base:
+    if arm == base:
         return cell
     if name in COSTS:
         return {**cell, "difference": f"× {mean / plain:.2f}" if plain > 0 and not math.isnan(mean) else ""}
-    difference = comparison.difference(subject, base, name)
+    difference = comparison.difference(arm, base, name)
     return {**cell, "difference": format_difference(name, difference), "sure": difference.excludes_zero}
 
 
@@ -141,9 +142,9 @@ def _data(comparison: Comparison) -> dict[str, Any]:
         "metrics": [m.name for m in comparison.experiment.qualities],
         "costs": comparison.costs(),
         "cost": "cache_bytes" if comparison.experiment.task.stage == "select" else next(iter(comparison.costs()), None),
-        "subjects": [
+        "arms": [
             {"name": s.name, "role": s.role, "values": {n: _interval(comparison, s.name, n) for n in names}}
-            for s in comparison.experiment.subjects
+            for s in comparison.experiment.arms
         ],
         "samples": [
             {
@@ -151,7 +152,7 @@ def _data(comparison: Comparison) -> dict[str, Any]:
                 "prompt": sample.prompt[-600:],
                 "details": {
                     s: comparison.outcomes[s, sample.id, seed].detail
-                    for s in comparison.subjects
+                    for s in comparison.arms
                     if (s, sample.id, seed) in comparison.outcomes
                 },
             }
@@ -160,8 +161,8 @@ def _data(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _interval(comparison: Comparison, subject: str, name: str) -> dict[str, float] | None:
-    interval = comparison.interval(subject, name)
+def _interval(comparison: Comparison, arm: str, name: str) -> dict[str, float] | None:
+    interval = comparison.interval(arm, name)
     if math.isnan(interval.mean):
         return None
     alone = interval.n == 1 or name in COSTS or math.isnan(interval.low)

@@ -19,6 +19,7 @@ from .task import Outcome
 
 __all__ = ["RunStore", "signature"]
 
+# What is an arm in the code is called a subject in stores and records, where it has been called so before.
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS runs (
     id INTEGER PRIMARY KEY, signature TEXT NOT NULL, created TEXT DEFAULT CURRENT_TIMESTAMP, about TEXT NOT NULL);
@@ -68,18 +69,18 @@ class RunStore:
             ).lastrowid
 
     def add(self, run: int, rows: Iterable[tuple[str, str, int, Outcome]]) -> None:
-        """Commit (subject, sample, seed, outcome) rows together."""
+        """Commit (arm, sample, seed, outcome) rows together."""
         with self.db:
             self.db.executemany(
                 "INSERT OR REPLACE INTO outcomes VALUES (?, ?, ?, ?, ?, ?, ?)",
                 [
-                    (run, subject, sample, seed, json.dumps(o.metrics), json.dumps(o.cost), json.dumps(o.detail))
-                    for subject, sample, seed, o in rows
+                    (run, arm, sample, seed, json.dumps(o.metrics), json.dumps(o.cost), json.dumps(o.detail))
+                    for arm, sample, seed, o in rows
                 ],
             )
 
     def outcomes(self, run: int) -> dict[tuple[str, str, int], Outcome]:
-        """Everything measured in a run: {(subject, sample, seed): outcome}."""
+        """Everything measured in a run: {(arm, sample, seed): outcome}."""
         columns = "subject, sample, seed, metrics, cost, detail"
         with explained(self.problem, "choose another path", sqlite3.Error):
             rows = self.db.execute(f"SELECT {columns} FROM outcomes WHERE run = ?", (run,)).fetchall()

@@ -1,4 +1,4 @@
-"""What is measured: a task's samples, how a subject runs on them, and metrics with their better direction."""
+"""What is measured: a task's samples, how an arm runs on them, and metrics with their better direction."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-__all__ = ["COSTS", "Experiment", "Finding", "Metric", "Outcome", "Sample", "Statistic", "Subject", "Task"]
+from ..core.method import Method
+
+__all__ = ["COSTS", "Arm", "Metric", "Outcome", "Sample", "Statistic", "Task"]
 
 COSTS = {
     "seconds": "wall-clock seconds",
@@ -35,7 +37,7 @@ class Metric:
 class Statistic:
     """A quality number over all samples that is no mean, such as a rank correlation.
 
-    `compute` takes the subject's metrics and costs, {name: (samples * seeds,) array, NaN where not measured}.
+    `compute` takes the arm's metrics and costs, {name: (samples * seeds,) array, NaN where not measured}.
     """
 
     name: str
@@ -60,21 +62,37 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Subject:
+class Arm:
     """What is compared: the plain model, a control that could fool the claim, or a method.
 
-    `setting` is what identifies it in the run store (JSON values); `apply` is what the task needs to run it.
+    Attributes:
+        method: the settings of a method, if it is one.
+        setting: what identifies it in the run store (JSON values); default: those of the method.
+        apply: what the task needs to run it, beside or instead of the method.
+        sweep: the sweep that it belongs to, and `value` its place there; see `experiment.sweep`.
     """
 
     name: str
-    role: Literal["plain", "control", "method"]
-    setting: dict[str, Any] = field(default_factory=dict)
+    method: Method | None = None
+    role: Literal["plain", "control", "method"] = "method"
+    setting: dict[str, Any] | None = None
     apply: Any = None
+    sweep: str = ""
+    value: Any = None
+
+    def __post_init__(self) -> None:
+        if self.setting is None:
+            object.__setattr__(self, "setting", self.method.model_dump(mode="json") if self.method else {})
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments for `tokenry.generate`: the method, and what `apply` has."""
+        return {**({"methods": [self.method]} if self.method else {}), **(self.apply or {})}
 
 
 @dataclass
 class Outcome:
-    """Result of one subject on one sample: metrics, costs (keys of COSTS) and what the report shows."""
+    """Result of one arm on one sample: metrics, costs (keys of COSTS) and what the report shows."""
 
     metrics: dict[str, float]
     cost: dict[str, float] = field(default_factory=dict)
@@ -82,10 +100,10 @@ class Outcome:
 
 
 class Task(Protocol):
-    """Samples and how to run and score a subject on them.
+    """Samples and how to run and score an arm on them.
 
     What would change the numbers and is in no sample (a width, a number of draws) is in the task's `setting`, a dict of
-    JSON values as that of a `Subject`; a task whose samples say everything needs none.
+    JSON values as that of an `Arm`; a task whose samples say everything needs none.
     """
 
     slug: str
@@ -95,49 +113,5 @@ class Task(Protocol):
     def samples(self) -> Sequence[Sample]:
         """All samples, in a fixed order."""
 
-    def run(self, subject: Subject, samples: Sequence[Sample], seed: int) -> list[Outcome]:
-        """Run `subject` on a batch of samples; one outcome each."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One sentence of the claim, with the numbers that decide it."""
-
-    statement: str
-    holds: bool
-    numbers: str
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """A claim and how to test it: a task, the subjects with their controls, and what decides.
-
-    `judge` turns a finished `Comparison` into findings. The verdict is `reproduced` if all hold,
-    `direction only` if the first one holds, else `not reproduced`.
-
-    `models` are those that the numbers depend on beside the measured one (a drafter, a twin). `revision` goes up with a
-    change of the experiment that changes numbers and is in no setting: a run is resumed by the same revision alone.
-    """
-
-    slug: str
-    claim: str
-    task: Task
-    subjects: Sequence[Subject]
-    baseline: str
-    judge: Callable[[Any], list[Finding]]
-    seeds: Sequence[int] = (0,)
-    batch: int = 1
-    notes: str = ""
-    statistics: Sequence[Statistic] = ()
-    models: Mapping[str, Any] = field(default_factory=dict)
-    revision: int = 1
-
-    @property
-    def qualities(self) -> list[Metric | Statistic]:
-        """What a comparison shows of quality: the statistics, then the task's metrics."""
-        return [*self.statistics, *self.task.metrics]
-
-    def verdict(self, findings: Sequence[Finding]) -> str:
-        if all(f.holds for f in findings):
-            return "reproduced"
-        return "direction only" if findings and findings[0].holds else "not reproduced"
+    def run(self, arm: Arm, samples: Sequence[Sample], seed: int) -> list[Outcome]:
+        """Run `arm` on a batch of samples; one outcome each."""

@@ -1,1 +1,1 @@
-"""tasks: what subjects are given, and how what they do is scored."""
+"""tasks: what arms are given, and how what they do is scored."""

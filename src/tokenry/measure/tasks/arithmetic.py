@@ -18,7 +18,7 @@ from ...judge.answers.samples import Judged, Solution
 from ...judge.crew import CRew
 from ...text.answers import normalise_answer
 from ...text.spans import text_offsets
-from ..task import Metric, Outcome, Sample, Subject
+from ..task import Arm, Metric, Outcome, Sample
 
 __all__ = ["KINDS", "ArithmeticTask", "Judge", "auroc"]
 
@@ -36,7 +36,7 @@ NEW_TOKENS = 20
 class ArithmeticTask:
     """Sums a + b of numbers from 2 to 30, each solved `drawn` times at temperature 1 after three solved examples.
 
-    All judges see the same solutions, which are drawn once. A subject's `apply` gives each solution a score > 0, or
+    All judges see the same solutions, which are drawn once. An arm's `apply` gives each solution a score > 0, or
     None. The answer is the last number of the solution; what has none counts as wrong and is left out of every choice.
 
     `seconds` are those of judging: the solutions come with their log-probabilities, so no judge needs a forward.
@@ -79,9 +79,9 @@ class ArithmeticTask:
     def samples(self) -> Sequence[Sample]:
         return self._samples
 
-    def run(self, subject: Subject, samples: Sequence[Sample], seed: int) -> list[Outcome]:
+    def run(self, arm: Arm, samples: Sequence[Sample], seed: int) -> list[Outcome]:
         return [
-            self._judge(subject.apply, sample, solutions, seed)
+            self._judge(arm.apply, sample, solutions, seed)
             for sample, solutions in zip(samples, self._solutions(samples, seed))
         ]
 
@@ -111,7 +111,7 @@ class ArithmeticTask:
     # --- drawing ---------------------------------------------------------------------------------------------------
 
     def _solutions(self, samples: Sequence[Sample], seed: int) -> list[list[Solution]]:
-        """The solutions of each sample. All subjects of a batch share them."""
+        """The solutions of each sample. All arms of a batch share them."""
         key = (seed, *(sample.id for sample in samples))
         if self._last is None or self._last[0] != key:
             drawn: dict[str, list[Solution]] = {}

@@ -16,7 +16,7 @@ from ...hooks.residual import edit_inputs, edit_outputs
 from ...models.anatomy import decoder_layers, down_projection, effective_weight, gated_mlp, unembedding
 from ...read.lm_head_neurons import LMHeadNeurons
 from ...read.weights.directions import neuron_rows, top_tokens
-from ..task import Metric, Outcome, Sample, Subject
+from ..task import Arm, Metric, Outcome, Sample
 
 __all__ = ["PROMPTS", "ClampTask", "Target", "named_neurons"]
 
@@ -64,10 +64,10 @@ class Plain(NamedTuple):
 
 
 class ClampTask:
-    """A sample is a named neuron, a seed is a prompt. Every subject holds a neuron's up-projection at +value, then at
+    """A sample is a named neuron, a seed is a prompt. Every arm holds a neuron's up-projection at +value, then at
     -value, at all positions, and watches one token as the next one.
 
-    A subject's `apply` is `apply(sample, seed)`, which says which neuron and which token, or None: the sample's own
+    An arm's `apply` is `apply(sample, seed)`, which says which neuron and which token, or None: the sample's own
     neuron is held at what it has anyway, which must change nothing. All clamps of a batch are rows of one forward.
     """
 
@@ -119,13 +119,13 @@ class ClampTask:
         return target._replace(token=random.Random(f"token {sample.id} {seed}").choice(near).token)
 
     @torch.no_grad()
-    def run(self, subject: Subject, samples: Sequence[Sample], seed: int) -> list[Outcome]:
+    def run(self, arm: Arm, samples: Sequence[Sample], seed: int) -> list[Outcome]:
         start = time.perf_counter()
-        pick: Picks = subject.apply or self.own_token
+        pick: Picks = arm.apply or self.own_token
         targets, plain, values = [pick(sample, seed) for sample in samples], self._plain_run(seed), []
         for target in targets:
             own = self._side("up", target, plain)
-            ends = (own, own) if subject.apply is None else (self.value, -self.value)
+            ends = (own, own) if arm.apply is None else (self.value, -self.value)
             values += [torch.as_tensor(end).to(own).expand(len(own)) for end in ends]
         logprobs = self._clamped(plain.ids, [target for target in targets for _ in range(2)], torch.stack(values))
         cost = {
@@ -151,7 +151,7 @@ class ClampTask:
         return {"note": f"{PROMPTS[seed % len(PROMPTS)]} ... {what}: {moved}"}
 
     def _plain_run(self, seed: int) -> Plain:
-        """The prompt of a seed in the plain model; all subjects share it."""
+        """The prompt of a seed in the plain model; all arms share it."""
         if seed not in self._plain:
             ids = self.tokenizer(PROMPTS[seed % len(PROMPTS)], return_tensors="pt").input_ids.to(self.model.device)
             inputs: dict[int, Tensor] = {}

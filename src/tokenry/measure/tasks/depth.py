@@ -16,7 +16,7 @@ from ...hooks.skip_schedule import SkipSchedule, skip_forward
 from ...models.anatomy import decoder_layers
 from ...models.load import Loaded
 from ..cost import Meter
-from ..task import Metric, Outcome, Sample, Subject
+from ..task import Arm, Metric, Outcome, Sample
 from .generated import generation_cost
 from .unlearning import ordinary_texts
 
@@ -79,7 +79,7 @@ class DepthTask:
     * passages of ordinary text: nats per token behind the first 60, with depth falling to the end;
     * sums that the reasoner of the zoo solves: whether the answer is right, before and after training.
 
-    A subject's `apply` is {"schedule": a function of the number of layers, "trained": a model or None, "problems":
+    An arm's `apply` is {"schedule": a function of the number of layers, "trained": a model or None, "problems":
     whether it takes part in them}.
     """
 
@@ -111,21 +111,21 @@ class DepthTask:
         texts = [Sample(f"text-{i:02}", text) for i, text in enumerate(self.texts)]
         return texts + [Sample(p.id, p.question, {"problem": p}) for p in self.problems]
 
-    def run(self, subject: Subject, samples: Sequence[Sample], seed: int) -> list[Outcome]:
+    def run(self, arm: Arm, samples: Sequence[Sample], seed: int) -> list[Outcome]:
         texts = [s for s in samples if "problem" not in s.data]
         problems = [s for s in samples if "problem" in s.data]
-        found = dict(zip([s.id for s in texts], self._texts(subject, texts))) if texts else {}
-        if problems and subject.apply["problems"]:
-            found |= zip([s.id for s in problems], self._problems(subject, problems))
+        found = dict(zip([s.id for s in texts], self._texts(arm, texts))) if texts else {}
+        if problems and arm.apply["problems"]:
+            found |= zip([s.id for s in problems], self._problems(arm, problems))
         return [found.get(s.id, Outcome({})) for s in samples]
 
     # --- texts ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _texts(self, subject: Subject, samples: Sequence[Sample]) -> list[Outcome]:
+    def _texts(self, arm: Arm, samples: Sequence[Sample]) -> list[Outcome]:
         cut = {"truncation": True, "max_length": COLUMNS, "return_tensors": "pt"}
         ids = torch.cat([self.tokenizer(s.prompt, **cut).input_ids for s in samples]).to(self.model.device)
-        layers, schedule = len(decoder_layers(self.model)), subject.apply["schedule"]
+        layers, schedule = len(decoder_layers(self.model)), arm.apply["schedule"]
         columns: dict[str, list[float]] = {}
         for average in TEXT_DEPTHS:
             made = schedule(layers, average, PROMPT, COLUMNS - PROMPT)
@@ -139,12 +139,12 @@ class DepthTask:
 
     # --- problems ------------------------------------------------------------------------------------------
 
-    def _problems(self, subject: Subject, samples: Sequence[Sample]) -> list[Outcome]:
+    def _problems(self, arm: Arm, samples: Sequence[Sample]) -> list[Outcome]:
         outcomes = [Outcome({}) for _ in samples]
-        models = {"untrained": self.reasoner.model, "trained": subject.apply["trained"]}
+        models = {"untrained": self.reasoner.model, "trained": arm.apply["trained"]}
         for state, model in models.items():
             for average in PROBLEM_DEPTHS:
-                self._solve(model, subject.apply["schedule"], average, state, samples, outcomes)
+                self._solve(model, arm.apply["schedule"], average, state, samples, outcomes)
         return outcomes
 
     def _solve(

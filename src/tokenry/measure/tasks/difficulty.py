@@ -1,4 +1,4 @@
-"""The task `difficulty`: problems of graded difficulty, and how a subject spends its tokens on them."""
+"""The task `difficulty`: problems of graded difficulty, and how an arm spends its tokens on them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from transformers import PreTrainedTokenizerBase
 from ...data.problems import Problem, VerifiableTask
 from ...decode.generation.output import DecodeOutput
 from ..cost import Meter
-from ..task import Metric, Outcome, Sample, Subject
+from ..task import Arm, Metric, Outcome, Sample
 from .generated import generation_cost
 
 __all__ = ["Answer", "DifficultyTask", "answers"]
 
 
 class Answer(NamedTuple):
-    """What a subject wrote on one problem, by which strategy, and what that cost (keys of COSTS)."""
+    """What an arm wrote on one problem, by which strategy, and what that cost (keys of COSTS)."""
 
     text: str
     finished: bool
@@ -39,7 +39,7 @@ def answers(
 
 
 class DifficultyTask:
-    """Problems of every level. A subject's `apply` answers a batch of them: (problems, seed) -> answers.
+    """Problems of every level. An arm's `apply` answers a batch of them: (problems, seed) -> answers.
 
     An answer that was cut off at its budget counts as wrong.
     """
@@ -58,9 +58,9 @@ class DifficultyTask:
     def samples(self) -> list[Sample]:
         return [Sample(problem.id, problem.question, {"index": i}) for i, problem in enumerate(self.problems)]
 
-    def run(self, subject: Subject, samples: Sequence[Sample], seed: int) -> list[Outcome]:
+    def run(self, arm: Arm, samples: Sequence[Sample], seed: int) -> list[Outcome]:
         problems = [self.problems[sample.data["index"]] for sample in samples]
-        found = subject.apply(problems, 100_000 * seed + samples[0].data["index"])
+        found = arm.apply(problems, 100_000 * seed + samples[0].data["index"])
         return [self._outcome(problem, answer) for problem, answer in zip(problems, found, strict=True)]
 
     def right(self, problem: Problem, answer: Answer) -> bool:

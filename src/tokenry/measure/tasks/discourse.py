@@ -14,7 +14,7 @@ from ...decode.generation.output import DecodeOutput
 from ...decode.generation.sequence import SequenceState
 from ...zoo import storyteller
 from ..cost import Meter
-from ..task import Metric, Outcome, Sample, Subject
+from ..task import Arm, Metric, Outcome, Sample
 from .generated import continuation_logprobs, generation_cost, shown_tokens
 
 __all__ = ["SAMPLING", "DiscourseTask"]
@@ -26,7 +26,7 @@ OPENINGS = 1  # seed of the openings; min-p was chosen on those of seed 0
 class DiscourseTask:
     """Stories sampled at temperature 1 with min-p 0.05 from first sentences that nothing was trained on.
 
-    A subject's `apply` is a dict of keyword arguments for `tokenry.generate` (methods, final_processors, or
+    An arm has a method, or an `apply`: keyword arguments for `tokenry.generate` (methods, final_processors, or
     `bad_words_ids`).
     """
 
@@ -50,10 +50,10 @@ class DiscourseTask:
     def samples(self) -> list[Sample]:
         return [Sample(f"opening-{i:03}", prompt) for i, prompt in enumerate(self.prompts)]
 
-    def run(self, subject: Subject, samples: Sequence[Sample], seed: int) -> list[Outcome]:
+    def run(self, arm: Arm, samples: Sequence[Sample], seed: int) -> list[Outcome]:
         first = int(samples[0].id.removeprefix("opening-"))
         prompts = [s.prompt for s in samples]
-        options = {**SAMPLING, "seed": 1000 * seed + first, **(subject.apply or {})}
+        options = {**SAMPLING, "seed": 1000 * seed + first, **arm.options}
         with Meter() as meter:
             output = generate(self.model, self.tokenizer, prompts, **options)
         logprobs = continuation_logprobs(self.model, output)

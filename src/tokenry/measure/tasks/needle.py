@@ -16,7 +16,7 @@ from ...hooks.attention import AttentionCall, observe
 from ...models.kv_cache import cache_bytes
 from ...select.cutters.cache import CacheCutter
 from ...select.heads.calibrate import make_needle_prompts
-from ..task import Metric, Outcome, Sample, Subject
+from ..task import Arm, Metric, Outcome, Sample
 
 __all__ = ["NeedleTask", "Opens"]
 
@@ -26,9 +26,9 @@ Opens = Callable[[PreTrainedModel, int], CacheCutter]
 class NeedleTask:
     """Five digits hidden in filler text, written back from the compressed cache with teacher forcing.
 
-    A subject's `apply` is None (full cache) or `apply(model, draw)`, which opens a cache cutter; `draw` numbers the
-    sample and seed, for controls that are random. One forward reads the prompt, once for all subjects, one the answer.
-    The first answer token is left out of the metrics: prefill predicts it, with the full cache, for every subject.
+    An arm's `apply` is None (full cache) or `apply(model, draw)`, which opens a cache cutter; `draw` numbers the
+    sample and seed, for controls that are random. One forward reads the prompt, once for all arms, one the answer.
+    The first answer token is left out of the metrics: prefill predicts it, with the full cache, for every arm.
 
     `seconds` are those of cutting and of reading the answer; `cache_bytes` is the cache right after the prompt.
     """
@@ -58,8 +58,8 @@ class NeedleTask:
     def samples(self) -> Sequence[Sample]:
         return self._samples
 
-    def run(self, subject: Subject, samples: Sequence[Sample], seed: int) -> list[Outcome]:
-        return [self._run(subject.apply, sample, seed) for sample in samples]
+    def run(self, arm: Arm, samples: Sequence[Sample], seed: int) -> list[Outcome]:
+        return [self._run(arm.apply, sample, seed) for sample in samples]
 
     @torch.no_grad()
     def _run(self, opens: Opens | None, sample: Sample, seed: int) -> Outcome:
@@ -99,7 +99,7 @@ class NeedleTask:
         )
 
     def _prefill(self, sample: Sample) -> tuple[DynamicCache, dict[int, AttentionCall], int]:
-        """The full cache of the prompt and its attention calls. All subjects of a sample share one prefill."""
+        """The full cache of the prompt and its attention calls. All arms of a sample share one prefill."""
         if self._last is None or self._last[0] != sample.id:
             prompt, cache = self._ids(sample.prompt), DynamicCache(config=self.model.config)
             calls: dict[int, AttentionCall] = {}

@@ -15,7 +15,7 @@ from ...decode.api import generate
 from ...decode.generation.output import DecodeOutput
 from ...decode.reasoning.reflection import end_think_ids
 from ..cost import Meter
-from ..task import Metric, Outcome, Sample, Subject
+from ..task import Arm, Metric, Outcome, Sample
 from .generated import continuation_logprobs, generation_cost
 
 __all__ = ["END_THINK", "ReasoningTask", "Solved"]
@@ -42,7 +42,7 @@ class Solved(NamedTuple):
 class ReasoningTask:
     """Problems of every level, each solved once per seed at temperature 0.8.
 
-    A subject's `apply` is a dict of keyword arguments for `tokenry.generate`. A solution that was cut off counts as
+    An arm has a method, or an `apply`: keyword arguments for `tokenry.generate`. A solution that was cut off counts as
     wrong. Smaller budgets need no run of their own: no rule here looks ahead to the budget, so the same solution would
     have been cut off there.
 
@@ -92,10 +92,10 @@ class ReasoningTask:
             for i, problem in enumerate(self.problems)
         ]
 
-    def run(self, subject: Subject, samples: Sequence[Sample], seed: int) -> list[Outcome]:
+    def run(self, arm: Arm, samples: Sequence[Sample], seed: int) -> list[Outcome]:
         problems = [self.problems[sample.data["index"]] for sample in samples]
         with Meter() as meter:
-            output = self.generate(problems, 100_000 * seed + samples[0].data["index"], subject.apply)
+            output = self.generate(problems, 100_000 * seed + samples[0].data["index"], arm.options)
         confidence = [math.exp(scores.mean()) for scores in continuation_logprobs(self.model, output)]
         return [
             self._outcome(problem, solved, output.texts[b], confidence[b], generation_cost(output, b, meter))
@@ -103,7 +103,7 @@ class ReasoningTask:
         ]
 
     def generate(self, problems: Sequence[Problem], seed: int, apply: Mapping[str, Any] | None = None) -> DecodeOutput:
-        """A solution of each problem, with what the subject applies."""
+        """A solution of each problem, with what the arm applies."""
         questions = [problem.question for problem in problems]
         options = {"max_new_tokens": self.max_new_tokens, "seed": seed, **SAMPLING, **(apply or {})}
         return generate(self.model, self.tokenizer, questions, **options)

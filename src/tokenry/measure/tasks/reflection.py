@@ -13,7 +13,7 @@ from ...decode.api import generate
 from ...decode.cyclicreflex import triangular_wave
 from ...decode.generation.sequence import SequenceState
 from ..cost import Meter
-from ..task import Metric, Outcome, Sample, Subject
+from ..task import Arm, Metric, Outcome, Sample
 from .generated import continuation_logprobs, generation_cost, shown_tokens
 
 __all__ = ["BINS", "REFLECTION_PROMPTS", "ReflectionTask"]
@@ -48,8 +48,8 @@ REFLECTION_PROMPTS = (
 class ReflectionTask:
     """Texts of two periods, sampled at temperature 1 without truncation.
 
-    A subject's `apply` is a dict of keyword arguments for `tokenry.generate`. The phase of a token is its generated
-    position within the period, for every subject alike. The rate of reflection tokens by phase is a number of the whole
+    An arm has a method, or an `apply`: keyword arguments for `tokenry.generate`. The phase of a token is its generated
+    position within the period, for every arm alike. The rate of reflection tokens by phase is a number of the whole
     run, not of a sample, so `detail` holds the counts of each of the 16 phase bins.
     """
 
@@ -80,7 +80,7 @@ class ReflectionTask:
     def samples(self) -> list[Sample]:
         return [Sample(f"reflection-{i:02d}", prompt) for i, prompt in enumerate(self.prompts)]
 
-    def run(self, subject: Subject, samples: Sequence[Sample], seed: int) -> list[Outcome]:
+    def run(self, arm: Arm, samples: Sequence[Sample], seed: int) -> list[Outcome]:
         first = int(samples[0].id.removeprefix("reflection-"))
         with Meter() as meter:
             output = generate(
@@ -92,7 +92,7 @@ class ReflectionTask:
                 do_sample=True,
                 temperature=1.0,
                 top_k=0,
-                **(subject.apply or {}),
+                **arm.options,
             )
         logprobs = continuation_logprobs(self.model, output)
         outcomes = []

@@ -21,7 +21,7 @@ from ...decode.api import generate
 from ...decode.generation.sequence import SequenceState
 from ...decode.speculation.self_draft import SelfDrafting, TiDARLoop
 from ..cost import Meter
-from ..task import Metric, Outcome, Sample, Subject
+from ..task import Arm, Metric, Outcome, Sample
 from .generated import generation_cost
 
 __all__ = ["Guess", "OtherGuesses", "Plan", "SelfDraftingTask", "bigram", "random_tokens", "repeat"]
@@ -32,7 +32,7 @@ Guess = Callable[[list[int], int], list[int]]  # the ids so far and a count: so 
 
 
 class Plan(NamedTuple):
-    """How a subject writes: a model, what drafts for it if anything does, and the temperature; 0 is greedy."""
+    """How an arm writes: a model, what drafts for it if anything does, and the temperature; 0 is greedy."""
 
     model: PreTrainedModel
     speculation: Any = None
@@ -89,10 +89,10 @@ def bigram(texts: Iterable[Sequence[int]], vocabulary: int) -> Guess:
 
 
 class SelfDraftingTask:
-    """Arithmetic problems, one at a time. A subject's `apply` is a `Plan`.
+    """Arithmetic problems, one at a time. An arm's `apply` is a `Plan`.
 
     Args:
-        once: the seed for which greedy subjects run; for others, where they would write the same, they do nothing.
+        once: the seed for which greedy arms run; for others, where they would write the same, they do nothing.
     """
 
     slug: ClassVar[str] = "self-drafting"
@@ -112,8 +112,8 @@ class SelfDraftingTask:
     def samples(self) -> list[Sample]:
         return [Sample(p.id, p.question, {"index": i}) for i, p in enumerate(self.problems.values())]
 
-    def run(self, subject: Subject, samples: Sequence[Sample], seed: int) -> list[Outcome]:
-        plan = subject.apply
+    def run(self, arm: Arm, samples: Sequence[Sample], seed: int) -> list[Outcome]:
+        plan = arm.apply
         if plan.temperature == 0 and seed != self.once:
             return [Outcome({}) for _ in samples]
         return [self._solve(plan, self.problems[s.id], 100_000 * seed + s.data["index"]) for s in samples]

@@ -21,7 +21,7 @@ from ...decode.speculation.loop import Speculation, SpeculativeOutput
 from ...decode.speculation.verifiers import Selection, Verifier
 from ...models.prompts import encode_prompts
 from ..cost import Meter
-from ..task import Metric, Outcome, Sample, Statistic, Subject
+from ..task import Arm, Metric, Outcome, Sample, Statistic
 from .generated import generation_cost
 
 __all__ = ["EFFICIENCY", "RecordingVerifier", "SpeculationTask", "continuation_distribution", "uncertain_prefix"]
@@ -70,7 +70,7 @@ EFFICIENCY = Statistic(
 class SpeculationTask:
     """Arithmetic problems at temperature 1, one at a time, and draws of short continuations.
 
-    A subject's `apply` is a `Speculation`, or None for plain decoding.
+    An arm's `apply` is a `Speculation`, or None for plain decoding.
     """
 
     slug: ClassVar[str] = "speculation"
@@ -98,11 +98,11 @@ class SpeculationTask:
         shown = self.tokenizer.decode(self.prefix)
         return [*problems, *(Sample(f"{LAW}-{i}", shown, {"index": i, "kind": LAW}) for i in range(self.draws))]
 
-    def run(self, subject: Subject, samples: Sequence[Sample], seed: int) -> list[Outcome]:
+    def run(self, arm: Arm, samples: Sequence[Sample], seed: int) -> list[Outcome]:
         return [
-            self._draw(subject.apply, 1_000 * seed + sample.data["index"])
+            self._draw(arm.apply, 1_000 * seed + sample.data["index"])
             if sample.data.get("kind") == LAW
-            else self._solve(subject.apply, self.problems[sample.id], 100_000 * seed + sample.data["index"])
+            else self._solve(arm.apply, self.problems[sample.id], 100_000 * seed + sample.data["index"])
             for sample in samples
         ]
 

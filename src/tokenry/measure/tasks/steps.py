@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from ...data.problems import Arithmetic, Problem, apply_sign
 from ...decode.reasoning.speculative import ReasoningResult, StepRecord
-from ..task import Metric, Outcome, Sample, Subject
+from ..task import Arm, Metric, Outcome, Sample
 
 __all__ = ["StepsTask", "candidates", "right_step"]
 
@@ -17,7 +17,7 @@ Reasoning = Callable[[Sequence[Problem], int], list[ReasoningResult]]
 
 
 class StepsTask:
-    """Problems, and what two models spend on them. A subject's `apply` solves a batch: (problems, seed) -> results.
+    """Problems, and what two models spend on them. An arm's `apply` solves a batch: (problems, seed) -> results.
 
     A text that did not end by itself counts as wrong.
     """
@@ -39,9 +39,9 @@ class StepsTask:
     def samples(self) -> list[Sample]:
         return [Sample(problem.id, problem.question, {"index": i}) for i, problem in enumerate(self.problems)]
 
-    def run(self, subject: Subject, samples: Sequence[Sample], seed: int) -> list[Outcome]:
+    def run(self, arm: Arm, samples: Sequence[Sample], seed: int) -> list[Outcome]:
         problems = [self.problems[sample.data["index"]] for sample in samples]
-        found = subject.apply(problems, 100_000 * seed + samples[0].data["index"])
+        found = arm.apply(problems, 100_000 * seed + samples[0].data["index"])
         return [outcome(problem, result) for problem, result in zip(problems, found, strict=True)]
 
 

@@ -14,7 +14,7 @@ from ...decode.bans.phrases import PhraseBan
 from ...decode.generation.output import DecodeOutput
 from ...decode.generation.sequence import SequenceState
 from ..cost import Meter
-from ..task import Metric, Outcome, Sample, Subject
+from ..task import Arm, Metric, Outcome, Sample
 from .generated import continuation_logprobs, generation_cost, shown_tokens
 
 SAMPLING = {"do_sample": True, "temperature": 1.0, "min_p": 0.05, "top_k": 0}
@@ -30,7 +30,7 @@ def story_prompts() -> list[str]:
 class StoriesTask:
     """Stories sampled at temperature 1 with min-p 0.05.
 
-    A subject's `apply` is a dict of keyword arguments for `tokenry.generate` (methods, or `bad_words_ids`).
+    An arm has a method, or an `apply`: keyword arguments for `tokenry.generate` (methods, or `bad_words_ids`).
     Perplexity is that of the text under the plain model at temperature 1, without truncation.
     """
 
@@ -61,10 +61,10 @@ class StoriesTask:
     def samples(self) -> list[Sample]:
         return [Sample(f"story-{i:02d}", prompt) for i, prompt in self.prompts.items()]
 
-    def run(self, subject: Subject, samples: Sequence[Sample], seed: int) -> list[Outcome]:
-        return self.score(*self.write(subject, samples, seed))
+    def run(self, arm: Arm, samples: Sequence[Sample], seed: int) -> list[Outcome]:
+        return self.score(*self.write(arm, samples, seed))
 
-    def write(self, subject: Subject, samples: Sequence[Sample], seed: int) -> tuple[DecodeOutput, Meter]:
+    def write(self, arm: Arm, samples: Sequence[Sample], seed: int) -> tuple[DecodeOutput, Meter]:
         """The stories, and what they cost."""
         first = int(samples[0].id.removeprefix("story-"))
         with Meter() as meter:
@@ -75,7 +75,7 @@ class StoriesTask:
                 max_new_tokens=self.max_new_tokens,
                 seed=1000 * seed + first,
                 **SAMPLING,
-                **(subject.apply or {}),
+                **arm.options,
             )
         return output, meter
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...core.errors import InputError
-from ..task import Metric, Outcome, Sample, Statistic, Subject
+from ..task import Arm, Metric, Outcome, Sample, Statistic
 
 __all__ = ["Embeds", "Pair", "STSTask", "load_minilm", "load_pairs", "similarities", "spearman", "spread"]
 
@@ -100,15 +100,15 @@ def similarities(embed: Callable[[Sequence[str]], Tensor], pairs: Sequence[Pair]
 
 
 class STSTask:
-    """Pairs of STS-B. A subject's `apply(texts, seed)` gives (texts, layers, width): the embedding at every layer.
+    """Pairs of STS-B. An arm's `apply(texts, seed)` gives (texts, layers, width): the embedding at every layer.
 
-    `setting["output_layer"]` of a subject is the layer that its `similarity` is taken at, default the last one.
+    `setting["output_layer"]` of an arm is the layer that its `similarity` is taken at, default the last one.
     """
 
     slug: ClassVar[str] = "sts-b"
     stage: ClassVar[str] = "represent"
     metrics: ClassVar[Sequence[Metric]] = (
-        Metric("similarity", None, "cosine of the pair at the subject's output layer"),
+        Metric("similarity", None, "cosine of the pair at the arm's output layer"),
         Metric("similarity_last", None, "cosine of the pair at the last layer"),
         Metric("gold", None, "how alike people find the pair, 0 to 5"),
     )
@@ -116,7 +116,7 @@ class STSTask:
         Statistic(
             "spearman",
             "higher",
-            "Spearman correlation x 100 of cosine and gold score, at the subject's output layer",
+            "Spearman correlation x 100 of cosine and gold score, at the arm's output layer",
             lambda values: 100 * spearman(values["similarity"], values["gold"]),
         ),
         Statistic(
@@ -136,12 +136,12 @@ class STSTask:
     def samples(self) -> Sequence[Sample]:
         return self._samples
 
-    def run(self, subject: Subject, samples: Sequence[Sample], seed: int) -> list[Outcome]:
+    def run(self, arm: Arm, samples: Sequence[Sample], seed: int) -> list[Outcome]:
         pairs = [Pair(s.prompt, s.data["second"], s.data["gold"]) for s in samples]
         start = time.perf_counter()
-        cosines = similarities(lambda texts: subject.apply(texts, seed), pairs)
+        cosines = similarities(lambda texts: arm.apply(texts, seed), pairs)
         seconds = (time.perf_counter() - start) / len(samples)
-        layer = subject.setting.get("output_layer", -1)
+        layer = arm.setting.get("output_layer", -1)
         return [_outcome(pair, row.tolist(), layer, seconds) for pair, row in zip(pairs, cosines)]
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ...tokenize.text.measures import boundary_stability, token_counts
 from ...tokenize.text.noise import ocr_errors
 from ...tokenize.text.report import token_pieces
-from ..task import Metric, Outcome, Sample, Subject
+from ..task import Arm, Metric, Outcome, Sample
 
 __all__ = ["TokensTask"]
 
@@ -22,7 +22,7 @@ PER_CHARACTER = "tokens per character: tokens of a document / mean characters of
 
 
 class TokensTask:
-    """Documents of several sets, and short texts that are corrupted; a subject's `apply` is a tokenizer.
+    """Documents of several sets, and short texts that are corrupted; an arm's `apply` is a tokenizer.
 
     The mean of a set's metric over its documents is its tokens per character, sum over sum. Metrics of other sets are
     NaN. The seed is that of the recognition errors.
@@ -70,8 +70,8 @@ class TokensTask:
     def samples(self) -> Sequence[Sample]:
         return self._samples
 
-    def run(self, subject: Subject, samples: Sequence[Sample], seed: int) -> list[Outcome]:
-        return [self._run(subject.apply, sample, seed) for sample in samples]
+    def run(self, arm: Arm, samples: Sequence[Sample], seed: int) -> list[Outcome]:
+        return [self._run(arm.apply, sample, seed) for sample in samples]
 
     def _run(self, tokenizer: PreTrainedTokenizerBase, sample: Sample, seed: int) -> Outcome:
         start = time.perf_counter()

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...train.preference.collator import FTPOCollator
 from ...train.preference.evaluation import score_pairs
-from ..task import Metric, Outcome, Sample, Subject
+from ..task import Arm, Metric, Outcome, Sample
 from .stories import StoriesTask
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class UnlearningTask:
 
     Only stories depend on the seed; the others are measured once.
 
-    A subject's `apply` is {"adapter": name or None, and keyword arguments for `tokenry.generate`}.
+    An arm's `apply` is {"adapter": name or None, and keyword arguments for `tokenry.generate`}.
     """
 
     slug = "unlearning"
@@ -70,7 +70,7 @@ class UnlearningTask:
         self.setting = {**self.stories.setting, "max_length": max_length}
         self.passages = ordinary_texts(passages)
         self.collator = FTPOCollator(tokenizer.pad_token_id, max_length)
-        self.known: dict[str, dict[str, Outcome]] = {}  # of each subject: what no seed changes
+        self.known: dict[str, dict[str, Outcome]] = {}  # of each arm: what no seed changes
 
     def samples(self) -> list[Sample]:
         passages = [Sample(f"text-{i:02}", text) for i, text in enumerate(self.passages)]
@@ -80,26 +80,26 @@ class UnlearningTask:
         ]
         return [*self.stories.samples(), *passages, *pairs]
 
-    def run(self, subject: Subject, samples: Sequence[Sample], seed: int) -> list[Outcome]:
+    def run(self, arm: Arm, samples: Sequence[Sample], seed: int) -> list[Outcome]:
         stories = [s for s in samples if s.id.startswith("story")]
-        made = dict(zip([s.id for s in stories], self._stories(subject, stories, seed))) if stories else {}
+        made = dict(zip([s.id for s in stories], self._stories(arm, stories, seed))) if stories else {}
         for kind, measure in (("text", self._passages), ("pair", self._pairs)):
-            known = self.known.setdefault(subject.name, {})
+            known = self.known.setdefault(arm.name, {})
             new = [s for s in samples if s.id.startswith(kind) and s.id not in known]
             if new:
-                known |= zip([s.id for s in new], measure(subject, new))
-        return [made.get(s.id) or self.known[subject.name][s.id] for s in samples]
+                known |= zip([s.id for s in new], measure(arm, new))
+        return [made.get(s.id) or self.known[arm.name][s.id] for s in samples]
 
-    def _stories(self, subject: Subject, samples: Sequence[Sample], seed: int) -> list[Outcome]:
-        options = {k: v for k, v in subject.apply.items() if k != "adapter"}
-        with self._adapter(subject):
-            written = self.stories.write(Subject(subject.name, subject.role, apply=options), samples, seed)
+    def _stories(self, arm: Arm, samples: Sequence[Sample], seed: int) -> list[Outcome]:
+        options = {k: v for k, v in arm.options.items() if k != "adapter"}
+        with self._adapter(arm):
+            written = self.stories.write(Arm(arm.name, role=arm.role, apply=options), samples, seed)
         with self._adapter(None):
             return self.stories.score(*written)
 
-    def _passages(self, subject: Subject, samples: Sequence[Sample]) -> list[Outcome]:
+    def _passages(self, arm: Arm, samples: Sequence[Sample]) -> list[Outcome]:
         found = []
-        with self._adapter(subject), torch.no_grad():
+        with self._adapter(arm), torch.no_grad():
             for sample in samples:
                 cut = {"truncation": True, "max_length": TOKENS}
                 ids = self.tokenizer(sample.prompt, return_tensors="pt", **cut).input_ids.to(self.model.device)
@@ -108,19 +108,19 @@ class UnlearningTask:
                 found.append(Outcome({"text_nll": float(nll)}))
         return found
 
-    def _pairs(self, subject: Subject, samples: Sequence[Sample]) -> list[Outcome]:
+    def _pairs(self, arm: Arm, samples: Sequence[Sample]) -> list[Outcome]:
         pairs = [s.data["pair"] for s in samples]
-        trained = subject.apply["adapter"] is not None
-        with self._adapter(subject):
+        trained = arm.apply["adapter"] is not None
+        with self._adapter(arm):
             scores = score_pairs(self.model, pairs, self.collator, reference=trained)
         scores.setdefault("drift", torch.zeros(len(pairs)))
         names = ("choice_win", "rejected", "drift")
         return [Outcome({name: float(scores[name][i]) for name in names}) for i in range(len(pairs))]
 
     @contextmanager
-    def _adapter(self, subject: Subject | None) -> Iterator[None]:
-        """The model as this subject has it; without one, as it was."""
-        name = subject.apply["adapter"] if subject else None
+    def _adapter(self, arm: Arm | None) -> Iterator[None]:
+        """The model as this arm has it; without one, as it was."""
+        name = arm.apply["adapter"] if arm else None
         if name is None:
             with self.model.disable_adapter():
                 yield

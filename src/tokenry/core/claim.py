@@ -1,0 +1,24 @@
+"""What a paper promises, as a number."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["Claim"]
+
+
+class Claim(NamedTuple):
+    """A published number.
+
+    Attributes:
+        number: as it is printed; empty where none could be read.
+        unit: of the number, with what it is compared with.
+        source: model and data that it was measured with.
+    """
+
+    number: str
+    unit: str
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.number} {self.unit}".strip()
