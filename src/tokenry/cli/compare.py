@@ -101,15 +101,15 @@ def compare_one(
         declared = importlib.import_module(module).build
         if record and declared.limit and (samples or 0) > declared.limit:
             raise InputError(f"--samples {samples} is not recorded: {name} ends at {declared.limit}, fixed beforehand")
-        model_name = model_name or declared.model
-        model, tokenizer = load_model(model_name, dtype, device, trust_remote_code)
+        used: str = model_name or declared.model
+        model, tokenizer = load_model(used, dtype, device, trust_remote_code)
         # Before anything is built on the model: an adapter adds weights to it.
-        about = {"model": model_name, "dtype": str(model.dtype), **made_of(model, tokenizer)}
+        about = {"model": used, "dtype": str(model.dtype), **made_of(model, tokenizer)}
         experiment = declared(model, tokenizer, samples=samples, seeds=seed_list, method=method, quick=quick)
         comparison = run_compare(experiment, store, about, resume)
-    other = model_name if model_name != declared.model else None
+    other = used if used != declared.model else None
     command = rerun_command(name, options, samples, seeds, other, dtype, trust_remote_code, quick)
-    entry = publish(comparison, experiment.findings(comparison), model_name, command, outputs)
+    entry = publish(comparison, experiment.findings(comparison), used, command, outputs)
     if json_output:
         as_json(entry)
 

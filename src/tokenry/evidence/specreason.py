@@ -19,7 +19,7 @@ from ..core.errors import InputError
 from ..data.problems import Arithmetic, Problem, draw_problems
 from ..decode.reasoning.scores import StepScore, StepScorer
 from ..decode.reasoning.speculative import ReasoningResult, SpeculativeReasoner, step_speedup
-from ..decode.reasoning.steps import PRESETS, Messages, prompts_for
+from ..decode.reasoning.step_prompts import PRESETS, Messages, prompts_for
 from ..decode.specreason import SpecReason
 from ..measure.claims import Contrast, Finding, above, all_of, at_least, beats, exactly, loses_at_most
 from ..measure.compare import Comparison
