@@ -122,6 +122,11 @@ def later_inputs(model: PreTrainedModel) -> dict[str, Any]:
     return fed
 
 
+def _is_uneven(mask: Tensor) -> bool:
+    """Whether a row of a block has padding and tokens."""
+    return bool((mask.any(1) & ~mask.all(1)).any())
+
+
 @torch.no_grad()
 def check_padding(model: PreTrainedModel) -> None:
     """Refuse a model that computes something else for a text with padding before it. Asked once for every model.
@@ -214,14 +219,23 @@ class TransformersEngine:
             if not self.stale:
                 executed = None if self.policy is None else self._layers_of(self.columns + tokens.shape[1] - 1)
                 return self._forward(tokens, mask, executed, **self.extra)
-        if self.stale:
+        uneven = mask is not None and self.rewinds and is_sliding(self.cache) and _is_uneven(mask)
+        if self.stale or (uneven and self.reprefills):
             tokens, mask = self._everything(tokens, mask)
             return self._forward(tokens, mask, None, **self.extra)
         if self.policy is None:
-            return self._forward(tokens, mask, None)
+            return self._in_parts(tokens, mask) if uneven else self._forward(tokens, mask, None)
         for i in range(tokens.shape[1]):  # the depth may change from one column to the next
             executed = self._layers_of(self.columns)
             logits = self._forward(tokens[:, i : i + 1], None if mask is None else mask[:, i : i + 1], executed)
+        return logits
+
+    def _in_parts(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Feed a block in parts in which each row has tokens or padding alone: padding before a token would take up
+        room in its window."""
+        cuts = ((mask[:, 1:] != mask[:, :-1]).any(0).nonzero()[:, 0] + 1).tolist()
+        for part, shown in zip(tokens.tensor_split(cuts, 1), mask.tensor_split(cuts, 1)):
+            logits = self._forward(part, shown, None)
         return logits
 
     def rollback(self, row: int, count: int) -> None:
