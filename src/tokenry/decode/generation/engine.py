@@ -131,12 +131,21 @@ class TransformersEngine:
         return self.grid.everywhere(self._feed(tokens, mask))
 
     def _feed(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        if self.stale:
+        uneven = mask is not None and self.rewinds and is_sliding(self.cache) and _is_uneven(mask)
+        if self.stale or (uneven and self.reprefills):
             return self._forward(*self._start_again(tokens, mask))
         if self.layers is None:
-            return self._forward(tokens, mask)
+            return self._in_parts(tokens, mask) if mask is not None and uneven else self._forward(tokens, mask)
         for i in range(tokens.shape[1]):  # the depth may change from one column to the next
             logits = self._forward(tokens[:, i : i + 1], None if mask is None else mask[:, i : i + 1], self.columns)
+        return logits
+
+    def _in_parts(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Feed a block in parts in which each row has tokens or padding alone: padding before a token would take up
+        room in its window."""
+        cuts = ((mask[:, 1:] != mask[:, :-1]).any(0).nonzero()[:, 0] + 1).tolist()
+        for part, shown in zip(tokens.tensor_split(cuts, 1), mask.tensor_split(cuts, 1)):
+            logits = self._forward(part, shown)
         return logits
 
     def _forward(self, tokens: Tensor, mask: Tensor | None, depth_of: int | None = None, **extra: Any) -> Tensor:
@@ -392,6 +401,11 @@ class TransformersEngine:
         # padding between cache and block would take up room in the windows: feed all of it again, left-padded
         self.stale = mask is not None and not bool(mask.all()) and is_sliding(self.cache)
         return tokens, mask
+
+
+def _is_uneven(mask: Tensor) -> bool:
+    """Whether a row of a block has padding and tokens."""
+    return bool((mask.any(1) & ~mask.all(1)).any())
 
 
 @torch.no_grad()
