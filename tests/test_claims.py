@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
@@ -33,7 +34,7 @@ from tokenry.measure.compare import Comparison, compare
 from tokenry.measure.experiment import Design, Experiment, Run, experiment, sweep
 from tokenry.measure.ledger import evidence, is_older, measured, outcome_of, verdict_in
 from tokenry.measure.statistics import Interval, bootstrap_statistic, paired_bootstrap
-from tokenry.measure.task import Arm, Metric, Outcome, Sample
+from tokenry.measure.task import Arm, Metric, Outcome, Sample, Statistic
 from tokenry.zoo.recipes import RECIPES
 
 
@@ -241,6 +242,16 @@ def test_more_seeds_of_the_same_problem_are_no_more_units():
     once, often = comparison(values), comparison(values, seeds=tuple(range(20)))
     assert once.gap("right", "a", "b").interval == often.gap("right", "a", "b").interval
     assert often.gap("right", "a", "b").interval.n == 12
+
+
+def test_samples_that_are_there_for_something_else_are_no_units():
+    """A statistic is resampled over all samples; what it decides by are those that have a metric."""
+    values = np.array([0.5, 0.7, 0.6, 0.8] + [math.nan] * 10)
+    c = comparison({"a": {"right": values}, "b": {"right": values - 0.3}})
+    total = Statistic("sum", "higher", "of what is right", lambda table: float(np.nansum(table["right"])))
+    c.experiment = replace(c.experiment, statistics=(total,))
+    assert c.gap("sum", "a", "b").interval.n == c.value("sum", "a").interval.n == 4
+    assert above(c.gap("sum", "a", "b"), 0).outcome == "undecided"
 
 
 def test_beats_shows_the_control_that_comes_nearest():

@@ -71,7 +71,7 @@ def build(run: Run) -> Design:
     `method` has settings that replace the defaults; its `rectifier` is a folder used instead of training one.
     """
     model, tokenizer, folder = run.model, run.tokenizer, run.folder("rectification")
-    episodes = sample_episodes(model, tokenizer, folder, run.size(EPISODES, 2 * BATCH))
+    episodes = sample_episodes(model, tokenizer, folder, run.size(EPISODES, 8 * BATCH))
     method = run.method or Rectification(rectifier=str(train_rectifier(model, tokenizer, episodes, folder)))
     words = characteristic_words(tokenizer, episodes)
     shuffled = method.processor(model, tokenizer)

@@ -95,7 +95,8 @@ class Comparison:
             values = self.values(arm, name)
             return paired_bootstrap(values, np.zeros_like(values))
         table = self.table(arm)
-        return bootstrap_statistic(lambda pick: _compute(statistic, table, pick), len(self.samples))
+        found = bootstrap_statistic(lambda pick: _compute(statistic, table, pick), len(self.samples))
+        return found._replace(n=self._units(table))
 
     def difference(self, first: str, second: str, name: str) -> Interval:
         """Paired difference first - second of a mean or statistic, with its 95 % interval over samples."""
@@ -103,9 +104,15 @@ class Comparison:
         if statistic is None:
             return paired_bootstrap(self.values(first, name), self.values(second, name))
         a, b = self.table(first), self.table(second)
-        return bootstrap_statistic(
+        found = bootstrap_statistic(
             lambda pick: _compute(statistic, a, pick) - _compute(statistic, b, pick), len(self.samples)
         )
+        return found._replace(n=min(self._units(a), self._units(b)))
+
+    def _units(self, table: Mapping[str, np.ndarray]) -> int:
+        """Samples for which a metric was measured: others of the task are there for something else."""
+        measured = [~np.isnan(table[metric.name]).all(1) for metric in self.experiment.task.metrics]
+        return int(np.any(measured, axis=0).sum())
 
     # Contrasts: what checks are made from, see `claims`.
 
