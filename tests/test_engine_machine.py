@@ -142,11 +142,11 @@ class EngineMachine(RuleBasedStateMachine):
         if not hasattr(self, "held"):
             return
         engine = self.engine
-        assert set(engine.places) == set(self.live)
-        for row, place in engine.places.items():
-            columns = engine.mask[place, : engine.columns]
-            assert engine.tokens[place, : engine.columns][columns].tolist() == self.held[row]
-            assert int(engine.live[place]) == len(self.held[row])
+        assert set(engine.grid.places) == set(self.live)
+        for row, place in engine.grid.places.items():
+            columns = engine.grid.mask[place, : engine.columns]
+            assert engine.grid.tokens[place, : engine.columns][columns].tolist() == self.held[row]
+            assert int(engine.grid.live[place]) == len(self.held[row])
         if self.rewind == "auto":
             assert engine.tokens_processed == self.fed and engine.calls >= self.calls
 
