@@ -81,6 +81,19 @@ def test_bootstrap_edge_cases():
 # --- compare -------------------------------------------------------------------------------------------------------
 
 
+def test_intervals_at_their_edges():
+    """A bound of exactly 0 does not exclude it; one sample says nothing, two do; no numbers, no bounds."""
+    assert not Interval(-1.0, -2.0, 0.0, 5).excludes_zero and not Interval(1.0, 0.0, 2.0, 5).excludes_zero
+    assert Interval(-1.0, -2.0, -0.5, 5).excludes_zero and Interval(1.0, 0.5, 2.0, 5).excludes_zero
+    assert f"{Interval(1.0, 0.5, 2.0, 5)}" == str(Interval(1.0, 0.5, 2.0, 5))
+    assert paired_bootstrap([3.0], [1.0]) == (2.0, -math.inf, math.inf, 1)
+    assert paired_bootstrap([math.nan], [1.0]).n == 0
+    assert bootstrap_statistic(lambda picks: 2.0, 1) == (2.0, -math.inf, math.inf, 1)
+    assert bootstrap_statistic(lambda picks: 2.0, 2) == (2.0, 2.0, 2.0, 2)
+    never = bootstrap_statistic(lambda picks: math.nan, 3)
+    assert never.n == 3 and math.isnan(never.low) and math.isnan(never.high)
+
+
 def test_arms_run_interleaved_and_differences_are_paired():
     task = Roots()
     comparison = compare(experiment(task))
