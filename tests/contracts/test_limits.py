@@ -8,7 +8,7 @@ from tokenry import catalog
 from tokenry.core.errors import InputError
 from tokenry.decode import SkipSchedule, generate, loop
 from tokenry.decode.denoising.loop import sampling_warpers
-from tokenry.decode.denoising.unmask import Chance, Factor, FixedCount
+from tokenry.decode.denoising.unmask import Factor, FixedCount, RandomUnmask
 from tokenry.learned.confidence_filter import ConfidenceFilter
 from tokenry.learned.dead_end_values import DeadEndValueModel
 
@@ -104,7 +104,7 @@ CALLS = {  # a function of a number, and a value beyond what it takes
     "temperature of drawing": (lambda m, t, n: sampling_warpers(True, n), [math.inf, math.nan, 1e-320, 0.0]),
     "factor": (lambda m, t, n: Factor(n), [math.inf, math.nan, 0.0, 1e308]),
     "steps": (lambda m, t, n: FixedCount(n), [10**13, 0]),
-    "steps of chance": (lambda m, t, n: Chance(n), [10**13, 0]),
+    "steps of chance": (lambda m, t, n: RandomUnmask(n), [10**13, 0]),
     "temperature of positions": (lambda m, t, n: FixedCount(temperature=n), [math.inf, 1e-320, -1.0, 1e308]),
     "block_length": (lambda m, t, n: ConfidenceFilter(n), [10**6, 0]),
 }

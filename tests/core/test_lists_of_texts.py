@@ -110,6 +110,7 @@ def test_a_prompt_that_is_none_is_named(tokenizer):
 
 LIST_OF_TEXTS = re.compile(r"(Sequence|Iterable|list)\[(str\b|Prompt\b|Messages\b|tuple\[str, str\])")
 KNOWN = {  # function: parameters; those without a case above hand on to one that has
+    "check_floats": {"names"},
     "acceptance_report": {"verifiers"},
     "NGramBan.__init__": {"ngrams"},
     "PhraseBan.__init__": {"phrases"},

@@ -17,7 +17,15 @@ from tokenry.decode.denoising.loop import (
 )
 from tokenry.decode.denoising.state import FRESH, DiffusionState, Edit, Prediction
 from tokenry.decode.denoising.transforms import Forbid, Guidance
-from tokenry.decode.denoising.unmask import Chance, Factor, FixedCount, Runs, Threshold, best_first, transfer_schedule
+from tokenry.decode.denoising.unmask import (
+    Factor,
+    FixedCount,
+    RandomUnmask,
+    RunAnchors,
+    Threshold,
+    best_first,
+    transfer_schedule,
+)
 from tokenry.models.llada_dream import load_diffusion_checkpoint
 from tokenry.models.masks import make_bidirectional
 
@@ -86,22 +94,22 @@ def test_the_best_of_each_run_is_committed():
     """Runs of masks: columns 0 to 1, 3 to 5 and 7; a tie goes to the lower column."""
     confidence = [0.5, 0.45, 1, 0.6, 0.95, 0.9, 1, 0.3]
     window = [None, None, 5, None, None, None, 5, None]
-    assert chosen(Runs(0.9, 0.4), state_of(window), confidence) == [0, 4, 5]
-    assert chosen(Runs(0.9, 0.0), state_of(window), confidence) == [0, 4, 5, 7]
-    assert chosen(Runs(0.9, 0.9), state_of(window), confidence) == [4, 5]
-    assert chosen(Runs(0.9, 0.4), state_of([None] * 3), [0.5, 0.5, 0.5]) == [0]
-    assert chosen(Runs(0.9, 0.4), state_of([None] * 3), [0.1, 0.3, 0.2]) == [1]
+    assert chosen(RunAnchors(0.9, 0.4), state_of(window), confidence) == [0, 4, 5]
+    assert chosen(RunAnchors(0.9, 0.0), state_of(window), confidence) == [0, 4, 5, 7]
+    assert chosen(RunAnchors(0.9, 0.9), state_of(window), confidence) == [4, 5]
+    assert chosen(RunAnchors(0.9, 0.4), state_of([None] * 3), [0.5, 0.5, 0.5]) == [0]
+    assert chosen(RunAnchors(0.9, 0.4), state_of([None] * 3), [0.1, 0.3, 0.2]) == [1]
 
 
 def test_a_run_ends_with_the_block():
-    assert chosen(Runs(0.9, 0.4), state_of([None] * 4, block_length=2), [0.5, 0.6, 0.99, 0.99]) == [1]
+    assert chosen(RunAnchors(0.9, 0.4), state_of([None] * 4, block_length=2), [0.5, 0.6, 0.99, 0.99]) == [1]
 
 
 def test_by_chance_every_step_keeps_its_share():
     """Each of the n steps commits its nth part of the window, on average."""
     counts = [0] * 4
     for seed in range(40):
-        options = {"gen_length": 90, "block_length": None, "unmask": Chance(4), "seed": seed}
+        options = {"gen_length": 90, "block_length": None, "unmask": RandomUnmask(4), "seed": seed}
         out = diffusion_generate(Scripted([(3, 0.9)] * 90), torch.tensor([[1, 2]]), **options)
         assert out.stats.nfe == [4]
         counts = [a + b for a, b in zip(counts, commits(out.stats)[0])]
@@ -456,10 +464,13 @@ def test_prompts_are_refused(denoiser, ids, mask, message):
         (lambda: FixedCount(0), "steps=0"),
         (lambda: FixedCount(confidence="certainty"), "'certainty' is unknown"),
         (lambda: FixedCount(temperature=-1), "temperature=-1"),
-        (lambda: Chance(0), "steps=0"),
-        (lambda: Chance(3).reset(state_of([None] * 4, block_length=2)), "steps=3 is not a multiple of the 2 blocks"),
-        (lambda: Chance(4, last=1), "last=1"),
-        (lambda: Runs(0.4, 0.5), "low=0.5 and tau=0.4"),
+        (lambda: RandomUnmask(0), "steps=0"),
+        (
+            lambda: RandomUnmask(3).reset(state_of([None] * 4, block_length=2)),
+            "steps=3 is not a multiple of the 2 blocks",
+        ),
+        (lambda: RandomUnmask(4, last=1), "last=1"),
+        (lambda: RunAnchors(0.4, 0.5), "low=0.5 and tau=0.4"),
         (lambda: Guidance(-1), "scale=-1"),
         (lambda: Forbid([]), "token_ids is empty"),
         (lambda: Forbid([V])(torch.zeros(1, 2, V), None), "not all inside the vocabulary of 20"),

@@ -28,7 +28,7 @@ from tokenry.decode import (
 from tokenry.decode.denoising.loop import LengthPolicy
 from tokenry.decode.denoising.state import FRESH, Edit
 from tokenry.decode.denoising.transforms import Guidance
-from tokenry.decode.denoising.unmask import Chance, Runs
+from tokenry.decode.denoising.unmask import RandomUnmask, RunAnchors
 from tokenry.decode.generation.sampler import row_seed
 
 LENGTHS = (3, 7, 5)
@@ -38,10 +38,10 @@ POLICIES = {
     "fixed": lambda: FixedCount(STEPS),
     "random": lambda: FixedCount(STEPS, confidence="random"),
     "positions": lambda: FixedCount(STEPS, temperature=0.5),
-    "chance": lambda: Chance(STEPS),
+    "chance": lambda: RandomUnmask(STEPS),
     "threshold": lambda: Threshold(0.7),
     "factor": lambda: Factor(0.9),
-    "runs": lambda: Runs(0.7, 0.3),
+    "runs": lambda: RunAnchors(0.7, 0.3),
     "learned": lambda: LearnedFilter(random_filter(BLOCK), 0.55),
 }
 TRANSFORMS = {

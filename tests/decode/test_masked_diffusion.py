@@ -17,7 +17,7 @@ from tokenry.decode import (
     generate,
 )
 from tokenry.decode.denoising.transforms import Guidance
-from tokenry.decode.denoising.unmask import Chance, Runs
+from tokenry.decode.denoising.unmask import RandomUnmask, RunAnchors
 from tokenry.evidence.masked_diffusion import build
 from tokenry.measure.compare import compare
 
@@ -29,9 +29,9 @@ RULES = {
     "policy=fixed confidence=random": lambda: FixedCount(confidence="random"),
     "policy=fixed position_temperature=0.5": lambda: FixedCount(temperature=0.5),
     "policy=factor factor=2": lambda: Factor(2),
-    "policy=runs threshold=0.8 low=0.2": lambda: Runs(0.8, 0.2),
-    "policy=chance": lambda: Chance(8),
-    "policy=chance steps=2": lambda: Chance(2),
+    "policy=runs threshold=0.8 low=0.2": lambda: RunAnchors(0.8, 0.2),
+    "policy=chance": lambda: RandomUnmask(8),
+    "policy=chance steps=2": lambda: RandomUnmask(2),
 }
 
 

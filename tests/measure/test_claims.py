@@ -21,7 +21,6 @@ from tokenry.measure.claims import (
     any_of,
     at_least,
     at_most,
-    beats,
     below,
     describe,
     exactly,
@@ -30,7 +29,7 @@ from tokenry.measure.claims import (
     verdict,
     within,
 )
-from tokenry.measure.compare import Comparison, compare
+from tokenry.measure.compare import Comparison, beats, compare
 from tokenry.measure.experiment import Design, Experiment, Run, experiment, sweep
 from tokenry.measure.ledger import evidence, is_older, measured, outcome_of, verdict_in
 from tokenry.measure.statistics import Interval, bootstrap_statistic, paired_bootstrap

@@ -101,7 +101,7 @@ def compare_one(
         declared = importlib.import_module(module).build
         if record and declared.limit and (samples or 0) > declared.limit:
             raise InputError(f"--samples {samples} is not recorded: {name} ends at {declared.limit}, fixed beforehand")
-        used: str = model_name or declared.model
+        used: str = declared.model if model_name is None else model_name
         model, tokenizer = load_model(used, dtype, device, trust_remote_code)
         # Before anything is built on the model: an adapter adds weights to it.
         about = {"model": used, "dtype": str(model.dtype), **made_of(model, tokenizer)}

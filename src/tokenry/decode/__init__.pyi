@@ -38,10 +38,8 @@ from .denoising.state import DiffusionState as DiffusionState
 from .denoising.state import Edit as Edit
 from .denoising.transforms import Forbid as Forbid
 from .denoising.transforms import Guidance as Guidance
-from .denoising.unmask import Chance as Chance
 from .denoising.unmask import Factor as Factor
 from .denoising.unmask import FixedCount as FixedCount
-from .denoising.unmask import Runs as Runs
 from .denoising.unmask import Threshold as Threshold
 from .denoising.unmask import UnmaskPolicy as UnmaskPolicy
 from .diffadapt import DiffAdapt as DiffAdapt

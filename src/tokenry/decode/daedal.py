@@ -32,6 +32,7 @@ class Daedal(DiffusionMethod):
         "fixed length of each task, and wastes fewer tokens."
     )
 
+    threshold_option: ClassVar[str] = "high_conf_threshold"
     policy: ClassVar[type[DaedalLength]] = DaedalLength
 
     initial_gen_length: Tokens = Field(default=64, description="width of the window at first")

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, field_validator
 from ..core.fields import Portion, Positive, Probability, Temperature, Tokens, Weight, check, read_none
 from .denoising.contract import DiffusionMethod, DiffusionParts
 from .denoising.transforms import Guidance
-from .denoising.unmask import Chance, Confidence, Factor, FixedCount, Runs
+from .denoising.unmask import Confidence, Factor, FixedCount, RandomUnmask, RunAnchors
 
 __all__ = ["MaskedDiffusion"]
 
@@ -57,7 +57,7 @@ class MaskedDiffusion(DiffusionMethod):
         unmask = {
             "fixed": lambda: FixedCount(self.steps, self.confidence, self.position_temperature),
             "factor": lambda: Factor(self.factor),
-            "runs": lambda: Runs(self.threshold, self.low),
-            "chance": lambda: Chance(self.steps or max_new_tokens),
+            "runs": lambda: RunAnchors(self.threshold, self.low),
+            "chance": lambda: RandomUnmask(self.steps or max_new_tokens),
         }[self.policy]
         return DiffusionParts(unmask(), transforms=guidance)

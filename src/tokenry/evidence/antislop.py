@@ -10,8 +10,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..decode.antislop import Antislop
-from ..measure.claims import Contrast, Finding, at_least, at_most, beats, describe
-from ..measure.compare import Comparison
+from ..measure.claims import Contrast, Finding, at_least, at_most, describe
+from ..measure.compare import Comparison, beats
 from ..measure.experiment import Design, Run, experiment
 from ..measure.statistics import bootstrap_statistic
 from ..measure.task import Arm

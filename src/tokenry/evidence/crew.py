@@ -13,8 +13,8 @@ import numpy as np
 
 from ..judge.answers.samples import Solution
 from ..judge.crew import CRew
-from ..measure.claims import Contrast, Finding, above, all_of, beats, describe
-from ..measure.compare import Comparison
+from ..measure.claims import Contrast, Finding, above, all_of, describe
+from ..measure.compare import Comparison, beats
 from ..measure.experiment import Design, Run, experiment
 from ..measure.statistics import Interval, bootstrap_statistic
 from ..measure.task import Arm

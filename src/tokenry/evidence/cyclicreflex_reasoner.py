@@ -21,8 +21,8 @@ from ..decode.budget_forcing import BudgetForcing
 from ..decode.cyclicreflex import CyclicReflectionLogitsProcessor, CyclicReflex, constant_schedule
 from ..decode.reasoning.reflection import reflection_token_ids
 from ..decode.tip import ThoughtSwitchPenalty
-from ..measure.claims import Check, Contrast, Finding, above, all_of, at_most, beats, loses_at_most
-from ..measure.compare import Comparison
+from ..measure.claims import Check, Contrast, Finding, above, all_of, at_most, loses_at_most
+from ..measure.compare import Comparison, beats
 from ..measure.experiment import Design, Run, experiment
 from ..measure.statistics import paired_bootstrap
 from ..measure.task import Arm

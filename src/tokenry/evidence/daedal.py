@@ -21,8 +21,8 @@ from ..decode.denoising.growth import DaedalLength
 from ..decode.denoising.loop import MaskedDiffusionModel
 from ..decode.denoising.state import DiffusionState, Edit
 from ..decode.denoising.unmask import FixedCount, Threshold
-from ..measure.claims import Finding, above, beats, below, loses_at_most
-from ..measure.compare import Comparison
+from ..measure.claims import Finding, above, below, loses_at_most
+from ..measure.compare import Comparison, beats
 from ..measure.experiment import Design, Run, experiment
 from ..measure.task import Arm, Statistic
 from ..measure.tasks.denoising import LONG, WindowTask

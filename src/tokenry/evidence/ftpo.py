@@ -24,8 +24,8 @@ from ..core.outputs import write_folder
 from ..decode.antislop import Antislop
 from ..decode.api import generate
 from ..measure.build_cache import built_once, digest
-from ..measure.claims import Contrast, Finding, above, all_of, at_least, at_most, beats, below, loses_at_most
-from ..measure.compare import Comparison
+from ..measure.claims import Contrast, Finding, above, all_of, at_least, at_most, below, loses_at_most
+from ..measure.compare import Comparison, beats
 from ..measure.experiment import Design, Run, experiment
 from ..measure.statistics import Interval, bootstrap_statistic
 from ..measure.task import Arm

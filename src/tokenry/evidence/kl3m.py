@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..core.errors import InputError
 from ..data.corpora import docstrings, library_source, license_texts, overlap, split, up_to_bytes, word_grams
-from ..measure.claims import Finding, above, all_of, beats, below
-from ..measure.compare import Comparison
+from ..measure.claims import Finding, above, all_of, below
+from ..measure.compare import Comparison, beats
 from ..measure.experiment import Design, Run, experiment
 from ..measure.task import Arm
 from ..measure.tasks.tokens import TokensTask

@@ -23,8 +23,8 @@ from ..decode.optimal_mdsd import OptimalMDSD
 from ..decode.speculation.acceptance import optimal_acceptance, verifier_acceptance
 from ..decode.speculation.drafters import Drafter, ModelDrafter, make_drafter
 from ..decode.speculation.verifiers import SAMPLINGS, VERIFIERS, Selection, Verifier, sample_drafts
-from ..measure.claims import Check, Contrast, Finding, above, all_of, at_most, beats, describe, exactly
-from ..measure.compare import Comparison
+from ..measure.claims import Check, Contrast, Finding, above, all_of, at_most, describe, exactly
+from ..measure.compare import Comparison, beats
 from ..measure.experiment import Design, Run, experiment
 from ..measure.task import Arm, Metric, Outcome, Sample
 

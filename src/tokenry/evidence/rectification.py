@@ -24,8 +24,8 @@ from ..core.errors import InputError
 from ..decode.api import generate
 from ..decode.rectification import Rectification, RectifierLogitsProcessor
 from ..measure.build_cache import built_json, digest, write
-from ..measure.claims import Contrast, Finding, above, all_of, at_least, beats, below, loses_at_most
-from ..measure.compare import Comparison
+from ..measure.claims import Contrast, Finding, above, all_of, at_least, below, loses_at_most
+from ..measure.compare import Comparison, beats
 from ..measure.experiment import Design, Run, experiment
 from ..measure.statistics import Interval
 from ..measure.task import Arm

@@ -21,8 +21,8 @@ from ..data.problems import Arithmetic, draw_problems
 from ..decode.skipdecode import SkipDecode
 from ..hooks.skip_schedule import SkipSchedule
 from ..measure.build_cache import built_folder, digest, kept_folder
-from ..measure.claims import Contrast, Finding, above, all_of, at_least, beats, describe
-from ..measure.compare import Comparison
+from ..measure.claims import Contrast, Finding, above, all_of, at_least, describe
+from ..measure.compare import Comparison, beats
 from ..measure.experiment import Design, Run, experiment
 from ..measure.statistics import bootstrap_statistic
 from ..measure.task import Arm

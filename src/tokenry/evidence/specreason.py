@@ -21,8 +21,8 @@ from ..decode.reasoning.scores import StepScore, StepScorer
 from ..decode.reasoning.speculative import ReasoningResult, SpeculativeReasoner, step_speedup
 from ..decode.reasoning.step_prompts import PRESETS, Messages, prompts_for
 from ..decode.specreason import SpecReason
-from ..measure.claims import Contrast, Finding, above, all_of, at_least, beats, exactly, loses_at_most
-from ..measure.compare import Comparison
+from ..measure.claims import Contrast, Finding, above, all_of, at_least, exactly, loses_at_most
+from ..measure.compare import Comparison, beats
 from ..measure.experiment import Design, Run, experiment
 from ..measure.statistics import bootstrap_statistic
 from ..measure.task import Arm

@@ -27,12 +27,11 @@ from ..measure.claims import (
     all_of,
     at_least,
     at_most,
-    beats,
     exactly,
     loses_at_most,
     within,
 )
-from ..measure.compare import Comparison
+from ..measure.compare import Comparison, beats
 from ..measure.experiment import Design, Run, experiment
 from ..measure.statistics import Interval, bootstrap_statistic, paired_bootstrap
 from ..measure.task import Arm

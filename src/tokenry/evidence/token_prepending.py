@@ -21,7 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..core.files import explained, read_json
 from ..core.outputs import write_text
 from ..core.schemas import Fields, checked
-from ..measure.claims import Contrast, Finding, above, beats
+from ..measure.claims import Contrast, Finding, above
+from ..measure.compare import beats
 from ..measure.experiment import Design, Run, experiment
 from ..measure.statistics import bootstrap_statistic
 from ..measure.task import Arm

@@ -3,7 +3,6 @@ from ..text.answers import normalise_answer as normalise_answer
 from .answers.choice import best_of_n as best_of_n
 from .answers.choice import build_crew_pairs as build_crew_pairs
 from .answers.choice import crew_dpo_config as crew_dpo_config
-from .answers.choice import crew_reward as crew_reward
 from .answers.choice import lowest_correct as lowest_correct
 from .answers.choice import weighted_vote as weighted_vote
 from .answers.samples import Judged as Judged
@@ -12,6 +11,7 @@ from .answers.samples import Solution as Solution
 from .answers.scores import Scores as Scores
 from .crew import CRew as CRew
 from .crew import CRewScorer as CRewScorer
+from .crew import crew_reward as crew_reward
 from .text.slop import Reference as Reference
 from .text.slop import SlopProfile as SlopProfile
 from .text.slop import human_reference as human_reference

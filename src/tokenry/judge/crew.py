@@ -7,7 +7,7 @@ for a model's own solutions the probabilities are in the `Trace` of their genera
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field, WithJsonSchema, field_validator
@@ -28,7 +28,7 @@ from .answers.samples import Judged, Messages, Sample, Solution
 from .answers.scores import Scores
 from .contract import JudgeMethod, Scorer
 
-__all__ = ["CRew", "CRewScorer"]
+__all__ = ["CRew", "CRewScorer", "crew_reward"]
 
 
 class CRew(JudgeMethod):
@@ -231,6 +231,21 @@ class CRewScorer(Scorer):
             target = torch.tensor([row.ids[p] for p in row.positions])
             row.solution.logprob[row.tokens] = logprobs.gather(1, target[:, None]).squeeze(1)
             row.best[row.tokens] = logprobs.topk(2).values.exp()
+
+
+def crew_reward(scorer: CRewScorer) -> Callable[..., list[float | None]]:
+    """A reward function for `trl.GRPOTrainer`, for prompts and completions as text or as messages.
+
+    A completion without an answer gets None, which the trainer leaves out. Text prompts go through the chat template
+    unless the scorer has chat=False. Use the marker "boxed": trl does not say which completions were cut off, and
+    only a closed brace proves that an answer is whole.
+    """
+
+    def crew_reward(prompts: Sequence, completions: Sequence, **kwargs: Any) -> list[float | None]:
+        texts = [c if isinstance(c, str) else "".join(turn["content"] for turn in c) for c in completions]
+        return scorer.score_batch(prompts, texts)
+
+    return crew_reward
 
 
 class _Row(NamedTuple):

@@ -10,12 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from .statistics import Interval, bootstrap_statistic
-
-if TYPE_CHECKING:
-    from .compare import Comparison
 
 __all__ = [
     "VERDICTS",
@@ -27,7 +24,6 @@ __all__ = [
     "any_of",
     "at_least",
     "at_most",
-    "beats",
     "below",
     "describe",
     "exactly",
@@ -152,18 +148,6 @@ def any_of(*checks: Check) -> Check:
     outcome: Decision = "holds" if "holds" in outcomes else "undecided" if "undecided" in outcomes else "fails"
     parts = [f"({check.text})" if "; " in check.text else check.text for check in checks]
     return Check(outcome, " or ".join(parts), checks[0].number)
-
-
-def beats(c: Comparison, metric: str, arm: str, controls: Sequence[str], form: str = "+.3f") -> Check:
-    """Whether an arm is better than each of the controls; shown is the one that it is least ahead of."""
-    lower = c.quality(metric).better == "lower"
-    gaps = [c.gap(metric, *((name, arm) if lower else (arm, name)), form) for name in controls]
-    checks = [above(gap, 0) for gap in gaps]
-    worst = min(checks, key=lambda check: (check.number.interval.low, check.number.interval.mean))
-    outcome, others = all_of(*checks).outcome, len(checks) - 1
-    more = "; ".join(check.number.shown for check in checks if check is not worst)
-    asked = f"above 0 against each of {others + 1}: {outcome}" if others else f"above 0: {outcome}"
-    return Check(outcome, f"{worst.number} ({asked})" + (f"; others {more}" if others else ""), worst.number)
 
 
 # --- findings ------------------------------------------------------------------------------------------------------

@@ -16,14 +16,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.anatomy import fingerprint
 from .build_cache import tokenizer_hash
-from .claims import Contrast
+from .claims import Check, Contrast, above, all_of
 from .experiment import Experiment
 from .frontier import cost_ratio
 from .statistics import Interval, bootstrap_statistic, paired_bootstrap
 from .store import RunStore
 from .task import COSTS, Metric, Outcome, Sample, Statistic
 
-__all__ = ["Comparison", "Interrupted", "compare", "identity", "made_of"]
+__all__ = ["Comparison", "Interrupted", "beats", "compare", "identity", "made_of"]
 
 Progress = Callable[[int, int, str], None]
 
@@ -282,3 +282,15 @@ def _rotated(arms: Sequence, by: int) -> list:
 
 def _number(value: float) -> float | None:
     return None if np.isnan(value) or np.isinf(value) else round(float(value), 6)
+
+
+def beats(c: Comparison, metric: str, arm: str, controls: Sequence[str], form: str = "+.3f") -> Check:
+    """Whether an arm is better than each of the controls; shown is the one that it is least ahead of."""
+    lower = c.quality(metric).better == "lower"
+    gaps = [c.gap(metric, *((name, arm) if lower else (arm, name)), form) for name in controls]
+    checks = [above(gap, 0) for gap in gaps]
+    worst = min(checks, key=lambda check: (check.number.interval.low, check.number.interval.mean))
+    outcome, others = all_of(*checks).outcome, len(checks) - 1
+    more = "; ".join(check.number.shown for check in checks if check is not worst)
+    asked = f"above 0 against each of {others + 1}: {outcome}" if others else f"above 0: {outcome}"
+    return Check(outcome, f"{worst.number} ({asked})" + (f"; others {more}" if others else ""), worst.number)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -82,8 +82,14 @@ class DiffusionMethods:
 
     def options(self, max_new_tokens: int) -> dict[str, Any]:
         """Arguments of `diffusion_generate`; policies and transforms are new ones."""
-        first, *others = (method.parts(max_new_tokens) for method in self.methods)
-        parts = sum(others, first)
+        each = [method.parts(max_new_tokens) for method in self.methods]
+        parts = sum(each[1:], each[0])
+        for method, own in zip(self.methods, each):
+            if parts.unmask and not own.unmask and method.threshold_option in method.model_fields_set:
+                raise InputError(
+                    f"{method.threshold_option} of {method.slug} would have no effect, as another method decides what "
+                    "is committed; leave it out"
+                )
         return {
             "gen_length": max_new_tokens,
             "block_length": self._agreed("block_length"),
@@ -149,7 +155,12 @@ def _asks_nothing(value: Any) -> bool:
 
 class DiffusionMethod(RunnerMethod):
     """A decode method that needs a masked-diffusion model. It has no plug-ins for the other loop, which goes from left
-    to right, but `parts` for this one."""
+    to right, but `parts` for this one.
+
+    Class attributes: `threshold_option` (the option that is the `threshold` of its parts).
+    """
+
+    threshold_option: ClassVar[str] = "threshold"
 
     block_length: Tokens = Field(default=32, description="tokens of a block; the window is filled block by block")
     cache: Cache = Field(default="none", description="keys and values kept within a block")

@@ -16,11 +16,11 @@ from ...core.errors import InputError
 from .state import DiffusionState, Edit, Prediction
 
 __all__ = [
-    "Chance",
     "Confidence",
     "Factor",
     "FixedCount",
-    "Runs",
+    "RandomUnmask",
+    "RunAnchors",
     "Threshold",
     "UnmaskPolicy",
     "best_first",
@@ -127,7 +127,7 @@ def steps_per_block(steps: int, state: DiffusionState) -> Tensor:
     return steps // blocks
 
 
-class Chance(UnmaskPolicy):
+class RandomUnmask(UnmaskPolicy):
     """Each mask by chance, whatever its confidence, so that all are committed after `steps` (Dream's "origin").
 
     Step i of n goes from time t to s on an even grid from 1 down to `last`, and commits a mask with probability
@@ -207,7 +207,7 @@ class Factor(UnmaskPolicy):
         return candidates & (rank < fits.clamp(min=1)[:, None])
 
 
-class Runs(UnmaskPolicy):
+class RunAnchors(UnmaskPolicy):
     """Everything at least as confident as `tau`, and the best of each run of masks if it reaches `low` (dInfer).
 
     Masks that stand together depend on each other most; one of each run can be committed at less confidence. The best

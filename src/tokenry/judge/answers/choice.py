@@ -1,4 +1,4 @@
-"""What scores of solutions are for: the best of n, a weighted vote, preference pairs, a reward.
+"""What scores of solutions are for: the best of n, a weighted vote, preference pairs.
 
 CRew-DPO (arXiv 2510.13501) pairs right with wrong solutions and trains on the pairs whose scores differ most.
 """
@@ -6,7 +6,7 @@ CRew-DPO (arXiv 2510.13501) pairs right with wrong solutions and trains on the p
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from ...core.errors import InputError
@@ -17,14 +17,12 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from trl.trainer.dpo_config import DPOConfig
 
-    from ..crew import CRewScorer
 
 __all__ = [
     "Vote",
     "best_of_n",
     "build_crew_pairs",
     "crew_dpo_config",
-    "crew_reward",
     "lowest_correct",
     "weighted_vote",
 ]
@@ -167,21 +165,6 @@ def crew_dpo_config(
         "save_steps": 50,
     }
     return _train_package("trl").DPOConfig(output_dir, **{**paper, **checks, **options})
-
-
-def crew_reward(scorer: CRewScorer) -> Callable[..., list[float | None]]:
-    """A reward function for `trl.GRPOTrainer`, for prompts and completions as text or as messages.
-
-    A completion without an answer gets None, which the trainer leaves out. Text prompts go through the chat template
-    unless the scorer has chat=False. Use the marker "boxed": trl does not say which completions were cut off, and
-    only a closed brace proves that an answer is whole.
-    """
-
-    def crew_reward(prompts: Sequence, completions: Sequence, **kwargs: Any) -> list[float | None]:
-        texts = [c if isinstance(c, str) else "".join(turn["content"] for turn in c) for c in completions]
-        return scorer.score_batch(prompts, texts)
-
-    return crew_reward
 
 
 def _train_package(name: str) -> Any:
