@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.logits_process import LogitsProcessor
+from transformers.generation.streamers import BaseStreamer
 
 from ...core.errors import InputError
 from .engine import TransformersEngine
+from .job import Job
 from .layer_policy import LayerPolicy
 from .monitor import Monitor
+from .output import DecodeOutput
 
-if TYPE_CHECKING:
-    from .job import Job
-    from .loop import DecodeLoop
-
-__all__ = ["NO_PLUGINS", "BeginsLast", "BeginsWithPrompt", "Drafting", "Ends", "Plugins"]
+__all__ = ["NO_PLUGINS", "BeginsLast", "BeginsWithPrompt", "Drafting", "Ends", "Plugins", "Steps"]
 
 
 @runtime_checkable
@@ -44,12 +43,24 @@ class Ends(Protocol):
     def end(self) -> None: ...
 
 
+class Steps(Protocol):
+    """A generation that goes on step by step, see `DecodeLoop`."""
+
+    def steps(self) -> Generator[list[list[int]], None, None]: ...
+
+    def cancel(self, row: int) -> None: ...
+
+    def generate(self, streamers: Sequence[BaseStreamer] = ()) -> DecodeOutput: ...
+
+    def output(self) -> DecodeOutput: ...
+
+
 class Drafting(Protocol):
     """Several tokens per step: it has a decode loop of its own."""
 
     def loop(
         self, engine: TransformersEngine, job: Job, tokenizer: PreTrainedTokenizerBase | None, plugins: Plugins
-    ) -> DecodeLoop: ...
+    ) -> Steps: ...
 
 
 @dataclass(frozen=True)
