@@ -31,7 +31,7 @@ lint: install
 	$(BIN)/ruff check src tests benchmarks tools
 	$(BIN)/ruff format --check src tests benchmarks tools
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/basedpyright --level error
+	$(BIN)/basedpyright --project pyproject.toml --level error
 
 # The site's own tools are a step apart: neither the package nor its tests need them.
 SITE := $(VENV)/.site

@@ -16,7 +16,7 @@ from typing import Any
 from .. import catalog
 from ..zoo.recipes import RECIPES, record_of
 from . import pages
-from .ledger import asked, load_evidence, measured, outcome_of, shown_verdict
+from .ledger import load_evidence, measured, outcome_of, shown_verdict
 from .pictures import picture
 
 __all__ = ["documents"]
@@ -91,14 +91,14 @@ def evidence_table(entries: dict[str, dict[str, Any]]) -> str:
 
 
 def ledger(entries: dict[str, dict[str, Any]]) -> str:
-    """The ledger with what was asked, and the command that measures it."""
-    rows = ["| claim of | published | asked | measured | on | verdict | command |", "|---|---|---|---|---|---|---|"]
+    """The ledger with the command that measures each claim."""
+    rows = ["| claim of | published | measured | on | verdict | command |", "|---|---|---|---|---|---|"]
     for entry, name in measurements():
         found, published = entries.get(name), str(entry.claim_of(name) or "")
-        cells = ("", "", "", "not measured yet", "")
+        cells = ("", "", "not measured yet", "")
         if found:
             command = f"[`{found['command']}`](evidence/{name}.md)"
-            cells = (asked(found), measured(found), found["model"], shown_verdict(found), command)
+            cells = (measured(found), found["model"], shown_verdict(found), command)
         rows.append(f"| [{name}](methods/{entry.slug}.md) | {published} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 

@@ -20,7 +20,6 @@ from .claims import Finding, verdict, verdict_of
 from .compare import Comparison
 
 __all__ = [
-    "asked",
     "evidence",
     "is_older",
     "load_evidence",
@@ -120,12 +119,6 @@ def measured(record: Mapping[str, Any]) -> str:
         )
         return found[1] if found else ""
     return main_of(record)["measured"]["shown"]
-
-
-def asked(record: Mapping[str, Any]) -> str:
-    """The statement of the main finding, and what its number is."""
-    main = main_of(record)
-    return main["statement"] if is_older(record) else f"{main['statement']}: {main['measured']['what']}"
 
 
 def main_of(record: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -125,4 +125,4 @@ def navigation() -> str:
 
 def evidence_navigation(entries: Sequence[str]) -> str:
     """The pages of all comparisons for the menu of the site, as YAML."""
-    return "\n".join(f"      - evidence/{name}.md" for name in sorted(entries))
+    return "\n".join(f"      - {name}: evidence/{name}.md" for name in sorted(entries))
