@@ -183,9 +183,9 @@ def test_training_is_repeatable_and_keeps_the_best():
 def test_training_stops_when_validation_does():
     """Labels that no confidence tells: validation soon gets worse."""
     traces = made_up(lambda conf: torch.rand(conf.shape, generator=torch.Generator().manual_seed(1)) < 0.7)
-    trainer, seen = FilterTrainer(traces, epochs=5000, hidden=64, progress=lambda **counts: seen.append(counts)), []
+    trainer, seen = FilterTrainer(traces, epochs=5000, hidden=64, progress=lambda *counts: seen.append(counts)), []
     trainer.train()
-    assert trainer.state.global_step < 5000 and seen[-1]["completed"] == trainer.state.global_step
+    assert trainer.state.global_step < 5000 and seen[-1][0] == trainer.state.global_step
     assert trainer.filter.hidden == 64
 
 

@@ -158,7 +158,7 @@ def run_compare(experiment: Any, store: Any, about: dict[str, Any], resume: bool
                 store,
                 about=about,
                 resume=resume,
-                progress=lambda done, total, what: update(completed=done, total=total, description=what),
+                progress=lambda done, total, *what: update(completed=done, total=total, description=what[0]),
             )
     except Interrupted as error:
         click.echo(f"{error}; they are kept, and --resume goes on from there", err=True)

@@ -44,7 +44,7 @@ def fit(
     examples = None if data is None else read_examples(method, data)
     loaded = load_model(model_name, dtype, device, trust_remote_code)
     with progress(slug, None) as update:
-        found = method.fit(loaded, examples, lambda done, total: update(completed=done, total=total))
+        found = method.fit(loaded, examples, lambda done, total, *_: update(completed=done, total=total))
     if method.saved_as == "folder":
         write_folder(path, found.artifact.save, force)
     else:

@@ -73,7 +73,7 @@ def judge(
 
         rows = [Trace.load(path, loaded.model) for path in files]
     with progress("judge", len(rows)) as update:
-        scores = method.scorer(loaded, chat=not raw).score(rows, lambda done, total: update(completed=done))
+        scores = method.scorer(loaded, chat=not raw).score(rows, lambda done, total, *_: update(completed=done))
     if pairs:
         write_pairs(scores, pairs, top_k, min_gap)
     as_json(scores.to_json()) if json_output else click.echo(scores.table())

@@ -98,7 +98,7 @@ def made(method: ReadMethod, loaded: Any) -> Any:
     if method.artifact is None:
         return None
     with progress(method.slug, None) as update:
-        return method.fit(loaded, None, lambda done, total: update(completed=done, total=total)).artifact
+        return method.fit(loaded, None, lambda done, total, *_: update(completed=done, total=total)).artifact
 
 
 def show(readings: list[Reading], json_output: bool) -> None:

@@ -107,7 +107,7 @@ def read_lines(file: str) -> list[str]:
 def encode(encoder: Encoder, texts: Sequence[str], batch_size: int) -> NDArray:
     """Embed with a progress bar on standard error."""
     with progress("embedding", len(texts)) as update:
-        return encoder.encode(texts, batch_size, lambda done, total: update(completed=done)).numpy()
+        return encoder.encode(texts, batch_size, lambda done, total, *_: update(completed=done)).numpy()
 
 
 def write(path: Path, texts: Sequence[str], vectors: NDArray) -> None:

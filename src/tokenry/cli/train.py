@@ -47,7 +47,9 @@ def train(
     model, tokenizer = load_model(model_name, dtype, device, trust_remote_code)
     kept, held = split(method.read(data, tokenizer), hold_out)
     with progress(slug, None) as update, TemporaryDirectory() as scratch:
-        trainer = method.trainer(model, tokenizer, kept, scratch, progress=update)
+        trainer = method.trainer(
+            model, tokenizer, kept, scratch, progress=lambda done, total, *_: update(completed=done, total=total)
+        )
         before = measure(method, trainer, held or kept)
         trained = trainer.train()
     after = measure(method, trainer, held or kept)

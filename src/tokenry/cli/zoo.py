@@ -67,7 +67,7 @@ def build(name: str, output: str | None, seed: int, force: bool, json_output: bo
             name,
             output,
             seed,
-            lambda done, total, loss: update(completed=done, total=total, description=f"loss {loss:.3f}"),
+            lambda done, total, *loss: update(completed=done, total=total, description=f"loss {loss[0]:.3f}"),
             force,
         )
     if json_output:

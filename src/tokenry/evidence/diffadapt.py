@@ -154,7 +154,7 @@ def profiled(
                 questions,
                 lambda i, text: task.check(problems[i], text),
                 max_new_tokens=MAX_NEW_TOKENS,
-                progress=lambda done, total: bar.update(done - bar.n),
+                progress=lambda done, total, *_: bar.update(done - bar.n),
             )
         return {name: values.tolist() for name, values in vars(found).items()}
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 from pydantic import BaseModel, Field, RootModel
 
 from ..core.method import Method
+from ..core.progress import Progress
 from ..core.schemas import Exchanged
 from ..models.load import Loaded
 from ..trace.trace import Trace
@@ -33,7 +34,7 @@ class Scorer(ABC):
     """Scores solutions by a model, their own or another one."""
 
     @abstractmethod
-    def score(self, samples: Sequence[Sample | Trace], progress: Callable[[int, int], None] | None = None) -> Scores:
+    def score(self, samples: Sequence[Sample | Trace], progress: Progress | None = None) -> Scores:
         """The worth of solutions given as text, or as traces of their generation.
 
         Args:

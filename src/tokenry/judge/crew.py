@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import InputError
+from ..core.progress import Progress
 from ..models.batch import left_padded, position_ids
 from ..models.load import Loaded
 from ..models.positions import context_window
@@ -130,7 +131,7 @@ class CRewScorer(Scorer):
         self.model, self.tokenizer, self.method = model, tokenizer, method or CRew()
         self.chat, self.batch_size = chat, batch_size
 
-    def score(self, samples: Sequence[Sample | Trace], progress: Callable[[int, int], None] | None = None) -> Scores:
+    def score(self, samples: Sequence[Sample | Trace], progress: Progress | None = None) -> Scores:
         """See `Scorer.score`."""
         read: list[Solution] = []
         for first in range(0, len(samples), self.batch_size):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..core.progress import Progress
 from ..models.anatomy import fingerprint
 from .build_cache import tokenizer_hash
 from .claims import Check, Contrast, above, all_of
@@ -24,8 +25,6 @@ from .store import RunStore
 from .task import COSTS, Metric, Outcome, Sample, Statistic
 
 __all__ = ["Comparison", "Interrupted", "beats", "compare", "identity", "made_of"]
-
-Progress = Callable[[int, int, str], None]
 
 
 class Interrupted(KeyboardInterrupt):

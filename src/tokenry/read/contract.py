@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -13,6 +12,7 @@ from rich.text import Text
 
 from ..core.errors import InputError
 from ..core.method import Method
+from ..core.progress import Progress
 from ..core.schemas import Exchanged
 from ..models.load import Loaded
 from ..trace.trace import Trace
@@ -20,9 +20,7 @@ from ..trace.trace import Trace
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-__all__ = ["Fitted", "Progress", "ReadAnswer", "ReadMethod", "ReadRequest", "Reading"]
-
-Progress = Callable[[int, int], None]
+__all__ = ["Fitted", "ReadAnswer", "ReadMethod", "ReadRequest", "Reading"]
 
 
 @dataclass(frozen=True)

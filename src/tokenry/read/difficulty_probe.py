@@ -17,11 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import InputError
 from ..core.fields import Count, Probability, Rate, Temperature, Tokens, Weight, check
+from ..core.progress import Progress
 from ..learned.difficulty_probe import CLASSES, DifficultyProbe, Prompt, read_questions
 from ..models.load import Loaded
 from ..models.prompts import listed_prompts
 from ..text.answers import check_marker
-from .contract import Fitted, Progress, Reading, ReadMethod
+from .contract import Fitted, Reading, ReadMethod
 from .samples.entropy import EntropyProfile, entropy_profile
 from .samples.problems import Problems, problems_in, sums
 

@@ -18,14 +18,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..core.errors import InputError
 from ..core.fields import Count, Entries, Layer, Probability
 from ..core.method import read_words
+from ..core.progress import Progress
 from ..hooks.neurons import clamp_neurons
 from ..models.anatomy import unembedding
 from ..models.load import Loaded
 from ..text.words import listed
 from ..trace.trace import Trace, capture
-from .contract import Fitted, Progress, Reading, ReadMethod
+from .contract import Fitted, Reading, ReadMethod
 from .weights.directions import Side, neuron_rows, top_tokens
-from .weights.neuron_map import LayerProgress, NeuronMap
+from .weights.neuron_map import NeuronMap
 
 __all__ = ["LMHeadNeurons", "clamp_effect"]
 
@@ -78,7 +79,7 @@ class LMHeadNeurons(ReadMethod):
     per_token: Count = Field(default=3, description="named neurons listed of each token that is read")
 
     def map(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: LayerProgress | None = None
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: Progress | None = None
     ) -> NeuronMap:
         """Decode every neuron of `model`. Needs no data and no forward pass.
 
@@ -94,8 +95,7 @@ class LMHeadNeurons(ReadMethod):
 
     def fit(self, loaded: Loaded, data: None = None, progress: Progress | None = None) -> Fitted:
         """The map as an artifact, see `map`."""
-        told = (lambda done, total, what: progress(done, total)) if progress else None
-        names = self.map(*loaded, told)
+        names = self.map(*loaded, progress)
         layers, width = names.shape
         return Fitted(names, [], f"{layers * width:,} neurons in {layers} layers")
 

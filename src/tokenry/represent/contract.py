@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
 from pydantic import Field
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.fields import Batch, Tokens
 from ..core.method import Method
+from ..core.progress import Progress
 from ..core.schemas import Exchanged
 from ..models.load import Loaded
 from .text.prompt_embedder import PromptEmbedder
@@ -48,9 +49,7 @@ class Encoder(Protocol):
     @max_seq_length.setter
     def max_seq_length(self, tokens: int | None) -> None: ...
 
-    def encode(
-        self, sentences: Sequence[str], batch_size: int = 16, progress: Callable[[int, int], None] | None = None
-    ) -> Tensor:
+    def encode(self, sentences: Sequence[str], batch_size: int = 16, progress: Progress | None = None) -> Tensor:
         """(sentences, width), float32 on the CPU, in the order given. `progress` gets (done, all) after a batch."""
         ...
 

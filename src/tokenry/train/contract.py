@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -15,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..core.fields import Share
 from ..core.method import Method
+from ..core.progress import Progress
 from ..core.schemas import Exchanged
 
 __all__ = ["HouseConfig", "MeanLossTrainer", "TrainAnswer", "TrainMethod", "TrainRequest", "report_progress"]
@@ -67,12 +68,12 @@ class TrainMethod(Method):
         tokenizer: PreTrainedTokenizerBase,
         examples: Sequence[Any],
         output_dir: str | Path,
-        progress: Callable[..., None] | None = None,
+        progress: Progress | None = None,
     ) -> Trainer:
         """A trainer for the examples; call its `train()`.
 
         Args:
-            progress: called with completed=steps, total=steps; nothing is printed then.
+            progress: called with (steps done, steps); nothing is printed then.
         """
         raise NotImplementedError
 
@@ -111,15 +112,15 @@ class MeanLossTrainer(Trainer):
         return loss.detach(), None, None
 
 
-def report_progress(trainer: Trainer, progress: Callable[..., None]) -> None:
+def report_progress(trainer: Trainer, progress: Progress) -> None:
     """Make a trainer call `progress` after every step instead of printing."""
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Progress(progress))
 
 
 class _Progress(TrainerCallback):
-    def __init__(self, progress: Callable[..., None]) -> None:
+    def __init__(self, progress: Progress) -> None:
         self.progress = progress
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.progress(completed=state.global_step, total=state.max_steps)
+        self.progress(state.global_step, state.max_steps)

@@ -7,7 +7,7 @@ beat the rejected one by a margin, after which it stops pulling; all other logit
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -30,6 +30,7 @@ from ..core.fields import (
     Weight,
     Width,
 )
+from ..core.progress import Progress
 from .adapters import lora_last_layers, merged, save_adapter
 from .contract import TrainMethod, report_progress
 from .preference.evaluation import score_pairs
@@ -103,13 +104,13 @@ class FTPO(TrainMethod):
         pairs: Sequence[Pair],
         output_dir: str | Path,
         trainer_class: type[FTPOTrainer] = FTPOTrainer,
-        progress: Callable[..., None] | None = None,
+        progress: Progress | None = None,
         **arguments: Any,
     ) -> FTPOTrainer:
         """A trainer with LoRA for `pairs` (from `self.pairs`); call its `train()`.
 
         Args:
-            progress: called with completed=steps, total=steps; nothing is printed then.
+            progress: called with (steps done, steps); nothing is printed then.
             arguments: anything `FTPOConfig` takes.
         """
         if progress:

@@ -9,7 +9,7 @@ its steps shows the confidences of a block and which of the predictions were fin
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import InputError
 from ..core.fields import Count, Rate, Seed, Width
+from ..core.progress import Progress
 from ..learned.confidence_filter import TraceDataset
 from ..learned.filter_traces import TraceHeader, read_traces
 from ..models.anatomy import fingerprint
@@ -81,7 +82,7 @@ class Learn2PDTraining(TrainMethod):
         tokenizer: PreTrainedTokenizerBase,
         prompts: Sequence[PromptTraces],
         output_dir: str | Path,
-        progress: Callable[..., None] | None = None,
+        progress: Progress | None = None,
     ) -> FilterTrainer:
         """A trainer for the traces of prompts. It writes nothing into `output_dir`.
 

@@ -8,7 +8,7 @@ reward. The texts come from the model that will be rectified, so that the values
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,6 +17,7 @@ from pydantic import Field
 from transformers import LlamaConfig, LlamaModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.fields import Batch, Layers, Passes, Portion, Rate, Seed, Times
+from ..core.progress import Progress
 from ..learned.dead_end_values import DeadEndValueModel
 from .contract import TrainMethod, report_progress
 from .values.episodes import Episode, read_episodes
@@ -86,7 +87,7 @@ class Rectifier(TrainMethod):
         tokenizer: PreTrainedTokenizerBase,
         episodes: Sequence[Episode],
         output_dir: str | Path,
-        progress: Callable[..., None] | None = None,
+        progress: Progress | None = None,
     ) -> RectifierTrainer:
         config = RectifierConfig(
             str(output_dir),

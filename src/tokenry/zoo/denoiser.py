@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from ..core.progress import Progress
 from ..data.problems import draw_problems, split_of
 from ..data.puzzles import EMPTY, PUZZLES
 from ..decode.denoising.loop import MaskedDiffusionModel, diffusion_generate
 from ..models.prompts import encode_prompts
 from ..train.masked_diffusion import masked_diffusion_loss
-from .training import Progress, batches_by_length, character_tokenizer, fit, untrained_llama
+from .training import batches_by_length, character_tokenizer, fit, untrained_llama
 
 __all__ = ["WIDEST", "build_tokenizer", "measure", "train"]
 

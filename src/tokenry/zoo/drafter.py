@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..core.progress import Progress
 from ..data.problems import Arithmetic, Problem, draw_problems
 from ..decode.api import generate
 from ..models.load import load
 from .reasoner import DIRECT, LEVELS, examples
-from .training import Progress, batches_by_length, fit
+from .training import batches_by_length, fit
 
 __all__ = ["measure", "train"]
 

@@ -27,9 +27,10 @@ from typing import cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from ..core.progress import Progress
 from ..data.problems import Arithmetic, Problem, apply_sign, by_difficulty, draw_problems, split_of
 from ..decode.api import generate
-from .training import Progress, batches_by_length, character_tokenizer, fit, untrained_llama
+from .training import batches_by_length, character_tokenizer, fit, untrained_llama
 
 __all__ = ["DIRECT", "JUDGE", "build_tokenizer", "judging_prompt", "judgment", "measure", "solution", "train"]
 

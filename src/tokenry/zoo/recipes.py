@@ -23,9 +23,9 @@ import torch
 from ..core.errors import InputError
 from ..core.files import explained, read_json
 from ..core.outputs import check_folder, write_folder
+from ..core.progress import Progress
 from ..core.schemas import Fields, checked
 from ..models.load import Loaded, load, zoo_folders
-from .training import Progress
 
 __all__ = ["RECIPES", "Recipe", "build", "find_recipe", "record_of"]
 

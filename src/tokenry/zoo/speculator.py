@@ -11,8 +11,9 @@ from typing import cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from ..core.progress import Progress
 from .reasoner import examples, measure, untrained
-from .training import Progress, batches_by_length, fit
+from .training import batches_by_length, fit
 
 __all__ = ["measure", "train"]
 

@@ -22,9 +22,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from ..core.progress import Progress
 from ..data.problems import Split, split_of
 from ..decode.api import generate
-from .training import Progress, batches_by_length, fit, untrained_llama
+from .training import batches_by_length, fit, untrained_llama
 
 __all__ = [
     "build_tokenizer",

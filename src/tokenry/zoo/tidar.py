@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..core.progress import Progress
 from ..data.problems import Arithmetic, draw_problems
 from ..decode.api import generate
 from ..decode.speculation.loop import SpeculativeOutput
@@ -22,7 +23,7 @@ from ..decode.tidar import TiDAR
 from ..models.load import load
 from ..train.tidar import tidar_loss
 from .reasoner import LEVELS, examples
-from .training import Progress, batches_by_length, fit
+from .training import batches_by_length, fit
 
 __all__ = ["measure", "train"]
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..core.progress import Progress
 from .tidar import PHASES, PROBLEMS, lessons, solved, untrained
-from .training import Progress, fit
+from .training import fit
 
 __all__ = ["measure", "train"]
 

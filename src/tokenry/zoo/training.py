@@ -19,11 +19,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ..core.progress import Progress
 from ..models.batch import right_padded
 
-__all__ = ["Progress", "batches_by_length", "character_tokenizer", "fit", "untrained_llama"]
+__all__ = ["batches_by_length", "character_tokenizer", "fit", "untrained_llama"]
 
-Progress = Callable[[int, int, float], None]  # steps done, of how many, loss
 POOL = 2048  # examples that are sorted by length at a time
 
 

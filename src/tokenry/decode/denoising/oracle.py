@@ -5,7 +5,7 @@ Extremely greedy parallel decoding (EGP) of Learning to Parallel, arXiv 2509.251
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...core.errors import InputError
 from ...core.fields import Block
+from ...core.progress import Progress
 from ...learned.confidence_filter import TraceDataset
 from ...models.prompts import encode_prompts
 from ...text.words import listed
@@ -101,7 +102,7 @@ def collect_egp_traces(
     temperature: float = 0.0,
     chat: bool = True,
     batch_size: int = 32,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> TraceDataset:
     """Decode each prompt one token per step, then again with the oracle that knows the result, and keep its steps.
 

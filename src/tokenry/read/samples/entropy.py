@@ -18,9 +18,10 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...core.errors import InputError
+from ...core.progress import Progress
 from ...models.positions import check_prompt_fits
 from ...models.prompts import Prompt, listed_prompts, prompt_ids
-from ..contract import Progress, Reading
+from ..contract import Reading
 
 __all__ = ["EntropyProfile", "entropy_profile", "token_entropy"]
 

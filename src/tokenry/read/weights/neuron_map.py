@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,14 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...core.artifact import Artifact, Header, TensorFile
 from ...core.errors import InputError
+from ...core.progress import Progress
 from ...core.tensors import check_floats, check_range, check_tensors
 from ...models.anatomy import decoder_layers, fingerprint, unembedding
 from ..contract import Reading
 from .directions import TILE, Side, Spread, neuron_rows, top_tokens
 
-__all__ = ["LayerProgress", "NeuronMap", "Overlap"]
-
-LayerProgress = Callable[[int, int, str], None]
+__all__ = ["NeuronMap", "Overlap"]
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class NeuronMap(Artifact):
         top_k: int = 10,
         chunk: int = 512,
         bottom: bool = False,
-        progress: LayerProgress | None = None,
+        progress: Progress | None = None,
     ) -> NeuronMap:
         """Decode every neuron of every layer. Arguments as for `LMHeadNeurons`.
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...core.errors import InputError
+from ...core.progress import Progress
 from ...hooks.layers import skip_layers
 from ...hooks.residual import edit_inputs
 from ...models.anatomy import decoder_body, decoder_layers
@@ -292,9 +293,7 @@ class PromptEmbedder(nn.Module):
             states = last_states(self.model, ids, mask, wanted)
         return states.unflatten(0, (len(self.templates), -1)).mean(0) if len(self.templates) > 1 else states
 
-    def encode(
-        self, sentences: Sequence[str], batch_size: int = 16, progress: Callable[[int, int], None] | None = None
-    ) -> Tensor:
+    def encode(self, sentences: Sequence[str], batch_size: int = 16, progress: Progress | None = None) -> Tensor:
         """(sentences, width), float32 on the CPU, in the order given. `progress` gets (done, all) after a batch."""
         states = self.encode_layers(sentences, [self.output_layer], batch_size, progress)[:, 0]
         return nn.functional.normalize(states, dim=-1) if self.normalize else states
@@ -305,7 +304,7 @@ class PromptEmbedder(nn.Module):
         sentences: Sequence[str],
         layers: Sequence[int] | None = None,
         batch_size: int = 16,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> Tensor:
         """(sentences, layers, width): the states that several output layers would give, from one pass each.
 

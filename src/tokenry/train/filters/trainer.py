@@ -6,7 +6,6 @@ Paper: Learning to Parallel (Learn2PD), arXiv 2509.25188.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,6 +14,7 @@ from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from ...core.errors import InputError
+from ...core.progress import Progress
 from ...learned.confidence_filter import ConfidenceFilter, TraceDataset
 from .loss import filter_loss, filter_report
 
@@ -74,7 +74,7 @@ class FilterTrainer:
         hidden: width of the filter's hidden layer; None: as the block.
         accept_threshold: of the report.
         seed: of the split and the first weights.
-        progress: called with completed=epochs, total=epochs.
+        progress: called with (epochs done, epochs).
 
     Attributes:
         filter: what is trained, at first an `untrained` one.
@@ -97,7 +97,7 @@ class FilterTrainer:
         hidden: int | None = None,
         accept_threshold: float = 0.96,
         seed: int = 0,
-        progress: Callable[..., None] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         if epochs < 1 or not 0 < lr < float("inf"):
             raise InputError(f"epochs={epochs} and lr={lr} are not allowed; give epochs >= 1 and a rate > 0")
@@ -122,7 +122,7 @@ class FilterTrainer:
             if epoch % CHECK_EVERY and epoch < self.epochs:
                 continue
             if self.progress:
-                self.progress(completed=epoch, total=self.epochs)
+                self.progress(epoch, self.epochs)
             loss = self._validation_loss()
             waited = 0 if loss < best else waited + 1
             if loss < best:
