@@ -13,7 +13,7 @@ from collections.abc import Callable
 from bench_loop import phrases
 from common import heading, report
 
-from tokenry.decode import NGramBan, PhraseBan, RegexBan, Row
+from tokenry.decode import NGramBan, PhraseBan, RegexBan, SequenceState
 from tokenry.decode.generation.monitor import Monitor, held_tokens
 
 EARLY, LATE, WIDTH = 250, 6000, 200  # tokens at which the cost is measured, and over how many
@@ -37,7 +37,7 @@ class Pieces:
 
 def seconds_per_token(make: Callable[[], Monitor]) -> tuple[float, float]:
     """Median seconds of one token around `EARLY` and around `LATE`."""
-    rng, row, monitor, took = random.Random(0), Row(0, [], Pieces()), make(), []
+    rng, row, monitor, took = random.Random(0), SequenceState(0, [], Pieces()), make(), []
     for _ in range(LATE + WIDTH):
         row.append(rng.randrange(len(VOCABULARY)))
         start = time.perf_counter()
