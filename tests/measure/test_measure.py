@@ -78,9 +78,6 @@ def test_bootstrap_edge_cases():
     assert paired_bootstrap([5, 6, 7], [1, 2, 3]).excludes_zero
 
 
-# --- compare -------------------------------------------------------------------------------------------------------
-
-
 def test_intervals_at_their_edges():
     """A bound of exactly 0 does not exclude it; one sample says nothing, two do; no numbers, no bounds."""
     assert not Interval(-1.0, -2.0, 0.0, 5).excludes_zero and not Interval(1.0, 0.0, 2.0, 5).excludes_zero
@@ -92,6 +89,9 @@ def test_intervals_at_their_edges():
     assert bootstrap_statistic(lambda picks: 2.0, 2) == (2.0, 2.0, 2.0, 2)
     never = bootstrap_statistic(lambda picks: math.nan, 3)
     assert never.n == 3 and math.isnan(never.low) and math.isnan(never.high)
+
+
+# --- compare -------------------------------------------------------------------------------------------------------
 
 
 def test_arms_run_interleaved_and_differences_are_paired():

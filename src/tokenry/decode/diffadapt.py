@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, cast
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from ..core.artifact import ArtifactField
 from ..core.errors import InputError
 from ..core.fields import Probability
 from ..learned.difficulty_probe import CLASSES, DifficultyProbe, Prompt, Questions, read_questions
-from ..models.batch import left_padded, shared_length
+from ..models.batch import left_padded, pad_id, shared_length
 from ..models.prompts import listed_prompts, prompt_ids
 from .api import generate
 from .contract import Call, DecodeMethod, Plan, PlanMethod, Plugins
@@ -174,7 +174,7 @@ def plan_by_strategy(
     if call.options.get("num_return_sequences") not in (None, 1):
         raise InputError("num_return_sequences is not possible with budgets of single prompts; repeat the prompts")
     rows = [prompt_ids(tokenizer, prompt, one.suffix, call.chat) for prompt, one in zip(prompts, strategies)]
-    ids, mask, cache = _lay_out(rows, questions, cast(int, tokenizer.pad_token_id or 0), model.device)
+    ids, mask, cache = _lay_out(rows, questions, pad_id(tokenizer), model.device)
     return Plan(
         BatchEncoding({"input_ids": ids, "attention_mask": mask}),
         Plugins(processors=[TemperatureByRow(ids, [strategy.temperature for strategy in strategies])]),

@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..core.errors import InputError
 from ..core.fields import Times, Tokens
+from ..models.batch import pad_id
 from ..models.load import Loaded, shared
 from ..models.prompts import listed_prompts
 from .contract import Call, DecodeMethod, RunnerMethod, refuse_others
@@ -159,7 +160,7 @@ def _output(speculation: StepSpeculation) -> SpecReasonOutput:
     ends = [[cast(int, base.tokenizer.eos_token_id)] if r.steps[-1].end == "eos" else [] for r in results]
     ids = [base.tokenizer.encode(r.text, add_special_tokens=False) + end for r, end in zip(results, ends)]
     rows = [start + new for start, new in zip(base.starts, ids)]
-    pad = cast(int, base.tokenizer.pad_token_id or 0)
+    pad = pad_id(base.tokenizer)
     left, longest = max(map(len, base.starts)), max(map(len, ids))
     sequences = torch.full((len(rows), left + longest), pad, device=base.model.device)
     for line, start, row in zip(sequences, base.starts, rows):

@@ -41,7 +41,7 @@ from .plugins import NO_PLUGINS, BeginsLast, BeginsWithPrompt, Ends, Plugins
 from .sampler import Sampler, of_row
 from .sequence import SequenceState
 
-__all__ = ["DecodeLoop", "DecodeOutput"]
+__all__ = ["DecodeLoop"]
 
 CANDIDATES = 20  # alternatives recorded with every rewind
 FULL_ROWS = 32  # newest positions whose scores are kept whole when a monitor may rewind without bound

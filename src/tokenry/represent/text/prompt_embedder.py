@@ -19,7 +19,7 @@ from ...core.progress import Progress
 from ...hooks.layers import skip_layers
 from ...hooks.residual import edit_inputs
 from ...models.anatomy import decoder_body, decoder_layers
-from ...models.batch import left_padded, position_arguments
+from ...models.batch import left_padded, pad_id, position_arguments
 from ...models.positions import context_window
 from ...text.token_text import check_encodable
 
@@ -276,7 +276,7 @@ class PromptEmbedder(nn.Module):
 
     def _pad(self, rows: Sequence[Sequence[list[int]]]) -> dict[str, Tensor]:
         flat = [ids for variants in zip(*rows) for ids in variants]
-        ids, mask = left_padded(flat, pad=cast(int, self.tokenizer.pad_token_id or 0))
+        ids, mask = left_padded(flat, pad=pad_id(self.tokenizer))
         return {"input_ids": ids, "attention_mask": mask.long()}
 
     # --- ids to vectors ----------------------------------------------------------------------------------------
