@@ -1,0 +1,1 @@
+"""The server: OpenAI's routes in front of any engine."""
