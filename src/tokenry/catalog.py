@@ -7,7 +7,6 @@ import importlib
 import re
 from dataclasses import dataclass
 
-from .core.claim import Claim
 from .core.errors import InputError
 
 STAGES = {
@@ -32,17 +31,11 @@ class Entry:
     keywords: str = ""
     experiment: str | None = None  # module that declares `build`, see `measure.experiment`
     further: tuple[str, ...] = ()  # modules of more experiments; each has the name of its module
-    published: Claim | None = None  # the number of the paper, where one could be read
 
     def load(self) -> type:
         """Import the method's class."""
         module, name = self.target.split(":")
         return getattr(importlib.import_module(module), name)
-
-    def claim_of(self, name: str) -> Claim | None:
-        """What was published on what an experiment tests. Where there are several it is the last that tests it: the
-        ones before are about the mechanism."""
-        return self.published if name == list(self.experiments)[-1] else None
 
     @property
     def experiments(self) -> dict[str, str]:
@@ -59,7 +52,6 @@ METHODS: tuple[Entry, ...] = (
         "train a tokenizer for a domain, or one of short tokens for text correction",
         "bpe vocabulary legal financial domain character ocr spelling train tokenizer",
         "tokenry.evidence.kl3m",
-        published=Claim("0.2417", "tokens per character (gpt-4o: 0.2636)", "128k-cased, mean of five kinds of text"),
     ),
     Entry(
         "compresskv",
@@ -68,9 +60,6 @@ METHODS: tuple[Entry, ...] = (
         "keep the cache entries that semantic retrieval heads look at, with a budget for each layer",
         "kv cache compression memory long context prompt eviction retrieval heads",
         "tokenry.evidence.compresskv",
-        published=Claim(
-            "46.71", "LongBench mean at 256 entries (full 49.08, SnapKV 45.21)", "Llama-3.1-8B-Instruct, 16 sets"
-        ),
     ),
     Entry(
         "token-prepending",
@@ -79,9 +68,6 @@ METHODS: tuple[Entry, ...] = (
         "sentence embeddings from a decoder whose early layers see the last state before the sentence",
         "sentence embedding similarity sts retrieval prompt eol training-free",
         "tokenry.evidence.token_prepending",
-        published=Claim(
-            "+7.16", "Spearman x 100 over the same prompt", "Llama-2-7B, PromptEOL, mean of seven STS sets"
-        ),
     ),
     Entry(
         "antislop",
@@ -90,7 +76,6 @@ METHODS: tuple[Entry, ...] = (
         "rewind when a banned phrase, regex or n-gram appears, and sample again from its first token",
         "slop ban phrases cliche repetition words backtrack creative writing style",
         "tokenry.evidence.antislop",
-        published=Claim("8,000+", "patterns suppressed, quality kept", "creative writing"),
     ),
     Entry(
         "cyclicreflex",
@@ -100,7 +85,6 @@ METHODS: tuple[Entry, ...] = (
         "reasoning wait reflection thinking overthinking budget logits schedule",
         "tokenry.evidence.cyclicreflex",
         ("tokenry.evidence.cyclicreflex_reasoner",),
-        published=Claim("0.89", "accuracy (plain 0.86)", "DeepSeek-R1-Distill-Qwen-7B, MATH500"),
     ),
     Entry(
         "tip",
@@ -131,7 +115,6 @@ METHODS: tuple[Entry, ...] = (
         "a probe reads the question; easy, normal and hard ones get their own prompt, temperature and budget",
         "reasoning difficulty probe adaptive budget overthinking save tokens cost",
         "tokenry.evidence.diffadapt",
-        published=Claim("22.4 %", "fewer tokens at equal or better accuracy", "Qwen3-4B, the best of five models"),
     ),
     Entry(
         "skipdecode",
@@ -140,7 +123,6 @@ METHODS: tuple[Entry, ...] = (
         "later tokens run fewer of the lower middle layers, so that decoding is faster; needs training to keep quality",
         "speed faster layers skip early exit depth schedule batching cache latency inference",
         "tokenry.evidence.skipdecode",
-        published=Claim("2 to 5", "times faster at negligible loss", "OPT-1.3B and 6.7B, E2E, Reddit-TLDR, CNN/DM"),
     ),
     Entry(
         "spectr",
@@ -149,7 +131,6 @@ METHODS: tuple[Entry, ...] = (
         "draft several tokens ahead, check them in one forward pass, and keep the model's own distribution exactly",
         "speculative decoding speed faster latency draft model prompt lookup assisted generation lossless multi-draft",
         "tokenry.evidence.spectr",
-        published=Claim("2.13", "times faster than token by token", "PaLM-2-Bison with Gecko, LM1B"),
     ),
     Entry(
         "optimal-mdsd",
@@ -166,7 +147,6 @@ METHODS: tuple[Entry, ...] = (
         "a model drafts the next tokens by masked diffusion in the forward pass that checks its last draft",
         "speculative decoding speed faster self-drafting diffusion block multi-token prediction latency lossless",
         "tokenry.evidence.tidar",
-        published=Claim("8.25", "tokens per forward pass", "TiDAR 8B"),
     ),
     Entry(
         "specreason",
@@ -175,11 +155,6 @@ METHODS: tuple[Entry, ...] = (
         "a small model writes the reasoning steps, the base model scores each and rewrites those below a threshold",
         "reasoning speculative step draft judge two models faster latency cheap",
         "tokenry.evidence.specreason",
-        published=Claim(
-            "1.4 to 3.0",
-            "times faster, accuracy +0.4 to +9.0 points",
-            "QwQ-32B with R1-Distill-Qwen-1.5B, AIME, MATH-500, GPQA",
-        ),
     ),
     Entry(
         "masked-diffusion",
@@ -188,11 +163,6 @@ METHODS: tuple[Entry, ...] = (
         "sample from a masked-diffusion model, by a fixed number of tokens per step, a threshold, or other rules",
         "diffusion masked llada dream fast-dllm parallel decoding threshold factor margin entropy guidance cfg cache",
         "tokenry.evidence.masked_diffusion",
-        published=Claim(
-            "8.1",
-            "times faster with threshold and cache (79.3 to 78.5 % right)",
-            "Fast-dLLM, LLaDA-8B-Instruct, GSM8K, length 256",
-        ),
     ),
     Entry(
         "creditdecoding",
@@ -201,9 +171,6 @@ METHODS: tuple[Entry, ...] = (
         "commit tokens of a masked-diffusion model earlier when they have been the best for some steps",
         "diffusion masked llada dream parallel decoding threshold unmask faster credit history",
         "tokenry.evidence.creditdecoding",
-        published=Claim(
-            "5.48", "times faster than one token per step, +0.48 points", "LLaDA-8B-Instruct, eight benchmarks"
-        ),
     ),
     Entry(
         "daedal",
@@ -220,9 +187,6 @@ METHODS: tuple[Entry, ...] = (
         "a tiny trained filter says which tokens of a masked-diffusion model are final; windows end with the text",
         "diffusion masked llada dream parallel decoding learned filter unmask faster eos truncate length eotp",
         "tokenry.evidence.learn2pd",
-        published=Claim(
-            "22.58", "times the throughput of one token per step", "LLaDA-8B-Instruct, GSM8K, length 1024, with EoTP"
-        ),
     ),
     Entry(
         "lm-head-neurons",
@@ -231,7 +195,6 @@ METHODS: tuple[Entry, ...] = (
         "name every MLP neuron after the tokens its weights point at, and clamp it",
         "interpretability neuron unembedding logit lens feature map clamp steer",
         "tokenry.evidence.lm_head_neurons",
-        published=Claim("75 %", "of neurons keep their top token after instruction tuning", "Llama-3.1-8B"),
     ),
     Entry(
         "difficulty-probe",
@@ -247,7 +210,6 @@ METHODS: tuple[Entry, ...] = (
         "score a solution by the probability of its final answer, and build preference pairs from that",
         "confidence reward verifier best-of-n vote self-consistency math answer dpo",
         "tokenry.evidence.crew",
-        published=Claim("27.12", "% right, 1 of 10 (perplexity 2.07, random 10.00)", "Qwen2.5-7B-Instruct, RewardMATH"),
     ),
     Entry(
         "ftpo",
@@ -256,7 +218,6 @@ METHODS: tuple[Entry, ...] = (
         "train banned patterns out: at each rewind the chosen tokens must beat the rejected one by a margin",
         "preference optimization dpo lora slop unlearn repetition finetune",
         "tokenry.evidence.ftpo",
-        published=Claim("90 %", "fewer banned patterns (DPO: 80 to 82 %)", "range over models 83 to 92 %"),
     ),
     Entry(
         "rectifier",

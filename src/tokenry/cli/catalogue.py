@@ -52,10 +52,14 @@ def show(slug: str, json_output: bool) -> None:
     method = entry.load()
     if json_output:
         about = {"title": method.title, "paper": method.paper, "claim": method.claim}
+        about["published"] = method.published._asdict() if method.published else None
         options = [o._asdict() for o in method.options()]
         as_json({**entry_dict(entry), **about, "options": options, "schema": method.schema()})
         return
-    click.echo(f"{method.title} ({entry.stage}): {entry.summary}\n\nPaper:  {method.paper}\nClaim:  {method.claim}\n")
+    click.echo(f"{method.title} ({entry.stage}): {entry.summary}\n\nPaper:  {method.paper}\nClaim:  {method.claim}")
+    if method.published:
+        click.echo(f"        {method.published}; {method.published.source}")
+    click.echo()
     if method.caution:
         click.echo(f"Note:   {method.caution}\n")
     for name in entry.experiments:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, ValidationInfo
 
+from .claim import Claim
 from .errors import InputError
 from .fields import shown
 from .files import parse_json, read_entries
@@ -64,8 +65,9 @@ class Method(BaseModel):
     """Base of every method: frozen, validated parameters plus what the paper says.
 
     Class attributes: `slug` (name on the command line), `stage`, `title`, `paper` (title and arXiv number),
-    `claim` (what the paper promises, in one sentence), `caution` (what a user must know before the first result, if
-    anything). The contract of a stage adds `input` and `output`: what a method is given and what it answers, as JSON.
+    `claim` (what the paper promises, in one sentence), `published` (its number, where one could be read), `caution`
+    (what a user must know before the first result, if anything). The contract of a stage adds `input` and `output`:
+    what a method is given and what it answers, as JSON.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
@@ -75,6 +77,7 @@ class Method(BaseModel):
     title: ClassVar[str]
     paper: ClassVar[str]
     claim: ClassVar[str]
+    published: ClassVar[Claim | None] = None
     caution: ClassVar[str] = ""
     input: ClassVar[type[BaseModel]]
     output: ClassVar[type[BaseModel]]

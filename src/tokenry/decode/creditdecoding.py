@@ -14,6 +14,7 @@ import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
+from ..core.claim import Claim
 from ..core.errors import InputError
 from ..core.fields import Entries, Portion, Share, Weight, read_none
 from .denoising.contract import DiffusionMethod, DiffusionParts
@@ -38,6 +39,9 @@ class CreditDecoding(DiffusionMethod):
     claim: ClassVar[str] = (
         "Masked-diffusion models decode with fewer forward passes, at the same quality, when predictions that have "
         "been the best for some steps get a bonus."
+    )
+    published: ClassVar[Claim] = Claim(
+        "5.48", "times faster than one token per step, +0.48 points", "LLaDA-8B-Instruct, eight benchmarks"
     )
 
     alpha: Weight = Field(default=0.7, description="weight of the credit; 0 is threshold decoding")

@@ -19,6 +19,7 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import LogitsProcessor, TemperatureLogitsWarper
 
 from ..core.artifact import ArtifactField
+from ..core.claim import Claim
 from ..core.errors import InputError
 from ..core.fields import Probability
 from ..learned.difficulty_probe import CLASSES, DifficultyProbe, Prompt, Questions, read_questions
@@ -43,6 +44,9 @@ class DiffAdapt(PlanMethod):
     claim: ClassVar[str] = (
         "A small probe on the question's state picks one of three strategies and saves 10 to 20 % of the tokens at "
         "equal accuracy."
+    )
+    published: ClassVar[Claim] = Claim(
+        "22.4 %", "fewer tokens at equal or better accuracy", "Qwen3-4B, the best of five models"
     )
 
     probe: ArtifactField[DifficultyProbe] | None = Field(

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ..core.artifact import ArtifactField
+from ..core.claim import Claim
 from ..core.errors import InputError
 from ..core.fields import Block, Probability, Tokens
 from ..learned.confidence_filter import ConfidenceFilter
@@ -42,6 +43,9 @@ class Learn2PD(DiffusionMethod):
     claim: ClassVar[str] = (
         "A tiny filter that has learned from the confidences of a block which predictions are final decodes "
         "masked-diffusion models in a fraction of the forward passes, at the same quality."
+    )
+    published: ClassVar[Claim] = Claim(
+        "22.58", "times the throughput of one token per step", "LLaDA-8B-Instruct, GSM8K, length 1024, with EoTP"
     )
 
     tracer: ClassVar[type[TraceMethod]] = EGPTraces

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
+from ..core.claim import Claim
 from ..core.fields import Portion, Positive, Probability, Temperature, Tokens, Weight, check, read_none
 from .denoising.contract import DiffusionMethod, DiffusionParts
 from .denoising.transforms import Guidance
@@ -26,6 +27,11 @@ class MaskedDiffusion(DiffusionMethod):
     claim: ClassVar[str] = (
         "A masked-diffusion model writes as well in a few forward passes as with one for every token, if only what it "
         "is sure of is committed together."
+    )
+    published: ClassVar[Claim] = Claim(
+        "8.1",
+        "times faster with threshold and cache (79.3 to 78.5 % right)",
+        "Fast-dLLM, LLaDA-8B-Instruct, GSM8K, length 256",
     )
 
     policy: Literal["fixed", "threshold", "factor", "runs", "chance"] = Field(

@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from ..core.claim import Claim
 from ..core.errors import InputError
 from ..core.fields import Times, Tokens
 from ..models.batch import pad_id
@@ -43,6 +44,11 @@ class SpecReason(RunnerMethod):
     claim: ClassVar[str] = (
         "A small model writes most reasoning steps and the base model judges them: it writes less than half as many "
         "tokens, at equal or better accuracy."
+    )
+    published: ClassVar[Claim] = Claim(
+        "1.4 to 3.0",
+        "times faster, accuracy +0.4 to +9.0 points",
+        "QwQ-32B with R1-Distill-Qwen-1.5B, AIME, MATH-500, GPQA",
     )
 
     small: Annotated[Any, WithJsonSchema({"type": "string"})] = Field(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from ..core.claim import Claim
 from .speculation.method import DraftingMethod
 
 __all__ = ["Spectr"]
@@ -25,3 +26,4 @@ class Spectr(DraftingMethod):
         "The model writes the same text with fewer forward passes, and fewer still with several drafts per position "
         "than with one."
     )
+    published: ClassVar[Claim] = Claim("2.13", "times faster than token by token", "PaLM-2-Bison with Gecko, LM1B")

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from .statistics import Interval, bootstrap_statistic
 
 __all__ = [
@@ -72,7 +74,7 @@ def exactly(value: float, what: str, form: str = "g") -> Contrast:
     return Contrast(Interval(float(value), float(value), float(value), 1), what, form)
 
 
-def share(right: Sequence[float], what: str) -> Contrast:
+def share(right: np.ndarray, what: str) -> Contrast:
     """A share, or another mean, with its interval over what was counted, as percent."""
     return Contrast(bootstrap_statistic(lambda pick: float(right[pick].mean()), len(right)), what, ".1%")
 

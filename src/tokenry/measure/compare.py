@@ -139,7 +139,7 @@ class Comparison:
         Args:
             keeps: an arm and a margin: only qualities count that are not further below this arm's.
         """
-        sides = [[self.table(name) for name in self.sweep(sweep).values()] for sweep in (first, second)]
+        one, other = ([self.table(name) for name in self.sweep(sweep).values()] for sweep in (first, second))
         least, what = None, f"{_words(cost)} at equal {_words(at)}, {first} / {second}"
         if keeps:
             best, margin = self.table(keeps[0])[at], keeps[1]
@@ -147,7 +147,7 @@ class Comparison:
                 lambda pick: float(np.nanmean(best[pick])) - margin,
                 f"{what}, where at most {margin:g} is lost",
             )
-        return Contrast(cost_ratio(*sides, cost, at, len(self.samples), least), what)
+        return Contrast(cost_ratio(one, other, cost, at, len(self.samples), least), what)
 
     def _sums(self, name: str, first: str, second: str) -> tuple[np.ndarray, np.ndarray]:
         """What both arms have, of the samples for which both were measured."""
@@ -221,7 +221,7 @@ def compare(
     """
     samples = list(experiment.task.samples())
     known = identity(experiment, about)
-    run = store.begin(known, resume) if store else None
+    run = store.begin(known, resume) if store else 0
     wanted = {
         (s.name, x.key, seed): (s.name, x.id, seed)
         for s in experiment.arms
@@ -256,7 +256,7 @@ def _words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _over(sums: tuple[np.ndarray, np.ndarray], compute: Callable[[float, float], float]) -> Interval:
+def _over(sums: tuple[np.ndarray, np.ndarray], compute: Callable[[Any, Any], float]) -> Interval:
     """A number from the sums of two arms, with its interval over samples; NaN where the second has none."""
     a, b = sums
     if not len(a):

@@ -19,6 +19,7 @@ class Meter:
 
     seconds = float("nan")
     peak_bytes = float("nan")
+    start_bytes: int | None = None  # unknown where it cannot be measured
 
     def __enter__(self) -> Meter:
         if torch.cuda.is_available():
@@ -35,7 +36,7 @@ class Meter:
             torch.cuda.synchronize()
         self.seconds = time.perf_counter() - self.started
         if torch.cuda.is_available():
-            self.peak_bytes = torch.cuda.max_memory_allocated() - self.start_bytes
+            self.peak_bytes = torch.cuda.max_memory_allocated() - (self.start_bytes or 0)
         elif self.start_bytes is not None:
             self.peak_bytes = max(_resident("VmHWM") - self.start_bytes, 0)
 

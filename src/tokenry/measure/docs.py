@@ -82,7 +82,7 @@ def evidence_table(entries: dict[str, dict[str, Any]]) -> str:
     """The ledger in short: what was published, and what was measured, on which model, at most one number a cell."""
     rows = ["| claim of | published | measured | on | verdict | numbers |", "|---|---|---|---|---|---|"]
     for entry, name in measurements():
-        found, published = entries.get(name), str(entry.claim_of(name) or "")
+        found, published = entries.get(name), published_on(entry, name)
         cells = ("", "", "not measured yet", "")
         if found:
             cells = measured(found), found["model"], shown_verdict(found), f"[all](docs/evidence/{name}.md)"
@@ -94,7 +94,7 @@ def ledger(entries: dict[str, dict[str, Any]]) -> str:
     """The ledger with the command that measures each claim."""
     rows = ["| claim of | published | measured | on | verdict | command |", "|---|---|---|---|---|---|"]
     for entry, name in measurements():
-        found, published = entries.get(name), str(entry.claim_of(name) or "")
+        found, published = entries.get(name), published_on(entry, name)
         cells = ("", "", "not measured yet", "")
         if found:
             command = f"[`{found['command']}`](evidence/{name}.md)"
@@ -108,9 +108,16 @@ def measurements() -> list[tuple[catalog.Entry, str]]:
     return [(entry, name) for entry in catalog.METHODS for name in entry.experiments]
 
 
+def published_on(entry: catalog.Entry, name: str) -> str:
+    """The number that was published on what an experiment tests. Where a method has several experiments it is of the
+    last one: those before are about the mechanism."""
+    return str(entry.load().published or "") if name == list(entry.experiments)[-1] else ""
+
+
 def ledger_page(entries: dict[str, dict[str, Any]]) -> str:
     """What stands beside the table of all claims."""
-    sources = [f"* {e.slug}: {e.published}. {e.published.source}." for e in catalog.METHODS if e.published]
+    published = [(entry.slug, entry.load().published) for entry in catalog.METHODS]
+    sources = [f"* {slug}: {claim}. {claim.source}." for slug, claim in published if claim]
     parts = [
         "# Evidence",
         "",

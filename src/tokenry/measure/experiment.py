@@ -176,7 +176,9 @@ class Declaration:
         )
 
 
-def _listed(judge: Callable[..., Iterable[Finding]], facts: Mapping[str, Any], comparison: Any) -> list[Finding]:
+def _listed(judge: Callable[..., Iterable[Finding]] | None, facts: Mapping[str, Any], comparison: Any) -> list[Finding]:
+    if judge is None:
+        raise TypeError("the experiment has no findings; decorate the function that makes them with `build.findings`")
     return list(judge(comparison, **facts))
 
 

@@ -46,8 +46,8 @@ def cost_ratio(
     """
 
     def compute(pick: np.ndarray) -> float:
-        sides = ([_point(table, pick, cost, quality) for table in group] for group in (first, second))
-        return _ratio(*sides, -np.inf if least is None else least(pick))
+        one, other = ([_point(table, pick, cost, quality) for table in group] for group in (first, second))
+        return _ratio(one, other, -np.inf if least is None else least(pick))
 
     return bootstrap_statistic(compute, samples)
 

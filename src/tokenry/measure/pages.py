@@ -6,8 +6,8 @@ import ast
 import inspect
 import re
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 from .. import catalog
 from ..core.method import Method
@@ -64,7 +64,7 @@ def _is_method(value: Any) -> bool:
 def _outline(cls: type) -> str:
     """A class as it stands in its file, but for values, what is private, and what functions do."""
     source = inspect.getsource(cls)
-    (tree,) = ast.parse(source).body
+    tree = cast(ast.ClassDef, ast.parse(source).body[0])
     lines = source.splitlines()
     parts = [_head(tree, lines)]
     for node in tree.body:
@@ -102,7 +102,7 @@ def paper_index(entries: dict[str, dict[str, Any]]) -> str:
     rows = []
     for entry in catalog.METHODS:
         for paper in entry.load().paper.split("; "):
-            title, number = PAPER.fullmatch(paper).groups()
+            title, number = cast(re.Match, PAPER.fullmatch(paper)).groups()
             method = f"[{entry.slug}](methods/{entry.slug}.md)"
             verdict = _verdict(entry, entries).replace("../", "")
             link = f"[{number}](https://arxiv.org/abs/{number})"
@@ -123,6 +123,6 @@ def navigation() -> str:
     return "\n".join(lines)
 
 
-def evidence_navigation(entries: Sequence[str]) -> str:
+def evidence_navigation(entries: Iterable[str]) -> str:
     """The pages of all comparisons for the menu of the site, as YAML."""
     return "\n".join(f"      - {name}: evidence/{name}.md" for name in sorted(entries))

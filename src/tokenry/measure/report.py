@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -70,7 +70,9 @@ def tables(comparison: Comparison) -> list[Table]:
     return [*made, _table(comparison, "cost per sample", [label(c) for c in comparison.costs()], rows)]
 
 
-def _table(comparison: Comparison, title: str, headings: Sequence[str], rows: dict[str, list[str | Text]]) -> Table:
+def _table(
+    comparison: Comparison, title: str, headings: Sequence[str], rows: Mapping[str, Sequence[str | Text]]
+) -> Table:
     grid = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     grid.add_column("arm", no_wrap=True)
     for heading in headings:

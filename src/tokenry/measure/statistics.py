@@ -30,7 +30,7 @@ class Interval(NamedTuple):
 
 
 def paired_bootstrap(
-    first: Sequence[float], second: Sequence[float], resamples: int = 10_000, seed: int = 0
+    first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray, resamples: int = 10_000, seed: int = 0
 ) -> Interval:
     """Mean of first - second over pairs, with the percentile bootstrap interval (95 %).
 

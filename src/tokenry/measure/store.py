@@ -10,7 +10,7 @@ import json
 import sqlite3
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..core.errors import InputError
 from ..core.files import explained, shown
@@ -64,9 +64,8 @@ class RunStore:
             if row[0] is not None:
                 return row[0]
         with self.db:
-            return self.db.execute(
-                "INSERT INTO runs (signature, about) VALUES (?, ?)", (key, json.dumps(about))
-            ).lastrowid
+            made = self.db.execute("INSERT INTO runs (signature, about) VALUES (?, ?)", (key, json.dumps(about)))
+        return cast(int, made.lastrowid)
 
     def add(self, run: int, rows: Iterable[tuple[str, str, int, Outcome]]) -> None:
         """Commit (arm, sample, seed, outcome) rows together."""
@@ -84,7 +83,7 @@ class RunStore:
         columns = "subject, sample, seed, metrics, cost, detail"
         with explained(self.problem, "choose another path", sqlite3.Error):
             rows = self.db.execute(f"SELECT {columns} FROM outcomes WHERE run = ?", (run,)).fetchall()
-            return {tuple(row[:3]): Outcome(*map(_object, row[3:])) for row in rows}
+            return {(row[0], row[1], row[2]): Outcome(*map(_object, row[3:])) for row in rows}
 
     def close(self) -> None:
         self.db.close()

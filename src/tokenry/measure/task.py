@@ -112,6 +112,8 @@ class Task(Protocol):
 
     def samples(self) -> Sequence[Sample]:
         """All samples, in a fixed order."""
+        ...
 
     def run(self, arm: Arm, samples: Sequence[Sample], seed: int) -> list[Outcome]:
         """Run `arm` on a batch of samples; one outcome each."""
+        ...

@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..core.claim import Claim
 from ..core.errors import InputError
 from ..core.fields import Count, Entries, Layer, Probability
 from ..core.method import read_words
@@ -49,6 +50,9 @@ class LMHeadNeurons(ReadMethod):
     claim: ClassVar[str] = (
         "MLP neurons whose up-projection points at one token are features of that token: clamping them moves it more "
         "than clamping other neurons does."
+    )
+    published: ClassVar[Claim] = Claim(
+        "75 %", "of neurons keep their top token after instruction tuning", "Llama-3.1-8B"
     )
 
     takes: ClassVar = ("text", "trace")

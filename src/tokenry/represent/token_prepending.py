@@ -18,6 +18,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..core.claim import Claim
 from ..core.errors import InputError
 from ..core.fields import Layer, Layers, Seed
 from ..hooks.holding import hold, hooked
@@ -50,6 +51,9 @@ class TokenPrepending(RepresentMethod):
     claim: ClassVar[str] = (
         "Overwriting a slot before the sentence with the state of the last token, in early layers, gives better "
         "sentence embeddings without training."
+    )
+    published: ClassVar[Claim] = Claim(
+        "+7.16", "Spearman x 100 over the same prompt", "Llama-2-7B, PromptEOL, mean of seven STS sets"
     )
 
     start_layer: Layer = Field(default=1, description="first layer before which the slot is overwritten")

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from ..core.artifact import ArtifactField
+from ..core.claim import Claim
 from ..core.errors import InputError
 from ..core.fields import Block, Count, Multiple, Seed, Tokens
 from ..models.anatomy import full_attention_layers, shape_of
@@ -49,6 +50,9 @@ class CompressKV(SelectMethod):
     claim: ClassVar[str] = (
         "Letting only semantic retrieval heads vote, with a budget for each layer, keeps more of the answer at the "
         "same cache size than letting all heads vote."
+    )
+    published: ClassVar[Claim] = Claim(
+        "46.71", "LongBench mean at 256 entries (full 49.08, SnapKV 45.21)", "Llama-3.1-8B-Instruct, 16 sets"
     )
 
     profile: ArtifactField[HeadProfile] | None = Field(

@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from ..core.claim import Claim
 from ..core.errors import InputError
 from ..core.fields import Count
 from ..text.token_text import check_encodable
@@ -37,6 +38,9 @@ class KL3M(TokenizeMethod):
     claim: ClassVar[str] = (
         "A vocabulary learned from a domain needs fewer tokens for its text than a general one of equal size, and "
         "short tokens cut wrong and right spellings at the same places."
+    )
+    published: ClassVar[Claim] = Claim(
+        "0.2417", "tokens per character (gpt-4o: 0.2636)", "128k-cased, mean of five kinds of text"
     )
 
     kind: Literal["domain", "char"] = Field(

@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..core.claim import Claim
 from ..core.fields import (
     Batch,
     Count,
@@ -55,6 +56,9 @@ class FTPO(TrainMethod):
     claim: ClassVar[str] = (
         "After training on the rewinds of Antislop, plain sampling avoids about 90 % of the banned patterns at no loss "
         "of quality; DPO on the same pairs avoids fewer and costs more."
+    )
+    published: ClassVar[Claim] = Claim(
+        "90 %", "fewer banned patterns (DPO: 80 to 82 %)", "range over models 83 to 92 %"
     )
     examples: ClassVar[str] = "pairs"
     measures: ClassVar[dict[str, str]] = {
