@@ -193,5 +193,7 @@ def test_the_command_line_measures_other_weights_again(tmp_path, monkeypatch, ll
         assert result.exit_code == 0, result.output
         weights.append(json.loads(Path("docs/evidence/antislop.json").read_text())["identity"]["weights"])
     assert weights == [fingerprint(llama), fingerprint(llama), fingerprint(other)]
+    verdict = json.loads(Path("docs/evidence/antislop.json").read_text())["verdict"]
+    assert verdict in Path("docs/evidence/antislop.html").read_text()  # the report lies beside the record
     with RunStore(store) as kept:
         assert [row[0] for row in kept.db.execute("SELECT count(*) FROM runs")] == [2]

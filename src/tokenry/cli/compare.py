@@ -47,7 +47,7 @@ AT_ONCE = 2  # experiments of --all that run side by side, one thread each
 @click.option("--quick", is_flag=True, help="The smallest size that runs everything; it decides little.")
 @click.option("--report", "report_path", help="Write a self-contained HTML report.")
 @click.option("--picture", help="Write the table as an SVG picture.")
-@click.option("--record", is_flag=True, help="Write the evidence entry docs/evidence/NAME.json.")
+@click.option("--record", is_flag=True, help="Write the evidence entry docs/evidence/NAME.json, and its report.")
 @click.option(
     "--store", "store_path", default="runs/tokenry.sqlite", show_default=True, help="Where outcomes are kept."
 )
@@ -176,6 +176,12 @@ class Outputs:
     picture: str | None
     evidence: Path | None
 
+    @property
+    def reports(self) -> list[str]:
+        """That of the command, and that beside the evidence entry."""
+        kept = [str(self.evidence.with_suffix(".html"))] if self.evidence else []
+        return [*([self.report] if self.report else []), *kept]
+
     def check(self, force: bool) -> None:
         """Refuse what cannot be written, before anything is measured."""
         if self.evidence:
@@ -184,6 +190,7 @@ class Outputs:
             except OSError as error:
                 raise InputError(f"{str(self.evidence.parent)!r} cannot be made ({error.strerror})") from None
             check_file(self.evidence, force=True)
+            check_file(self.evidence.with_suffix(".html"), force=True)
         for path in (self.report, self.picture):
             if path:
                 check_file(path, force)
@@ -197,11 +204,12 @@ def publish(comparison: Any, findings: Sequence[Any], model: str, command: str, 
     screen = console(stderr=True)
     entry = evidence(comparison, findings, model=model, command=command)
     print_result(screen, comparison, findings, entry["verdict"])
-    if outputs.report:
+    if outputs.reports:
         text = ", ".join(f"{k} {v}" for k, v in versions().items())
         html = report.render(comparison, findings, entry["verdict"], model=model, command=command, versions=text)
-        write_text(outputs.report, html)
-        screen.print(f"report: {outputs.report}")
+        for path in outputs.reports:
+            write_text(path, html)
+            screen.print(f"report: {path}")
     if outputs.picture:
         write_text(outputs.picture, draw(comparison, findings, entry["verdict"]))
     if outputs.evidence:

@@ -24,7 +24,7 @@ __all__ = ["format_number", "render", "tables"]
 ARROWS = {"higher": "↑", "lower": "↓", None: ""}
 MEGABYTES = ("peak_bytes", "cache_bytes")
 ACROSS = 4  # metrics side by side in a terminal
-PLOT_SAMPLES = 64  # texts shown; the table always covers all
+PLOT_SAMPLES = 24  # texts shown; the table always covers all
 
 
 def columns(comparison: Comparison) -> list[tuple[str, str, str]]:
