@@ -153,7 +153,7 @@ def test_a_prompt_beyond_the_window_is_refused():
 def test_ctrl_c_keeps_what_was_measured(tmp_path):
     """A real Ctrl-C in a real comparison: exit code 130, outcomes in the store, --resume finishes."""
     store = tmp_path / "runs.sqlite"
-    command = [sys.executable, "-m", "tokenry", "compare", "antislop", "--samples", "2", "--store", str(store)]
+    command = [sys.executable, "-m", "tokenry", "compare", "masked-diffusion", "--quick", "--store", str(store)]
     environment = {**os.environ, "TERM": "dumb"}
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # shells start background jobs deaf to Ctrl-C
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heed)
@@ -169,17 +169,17 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
     assert process.returncode == 130 and "--resume goes on" in err
     with RunStore(store) as open_store:
         kept = set(open_store.outcomes(1))
-    assert 0 < len(kept) < 8
+    assert kept
     report = tmp_path / "report.html"
     resumed = subprocess.run(
         [*command, "--resume", "--json", "--report", str(report)], capture_output=True, text=True, env=environment
     )
     assert resumed.returncode == 0, resumed.stderr
     entry = json.loads(resumed.stdout)
-    assert set(entry["numbers"]["subjects"]) == {"plain", "bad_words_ids", "ban first tokens", "antislop"}
     assert report.read_text().startswith("<!doctype html>")
     with RunStore(store) as open_store:
-        assert kept < set(open_store.outcomes(1)) and len(open_store.outcomes(1)) == 8
+        found = set(open_store.outcomes(1))
+    assert kept < found and len(found) == entry["numbers"]["samples"] * len(entry["numbers"]["subjects"])
 
 
 def test_all_experiments_in_one_table_and_one_that_fails(tmp_path, monkeypatch):

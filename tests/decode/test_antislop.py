@@ -81,7 +81,7 @@ def exact_distribution(length, pattern):
 
 
 def test_the_process_follows_its_exact_distribution():
-    length, pattern, rows = 4, "ab", 20_000
+    length, pattern, rows = 4, "ab", 6_000
     distribution = exact_distribution(length, pattern)
     assert abs(sum(distribution.values()) - 1) < 1e-9 and not any(pattern in text for text in distribution)
     job = Job(torch.zeros(rows, 1, dtype=torch.long), length, do_sample=True, seed=1)

@@ -327,7 +327,7 @@ class BanEvery:
     def check(self, row):
         for last in range(3, len(row.ids)):
             index = last - 3
-            if sum(row.ids[index : last + 1]) % 4 == 0 and (index, "sum") not in row.ignored:
+            if sum(row.ids[index : last + 1]) % 6 == 0 and (index, "sum") not in row.ignored:
                 return Violation(index, "sum", {row.ids[index]: 0.0}, retries=5)
         return None
 
@@ -335,13 +335,13 @@ class BanEvery:
         return 4
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize("kind, tokens", [("llama", 20), ("gemma3", 40)])  # the latter beyond its window of 16
 @pytest.mark.parametrize("rows", [1, 3])
-def test_greedy_with_rewinds_equals_plain_with_rewinds(make_model, tokenizer, small, kind, rows):
+def test_greedy_with_rewinds_equals_plain_with_rewinds(make_model, tokenizer, small, kind, tokens, rows):
     model, inputs = make_model(kind), encode(tokenizer, PROMPTS[:rows])
-    options = {"monitors": [BanEvery()], "processing_class": tokenizer, "max_new_tokens": 40}
+    options = {"monitors": [BanEvery()], "processing_class": tokenizer, "max_new_tokens": tokens}
     plain = run(model, inputs, custom=loop, **options)
-    assert plain.events
+    assert len(plain.events) > 10
     for drafter in (model, small, "ngram"):
         out = run(model, inputs, drafter=drafter, num_drafts=3, **options)
         assert out.new_ids == plain.new_ids
