@@ -384,6 +384,21 @@ TokenryLogitsProcessor.validate_params(Space(extra_args={asked}))
     assert "tokenry.decode.budget_forcing" in found and not {n for n in found if n.startswith("tokenry.models")}
 
 
+def test_a_method_whose_packages_are_not_there_is_refused_too():
+    code = """
+import sys
+sys.modules["ahocorasick"] = None
+from types import SimpleNamespace as Space
+from tokenry.serve.vllm_plugin import TokenryLogitsProcessor
+try:
+    TokenryLogitsProcessor.validate_params(Space(extra_args={"antislop": "{}"}))
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "vLLM cannot run it" in done.stdout
+
+
 def imported(code):
     """The modules of a new process that has run this."""
     code += "\nimport sys; print(*sys.modules)"

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.fields import Count, Probability
 from ..core.method import Lines
+from ..data.phrases import Phrases
 from .bans.ngrams import NGramBan
 from .bans.patterns import RegexBan
 from .bans.phrases import PhraseBan
@@ -38,7 +39,9 @@ class Antislop(LoopMethod):
         "Banned phrases disappear completely while quality stays; banning their first tokens instead ruins the text."
     )
 
-    phrases: Lines = Field(default=(), description="phrases to ban, or a text file with one a line")
+    phrases: Phrases = Field(
+        default=(), description="phrases to ban, or a text file with one a line; builtin:en for a list of the package"
+    )
     regexes: Lines = Field(default=(), description="regular expressions to ban, or a file with one a line")
     ngrams: Lines = Field(
         default=(), description="sequences of words to ban, stop words may stand between, or a file with one a line"
