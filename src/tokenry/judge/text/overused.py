@@ -7,7 +7,7 @@ where human text has it much more rarely, see `SlopProfile`.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -34,29 +34,38 @@ class Overused:
 
 
 def overused(prompts: Sequence[str], texts: Sequence[str], most_words: int, most_phrases: int) -> list[Overused]:
-    """Phrases, then words, each by how many prompts have them in their texts. What holds another entry is left out.
+    """Phrases, the most common ones first, then words, the most overused first. What holds another entry is left out.
 
     Args:
         prompts: one for each text, again and again where there are several texts to one.
     """
     profile = SlopProfile.fit(texts)
-    asked = {word.text for prompt in prompts for word in words(prompt)}
-    found = _places(prompts, texts, ([w.text for w in words(text)] for text in texts))
-    ranked = [p.text for p in profile.words + profile.new_words if p.ratio >= RARER and p.text not in asked]
-    single = [entry for text in ranked if (entry := found.get(text)) and entry.prompts >= PROMPTS][:most_words]
-    grams = (profile.bigrams, profile.new_bigrams, profile.trigrams, profile.new_trigrams)
-    known = {p.text for group in grams for p in group if p.ratio >= RARER or group in (grams[1], grams[3])}
-    spans = _places(prompts, texts, (_spans(text, known) for text in texts))
-    rare = _rarer(texts)
-    phrases = [s for s in spans.values() if s.prompts >= PROMPTS and any(rare(word) for word in s.text.split())]
-    taken = {entry.text for entry in single}
-    kept: list[Overused] = []
-    for entry in sorted(phrases, key=lambda e: (len(e.text.split()), -e.prompts, -e.texts, e.text)):
+    single = _words(profile, prompts, texts)[:most_words]
+    taken, kept = {entry.text for entry in single}, []
+    for entry in _phrases(profile, prompts, texts):
         if not any(part in taken for part in _parts(entry.text)):
             taken.add(entry.text)
             kept.append(entry)
-    order = sorted(kept, key=lambda e: (-e.prompts, -e.texts, e.text))[:most_phrases]
-    return [*order, *single]
+    kept.sort(key=lambda entry: (-entry.prompts, -entry.texts, entry.text))
+    return [*kept[:most_phrases], *single]
+
+
+def _words(profile: SlopProfile, prompts: Sequence[str], texts: Sequence[str]) -> list[Overused]:
+    """The words of the profile that count, in its order."""
+    asked = {word.text for prompt in prompts for word in words(prompt)}
+    found = _places(prompts, texts, ([word.text for word in words(text)] for text in texts))
+    ranked = [p.text for p in profile.words + profile.new_words if p.ratio >= RARER and p.text not in asked]
+    return [found[text] for text in ranked if text in found and found[text].prompts >= PROMPTS]
+
+
+def _phrases(profile: SlopProfile, prompts: Sequence[str], texts: Sequence[str]) -> list[Overused]:
+    """The phrases of the profile that count, those of fewer words first."""
+    new = {p.text for p in profile.new_bigrams + profile.new_trigrams}
+    known = new | {p.text for p in profile.bigrams + profile.trigrams if p.ratio >= RARER}
+    found = _places(prompts, texts, (_spans(text, known) for text in texts))
+    rare = _rare_words(texts)
+    counted = [e for e in found.values() if e.prompts >= PROMPTS and not rare.isdisjoint(e.text.split())]
+    return sorted(counted, key=lambda e: (len(e.text.split()), -e.prompts, -e.texts, e.text))
 
 
 def _places(prompts: Sequence[str], texts: Sequence[str], found: Iterable[Iterable[str]]) -> dict[str, Overused]:
@@ -86,11 +95,10 @@ def _parts(phrase: str) -> Iterable[str]:
     return (" ".join(split[i:j]) for i in range(len(split)) for j in range(i + 1, len(split) + 1) if j - i < len(split))
 
 
-def _rarer(texts: Sequence[str]):
-    """Whether a word is much rarer in human text."""
-    counts: dict[str, int] = defaultdict(int)
-    for text in texts:
-        for word in words(text):
-            counts[word.text] += 1
-    total = sum(counts.values())
-    return lambda word: word not in STOP_WORDS and counts[word] / total >= KEY * word_frequency(word, "en")
+def _rare_words(texts: Sequence[str]) -> set[str]:
+    """The words that are `KEY` times rarer in human text."""
+    counts = Counter(word.text for text in texts for word in words(text))
+    total = counts.total()
+    return {
+        word for word, n in counts.items() if word not in STOP_WORDS and n / total >= KEY * word_frequency(word, "en")
+    }
