@@ -32,10 +32,11 @@ BAD = {  # of options and arguments that are no numbers
     "question": ["", " "],
     "prompt": ["", " "],
     "tokenizers": ["", "zzz", "m[/]x"],
+    "ray": ["127.0.0.1:1"],
 }
 FILES = {  # what is read and written: tests of readers and writers
     "prompts", "save-pairs", "save-traces", "data", "output", "context", "files", "file", "text", "html", "report",
-    "picture", "store", "trace", "artifact", "save", "pairs",
+    "picture", "store", "trace", "artifact", "save", "pairs", "texts", "save-texts",
 }  # fmt: skip
 
 
@@ -78,6 +79,7 @@ def right(path, place):
         "read": ["--method", "lm-head-neurons", "-o", "find=the", *model],
         "fit": ["--save", out, *model, "lm-head-neurons"],
         "judge": ["--method", "crew", *model, str(place / "solutions.jsonl")],
+        "profile": [*model, "--prompts", text, "--draws", "1", "--max-new-tokens", "2"],
         "train": ["--method", "ftpo", "--data", text, "--output", out, *model],
         "compare": ["antislop", "--store", out + ".sqlite", *model],
         "zoo list": [],

@@ -15,7 +15,15 @@ import torch
 from torch.utils.data import SequentialSampler
 from transformers import LlamaConfig, LlamaForCausalLM
 from peft import LoraConfig
-from tokenry.train import FTPOConfig, FTPOTrainer
+from transformers import TrainingArguments
+from tokenry.train import FTPOConfig, FTPOTrainer, MaskedDiffusionTrainer
+
+class Noted(MaskedDiffusionTrainer):
+    def compute_loss(self, *args, **options):
+        state = torch.get_rng_state()
+        drawn.append(float(torch.rand(1)))
+        torch.set_rng_state(state)
+        return super().compute_loss(*args, **options)
 
 class InOrder(FTPOTrainer):
     def _get_train_sampler(self, dataset=None):
@@ -37,6 +45,11 @@ for threshold in (0.75, 0.5):
     trainer.train()
     logged = [entry["choice_win"] for entry in trainer.state.log_history if "choice_win" in entry]
     found[threshold] = [trainer.state.global_step, logged, trainer.evaluate()["eval_choice_win"]]
+drawn = []
+args = TrainingArguments(sys.argv[1], use_cpu=True, per_device_train_batch_size=1, max_steps=2, report_to="none",
+                         save_strategy="no", disable_tqdm=True, ddp_timeout=30)
+Noted(copy.deepcopy(model), args, train_dataset=[{"input_ids": [5, 6, 7, 8]}] * 4, mask_token_id=39).train()
+Path(sys.argv[1], f"drawn{args.process_index}.json").write_text(json.dumps(drawn))
 Path(sys.argv[1], f"rank{args.process_index}.json").write_text(json.dumps(found))
 torch.distributed.barrier()
 os._exit(0)  # gloo's threads may outlive the interpreter that finalizes, which aborts the process now and then
@@ -44,7 +57,10 @@ os._exit(0)  # gloo's threads may outlive the interpreter that finalizes, which 
 
 
 def test_two_ranks_stop_together(tmp_path):
-    """One rank has won pairs alone, the other lost ones: half of all are won, which is not enough, and then enough."""
+    """One rank has won pairs alone, the other lost ones: half of all are won, which is not enough, and then enough.
+
+    Each of them hides other tokens of its texts than the other.
+    """
     (tmp_path / "train.py").write_text(SCRIPT)
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     arguments = [*run, str(tmp_path / "train.py"), str(tmp_path)]
@@ -59,3 +75,5 @@ def test_two_ranks_stop_together(tmp_path):
     assert all(file.exists() for file in files), error[-3000:]
     told = [json.loads(file.read_text()) for file in files]
     assert told == [{"0.75": [3, [0.5] * 3, 0.5], "0.5": [1, [0.5], 0.5]}] * 2
+    drawn = [json.loads((tmp_path / f"drawn{rank}.json").read_text()) for rank in (0, 1)]
+    assert len(drawn[0]) == len(drawn[1]) == 2 and not set(drawn[0]) & set(drawn[1])

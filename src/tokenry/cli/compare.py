@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shlex
@@ -10,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,10 +27,10 @@ from .options import (
     console,
     example,
     force_option,
-    load_model,
     model_options,
     parse_methods,
     progress,
+    quiet,
     refuse_unused,
 )
 
@@ -52,6 +52,7 @@ AT_ONCE = 2  # experiments of --all that run side by side, one thread each
     "--store", "store_path", default="runs/tokenry.sqlite", show_default=True, help="Where outcomes are kept."
 )
 @click.option("--resume", is_flag=True, help="Go on with the latest run of the same comparison and model.")
+@click.option("--ray", metavar="ADDRESS", help="Measure on Ray: the address of a cluster, or `local`; without costs.")
 @force_option
 @partial(model_options, model=None)
 def compare(name: str | None, every: bool, **given: Any) -> None:
@@ -59,7 +60,7 @@ def compare(name: str | None, every: bool, **given: Any) -> None:
     if every:
         if name:
             raise InputError(f"--all runs every experiment; leave out {name!r}")
-        alone = ["-o", "--samples", "--report", "--picture", "--model"]
+        alone = ["-o", "--samples", "--report", "--picture", "--ray", "--model"]
         refuse_unused(alone, "with --all, where each experiment has its own")
         compare_all(given)
     elif name is None:
@@ -79,6 +80,7 @@ def compare_one(
     record: bool,
     store_path: str,
     resume: bool,
+    ray: str | None,
     force: bool,
     model_name: str | None,
     dtype: str | None,
@@ -94,20 +96,21 @@ def compare_one(
         raise InputError("a quick run decides nothing; leave out --quick or --record")
     outputs = Outputs(report_path, picture, EVIDENCE / f"{name}.json" if record else None)
     outputs.check(force)
-    from ..measure.compare import made_of
+    from ..measure.spec import Spec
     from ..measure.store import RunStore
 
+    spec = Spec(module, model_name, method, samples, seed_list, quick, dtype, device, trust_remote_code)
+    limit = spec.declared.limit
+    if record and limit and (samples or 0) > limit:
+        raise InputError(f"--samples {samples} is not recorded: {name} ends at {limit}, fixed beforehand")
+    quiet()
+    measuring = workers(ray, spec)
     with RunStore(store_path) as store:
-        declared = importlib.import_module(module).build
-        if record and declared.limit and (samples or 0) > declared.limit:
-            raise InputError(f"--samples {samples} is not recorded: {name} ends at {declared.limit}, fixed beforehand")
-        used: str = declared.model if model_name is None else model_name
-        model, tokenizer = load_model(used, dtype, device, trust_remote_code)
-        # Before anything is built on the model: an adapter adds weights to it.
-        about = {"model": used, "dtype": str(model.dtype), **made_of(model, tokenizer)}
-        experiment = declared(model, tokenizer, samples=samples, seeds=seed_list, method=method, quick=quick)
-        comparison = run_compare(experiment, store, about, resume)
-    other = used if used != declared.model else None
+        experiment, about = spec.build()
+        with measuring as runner:
+            comparison = run_compare(experiment, store, about, resume, runner)
+    used = spec.model_name
+    other = used if used != spec.declared.model else None
     command = rerun_command(name, options, samples, seeds, other, dtype, trust_remote_code, quick)
     entry = publish(comparison, experiment.findings(comparison), used, command, outputs)
     if json_output:
@@ -147,7 +150,16 @@ def rerun_command(
     return shlex.join([*parts, *(word for pair in options for word in ("-o", pair))])
 
 
-def run_compare(experiment: Any, store: Any, about: dict[str, Any], resume: bool) -> Any:
+def workers(address: str | None, spec: Any) -> AbstractContextManager[Any]:
+    """Who measures: this process (None), or Ray."""
+    if address is None:
+        return nullcontext()
+    from ..measure.ray_workers import RayWorkers
+
+    return RayWorkers(address, spec)
+
+
+def run_compare(experiment: Any, store: Any, about: dict[str, Any], resume: bool, runner: Any = None) -> Any:
     """Run with a progress bar on standard error; Ctrl-C keeps what was measured."""
     from ..measure.compare import Interrupted, compare
 
@@ -159,6 +171,7 @@ def run_compare(experiment: Any, store: Any, about: dict[str, Any], resume: bool
                 about=about,
                 resume=resume,
                 progress=lambda done, total, *what: update(completed=done, total=total, description=what[0]),
+                runner=runner,
             )
     except Interrupted as error:
         click.echo(f"{error}; they are kept, and --resume goes on from there", err=True)
@@ -204,6 +217,8 @@ def publish(comparison: Any, findings: Sequence[Any], model: str, command: str, 
     screen = console(stderr=True)
     entry = evidence(comparison, findings, model=model, command=command)
     print_result(screen, comparison, findings, entry["verdict"])
+    if "costs" in entry:
+        screen.print(entry["costs"])
     if outputs.reports:
         text = ", ".join(f"{k} {v}" for k, v in versions().items())
         html = report.render(comparison, findings, entry["verdict"], model=model, command=command, versions=text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -53,6 +54,8 @@ def train(
         before = measure(method, trainer, held or kept)
         trained = trainer.train()
     after = measure(method, trainer, held or kept)
+    if int(os.environ.get("RANK", "0")):  # under torchrun the first process writes and tells
+        return
     write_folder(output, lambda part: method.save(trainer, part), force)
     summary = {
         method.examples: len(kept),

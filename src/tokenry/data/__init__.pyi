@@ -1,3 +1,4 @@
+from .phrases import builtin_phrases as builtin_phrases
 from .problems import Arithmetic as Arithmetic
 from .problems import Problem as Problem
 from .problems import Split as Split

@@ -7,9 +7,11 @@ from .bans.ngrams import NGramBan as NGramBan
 from .bans.patterns import RegexBan as RegexBan
 from .bans.phrases import PhraseBan as PhraseBan
 from .budget_forcing import BudgetForcing as BudgetForcing
+from .budget_forcing import BudgetForcingLogitsProcessor as BudgetForcingLogitsProcessor
 from .budget_forcing import BudgetForcingMonitor as BudgetForcingMonitor
 from .contract import Call as Call
 from .contract import DecodeMethod as DecodeMethod
+from .contract import LogitsMethod as LogitsMethod
 from .contract import LoopMethod as LoopMethod
 from .contract import Plan as Plan
 from .contract import PlanMethod as PlanMethod

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..core.claim import Claim
 from ..core.fields import Count, Probability
 from ..core.method import Lines
+from ..data.phrases import Phrases
 from .bans.ngrams import NGramBan
 from .bans.patterns import RegexBan
 from .bans.phrases import PhraseBan
@@ -40,7 +41,9 @@ class Antislop(LoopMethod):
     )
     published: ClassVar[Claim] = Claim("8,000+", "patterns suppressed, quality kept", "creative writing")
 
-    phrases: Lines = Field(default=(), description="phrases to ban, or a text file with one a line")
+    phrases: Phrases = Field(
+        default=(), description="phrases to ban, or a text file with one a line; builtin:en for a list of the package"
+    )
     regexes: Lines = Field(default=(), description="regular expressions to ban, or a file with one a line")
     ngrams: Lines = Field(
         default=(), description="sequences of words to ban, stop words may stand between, or a file with one a line"

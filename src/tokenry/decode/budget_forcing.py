@@ -8,24 +8,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, cast
 
+import torch
 from pydantic import BeforeValidator, Field
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import InputError
 from ..core.fields import Times, TokenId, Tokens, read_ids, read_none, require
-from .contract import LoopMethod, Plugins
+from .contract import LogitsMethod, Plugins
+from .generation.continuation import ContinuationLogitsProcessor
 from .generation.monitor import Violation
 from .generation.sequence import SequenceState
 from .reasoning.bias import checked_ids
 from .reasoning.reflection import end_think_ids
 
-__all__ = ["BudgetForcing", "BudgetForcingMonitor"]
+__all__ = ["BudgetForcing", "BudgetForcingLogitsProcessor", "BudgetForcingMonitor"]
 
 Limit = Annotated[Tokens | None, BeforeValidator(read_none)]
 
 
-class BudgetForcing(LoopMethod):
-    """Budget forcing: ignore the end of thinking a few times, or close thinking at a limit."""
+class BudgetForcing(LogitsMethod):
+    """Budget forcing: ignore the end of thinking a few times, or close thinking at a limit.
+
+    Where nothing can be taken back it is a logits processor, see `BudgetForcingLogitsProcessor`:
+    `model.generate(**inputs, logits_processor=[BudgetForcing().processor(tokenizer)])`.
+    """
 
     slug: ClassVar[str] = "budget-forcing"
     title: ClassVar[str] = "Budget forcing (s1)"
@@ -41,13 +48,21 @@ class BudgetForcing(LoopMethod):
     close_text: str = Field(default="</think>\nFinal Answer:", description="what closes it")
 
     def plugins(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Plugins:
-        if self.min_ignores == 0 and self.max_thinking_tokens is None:
-            return Plugins()
+        idle = self.min_ignores == 0 and self.max_thinking_tokens is None
+        return Plugins() if idle else Plugins(monitors=[self._monitor(tokenizer)])
+
+    def processor(
+        self, tokenizer: PreTrainedTokenizerBase | None = None, prompt_length: int | None = None
+    ) -> BudgetForcingLogitsProcessor:
+        if tokenizer is None:
+            raise InputError(f"{self.slug} puts texts into the answer; write BudgetForcing(...).processor(tokenizer)")
+        return BudgetForcingLogitsProcessor(self._monitor(tokenizer), tokenizer, prompt_length)
+
+    def _monitor(self, tokenizer: PreTrainedTokenizerBase) -> BudgetForcingMonitor:
         end_ids = cast(Sequence[int], end_think_ids(tokenizer, self.end_think))  # of an end there is
-        monitor = BudgetForcingMonitor(
+        return BudgetForcingMonitor(
             end_ids, tokenizer, self.min_ignores, self.ignore_text, self.max_thinking_tokens, self.close_text
         )
-        return Plugins(monitors=[monitor])
 
 
 IGNORED, AGAIN, CLOSED = "budget:ignore", "budget:again", "budget:close"  # rules of the monitor
@@ -101,8 +116,11 @@ class BudgetForcingMonitor:
             return None
         index = len(row.ids) - self.hold(row)  # a mark that has begun is replaced by the forced one
         text = row.text[: row.starts[index]] if index < len(row.ids) else row.text
-        newline = self.newline_ids if text and not text.endswith("\n") else []
-        return Violation(index, CLOSED, force=[*newline, *self.close_ids])
+        return Violation(index, CLOSED, force=self.closing(text))
+
+    def closing(self, text: str) -> list[int]:
+        """What closes thinking after `text`."""
+        return [*(self.newline_ids if text and not text.endswith("\n") else []), *self.close_ids]
 
     def hold(self, row: SequenceState) -> int:
         """Tokens of an end mark that has begun; a whole one has passed `check`."""
@@ -118,12 +136,65 @@ class BudgetForcingMonitor:
                 return None
             return Violation(start, AGAIN, {self.end_ids[0]: 0.0})
         used = sum(rule == IGNORED for _, _, rule in row.forced)
+        return Violation(start, IGNORED, force=self.ignore_ids) if self.ignores(start, used) else None
+
+    def ignores(self, start: int, used: int) -> bool:
+        """Whether an end of thinking at `start` is ignored, after `used` that were."""
         room = self.limit is None or self.limit - start > len(self.ignore_ids)
-        return Violation(start, IGNORED, force=self.ignore_ids) if used < self.min_ignores and room else None
+        return used < self.min_ignores and room
 
     def _over(self, row: SequenceState, before: int) -> bool:
         """Whether thinking had ended before position `before`."""
         return any(rule == CLOSED for _, _, rule in row.forced) or _find(row.ids[:before], self.end_ids)
+
+
+class BudgetForcingLogitsProcessor(ContinuationLogitsProcessor):
+    """The same where nothing can be taken back: each token is a function of the ids before it.
+
+    Where the end of thinking is ignored, its score goes to `ignore_text` before anything is drawn. Greedy text is that
+    of the monitor, but for an `ignore_text` that the model writes by itself: it counts as an ignored end.
+
+    Args:
+        monitor: with the parameters; its texts are forced here, too.
+
+    Raises:
+        InputError: an end mark, or a text that stands in place of it, of more than one token: only half of it would be
+            written when it is seen.
+    """
+
+    def __init__(
+        self, monitor: BudgetForcingMonitor, tokenizer: PreTrainedTokenizerBase, prompt_length: int | None = None
+    ) -> None:
+        super().__init__(prompt_length)
+        for name, ids in (("end_think", monitor.end_ids), ("ignore_text", monitor.ignore_ids)):
+            if len(ids) != 1 and (name == "end_think" or monitor.min_ignores):
+                raise InputError(f"{name} is {len(ids)} tokens here; as a logits processor give one that is a token")
+        self.monitor, self.tokenizer = monitor, tokenizer
+
+    def change(self, generated: Tensor, scores: Tensor) -> Tensor:
+        changed = scores.clone()
+        for row, ids in enumerate(generated.tolist()):
+            self._change(ids, changed[row])
+        return changed
+
+    def _change(self, ids: list[int], scores: Tensor) -> None:
+        """Change the scores (vocab,) of what follows `ids`, in place."""
+        monitor, end = self.monitor, self.monitor.end_ids[0]
+        before = ids if monitor.limit is None else ids[: monitor.limit]
+        if end in before:
+            return
+        if len(before) == monitor.limit:
+            closing = monitor.closing(cast(str, self.tokenizer.decode(before)))[len(ids) - len(before) :]
+            if closing:
+                scores[torch.arange(len(scores), device=scores.device) != closing[0]] = -torch.inf
+        elif monitor.min_ignores:
+            ignore = monitor.ignore_ids[0]
+            used = ids.count(ignore)
+            if ids[-1:] == [ignore] and used <= monitor.min_ignores:
+                scores[end] = -torch.inf
+            elif monitor.ignores(len(ids), used):
+                scores[ignore] = torch.maximum(scores[ignore], scores[end])
+                scores[end] = -torch.inf
 
 
 def _find(ids: list[int], mark: list[int]) -> bool:

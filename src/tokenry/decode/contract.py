@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
-
-from torch import Tensor
-from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.streamers import BaseStreamer
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..core.errors import InputError
 from ..core.method import Method
 from ..core.schemas import Exchanged
-from ..learned.confidence_filter import TraceDataset
-from ..models.prompts import Prompts
 from .generation.exchange import DecodeAnswer, DecodeRequest
-from .generation.output import DecodeOutput
 from .generation.plugins import NO_PLUGINS, Plugins
+
+if TYPE_CHECKING:  # a method is imported in other engines, too, beside other versions of transformers
+    from torch import Tensor
+    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.generation.streamers import BaseStreamer
+
+    from ..learned.confidence_filter import TraceDataset
+    from ..models.prompts import Prompts
+    from .generation.continuation import ContinuationLogitsProcessor
+    from .generation.output import DecodeOutput
 
 __all__ = [
     "Call",
     "DecodeMethod",
+    "LogitsMethod",
     "LoopMethod",
     "Plan",
     "PlanMethod",
@@ -67,6 +71,21 @@ class LoopMethod(DecodeMethod):
 
     def plugins(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Plugins:
         """The plug-ins for one call of `generate`; new ones for every call."""
+        raise NotImplementedError
+
+
+class LogitsMethod(LoopMethod):
+    """A loop method that is a function of the ids alone: a logits processor, in any engine that takes one."""
+
+    def processor(
+        self, tokenizer: PreTrainedTokenizerBase | None = None, prompt_length: int | None = None
+    ) -> ContinuationLogitsProcessor:
+        """A new logits processor with these parameters.
+
+        Args:
+            tokenizer: looks up what was given as text.
+            prompt_length: columns of the prompts in plain `generate`, see `ContinuationLogitsProcessor`.
+        """
         raise NotImplementedError
 
 

@@ -12,6 +12,8 @@ from .answers.scores import Scores as Scores
 from .crew import CRew as CRew
 from .crew import CRewScorer as CRewScorer
 from .crew import crew_reward as crew_reward
+from .text.overused import Overused as Overused
+from .text.overused import overused as overused
 from .text.slop import Reference as Reference
 from .text.slop import SlopProfile as SlopProfile
 from .text.slop import human_reference as human_reference

@@ -6,10 +6,10 @@ averaging over seeds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,7 +24,7 @@ from .statistics import Interval, bootstrap_statistic, paired_bootstrap
 from .store import RunStore
 from .task import COSTS, Metric, Outcome, Sample, Statistic
 
-__all__ = ["Comparison", "Interrupted", "beats", "compare", "identity", "made_of"]
+__all__ = ["Comparison", "Interrupted", "Part", "Runner", "beats", "compare", "identity", "made_of", "outcomes_of"]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -163,6 +163,11 @@ class Comparison:
         keys = [(arm, sample.id, seed) for seed in self.experiment.seeds for sample in self.samples]
         return [self.outcomes[key].detail for key in keys if key in self.outcomes]
 
+    @property
+    def side_by_side(self) -> bool:
+        """Whether batches ran beside others, so that seconds and peak memory were left out."""
+        return any(np.isnan(o.cost.get("seconds", 0.0)) for o in self.outcomes.values())
+
     def costs(self) -> list[str]:
         """The costs that were measured for at least one arm."""
         return [name for name in COSTS if any(not np.isnan(self.mean(s, name)) for s in self.arms)]
@@ -201,6 +206,42 @@ def identity(experiment: Experiment, about: Mapping[str, Any] | None = None) -> 
     }
 
 
+@dataclass(frozen=True)
+class Part:
+    """One arm on one batch of samples, from the sample numbered `start` on, with one seed."""
+
+    arm: str
+    start: int
+    seed: int
+
+
+class Runner(Protocol):
+    """Measures parts, and gives each with its outcomes, in any order."""
+
+    def __call__(self, experiment: Experiment, parts: Iterable[Part]) -> Iterator[tuple[Part, list[Outcome]]]: ...
+
+    def check(self, known: dict[str, Any]) -> None:
+        """Refuse, before anything is measured, what would not measure the comparison with this `identity`."""
+
+
+class InTurn:
+    """The runner of this process: one part after the other."""
+
+    def __call__(self, experiment: Experiment, parts: Iterable[Part]) -> Iterator[tuple[Part, list[Outcome]]]:
+        samples = list(experiment.task.samples())
+        for part in parts:
+            yield part, outcomes_of(experiment, samples, part)
+
+    def check(self, known: dict[str, Any]) -> None:
+        pass
+
+
+def outcomes_of(experiment: Experiment, samples: Sequence[Sample], part: Part) -> list[Outcome]:
+    """What is measured of one part."""
+    arm = next(arm for arm in experiment.arms if arm.name == part.arm)
+    return experiment.task.run(arm, samples[part.start : part.start + experiment.batch], part.seed)
+
+
 def compare(
     experiment: Experiment,
     store: RunStore | None = None,
@@ -208,6 +249,7 @@ def compare(
     about: dict[str, Any] | None = None,
     resume: bool = False,
     progress: Progress | None = None,
+    runner: Runner | None = None,
 ) -> Comparison:
     """Run an experiment. With a store every outcome is kept at once, and `resume` skips what is there: a run can be
     finished, or extended by more samples or seeds.
@@ -215,12 +257,15 @@ def compare(
     Args:
         about: what identifies the run beside the experiment itself: the model, its `made_of`, options.
         progress: called with (done, total, what is running).
+        runner: measures instead of this process.
 
     Raises:
         Interrupted: on Ctrl-C, after the current state has been stored.
     """
+    runner = runner or InTurn()
     samples = list(experiment.task.samples())
     known = identity(experiment, about)
+    runner.check(known)
     run = store.begin(known, resume) if store else 0
     wanted = {
         (s.name, x.key, seed): (s.name, x.id, seed)
@@ -230,26 +275,34 @@ def compare(
     }
     outcomes = {wanted[key]: o for key, o in store.outcomes(run).items() if key in wanted} if store else {}
     total = len(wanted)
+
+    def todo() -> Iterator[Part]:
+        for part, batch in _parts(experiment, samples):
+            if progress:
+                progress(len(outcomes), total, part.arm)
+            if any((part.arm, s.id, part.seed) not in outcomes for s in batch):
+                yield part
+
     try:
-        for seed in experiment.seeds:
-            for start in range(0, len(samples), experiment.batch):
-                batch = samples[start : start + experiment.batch]
-                for arm in _rotated(experiment.arms, start // experiment.batch):
-                    todo = [s for s in batch if (arm.name, s.id, seed) not in outcomes]
-                    if progress:
-                        progress(len(outcomes), total, arm.name)
-                    if not todo:
-                        continue
-                    measured = experiment.task.run(arm, batch, seed)
-                    rows = list(zip(batch, measured, strict=True))
-                    if store:
-                        store.add(run, [(arm.name, s.key, seed, o) for s, o in rows])
-                    outcomes.update({(arm.name, s.id, seed): o for s, o in rows})
+        for part, measured in runner(experiment, todo()):
+            batch = samples[part.start : part.start + experiment.batch]
+            rows = list(zip(batch, measured, strict=True))
+            if store:
+                store.add(run, [(part.arm, s.key, part.seed, o) for s, o in rows])
+            outcomes.update({(part.arm, s.id, part.seed): o for s, o in rows})
     except KeyboardInterrupt:
         raise Interrupted(len(outcomes), total) from None
     if progress:
         progress(total, total, "done")
     return Comparison(experiment, samples, outcomes, known)
+
+
+def _parts(experiment: Experiment, samples: Sequence[Sample]) -> Iterator[tuple[Part, Sequence[Sample]]]:
+    """All parts with their samples; the arms take turns, batch by batch."""
+    for seed in experiment.seeds:
+        for start in range(0, len(samples), experiment.batch):
+            for arm in _rotated(experiment.arms, start // experiment.batch):
+                yield Part(arm.name, start, seed), samples[start : start + experiment.batch]
 
 
 def _words(name: str) -> str:

@@ -149,6 +149,7 @@ def evidence_page(found: dict[str, Any], reported: bool) -> str:
         parts.append(f"* **{outcome_of(finding)}{main}**: {finding['statement']}  ")
         parts.append(f"  {finding['numbers']}")
     parts += [part for text in (found["notes"], found.get("tried")) if text for part in ("", text)]
+    parts += ["", f"{found['costs']}."] if found.get("costs") else []
     if found.get("limit"):
         parts += ["", f"While it is undecided it may be extended up to {found['limit']} samples."]
     parts += ["", *numbers_table(found), ""]

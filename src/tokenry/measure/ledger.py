@@ -31,6 +31,7 @@ __all__ = [
     "versions",
 ]
 
+SIDE_BY_SIDE = "seconds and peak memory are not compared: batches were measured side by side, on Ray"
 DESCRIBED = "is described and does not decide"
 NUMBER = r"[-+]?\d[\d.]*%? \[[^\]]*\]"  # with its interval, as text
 
@@ -59,6 +60,7 @@ def evidence(comparison: Comparison, findings: Sequence[Finding], *, model: str,
         "notes": experiment.notes,
         "tried": experiment.tried,
         "limit": experiment.limit,
+        **({"costs": SIDE_BY_SIDE} if comparison.side_by_side else {}),
         "command": command,
         "versions": versions(),
         "date": datetime.now(UTC).date().isoformat(),

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from ..core.errors import InputError
 from ..models.masks import check_bidirectional, check_mask_token, make_bidirectional, own_position
@@ -40,6 +40,7 @@ class MaskedDiffusionTrainer(Trainer):
         super().__init__(model, *args, **kw)
         self.model_accepts_loss_kwargs = False  # the loss is a mean of its own, whatever the accumulation
         self.mask_token_id, self.shift, self.eps = mask_token_id, shift, eps
+        self.add_callback(_OwnNoise())
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         ids, mask, labels = inputs["input_ids"], inputs.get("attention_mask"), inputs.get("labels")
@@ -56,6 +57,14 @@ class MaskedDiffusionTrainer(Trainer):
             shift=self.shift,
         )
         return (loss, {"loss": loss}) if return_outputs else loss
+
+
+class _OwnNoise(TrainerCallback):
+    """Has every process hide tokens of its own: all were given one seed, and would hide the same places."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.process_index:
+            torch.manual_seed(args.seed + args.process_index)
 
 
 def hide_tokens(learned: Tensor, eps: float = 1e-3, stratified: bool = False) -> tuple[Tensor, Tensor]:

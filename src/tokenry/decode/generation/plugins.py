@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
-from typing import Any, Protocol, runtime_checkable
-
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-from transformers.generation.logits_process import LogitsProcessor
-from transformers.generation.streamers import BaseStreamer
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ...core.errors import InputError
-from .engine import TransformersEngine
-from .job import Job
-from .layer_policy import LayerPolicy
-from .monitor import Monitor
-from .output import DecodeOutput
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+    from transformers.generation.logits_process import LogitsProcessor
+    from transformers.generation.streamers import BaseStreamer
+
+    from .engine import TransformersEngine
+    from .job import Job
+    from .layer_policy import LayerPolicy
+    from .monitor import Monitor
+    from .output import DecodeOutput
 
 __all__ = ["NO_PLUGINS", "BeginsLast", "BeginsWithPrompt", "Drafting", "Ends", "Plugins", "Steps"]
 

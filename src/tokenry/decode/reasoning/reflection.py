@@ -12,7 +12,7 @@ from ...core.errors import InputError
 from ...core.fields import TokenId, read_ids
 from ...core.method import Lines
 from ...text.words import listed
-from ..contract import LoopMethod, Plugins
+from ..contract import LogitsMethod, Plugins
 from .bias import BiasLogitsProcessor, checked_ids
 
 __all__ = ["REFLECTION_WORDS", "ReflectionMethod", "end_think_ids", "reflection_token_ids"]
@@ -23,7 +23,7 @@ TokenIds = Annotated[tuple[TokenId, ...] | None, BeforeValidator(read_ids)]
 EndThink = Annotated[str | tuple[TokenId, ...] | None, BeforeValidator(read_ids)]
 
 
-class ReflectionMethod(LoopMethod):
+class ReflectionMethod(LogitsMethod):
     """What the wave and TIP share: whose logits they change, and until when.
 
     In plain `generate` they are a logits processor, a new one for every generation:
@@ -53,12 +53,7 @@ class ReflectionMethod(LoopMethod):
     def processor(
         self, tokenizer: PreTrainedTokenizerBase | None = None, prompt_length: int | None = None
     ) -> BiasLogitsProcessor:
-        """A new logits processor with these parameters.
-
-        Args:
-            tokenizer: looks up the words and the end mark; not needed where both are given as ids.
-            prompt_length: columns of the prompts in plain `generate`, see `BiasLogitsProcessor`.
-        """
+        """A new logits processor; a tokenizer is not needed where words and end mark are given as ids."""
         if tokenizer is None and (self.token_ids is None or isinstance(self.end_think, str)):
             raise InputError(
                 f"{self.slug} as a logits processor must look up its words and end_think={self.end_think!r}; "
