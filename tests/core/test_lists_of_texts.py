@@ -22,7 +22,7 @@ from tokenry.decode import (
 )
 from tokenry.decode.reasoning.step_prompts import StepPrompts
 from tokenry.decode.reasoning.steps import StepModel
-from tokenry.judge import CRewScorer, Reference, SlopProfile
+from tokenry.judge import CRewScorer, Reference, SlopProfile, overused
 from tokenry.judge.text.slop import Pattern
 from tokenry.learned.difficulty_probe import read_questions
 from tokenry.models.load import Loaded
@@ -60,6 +60,7 @@ ONE = {  # a single text is a list of one
     "Reference.count": lambda m, t, x: Reference.count("x", x),
     "SlopProfile.fit": lambda m, t, x: SlopProfile.fit(x, Reference("x", 1, {}, {}), 1),
     "SlopProfile.ban_list": lambda m, t, x: PROFILE.ban_list(whitelist=x),
+    "overused": lambda m, t, x: overused(x, x, 5, 5),
     "PromptEmbedder.rows": lambda m, t, x: PromptEmbedder(m, t).rows(x),
     "PromptEmbedder.tokenize": lambda m, t, x: PromptEmbedder(m, t).tokenize(x)["input_ids"],
     "preprocess": lambda m, t, x: TokenPrependingTransformer(PromptEmbedder(m, t)).preprocess(x)["input_ids"],
@@ -142,6 +143,7 @@ KNOWN = {  # function: parameters; those without a case above hand on to one tha
     "Reference.count": {"texts"},
     "SlopProfile.fit": {"texts"},
     "SlopProfile.ban_list": {"whitelist"},
+    "overused": {"prompts", "texts"},
     "Method.from_strings": {"pairs"},
     "DifficultyProbeMethod.profile": {"prompts"},
     "DifficultyProbeMethod.probe": {"prompts"},

@@ -46,6 +46,11 @@ def test_what_holds_another_entry_is_left_out():
     assert not any(a < b for a in split for b in split)
 
 
+def test_every_text_has_a_prompt():
+    with pytest.raises(InputError, match="there are 3 prompts and 4 texts"):
+        found(PROMPTS[:3], TEXTS)
+
+
 def test_the_most_of_each_kind():
     kept = found(PROMPTS, TEXTS, most_words=1, most_phrases=0)
     assert len(kept) == 1 and " " not in kept[0].text

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from wordfreq import word_frequency
 
-from ...text.words import STOP_WORDS, content_words, fold, words
+from ...core.errors import InputError
+from ...text.words import STOP_WORDS, content_words, fold, listed, words
 from .slop import SlopProfile
 
 __all__ = ["Overused", "overused"]
@@ -33,12 +34,20 @@ class Overused:
     texts: int
 
 
-def overused(prompts: Sequence[str], texts: Sequence[str], most_words: int, most_phrases: int) -> list[Overused]:
+def overused(
+    prompts: str | Sequence[str], texts: str | Sequence[str], most_words: int, most_phrases: int
+) -> list[Overused]:
     """Phrases, the most common ones first, then words, the most overused first. What holds another entry is left out.
 
     Args:
         prompts: one for each text, again and again where there are several texts to one.
+
+    Raises:
+        InputError: no texts, or another number of prompts.
     """
+    prompts, texts = listed(prompts, "prompt"), listed(texts, "text")
+    if len(prompts) != len(texts):
+        raise InputError(f"there are {len(prompts)} prompts and {len(texts)} texts; give the prompt of each text")
     profile = SlopProfile.fit(texts)
     single = _words(profile, prompts, texts)[:most_words]
     taken, kept = {entry.text for entry in single}, []
