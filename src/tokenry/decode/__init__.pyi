@@ -3,6 +3,7 @@ from ..models.prompts import encode_prompts as encode_prompts
 from .antislop import Antislop as Antislop
 from .api import generate as generate
 from .api import loop as loop
+from .api import opened as opened
 from .bans.ngrams import NGramBan as NGramBan
 from .bans.patterns import RegexBan as RegexBan
 from .bans.phrases import PhraseBan as PhraseBan
