@@ -22,25 +22,20 @@ PROMPTS = [f"Write a story about {thing} {place}." for place in PLACES for thing
 
 def main() -> None:
     loaded = tokenry.load()
-    options = {"min_new_tokens": NEW_TOKENS}
     worker = Worker(loaded)
     ids = [encode_prompts(loaded.tokenizer, prompt)["input_ids"][0].tolist() for prompt in PROMPTS]
 
     async def one(prompt: list[int]) -> int:
-        work = Work(prompt, NEW_TOKENS, options=options)
-        return sum([len(piece.ids) async for piece in worker.stream(work)])
+        return sum([len(piece.ids) async for piece in worker.stream(Work(prompt, NEW_TOKENS))])
 
     async def streams(count: int) -> None:
-        written = await asyncio.gather(*map(one, ids[:count]))
-        assert written == [NEW_TOKENS] * count
+        await asyncio.gather(*map(one, ids[:count]))
 
-    heading(f"worker, SmolLM2-135M, {NEW_TOKENS} new tokens, median of rounds")
+    heading(f"worker, SmolLM2-135M, at most {NEW_TOKENS} new tokens, the same on both sides, median of rounds")
     for count, rounds in ((1, 7), (8, 5), (32, 3)):
         seconds = interleaved(
             {
-                "generate": lambda count=count: tokenry.generate(
-                    *loaded, PROMPTS[:count], max_new_tokens=NEW_TOKENS, **options
-                ),
+                "generate": lambda count=count: tokenry.generate(*loaded, PROMPTS[:count], max_new_tokens=NEW_TOKENS),
                 "worker": lambda count=count: asyncio.run(streams(count)),
             },
             rounds,

@@ -33,7 +33,8 @@ from .writing import Alone, Guard, Shared, Whole, Writing, begun
 
 __all__ = ["Worker"]
 
-CHUNK = 256  # tokens of prompts that are read in one turn
+CHUNK = 256  # tokens of prompts that are read in one turn while others write
+ALONE = 1024  # and while nobody does
 FORGET = 0.1  # share of the newest text in the mean time of one
 
 
@@ -59,7 +60,7 @@ class Worker:
             if value < least:
                 raise InputError(f"{what}={value} is not possible; give a number >= {least}")
         self.loaded, self.tokenizer = loaded, loaded.tokenizer
-        self.name = name or Path(loaded.model.name_or_path).name or type(loaded.model).__name__
+        self.name = name or Path(loaded.model.name_or_path or "").name or type(loaded.model).__name__
         self.window = context_window(loaded.model)
         self.vocabulary = vocabulary_size(loaded.model)
         self.rows, self.waiting, self.methods = rows, waiting, tuple(methods)
@@ -212,7 +213,7 @@ class Worker:
 
     def _feed_shared(self, rows: Sequence[Shared]) -> None:
         """One forward for all that share, and a step of each whose block is fed whole."""
-        budget, fed = CHUNK, []
+        budget, fed = ALONE if all(row.reads for row in rows) else CHUNK, []
         for row in rows:
             with Guard(row.writing):
                 block = row.block(budget)

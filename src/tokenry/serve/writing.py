@@ -71,7 +71,7 @@ class Writing:
         self.over = False
         self.outbox: list[Piece | Exception] = []
         self.prompt_read = self.written = 0  # tokens
-        self.counted = (0, 0)  # of these
+        self.counted: tuple[int, int] = (0, 0)  # of these, by the worker
         self.words: Words | None = None
         self.progress: Shared | Alone | Whole | None = None  # None: it waits
 
@@ -91,8 +91,9 @@ class Writing:
         """It has ended; the last piece says why, and what was repaired."""
         events = [{k: v for k, v in vars(e).items() if k != "context_ids"} for e in (output and output.events) or ()]
         last = Piece((), "" if self.words is None else self.words.add((), last=True), finish=reason, events=events)
-        if self.outbox and isinstance(self.outbox[-1], Piece):  # the tokens of this step, and that they were the last
-            newest = self.outbox.pop()
+        newest = self.outbox[-1] if self.outbox else None
+        if isinstance(newest, Piece):  # the tokens of this step, and that they were the last
+            self.outbox.pop()
             last = replace(last, ids=newest.ids, text=newest.text + last.text, logprobs=newest.logprobs)
         self._close(last)
 
