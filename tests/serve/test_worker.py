@@ -3,6 +3,7 @@
 import asyncio
 import random
 import threading
+from contextlib import nullcontext
 from typing import ClassVar
 
 import pytest
@@ -13,11 +14,22 @@ from support.families import build
 from transformers import LogitsProcessor, MambaConfig, MambaForCausalLM
 
 from tokenry import InputError
-from tokenry.decode import Antislop, BudgetForcing, LoopMethod, MaskedDiffusion, Plugins, Spectr, generate
+from tokenry.decode import (
+    Antislop,
+    BudgetForcing,
+    LoopMethod,
+    MaskedDiffusion,
+    Plan,
+    PlanMethod,
+    Plugins,
+    RunnerMethod,
+    Spectr,
+    generate,
+)
 from tokenry.models.load import Loaded
 from tokenry.serve.backend import Busy, Work
-from tokenry.serve.worker import CHUNK, Worker
-from tokenry.serve.writing import Words
+from tokenry.serve.worker import Worker
+from tokenry.serve.writing import CHUNK, Words
 
 KINDS = ["llama", "qwen2", "opt", "gemma3", "mamba"]
 
@@ -154,6 +166,27 @@ def test_a_short_answer_does_not_wait_for_a_long_one(llama_worker):
     asyncio.run(both())
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_a_long_prompt_is_read_between_the_steps_of_others(tokenizer, kind):
+    worker = Worker(made(kind, tokenizer))
+    long = Work(tuple(range(2, 318)) + (7,) * (CHUNK // 2), 3)
+
+    async def both():
+        first = asyncio.create_task(gathered(worker, Work((5, 6, 7), 300)))
+        await until(lambda: worker.counts["tokens_written"] > 5)
+        second, seen = asyncio.create_task(gathered(worker, long)), {}
+        while not second.done():
+            seen.setdefault(worker.counts["tokens_read"] - 3, worker.counts["tokens_written"])
+            await asyncio.sleep(0)
+        first.cancel()
+        await worker.close(5)
+        return second.result(), list(seen)
+
+    pieces, read = asyncio.run(both())
+    assert ids_of(pieces) == alone(worker.loaded, long)[0]
+    assert set(read) <= {0, CHUNK, len(long.prompt_ids)} and read[-1] == len(long.prompt_ids)
+
+
 def test_hundred_short_requests_leave_nothing(llama_worker):
     worker = llama_worker(rows=3)
 
@@ -202,6 +235,64 @@ def test_an_error_ends_its_own_request_alone(llama_worker):
     for work, pieces in zip(others, asyncio.run(all_of_them())):
         assert ids_of(pieces) == alone(worker.loaded, work)[0]
     assert worker.numbers()["failed"] == 1
+
+
+class Reads(PlanMethod):
+    """Continues what it has read with words of its own."""
+
+    slug: ClassVar[str] = "reads"
+
+    def plan(self, model, tokenizer, prompts, call):
+        assert isinstance(prompts, str) and not call.chat
+        return Plan(tokenizer([prompts + " and then"], return_tensors="pt"), Plugins(), {})
+
+
+class Writes(RunnerMethod):
+    """Writes by itself, with the plain loop."""
+
+    slug: ClassVar[str] = "writes"
+
+    def run(self, model, tokenizer, prompts, call, others=()):
+        return generate(
+            model, tokenizer, prompts, max_new_tokens=call.max_new_tokens, streamers=call.streamers, chat=False
+        )
+
+
+class Changes(LoopMethod):
+    """Brings a context around the model."""
+
+    slug: ClassVar[str] = "changes"
+
+    def plugins(self, model, tokenizer):
+        return Plugins(interventions=[nullcontext()])
+
+
+def test_a_method_that_reads_questions_gets_the_words(llama_worker, tokenizer):
+    worker = llama_worker()
+    text = "the old lighthouse"
+    work = Work(tuple(tokenizer.encode(text)), 9, methods=[Reads()], prompt=text)
+    expected = alone(worker.loaded, Work(tuple(tokenizer.encode(text + " and then")), 9))[0]
+    assert ids_of(asyncio.run(gathered(worker, work))) == expected
+
+
+def test_a_method_that_writes_by_itself_is_run_whole_and_ends_where_nobody_reads_on(llama_worker):
+    worker = llama_worker()
+
+    async def all_of_them():
+        beside = asyncio.create_task(gathered(worker, Work((5, 6), 30)))
+        pieces = await gathered(worker, Work((5, 6, 7), 12, methods=[Writes()]))
+        cut = await gathered(worker, Work((5, 6, 7), 490, methods=[Writes()], deadline=0.1))
+        return pieces, cut, await beside
+
+    pieces, cut, beside = asyncio.run(all_of_them())
+    assert ids_of(pieces) == alone(worker.loaded, Work((5, 6, 7), 12))[0] and pieces[-1].finish == "length"
+    assert [(piece.ids, piece.finish) for piece in cut] == [((), "timeout")]
+    assert ids_of(beside) == alone(worker.loaded, Work((5, 6), 30))[0]
+
+
+def test_contexts_around_the_model_would_hold_for_every_text(llama_worker):
+    with pytest.raises(InputError, match="change the model for every text"):
+        asyncio.run(gathered(llama_worker(), Work((5, 6), 3, methods=[Changes()])))
 
 
 def test_a_forward_that_fails_ends_those_in_it_and_later_ones_go_on(llama_worker, monkeypatch):

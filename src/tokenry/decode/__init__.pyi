@@ -44,6 +44,9 @@ from .denoising.unmask import FixedCount as FixedCount
 from .denoising.unmask import Threshold as Threshold
 from .denoising.unmask import UnmaskPolicy as UnmaskPolicy
 from .diffadapt import DiffAdapt as DiffAdapt
+from .engines.shared import SharedEngine as SharedEngine
+from .engines.shared import SharedTransformersEngine as SharedTransformersEngine
+from .engines.shared import Slot as Slot
 from .generation.caps import cap_distribution as cap_distribution
 from .generation.engine import TransformersEngine as TransformersEngine
 from .generation.job import Job as Job

@@ -29,12 +29,11 @@ from ..models.anatomy import vocabulary_size
 from ..models.load import Loaded
 from ..models.positions import context_window
 from .backend import Busy, FinishReason, Piece, Work
-from .writing import Alone, Guard, Shared, Whole, Writing, begun
+from .writing import CHUNK, Alone, Guard, Shared, Whole, Writing, begun
 
 __all__ = ["Worker"]
 
-CHUNK = 256  # tokens of prompts that are read in one turn while others write
-ALONE = 1024  # and while nobody does
+AT_ONCE = 1024  # tokens of prompts that are read in one turn while nobody writes
 FORGET = 0.1  # share of the newest text in the mean time of one
 
 
@@ -213,7 +212,7 @@ class Worker:
 
     def _feed_shared(self, rows: Sequence[Shared]) -> None:
         """One forward for all that share, and a step of each whose block is fed whole."""
-        budget, fed = ALONE if all(row.reads for row in rows) else CHUNK, []
+        budget, fed = AT_ONCE if all(row.reads for row in rows) else CHUNK, []
         for row in rows:
             with Guard(row.writing):
                 block = row.block(budget)

@@ -18,14 +18,16 @@ from ..core.errors import InputError
 from ..decode.api import EngineFor, generate, opened
 from ..decode.contract import LoopMethod, RunnerMethod
 from ..decode.engines.shared import Slot
+from ..decode.generation.engine import TransformersEngine
 from ..decode.generation.loop import DecodeLoop
 from ..decode.generation.output import DecodeOutput
 from ..models.load import Loaded
 from ..text.token_text import TokenText, special_tokens
 from .backend import FinishReason, Piece, Ranked, Work
 
-__all__ = ["Alone", "Guard", "Shared", "Whole", "Words", "Writing", "begun"]
+__all__ = ["CHUNK", "Alone", "Guard", "Shared", "Whole", "Words", "Writing", "begun"]
 
+CHUNK = 256  # tokens of prompts that are read in one turn while others write
 REASONS: dict[str, FinishReason] = {"finished": "stop", "budget": "length", "context": "length"}
 
 
@@ -172,7 +174,7 @@ class Alone:
 
     def step(self) -> None:
         settled = next(self.steps)
-        self.writing.prompt_read = len(self.loop.rows[0].prompt)
+        self.writing.prompt_read = self.loop.prompt_length - self.loop.unread
         _take(self.writing, self.loop, settled[0])
 
     def cancel(self, reason: FinishReason) -> None:
@@ -264,7 +266,11 @@ def begun(writing: Writing, loaded: Loaded, engine: EngineFor | None) -> Shared 
     loop = opened(model, tokenizer, prompt, engine=engine, **given)
     if loop.plugins.interventions:
         raise InputError("a method brings contexts that change the model for every text; leave it out")
-    return Shared(writing, loop, loop.engine) if isinstance(loop.engine, Slot) else Alone(writing, loop)
+    if isinstance(loop.engine, Slot):
+        return Shared(writing, loop, loop.engine)
+    if isinstance(loop.engine, TransformersEngine) and loop.engine.takes_chunks and not loop.plugins.speculation:
+        loop.chunk = CHUNK
+    return Alone(writing, loop)
 
 
 def _options(work: Work) -> dict[str, Any]:

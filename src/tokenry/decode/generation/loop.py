@@ -69,6 +69,8 @@ class DecodeLoop:
 
     Attributes:
         active: the rows that have not ended.
+        chunk: how many columns of the prompts are read in one step; None: all. Steps before the last of these settle
+            nothing. Not for loops that draft.
         ranked: for each row one `Ranked` for each settled token, if the job wants log-probabilities.
 
     Args:
@@ -100,6 +102,8 @@ class DecodeLoop:
         self.active = set(range(self.batch))
         self.started = False  # it runs, or has run
         self.prefilled = False  # the prompts are read
+        self.chunk: int | None = None
+        self.unread = job.input_ids.shape[1]  # columns of the prompts
         self.fresh: list[list[int]] = [[] for _ in self.rows]  # what has settled in this step
         self.ranked: list[list[Ranked]] = [[] for _ in self.rows]
         self.events: list[RewindEvent] = []
@@ -135,8 +139,13 @@ class DecodeLoop:
 
     def pending(self) -> tuple[Tensor, Tensor | None]:
         """What is to be fed next: a block (batch, k), and where it has tokens (None: everywhere). The first one is the
-        prompts."""
-        return self._next_block() if self.prefilled else (self.job.input_ids, self.job.attention_mask)
+        prompts, or a chunk of them."""
+        if self.prefilled:
+            return self._next_block()
+        start = self.prompt_length - self.unread
+        columns = slice(start, None if self.chunk is None else start + self.chunk)
+        mask = self.job.attention_mask
+        return self.job.input_ids[:, columns], None if mask is None else mask[:, columns]
 
     @torch.no_grad()
     def receive(self, logits: Tensor) -> list[list[int]]:
@@ -276,6 +285,8 @@ class DecodeLoop:
 
     def _go_on(self, logits: Tensor) -> None:
         """Choose, repair and emit after what was fed."""
+        if self.chunk is not None and self.unread > self.chunk:
+            return
         for row in self.rows:
             row.fed = len(row.ids)
         self._choose(logits)
@@ -288,9 +299,10 @@ class DecodeLoop:
     def _settled(self) -> list[list[int]]:
         """What has settled in a step that ends here."""
         if not self.prefilled:
-            self.prefilled = True
+            self.unread -= min(self.unread, self.chunk or self.unread)
+            self.prefilled = self.unread == 0
             for row in self.rows:
-                if row.cancelled:
+                if row.cancelled and self.prefilled:
                     self._free(row)
         fresh, self.fresh = self.fresh, [[] for _ in self.rows]
         return fresh
