@@ -3,6 +3,7 @@ from ..models.prompts import encode_prompts as encode_prompts
 from .antislop import Antislop as Antislop
 from .api import generate as generate
 from .api import loop as loop
+from .api import opened as opened
 from .bans.ngrams import NGramBan as NGramBan
 from .bans.patterns import RegexBan as RegexBan
 from .bans.phrases import PhraseBan as PhraseBan
@@ -45,6 +46,9 @@ from .denoising.unmask import FixedCount as FixedCount
 from .denoising.unmask import Threshold as Threshold
 from .denoising.unmask import UnmaskPolicy as UnmaskPolicy
 from .diffadapt import DiffAdapt as DiffAdapt
+from .engines.shared import SharedEngine as SharedEngine
+from .engines.shared import SharedTransformersEngine as SharedTransformersEngine
+from .engines.shared import Slot as Slot
 from .generation.caps import cap_distribution as cap_distribution
 from .generation.engine import TransformersEngine as TransformersEngine
 from .generation.job import Job as Job

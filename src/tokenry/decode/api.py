@@ -1,9 +1,10 @@
-"""Two doors to the decode loop: `loop` for `model.generate(custom_generate=...)`, `generate` for prompts as text."""
+"""The doors to the decode loop: `loop` for `model.generate(custom_generate=...)`, `generate` for prompts as text, and
+`opened` for the loop itself, before its first step."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from functools import lru_cache
@@ -21,12 +22,13 @@ from ..core.errors import InputError
 from ..core.fields import Temperature, Tokens, TorchSeed, check
 from ..models.anatomy import vocabulary_size
 from ..models.checkpoint_files import read_tokenizer, reading
+from ..models.kv_cache import held_columns
 from ..models.masks import sees_both_sides
 from ..models.positions import check_prompt_fits, context_window, fixed_positions
 from ..models.prompts import Prompts, encode_prompts
 from ..text.words import listed
-from .contract import Call, DecodeMethod, LoopMethod, Plan, PlanMethod, Plugins, RunnerMethod, refuse_others
-from .generation.engine import TransformersEngine
+from .contract import Call, DecodeMethod, LoopMethod, PlanMethod, Plugins, RunnerMethod, refuse_others
+from .generation.engine import Engine, TransformersEngine
 from .generation.job import Job
 from .generation.layer_policy import LayerPolicy
 from .generation.loop import DecodeLoop
@@ -36,7 +38,9 @@ from .generation.output import DecodeOutput
 from .generation.plugins import Drafting
 from .generation.sampler import WARPERS
 
-__all__ = ["generate", "loop"]
+__all__ = ["EngineFor", "generate", "loop", "opened"]
+
+EngineFor = Callable[[Plugins], Engine | None]  # the engine for a loop with these plug-ins; None: one of its own
 
 
 def loop(
@@ -56,8 +60,11 @@ def loop(
     rewind: str = "auto",
     budgets: Sequence[int] | None = None,
     speculation: Drafting | None = None,
+    logprobs: int | None = None,
+    engine: EngineFor | None = None,
+    unstarted: bool = False,
     **model_kwargs: Any,
-) -> DecodeOutput | Tensor:
+) -> DecodeOutput | DecodeLoop | Tensor:
     """The decode loop as a `custom_generate` callable.
 
         model.generate(**inputs, custom_generate=tokenry.decode.loop, monitors=[...], processing_class=tokenizer)
@@ -67,7 +74,10 @@ def loop(
     last, after temperature and truncation. `token_streamers` has one streamer per row; `streamer` of `generate` is for
     one row. All of them end, also when something fails. `budgets` are the most new tokens of each row, where that is
     less than `max_new_tokens`. `speculation` drafts several tokens per step (see `speculative`). `past_key_values` may
-    hold the first columns of the prompt. Returns ids, or a `DecodeOutput` with `return_dict_in_generate=True`.
+    hold the first columns of the prompt. `logprobs` is how many of the likeliest tokens are told beside each token, in
+    `DecodeOutput.logprobs`. `engine` may give another engine than one of this loop's own; it is not asked where the
+    cache holds something. Returns ids, or a `DecodeOutput` with `return_dict_in_generate=True`; with `unstarted=True`
+    the loop itself, before its first step.
 
     Strings that end a text are given as `stop`: before it gets here, `generate` refuses `stop_strings` and loses the
     `tokenizer` that it asks for.
@@ -95,7 +105,7 @@ def loop(
         processors, warpers = _split(logits_processor)
         plugins = Plugins(processors, monitors, layer_policy, interventions, final_processors, speculation)
         limits = _limits(model, input_ids, mask, stopping_criteria, generation_config)
-        engine = _engine(model, plugins, rewind, limits["max_new_tokens"], model_kwargs)
+        made = _engine(model, plugins, rewind, limits["max_new_tokens"], model_kwargs, engine)
         job = Job(
             input_ids,
             attention_mask=mask,
@@ -104,10 +114,14 @@ def loop(
             warpers=warpers,
             budgets=budgets,
             stop=stop,
+            logprobs=logprobs,
             **limits,
         )
-        opened = DecodeLoop if speculation is None else speculation.loop
-        output = opened(engine, job, processing_class, plugins).generate(streamers)
+        make = cast(Callable[..., DecodeLoop], DecodeLoop if speculation is None else speculation.loop)
+        decoding = make(made, job, processing_class, plugins)
+        if unstarted:
+            return decoding
+        output = decoding.generate(streamers)
     return output if generation_config.return_dict_in_generate else output.sequences
 
 
@@ -150,50 +164,103 @@ def generate(
     """
     single = options.pop("streamer", None)
     with ending([*streamers, *([] if single is None else [single])]) as streamers:
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens={max_new_tokens} leaves nothing to generate; give a number >= 1")
-        check("max_new_tokens", max_new_tokens, Tokens)
-        if options.get("temperature") is not None:
-            check("temperature", options["temperature"], Temperature)
-        if seed is not None:
-            check("seed", seed, TorchSeed)
-        options, own, stop = _taken(model, options, stop)
-        plugins = Plugins((*processors, *own), monitors, layer_policy, interventions, final_processors, speculation)
-        for method in reversed([method for method in methods if isinstance(method, LoopMethod)]):
-            plugins = method.plugins(model, tokenizer) + plugins
+        plugins = Plugins(processors, monitors, layer_policy, interventions, final_processors, speculation)
         call = Call(plugins, max_new_tokens, seed, stop, chat, streamers, options)
-        readers = [method for method in methods if not isinstance(method, LoopMethod)]
-        first, others = readers[0] if readers else None, readers[1:]
-        if isinstance(first, RunnerMethod):
-            return first.run(model, tokenizer, prompts, call, others)
-        if isinstance(first, PlanMethod):
-            refuse_others(first, others)
-            return _planned(model, tokenizer, first.plan(model, tokenizer, prompts, call), call)
-        return _looped(model, tokenizer, encode_prompts(tokenizer, prompts, chat), call)
+        call, readers = _checked(model, tokenizer, methods, call)
+        if readers and isinstance(readers[0], RunnerMethod):
+            return readers[0].run(model, tokenizer, prompts, call, readers[1:])
+        return _opened(model, tokenizer, prompts, call, readers).generate(streamers)
 
 
-def _planned(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan, call: Call) -> DecodeOutput:
-    """Continue prompts as a plan says."""
+def opened(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Prompts,
+    *,
+    methods: Sequence[DecodeMethod] = (),
+    engine: EngineFor | None = None,
+    **options: Any,
+) -> DecodeLoop:
+    """The decode loop that `generate` would run, before its first step.
+
+        loop = tokenry.decode.opened(model, tokenizer, prompt, methods=[Antislop(...)])
+        for settled in loop.steps(): ...
+
+    Args:
+        engine: asked with the plug-ins of the loop, gives the engine that it runs on, or None for one of its own. Not
+            asked where a method has read the prompts into a cache.
+        options: what else `generate` takes, but no streamers.
+
+    Raises:
+        InputError: what `generate` refuses; a method that writes the texts itself, and so has no steps.
+    """
+    if options.get("streamers") or options.get("streamer") is not None:
+        raise InputError("streamers are fed by tokenry.generate; take the steps of the loop instead")
+    call, readers = _checked(model, tokenizer, methods, Call.of(**options))
+    if readers and isinstance(readers[0], RunnerMethod):
+        raise InputError(f"{readers[0].slug} writes the texts itself and has no steps; use tokenry.generate")
+    return _opened(model, tokenizer, prompts, call, readers, engine)
+
+
+def _checked(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, methods: Sequence[DecodeMethod], call: Call
+) -> tuple[Call, list[DecodeMethod]]:
+    """The call with what the methods bring to it, and those methods that do more than that."""
+    if call.max_new_tokens < 1:
+        raise InputError(f"max_new_tokens={call.max_new_tokens} leaves nothing to generate; give a number >= 1")
+    check("max_new_tokens", call.max_new_tokens, Tokens)
+    if call.options.get("temperature") is not None:
+        check("temperature", call.options["temperature"], Temperature)
+    if call.seed is not None:
+        check("seed", call.seed, TorchSeed)
+    options, own, stop = _taken(model, dict(call.options), call.stop)
+    plugins = replace(call.plugins, processors=(*call.plugins.processors, *own))
+    for method in reversed([method for method in methods if isinstance(method, LoopMethod)]):
+        plugins = method.plugins(model, tokenizer) + plugins
+    readers = [method for method in methods if not isinstance(method, LoopMethod)]
+    return replace(call, plugins=plugins, stop=stop, options=options), readers
+
+
+def _opened(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Prompts,
+    call: Call,
+    readers: Sequence[DecodeMethod],
+    engine: EngineFor | None = None,
+) -> DecodeLoop:
+    """The decode loop, behind what a method has read, if there is one that reads."""
+    first = readers[0] if readers else None
+    if not isinstance(first, PlanMethod):
+        return _looped(model, tokenizer, encode_prompts(tokenizer, prompts, call.chat), call, engine)
+    refuse_others(first, readers[1:])
+    plan = first.plan(model, tokenizer, prompts, call)
     call = replace(call, plugins=call.plugins + plan.plugins, options={**call.options, **plan.options})
-    return plan.finish(_looped(model, tokenizer, plan.prompts, call))
+    decoding = _looped(model, tokenizer, plan.prompts, call, engine)
+    decoding.finish = plan.finish
+    return decoding
 
 
 def _looped(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: BatchEncoding, call: Call
-) -> DecodeOutput:
-    """Continue encoded prompts in the decode loop, behind what `model.generate` prepares."""
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: BatchEncoding,
+    call: Call,
+    engine: EngineFor | None,
+) -> DecodeLoop:
+    """The decode loop of encoded prompts, behind what `model.generate` prepares."""
     plugins = {f.name: getattr(call.plugins, f.name) for f in fields(Plugins) if f.name != "processors"}
     return cast(Any, model).generate(
         **inputs.to(model.device),
         custom_generate=loop,
+        unstarted=True,
+        engine=engine,
         logits_processor=LogitsProcessorList(call.plugins.processors),
         **plugins,
-        token_streamers=call.streamers,
         processing_class=tokenizer,
         seed=call.seed,
         stop=call.stop,
         max_new_tokens=call.max_new_tokens,
-        return_dict_in_generate=True,
         **{"do_sample": False, "use_cache": True, **call.options},
     )
 
@@ -209,6 +276,8 @@ ELSEWHERE = {  # arguments of `model.generate` that `generate` has in another pl
     "monitors": "give it to one call only",
     "token_streamers": "give streamers",
     "processing_class": "the tokenizer is the second argument",
+    "unstarted": "tokenry.decode.opened gives the loop itself",
+    "engine": "tokenry.decode.opened takes it",
 }
 
 
@@ -290,13 +359,23 @@ def _limits(
 
 
 def _engine(
-    model: PreTrainedModel, plugins: Plugins, rewind: str, max_new_tokens: int, model_kwargs: dict[str, Any]
-) -> TransformersEngine:
-    """The engine with the cache among the arguments of the model, if there is one; the rest goes to its forward."""
+    model: PreTrainedModel,
+    plugins: Plugins,
+    rewind: str,
+    max_new_tokens: int,
+    model_kwargs: dict[str, Any],
+    engine: EngineFor | None,
+) -> Engine:
+    """The engine with the cache among the arguments of the model, if there is one; the rest goes to its forward. Or
+    another one, where there is nothing of both."""
     caches = [model_kwargs.pop(name, None) for name in ("past_key_values", "cache_params")]
     cache = next((cache for cache in caches if cache is not None), None)
     for name in ("logits_to_keep", "use_cache"):
         model_kwargs.pop(name, None)
+    if engine is not None and not model_kwargs and not held_columns(cache):
+        other = engine(plugins)
+        if other is not None:
+            return other
     rewinds = bool(plugins.monitors) or plugins.speculation is not None
     return TransformersEngine(model, cache, plugins.layer_policy, rewinds, rewind, model_kwargs, max_new_tokens)
 

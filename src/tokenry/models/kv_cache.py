@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Sequence
+from copy import copy
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -26,6 +28,7 @@ __all__ = [
     "forward_arguments",
     "gather_columns",
     "held_columns",
+    "join_rows",
     "keep_of_last",
     "key_layers",
     "later_inputs",
@@ -33,6 +36,7 @@ __all__ = [
     "new_cache",
     "remove_last",
     "rewind_obstacle",
+    "row_of",
     "state_argument",
     "without_adapters",
 ]
@@ -198,6 +202,25 @@ def keep_of_last(cache: Cache, index: Tensor, count: int) -> None:
             setattr(layer, name, states[:, :, : start + kept])
         if hasattr(layer, "cumulative_length"):
             layer.cumulative_length -= count - kept
+
+
+def row_of(cache: Cache, row: int) -> Cache:
+    """A cache with a copy of one row."""
+    one = copy(cache)
+    one.layers = [copy(layer) for layer in cache.layers]
+    one.batch_select_indices(torch.tensor([row]))
+    return one
+
+
+def join_rows(cache: Cache, other: Cache, before: tuple[int, int]) -> None:
+    """Put the rows of another cache under those of `cache`, each behind so many empty columns, which make all equally
+    long. Not for layers with a window."""
+    for layer, added in zip(key_layers(cache), key_layers(other), strict=True):
+        if layer.keys is None:
+            continue
+        for name in ("keys", "values"):
+            parts = [pad(getattr(one, name), (0, 0, count, 0)) for one, count in zip((layer, added), before)]
+            setattr(layer, name, torch.cat(parts))
 
 
 class ShortLayer(DynamicLayer):

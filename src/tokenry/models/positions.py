@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import chain
 
 from transformers import PreTrainedModel
@@ -9,7 +10,7 @@ from transformers import PreTrainedModel
 from ..core.errors import InputError
 from .kv_cache import forward_arguments
 
-__all__ = ["check_prompt_fits", "context_window", "fixed_positions", "position_obstacle"]
+__all__ = ["check_prompt_fits", "context_window", "fixed_positions", "position_obstacle", "stretched_positions"]
 
 OFFSETS = (0, 2)  # rows of a table before the first position (OPT has two)
 
@@ -41,6 +42,13 @@ def check_prompt_fits(model: PreTrainedModel, length: int, new: int = 1) -> None
             f"the prompt has {length} tokens and with {new} new ones more than the model's {fixed} positions; shorten "
             "it"
         )
+
+
+def stretched_positions(model: PreTrainedModel) -> bool:
+    """Whether the rotations of all rows depend on how long the longest one is."""
+    settings = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [one.get("rope_type", "") for one in (settings, *settings.values()) if isinstance(one, Mapping)]
+    return any("dynamic" in kind or kind == "longrope" for kind in kinds)
 
 
 def position_obstacle(model: PreTrainedModel) -> str | None:

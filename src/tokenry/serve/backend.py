@@ -10,6 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..core.errors import InputError
 from ..decode.contract import DecodeMethod
+from ..decode.generation.logprobs import Ranked
+from ..models.prompts import Prompt
 
 __all__ = ["Backend", "Busy", "FinishReason", "Piece", "Ranked", "Work"]
 
@@ -33,6 +35,7 @@ class Work:
         logit_bias: what is added to the scores of tokens, by id.
         logprobs: how many of the likeliest tokens are told beside each one; None for no log-probabilities at all.
         deadline: seconds after which the text ends as it is.
+        prompt: the text or conversation that the ids were made of, for methods that read questions rather than ids.
     """
 
     prompt_ids: Sequence[int]
@@ -44,16 +47,7 @@ class Work:
     seed: int | None = None
     logprobs: int | None = None
     deadline: float | None = None
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """The log-probability of a token as the model gives it, before processors and bias, and the likeliest ones there
-    {id: log-probability}."""
-
-    token: int
-    logprob: float
-    top: Mapping[int, float]
+    prompt: Prompt | None = None
 
 
 @dataclass(frozen=True)

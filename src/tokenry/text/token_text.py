@@ -62,6 +62,10 @@ class TokenText:
         self.text += now[len(known) :]
         self.lead, self.done = self.done, len(self.ids)
 
+    def unfinished(self) -> str:
+        """What decoding gives for the bytes of a character that is not whole yet."""
+        return self._decode(len(self.ids))[len(self._decode(self.done)) :]
+
     def truncate(self, count: int) -> None:
         """Keep the first `count` tokens."""
         if count >= len(self.ids):

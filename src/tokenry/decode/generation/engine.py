@@ -119,6 +119,12 @@ class TransformersEngine:
         """How many columns the cache holds, of tokens and of nothing."""
         return self.grid.columns if self.started else 0
 
+    @property
+    def takes_chunks(self) -> bool:
+        """Whether a prompt may come in several blocks: all that it leaves behind are keys and values, and nothing is
+        there yet."""
+        return self.layers is None and not self._rewind_obstacle() and not held_columns(self.cache)
+
     # --- forward -------------------------------------------------------------------------------------------
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -52,6 +54,27 @@ class Grid:
         self.held = torch.tensor(list(self.places), dtype=torch.long, device=self.tokens.device)
         self.places = {number: place for place, number in enumerate(self.places)}
         return index
+
+    def only(self, row: int) -> Grid:
+        """A grid with a copy of one row."""
+        one, place = copy(self), self.places[row]
+        for name in ("mask", "tokens", "live"):
+            setattr(one, name, getattr(self, name)[place : place + 1].clone())
+        one.places, one.held = {row: 0}, None
+        return one
+
+    def join(self, other: Grid) -> tuple[int, int]:
+        """Put the rows of another grid under these, so that all end in the same column; returns how many empty columns
+        that puts before the rows of each."""
+        grids, width = (self, other), max(self.columns, other.columns)
+        before = (width - self.columns, width - other.columns)
+        for name in ("mask", "tokens"):
+            parts = [pad(getattr(g, name)[:, : g.columns], (n, ROOM)) for g, n in zip(grids, before)]
+            setattr(self, name, torch.cat(parts))
+        self.live, self.columns = torch.cat([self.live, other.live]), width
+        self.places |= {row: self.batch + place for row, place in other.places.items()}
+        self.padded = self.padded or other.padded or any(before)
+        return before
 
     def here(self, values: Tensor) -> Tensor:
         """Of values for all rows, those of the rows that are here."""

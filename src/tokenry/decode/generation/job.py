@@ -12,6 +12,8 @@ from ...core.errors import InputError
 
 __all__ = ["Job"]
 
+MOST_LOGPROBS = 100  # they are told for every token
+
 
 @dataclass(frozen=True)
 class Job:
@@ -30,6 +32,7 @@ class Job:
         stop: texts, or special tokens, that end a row.
         stopping_criteria: end a row when they say so.
         pad_id: what shorter rows of the output are padded with.
+        logprobs: how many of the likeliest tokens are told beside each one; None: no log-probabilities at all.
     """
 
     input_ids: Tensor
@@ -44,12 +47,15 @@ class Job:
     stop: str | Sequence[str] = ()
     stopping_criteria: Sequence[Callable] = ()
     pad_id: int | None = None
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if self.input_ids.shape[1] == 0:
             raise InputError("the prompt is empty; give at least one token")
         if self.max_new_tokens <= 0:
             raise InputError(f"max_new_tokens={self.max_new_tokens} leaves nothing to generate; give a number >= 1")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
+            raise InputError(f"logprobs={self.logprobs} is not allowed; give a number from 0 to {MOST_LOGPROBS}")
         if self.budgets is not None and (len(self.budgets) != self.rows or min(self.budgets) < 1):
             raise InputError(
                 f"budgets={list(self.budgets)} is not allowed for {self.rows} rows; give a number >= 1 for each"

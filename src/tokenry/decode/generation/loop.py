@@ -20,8 +20,8 @@ that plug-ins that do nothing give exactly the tokens of `model.generate` at the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any, cast
 
 import torch
@@ -35,6 +35,7 @@ from ...text.token_text import special_tokens
 from ...text.words import listed
 from .engine import Engine
 from .job import Job
+from .logprobs import KnownLogprobs, Ranked
 from .monitor import ReadsText, RewindEvent, Violation, held_tokens
 from .output import DecodeOutput
 from .plugins import NO_PLUGINS, BeginsLast, BeginsWithPrompt, Ends, Plugins
@@ -59,6 +60,18 @@ class DecodeLoop:
             if time.monotonic() > deadline:
                 loop.cancel(0)
         output = loop.output()
+
+    Who feeds the model in another way asks for each block, and hands its logits in:
+
+        with loop.running():
+            while loop.active:
+                settled = loop.receive(feed(*loop.pending()))
+
+    Attributes:
+        active: the rows that have not ended.
+        chunk: how many columns of the prompts are read in one step; None: all. Steps before the last of these settle
+            nothing. Not for loops that draft.
+        ranked: for each row one `Ranked` for each settled token, if the job wants log-probabilities.
 
     Args:
         engine: anything with the methods of `Engine`; a new one for every loop, as it holds what was fed.
@@ -87,9 +100,14 @@ class DecodeLoop:
         self.ids[:, : self.prompt_length] = ids
         self.rows = [self._sequence(row, prompt) for row, prompt in enumerate(_without_padding(job))]
         self.active = set(range(self.batch))
-        self.started = False
+        self.started = False  # it runs, or has run
+        self.prefilled = False  # the prompts are read
+        self.chunk: int | None = None
+        self.unread = job.input_ids.shape[1]  # columns of the prompts
         self.fresh: list[list[int]] = [[] for _ in self.rows]  # what has settled in this step
+        self.ranked: list[list[Ranked]] = [[] for _ in self.rows]
         self.events: list[RewindEvent] = []
+        self.finish: Callable[[DecodeOutput], DecodeOutput] | None = None  # what a plan adds to the output
         self.sampler = Sampler(job.warpers, job.do_sample, job.seed, self.batch, self.device, plugins.final_processors)
         for monitor in self.monitors:
             if isinstance(monitor, ReadsText):
@@ -104,20 +122,37 @@ class DecodeLoop:
 
         Interventions and processors are in force until the last step, or until the generator is closed.
         """
+        with self.running():
+            while self.active:
+                self._advance() if self.prefilled else self._prefill()
+                yield self._settled()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """For the time of the block, interventions and processors are in force. Possible once."""
         if self.started:
             raise InputError("this decode loop has run, and its engine holds what was fed; make new ones")
         self.started = True
         with ExitStack() as stack:
             self._enter(stack)
-            if self.active:
-                self._prefill()
-                for row in self.rows:
-                    if row.cancelled:
-                        self._free(row)
-                yield self._take_fresh()
-            while self.active:
-                self._advance()
-                yield self._take_fresh()
+            yield
+
+    def pending(self) -> tuple[Tensor, Tensor | None]:
+        """What is to be fed next: a block (batch, k), and where it has tokens (None: everywhere). The first one is the
+        prompts, or a chunk of them."""
+        if self.prefilled:
+            return self._next_block()
+        start = self.prompt_length - self.unread
+        columns = slice(start, None if self.chunk is None else start + self.chunk)
+        mask = self.job.attention_mask
+        return self.job.input_ids[:, columns], None if mask is None else mask[:, columns]
+
+    @torch.no_grad()
+    def receive(self, logits: Tensor) -> list[list[int]]:
+        """Go on from the float32 logits (batch, vocabulary) after what was pending; returns what has settled, as
+        `steps` does."""
+        self._go_on(logits)
+        return self._settled()
 
     def cancel(self, row: int) -> None:
         """End a row between two steps. It stays as it was yielded, its part of the cache is given back, and the other
@@ -134,7 +169,7 @@ class DecodeLoop:
         state.truncate(state.emitted)
         state.cancelled = state.finished = True
         self.active.discard(row)
-        if self.started:
+        if self.prefilled:
             self._free(state)
 
     def generate(self, streamers: Sequence[BaseStreamer] = ()) -> DecodeOutput:
@@ -153,6 +188,12 @@ class DecodeLoop:
 
     def output(self) -> DecodeOutput:
         """What was written so far; rows that have not ended count as cancelled, with what is settled of them."""
+        written = self._written()
+        return written if self.finish is None else self.finish(written)
+
+    # --- beginning and end ---------------------------------------------------------------------------------
+
+    def _written(self) -> DecodeOutput:
         rows = [row.ids if row.finished else row.ids[: row.emitted] for row in self.rows]
         sequences = self.job.input_ids.new_full(
             (self.batch, self.prompt_length + max(map(len, rows))), self.job.pad_id or 0
@@ -174,9 +215,8 @@ class DecodeLoop:
             tokens_processed=self.engine.tokens_processed,
             past_key_values=self.engine.cache,
             stop_reasons=[self._stop_reason(row) for row in self.rows],
+            logprobs=None if self.job.logprobs is None else self.ranked,
         )
-
-    # --- beginning and end ---------------------------------------------------------------------------------
 
     def _sequence(self, number: int, prompt: list[int]) -> SequenceState:
         return SequenceState(number, prompt, self.tokenizer if self.monitors or self.stop else None)
@@ -234,15 +274,19 @@ class DecodeLoop:
 
     def _prefill(self) -> None:
         """The first step, which reads the prompts."""
-        self._step(self.job.input_ids, self.job.attention_mask)
+        self._feed_pending()
 
     def _advance(self) -> None:
         """Another step."""
-        self._step(*self._next_block())
+        self._feed_pending()
 
-    def _step(self, block: Tensor, mask: Tensor | None) -> None:
-        """Feed, choose, repair and emit."""
-        logits = self.engine.forward(block, mask)
+    def _feed_pending(self) -> None:
+        self._go_on(self.engine.forward(*self.pending()))
+
+    def _go_on(self, logits: Tensor) -> None:
+        """Choose, repair and emit after what was fed."""
+        if self.chunk is not None and self.unread > self.chunk:
+            return
         for row in self.rows:
             row.fed = len(row.ids)
         self._choose(logits)
@@ -251,6 +295,17 @@ class DecodeLoop:
                 self._repair(row)
                 self._emit(row)
         self.active = {row.number for row in self.rows if not row.finished}
+
+    def _settled(self) -> list[list[int]]:
+        """What has settled in a step that ends here."""
+        if not self.prefilled:
+            self.unread -= min(self.unread, self.chunk or self.unread)
+            self.prefilled = self.unread == 0
+            for row in self.rows:
+                if row.cancelled and self.prefilled:
+                    self._free(row)
+        fresh, self.fresh = self.fresh, [[] for _ in self.rows]
+        return fresh
 
     def _choose(self, logits: Tensor) -> None:
         """Score and draw for every row at once, or one by one after rewinds have left rows of unequal length."""
@@ -266,18 +321,20 @@ class DecodeLoop:
             picked = tokens.tolist()
             for row in self.rows:
                 if row.number in self.active:
-                    self._accept(row, picked[row.number], scores[row.number])
+                    self._accept(row, picked[row.number], scores[row.number], logits[row.number])
             return
         for row in self.rows:
             if row.number in self.active:
                 scores = self._score(row, logits[row.number])
                 token, _ = self.sampler.redraw(row.number, self._row_ids(row), scores, 0, False)
-                self._accept(row, token, scores)
+                self._accept(row, token, scores, logits[row.number])
                 self._write(row, len(row.ids) - 1)
 
-    def _accept(self, row: SequenceState, token: int, scores: Tensor) -> None:
+    def _accept(self, row: SequenceState, token: int, scores: Tensor, logits: Tensor) -> None:
         if self.monitors:
             row.scores[len(row.ids)] = scores
+        if self.job.logprobs is not None:
+            row.known[len(row.ids)] = KnownLogprobs(logits, self.job.logprobs)
         row.append(token)
         self._finish(row)
 
@@ -423,13 +480,11 @@ class DecodeLoop:
         settled = len(row.ids) - (0 if row.finished else held_tokens(row, self.monitors, row.settled))
         for index in range(row.emitted, settled):
             row.scores.pop(index, None)
+            if self.job.logprobs is not None:
+                self.ranked[row.number].append(Ranked.of(row.ids[index], row.known.pop(index, None)))
         self.fresh[row.number] += row.ids[row.emitted : settled]
         self._shrink_old_scores(row)
         row.emitted = max(row.emitted, settled)
-
-    def _take_fresh(self) -> list[list[int]]:
-        fresh, self.fresh = self.fresh, [[] for _ in self.rows]
-        return fresh
 
     def _shrink_old_scores(self, row: SequenceState) -> None:
         old = len(row.ids) - FULL_ROWS - 1
@@ -438,6 +493,8 @@ class DecodeLoop:
             self.vocabulary = stored.numel()
             best = stored.topk(COMPACT_ROW)
             row.scores[old] = best.values, best.indices
+            if old in row.known:
+                row.known[old].keep([*best.indices.tolist(), row.ids[old]])
 
     def _next_block(self) -> tuple[Tensor, Tensor | None]:
         """The tokens that were not fed yet, right-aligned; finished rows are padding."""

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
+from .logprobs import Ranked
 from .monitor import RewindEvent
 
 __all__ = ["UNSET", "DecodeOutput", "RunStats"]
@@ -33,9 +34,9 @@ class DecodeOutput(ModelOutput):
     """Result of a generation. `sequences` (batch, prompt + new) is padded on the right as `generate` pads; `new_ids`
     and `prompt_ids` are the same without any padding, a list per row. `texts` are None without a tokenizer.
     `stop_reasons` says why each row ended: "finished" by itself or a stop string, "budget" after as many tokens as were
-    asked for, "context": the model has no more positions, or "cancelled". Where a method has read the prompts first,
-    `strategy` names how it answers each row, and `probs` (batch, strategies) is what it chose by. `stats` is what a
-    method has counted."""
+    asked for, "context": the model has no more positions, or "cancelled". `logprobs` are those of each row's tokens,
+    where they were asked for. Where a method has read the prompts first, `strategy` names how it answers each row, and
+    `probs` (batch, strategies) is what it chose by. `stats` is what a method has counted."""
 
     sequences: Tensor = UNSET
     new_ids: list[list[int]] = UNSET
@@ -46,6 +47,7 @@ class DecodeOutput(ModelOutput):
     tokens_processed: int = UNSET
     past_key_values: Any = None
     stop_reasons: list[str] | None = None
+    logprobs: list[list[Ranked]] | None = None
     strategy: list[str] | None = None
     probs: Tensor | None = None
     stats: RunStats | None = None

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ...text.token_text import TokenText
+from .logprobs import KnownLogprobs
 
 __all__ = ["SequenceState"]
 
@@ -38,6 +39,7 @@ class SequenceState:
         self.ignored: set[tuple[int, str]] = set()  # (index, rule) given up on
         self.forced: list[tuple[int, int, str]] = []  # (start, stop, rule) of forced tokens
         self.scores: dict[int, Tensor | tuple[Tensor, Tensor]] = {}
+        self.known: dict[int, KnownLogprobs] = {}  # by position, where log-probabilities are asked for
         self.tries: dict[int, int] = {}
         self.settled: dict[int, int] = {}  # by length: how many of that many first tokens no rewind can remove
         self.notes: dict[Hashable, Any] = {}
@@ -92,7 +94,7 @@ class SequenceState:
         self.checked = min(self.checked, len(self.text))
         self.ignored = {key for key in self.ignored if key[0] < count}
         self.forced = [span for span in self.forced if span[1] <= count]
-        for store in (self.scores, self.tries, self.settled):
+        for store in (self.scores, self.known, self.tries, self.settled):
             for index in gone:
                 store.pop(index, None)
         self.finished = False

@@ -128,6 +128,7 @@ class Emitted(NamedTuple):
 
     token: int
     scores: Tensor
+    logits: Tensor  # as the model gave them
 
 
 class SpeculativeLoop(DecodeLoop):
@@ -152,8 +153,8 @@ class SpeculativeLoop(DecodeLoop):
         self.drafter, self.verifier = speculation.drafter, speculation.verifier
         self.independent = self.do_sample and self.verifier.sampling == "with"
 
-    def output(self) -> SpeculativeOutput:
-        return SpeculativeOutput(**{**super().output(), "stats": self.stats})
+    def _written(self) -> SpeculativeOutput:
+        return SpeculativeOutput(**{**super()._written(), "stats": self.stats})
 
     def _prefill(self) -> None:
         distinct = self.speculation.num_drafts > 1 and not self.independent
@@ -175,7 +176,7 @@ class SpeculativeLoop(DecodeLoop):
         self.stats.target_calls += len(active)
         self.stats.drafted += sum(map(len, trees))
         if not any(map(len, trees)):
-            self._step(*self._next_block())
+            self._feed_pending()
             self.stats.emitted += len(active)
             return
         pending = [row.ids[row.fed :] if row.number in self.active else [] for row in self.rows]
@@ -271,7 +272,7 @@ class SpeculativeLoop(DecodeLoop):
             ids = self.ids[row.number : row.number + 1, : end + len(steps)]
             scores = self._processed(row, ids, logits[node + 1][None])
             token = self._select(row, self.sampler.warp(ids, scores)[0], tree, node, len(steps))
-            steps.append(Emitted(token, scores[0]))
+            steps.append(Emitted(token, scores[0], logits[node + 1]))
             node = tree.child(node, token)
             if node is None or token in self.eos or len(steps) == room:
                 return steps, nodes
@@ -295,9 +296,9 @@ class SpeculativeLoop(DecodeLoop):
 
     def _commit(self, row: SequenceState, steps: list[Emitted]) -> None:
         """Append token by token, as monitors expect it; what follows a rewind or an end is dropped."""
-        for token, scores in steps:
+        for token, scores, logits in steps:
             before = len(self.events)
-            self._accept(row, token, scores)
+            self._accept(row, token, scores, logits)
             self._write(row, len(row.ids) - 1)
             self._repair(row)
             self.stats.emitted += 1

@@ -1,0 +1,266 @@
+"""A worker that owns a model, and writes many texts at a time.
+
+One thread does all that touches the model. In each turn it takes in what waits, feeds all texts that share the engine
+in one forward, lets every other take one step, and hands out what has settled. So a short answer never waits for a
+long one. A long prompt is read in chunks between the steps of the others.
+
+A text does not share the engine if the model's cache cannot be put together (windows, recurrent states), or where a
+method drafts, skips layers, or has read the prompt into a cache; then it has an engine of its own. A method that writes
+the whole text itself (denoising, specreason) keeps the others waiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..core.errors import InputError
+from ..decode.contract import DecodeMethod, Plugins
+from ..decode.engines.shared import CountsBytes, SharedEngine, SharedTransformersEngine, Slot, sharing_obstacle
+from ..models.anatomy import vocabulary_size
+from ..models.load import Loaded
+from ..models.positions import context_window
+from .backend import Busy, FinishReason, Piece, Work
+from .writing import CHUNK, Alone, Guard, Shared, Whole, Writing, begun
+
+__all__ = ["Worker"]
+
+AT_ONCE = 1024  # tokens of prompts that are read in one turn while nobody writes
+FORGET = 0.1  # share of the newest text in the mean time of one
+
+
+class Worker:
+    """A `Backend` with a model of its own.
+
+    Args:
+        name: of the model, as clients say it (default: that of its folder).
+        rows: texts that are written at a time.
+        waiting: texts that may wait beside these; a further one is refused as `Busy`.
+        methods: decode methods for every text that does not bring one of the same kind.
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        name: str | None = None,
+        rows: int = 32,
+        waiting: int = 256,
+        methods: Sequence[DecodeMethod] = (),
+    ) -> None:
+        for what, value, least in (("rows", rows, 1), ("waiting", waiting, 0)):
+            if value < least:
+                raise InputError(f"{what}={value} is not possible; give a number >= {least}")
+        self.loaded, self.tokenizer = loaded, loaded.tokenizer
+        self.name = name or Path(loaded.model.name_or_path or "").name or type(loaded.model).__name__
+        self.window = context_window(loaded.model)
+        self.vocabulary = vocabulary_size(loaded.model)
+        self.rows, self.waiting, self.methods = rows, waiting, tuple(methods)
+        self.obstacle = sharing_obstacle(loaded.model)
+        self.engine = self._new_engine()
+        self.queue: deque[Writing] = deque()
+        self.running: list[Writing] = []
+        self.closing: FinishReason | None = None  # "stop": let what runs end; "cancelled": end it
+        self.changed = threading.Condition()
+        self.counts = dict.fromkeys(("finished", "failed", "tokens_read", "tokens_written", "cache_bytes"), 0.0)
+        self.mean_seconds = 1.0  # of a text
+        self.thread = threading.Thread(target=self._work, name=f"tokenry worker of {self.name}", daemon=True)
+        self.thread.start()
+
+    # --- for whoever asks, from any event loop -------------------------------------------------------------
+
+    async def stream(self, work: Work) -> AsyncIterator[Piece]:
+        """See `Backend.stream`. An error of this text comes out of the iteration."""
+        writing = self._taken(work)
+        try:
+            while True:
+                piece = await writing.pieces.get()
+                if isinstance(piece, Exception):
+                    raise piece
+                yield piece
+                if piece.finish is not None:
+                    return
+        finally:
+            writing.left = True
+            self._notify()
+
+    def numbers(self) -> Mapping[str, float]:
+        """What it counts, see `Backend.numbers`."""
+        return {"running": len(self.running), "waiting": len(self.queue), **self.counts}
+
+    async def close(self, seconds: float) -> None:
+        """See `Backend.close`."""
+        self._notify("stop")
+        await asyncio.to_thread(self.thread.join, seconds)
+        self._notify("cancelled")
+        await asyncio.to_thread(self.thread.join)
+
+    def _taken(self, work: Work) -> Writing:
+        """Put work where the thread will find it."""
+        work = self._checked(work)
+        writing = Writing(work, asyncio.get_running_loop())
+        with self.changed:
+            if self.closing:
+                raise Busy("the server is about to end; ask another one, or later", self.mean_seconds)
+            ahead = len(self.running) + len(self.queue)
+            if ahead >= self.rows + self.waiting:
+                raise Busy(
+                    f"{len(self.running)} texts are being written and {len(self.queue)} wait, and no more may; ask "
+                    "again later",
+                    max(1.0, self.mean_seconds * (1 + len(self.queue)) / self.rows),
+                )
+            self.queue.append(writing)
+            self.changed.notify()
+        return writing
+
+    def _checked(self, work: Work) -> Work:
+        """The work with the methods of the server, as long as the window allows."""
+        length, most = len(work.prompt_ids), work.max_new_tokens
+        if self.window is not None and length >= self.window:
+            raise InputError(
+                f"the prompt has {length} tokens, the model's context window {self.window}; shorten the prompt"
+            )
+        unknown = [token for token in work.logit_bias if not 0 <= token < self.vocabulary]
+        if unknown:
+            raise InputError(f"logit_bias names token {unknown[0]}; this model has ids 0 to {self.vocabulary - 1}")
+        own = {method.slug for method in work.methods}
+        methods = (*(method for method in self.methods if method.slug not in own), *work.methods)
+        if self.window is not None:
+            most = min(most, self.window - length)
+        return replace(work, methods=methods, max_new_tokens=most)
+
+    def _notify(self, closing: FinishReason | None = None) -> None:
+        with self.changed:
+            self.closing = closing or self.closing
+            self.changed.notify()
+
+    # --- the thread ----------------------------------------------------------------------------------------
+
+    def _new_engine(self) -> SharedEngine | None:
+        return None if self.obstacle else SharedTransformersEngine(self.loaded.model)
+
+    @torch.no_grad()
+    def _work(self) -> None:
+        try:
+            while self._has_work():
+                self._turn()
+        finally:  # if it was an error, nobody shall wait for ever
+            self._notify("cancelled")
+            for writing in (*self.running, *self.queue):
+                writing.fail(RuntimeError(f"the worker of {self.name} has ended"))
+            self.running += self.queue
+            self._hand_out()
+
+    def _has_work(self) -> bool:
+        """Wait for something to do; False: nothing will come."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.running or self.queue or self.closing)
+            return bool(self.running or self.queue)
+
+    def _turn(self) -> None:
+        self._dismiss()
+        self._admit()
+        self._feed_shared([w.progress for w in self.running if isinstance(w.progress, Shared)])
+        for writing in self.running:
+            if isinstance(writing.progress, Alone | Whole):
+                with Guard(writing):
+                    writing.progress.step()
+        self._hand_out()
+
+    def _dismiss(self) -> None:
+        """End the texts that nobody waits for any more, and those that have no time left."""
+        with self.changed:
+            known = [*self.running, *self.queue]
+        for writing in known:
+            reason = self._why_dismissed(writing)
+            if reason is None:
+                continue
+            with Guard(writing):
+                if writing.progress is None:
+                    writing.end(reason)
+                else:
+                    writing.progress.cancel(reason)
+
+    def _why_dismissed(self, writing: Writing) -> FinishReason | None:
+        if writing.left or self.closing == "cancelled":
+            return "cancelled"
+        return "timeout" if writing.expired else None
+
+    def _admit(self) -> None:
+        """Begin what waits, as long as there are rows."""
+        with self.changed:
+            waiting, room = [w for w in self.queue if not w.over], self.rows - sum(not w.over for w in self.running)
+            ended = [w for w in self.queue if w.over]
+            new = waiting[: max(room, 0)]
+            self.queue = deque(waiting[len(new) :])
+            self.running += [*ended, *new]
+        for writing in new:
+            with Guard(writing):
+                writing.progress = begun(writing, self.loaded, self._engine_for)
+
+    def _engine_for(self, plugins: Plugins) -> Slot | None:
+        """A slot for a loop that needs nothing inside the model."""
+        apart = plugins.speculation is not None or plugins.layer_policy is not None
+        return None if apart or self.engine is None else Slot(self.engine)
+
+    def _feed_shared(self, rows: Sequence[Shared]) -> None:
+        """One forward for all that share, and a step of each whose block is fed whole."""
+        budget, fed = AT_ONCE if all(row.reads for row in rows) else CHUNK, []
+        for row in rows:
+            with Guard(row.writing):
+                block = row.block(budget)
+                budget -= len(block) if row.reads else 0
+                if block:
+                    fed.append((row, row.slot.feeding(len(block)), block))
+        if not fed or self.engine is None:
+            return
+        logits = {}
+        with Guard(*(row.writing for row, _, _ in fed)):
+            logits = self.engine.forward({number: block for _, number, block in fed})
+        if not logits:  # nobody knows what it holds now
+            self.engine = self._new_engine()
+        for row, number, block in fed:
+            if number in logits:
+                with Guard(row.writing):
+                    row.receive(len(block), logits[number])
+
+    # --- what goes out -------------------------------------------------------------------------------------
+
+    def _hand_out(self) -> None:
+        """Give the pieces of this turn to those who wait, with one call for each event loop."""
+        homes: dict[asyncio.AbstractEventLoop, list[Writing]] = {}
+        for writing in self.running:
+            if writing.outbox:
+                homes.setdefault(writing.home, []).append(writing)
+        self._count()
+        with self.changed:
+            self.running = [writing for writing in self.running if not writing.over]
+        for home, writings in homes.items():
+            letters = [(writing, piece) for writing in writings for piece in writing.outbox]
+            for writing in writings:
+                writing.outbox = []
+            with suppress(RuntimeError):  # the event loop is closed, and with it whoever waited
+                home.call_soon_threadsafe(_deliver, letters)
+
+    def _count(self) -> None:
+        for writing in self.running:
+            self.counts["tokens_read"] += writing.prompt_read - writing.counted[0]
+            self.counts["tokens_written"] += writing.written - writing.counted[1]
+            writing.counted = (writing.prompt_read, writing.written)
+            if writing.over:
+                failed = isinstance(writing.outbox[-1], Exception)
+                self.counts["failed" if failed else "finished"] += 1
+                self.mean_seconds += FORGET * (time.monotonic() - writing.since - self.mean_seconds)
+        self.counts["cache_bytes"] = self.engine.cache_bytes() if isinstance(self.engine, CountsBytes) else 0
+
+
+def _deliver(letters: Iterable[tuple[Writing, Piece | Exception]]) -> None:
+    for writing, letter in letters:
+        writing.pieces.put_nowait(letter)
