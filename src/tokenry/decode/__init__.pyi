@@ -11,6 +11,7 @@ from .budget_forcing import BudgetForcingMonitor as BudgetForcingMonitor
 from .contract import Call as Call
 from .contract import DecodeMethod as DecodeMethod
 from .contract import LoopMethod as LoopMethod
+from .contract import MonitorMethod as MonitorMethod
 from .contract import Plan as Plan
 from .contract import PlanMethod as PlanMethod
 from .contract import RunnerMethod as RunnerMethod
@@ -43,6 +44,9 @@ from .denoising.unmask import FixedCount as FixedCount
 from .denoising.unmask import Threshold as Threshold
 from .denoising.unmask import UnmaskPolicy as UnmaskPolicy
 from .diffadapt import DiffAdapt as DiffAdapt
+from .engines.remote.api import remote as remote
+from .engines.remote.client import RemoteServer as RemoteServer
+from .engines.remote.loop import RemoteLoop as RemoteLoop
 from .generation.caps import cap_distribution as cap_distribution
 from .generation.engine import TransformersEngine as TransformersEngine
 from .generation.job import Job as Job

@@ -13,19 +13,19 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..core.fields import Count, Probability
 from ..core.method import Lines
 from .bans.ngrams import NGramBan
 from .bans.patterns import RegexBan
 from .bans.phrases import PhraseBan
-from .contract import LoopMethod, Plugins
+from .contract import MonitorMethod
 
 __all__ = ["Antislop"]
 
 
-class Antislop(LoopMethod):
+class Antislop(MonitorMethod):
     """The sampler as one method: phrases, regular expressions and n-grams with one strength."""
 
     slug: ClassVar[str] = "antislop"
@@ -61,8 +61,8 @@ class Antislop(LoopMethod):
         self.monitors()  # builds and thereby checks every pattern
         return self
 
-    def monitors(self) -> list[PhraseBan | RegexBan | NGramBan]:
-        """The monitors these parameters stand for; none at strength 0."""
+    def monitors(self, tokenizer: PreTrainedTokenizerBase | None = None) -> list[PhraseBan | RegexBan | NGramBan]:
+        """The monitors these parameters stand for; none at strength 0. They need no tokenizer."""
         if self.strength == 0:
             return []
         repair: dict[str, Any] = {
@@ -78,6 +78,3 @@ class Antislop(LoopMethod):
         if self.ngrams:
             made.append(NGramBan(self.ngrams, self.strength, **repair))
         return made
-
-    def plugins(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Plugins:
-        return Plugins(monitors=self.monitors())

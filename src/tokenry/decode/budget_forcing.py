@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from typing import Annotated, ClassVar, cast
 
 from pydantic import BeforeValidator, Field
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..core.errors import InputError
 from ..core.fields import Times, TokenId, Tokens, read_ids, read_none, require
-from .contract import LoopMethod, Plugins
+from .contract import MonitorMethod
 from .generation.monitor import Violation
 from .generation.sequence import SequenceState
 from .reasoning.bias import checked_ids
@@ -24,7 +24,7 @@ __all__ = ["BudgetForcing", "BudgetForcingMonitor"]
 Limit = Annotated[Tokens | None, BeforeValidator(read_none)]
 
 
-class BudgetForcing(LoopMethod):
+class BudgetForcing(MonitorMethod):
     """Budget forcing: ignore the end of thinking a few times, or close thinking at a limit."""
 
     slug: ClassVar[str] = "budget-forcing"
@@ -40,14 +40,14 @@ class BudgetForcing(LoopMethod):
     max_thinking_tokens: Limit = Field(default=None, description="tokens of thinking after which it is closed, or none")
     close_text: str = Field(default="</think>\nFinal Answer:", description="what closes it")
 
-    def plugins(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Plugins:
+    def monitors(self, tokenizer: PreTrainedTokenizerBase) -> list[BudgetForcingMonitor]:
         if self.min_ignores == 0 and self.max_thinking_tokens is None:
-            return Plugins()
+            return []
         end_ids = cast(Sequence[int], end_think_ids(tokenizer, self.end_think))  # of an end there is
         monitor = BudgetForcingMonitor(
             end_ids, tokenizer, self.min_ignores, self.ignore_text, self.max_thinking_tokens, self.close_text
         )
-        return Plugins(monitors=[monitor])
+        return [monitor]
 
 
 IGNORED, AGAIN, CLOSED = "budget:ignore", "budget:again", "budget:close"  # rules of the monitor

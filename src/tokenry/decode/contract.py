@@ -16,6 +16,7 @@ from ..core.schemas import Exchanged
 from ..learned.confidence_filter import TraceDataset
 from ..models.prompts import Prompts
 from .generation.exchange import DecodeAnswer, DecodeRequest
+from .generation.monitor import Monitor
 from .generation.output import DecodeOutput
 from .generation.plugins import NO_PLUGINS, Plugins
 
@@ -23,6 +24,7 @@ __all__ = [
     "Call",
     "DecodeMethod",
     "LoopMethod",
+    "MonitorMethod",
     "Plan",
     "PlanMethod",
     "Plugins",
@@ -68,6 +70,17 @@ class LoopMethod(DecodeMethod):
     def plugins(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Plugins:
         """The plug-ins for one call of `generate`; new ones for every call."""
         raise NotImplementedError
+
+
+class MonitorMethod(LoopMethod):
+    """A `LoopMethod` that watches the text alone: it works where another server has the scores, too."""
+
+    def monitors(self, tokenizer: PreTrainedTokenizerBase) -> Sequence[Monitor]:
+        """The monitors for one generation."""
+        raise NotImplementedError
+
+    def plugins(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Plugins:
+        return Plugins(monitors=self.monitors(tokenizer))
 
 
 class PlanMethod(DecodeMethod):

@@ -1,0 +1,1 @@
+"""Where tokens come from, besides a model of transformers in this process."""
