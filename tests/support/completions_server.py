@@ -55,14 +55,15 @@ class CompletionsServer(ThreadingHTTPServer):
             choice["token_ids"] = new
             if body.get("logprobs"):
                 choice["logprobs"] = {
-                    "top_logprobs": [_likeliest(*pair, body["logprobs"]) for pair in zip(new, scores)]
+                    "token_logprobs": [float(values[token]) for token, values in zip(new, scores)],
+                    "top_logprobs": [_likeliest(values, body["logprobs"]) for values in scores],
                 }
         return {"object": "text_completion", "choices": [choice]}
 
 
-def _likeliest(token, scores, count):
-    best = [*scores.topk(count).indices.tolist(), token]
-    return {f"token_id:{i}": float(scores[i]) for i in best}
+def _likeliest(scores, count):
+    best = scores.topk(count)
+    return {f"token_id:{i}": value for i, value in zip(best.indices.tolist(), best.values.tolist())}
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, cast
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from ....core.errors import InputError
-from ....core.fields import Portion, Probability, Temperature, Times, Tokens, TorchSeed, check
+from ....core.fields import Portion, Positive, Probability, Temperature, Times, Tokens, TorchSeed, check
 from ....models.batch import pad_id
 from ....models.prompts import Prompts, encode_prompts
 from ...contract import DecodeMethod, MonitorMethod
@@ -24,7 +25,7 @@ from .client import RemoteServer
 from .dialects import Sampling
 from .loop import RemoteLoop, RemoteOptions
 
-__all__ = ["end_ids", "remote", "sampling_of", "watching"]
+__all__ = ["job_for", "remote", "sampling_of", "watching"]
 
 
 def remote(
@@ -66,7 +67,7 @@ def remote(
         repair: how a rejected token is replaced: "ask" the server for one token, or "local", from the likeliest tokens
             that it has told. None: local for greedy decoding, ask for sampling.
         logit_bias: {token: what is added to its score}, everywhere.
-        options: do_sample, temperature, top_k, top_p and min_p, as `generate` takes them.
+        options: do_sample, temperature, top_k, top_p, min_p and repetition_penalty, as `generate` takes them.
 
     Raises:
         InputError: what `RemoteServer` and `generate` refuse, another option, a method that needs scores or the model.
@@ -82,18 +83,9 @@ def remote(
         how = RemoteOptions(sampling, chunk, repair, logit_bias or {})
         with RemoteServer(server) if isinstance(server, str) else nullcontext(server) as opened:
             opened.dialect(tokenizer)
-            job = Job(
-                inputs["input_ids"],
-                max_new_tokens,
-                attention_mask=inputs["attention_mask"],
-                do_sample=not sampling.greedy,
-                seed=seed,
-                warpers=sampling.warpers(),
-                room=opened.room(inputs["attention_mask"].sum(-1).tolist()),
-                eos_ids=end_ids(tokenizer),
-                stop=stop,
-                pad_id=pad_id(tokenizer),
-            )
+            rows = inputs["input_ids"], inputs["attention_mask"]
+            further = {"max_new_tokens": max_new_tokens, "seed": seed, "stop": stop}
+            job = job_for(opened, tokenizer, *rows, sampling, **further)
             loop = RemoteLoop(opened, job, tokenizer, plugins, how)
             if not loop.dialect.tells:
                 warnings.warn(
@@ -103,9 +95,29 @@ def remote(
             return loop.generate(streamers)
 
 
-def end_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The token that ends a text; the server may know more of them."""
-    return () if tokenizer.eos_token_id is None else (cast(int, tokenizer.eos_token_id),)
+def job_for(
+    server: RemoteServer,
+    tokenizer: PreTrainedTokenizerBase,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    sampling: Sampling,
+    **further: Any,
+) -> Job:
+    """What a `RemoteLoop` has to do for prompts (batch, time); `further` are fields of `Job`.
+
+    Raises:
+        InputError: a prompt beyond the server's window, and what `Job` refuses.
+    """
+    return Job(
+        input_ids,
+        attention_mask=attention_mask,
+        do_sample=not sampling.greedy,
+        warpers=sampling.warpers(),
+        room=server.room(attention_mask.sum(-1).tolist()),
+        eos_ids=() if tokenizer.eos_token_id is None else (cast(int, tokenizer.eos_token_id),),
+        pad_id=pad_id(tokenizer),
+        **further,
+    )
 
 
 def watching(methods: Sequence[DecodeMethod], tokenizer: PreTrainedTokenizerBase) -> list[Monitor]:
@@ -125,7 +137,13 @@ def watching(methods: Sequence[DecodeMethod], tokenizer: PreTrainedTokenizerBase
     return made
 
 
-BOUNDS = {"temperature": Temperature, "top_k": Times, "top_p": Portion, "min_p": Probability}
+BOUNDS = {
+    "temperature": Temperature,
+    "top_k": Times,
+    "top_p": Portion,
+    "min_p": Probability,
+    "repetition_penalty": Positive,
+}
 
 
 def sampling_of(options: Mapping[str, Any]) -> Sampling:
@@ -142,5 +160,5 @@ def sampling_of(options: Mapping[str, Any]) -> Sampling:
             )
         check(name, value, BOUNDS[name])
     if not options.get("do_sample"):
-        return Sampling()
+        return Sampling(repetition_penalty=given.get("repetition_penalty", 1.0))
     return Sampling(**{"temperature": 1.0, **given})

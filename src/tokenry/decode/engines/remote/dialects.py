@@ -33,6 +33,7 @@ __all__ = ["TOP", "VLLM", "Continuation", "Dialect", "LlamaServer", "Request", "
 TOP = 20  # the most log-probabilities that servers tell of a position
 OPENAI = "v1/completions"
 BAN = -100.0  # the lowest bias that servers take
+NOT_OF_OPENAI = ("top_k", "min_p", "repetition_penalty")  # what not every server knows
 ANCHOR = "\n"  # before a text that goes on, so that tokenizers do not take it for a beginning
 
 Likeliest = Mapping[int, float]  # {token: log-probability}
@@ -40,12 +41,13 @@ Likeliest = Mapping[int, float]  # {token: log-probability}
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the server draws tokens; temperature 0 takes the most probable one."""
+    """How the server draws tokens; temperature 0 takes the most probable one. The penalty changes scores before."""
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     @property
     def greedy(self) -> bool:
@@ -105,7 +107,7 @@ class Continuation:
     """
 
     ids: list[int]
-    tops: list[Likeliest]
+    tops: Sequence[Likeliest]
     ended: bool
     by_token: bool
 
@@ -140,8 +142,8 @@ class VLLM:
     tells: ClassVar[bool] = True
 
     def body(self, request: Request) -> dict[str, Any]:
-        neutral = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-        chosen = {"top_k": request.sampling.top_k, "min_p": request.sampling.min_p}
+        sampling, neutral = request.sampling, {"presence_penalty": 0.0, "frequency_penalty": 0.0}
+        chosen = {name: getattr(sampling, name) for name in NOT_OF_OPENAI}
         told: dict[str, Any] = {"return_token_ids": True, "return_tokens_as_token_ids": True}
         told |= {"logprobs": request.top} if request.top else {}
         return {"prompt": [*request.prompt, *request.written], **request.common(), **chosen, **neutral, **told}
@@ -149,10 +151,11 @@ class VLLM:
     def read(self, answer: Mapping[str, Any], request: Request) -> Continuation:
         choice = answer["choices"][0]
         ids = _checked(choice["token_ids"], request)
-        told = (choice.get("logprobs") or {}).get("top_logprobs") or []
-        tops = [_marked(likeliest) for likeliest in told[: len(ids)]]
-        if len(tops) < len(ids) or not all(token in top for token, top in zip(ids, tops)):
-            tops = [{} for _ in ids]  # nothing was asked for, or the server names tokens by their text
+        told = choice.get("logprobs") or {}
+        tops = [_marked(likeliest) for likeliest in told.get("top_logprobs") or [{}] * len(ids)]
+        if any(tops):
+            taken = told["token_logprobs"]
+            tops = [{**top, token: float(value)} for token, top, value in zip(ids, tops, taken, strict=True)]
         return Continuation(ids, tops, *_ended(choice))
 
 
@@ -167,7 +170,8 @@ class LlamaServer:
         sampling = request.sampling
         body = {"prompt": [*request.prompt, *request.written], **request.common()}
         body |= {"top_k": sampling.top_k, "min_p": sampling.min_p, "return_tokens": True, "n_probs": request.top}
-        body["samplers"] = ["temperature", "top_k", "top_p", "min_p"]  # in the order of transformers
+        body |= {"repeat_penalty": sampling.repetition_penalty, "repeat_last_n": len(body["prompt"]) + request.count}
+        body["samplers"] = ["penalties", "temperature", "top_k", "top_p", "min_p"]  # in the order of transformers
         if request.bias:
             body["logit_bias"] = [[t, False if v == -math.inf else _bounded(v)] for t, v in request.bias.items()]
         return body
@@ -201,11 +205,11 @@ class TextOnly:
         sampling, ids = request.sampling, [*request.prompt, *request.written]
         if ids[0] == self.tokenizer.bos_token_id:
             del ids[0]  # the server puts it there itself
-        chosen = {"top_k": sampling.top_k, "min_p": sampling.min_p}
+        chosen = {name: getattr(sampling, name) for name in NOT_OF_OPENAI}
         return {
             "prompt": self._decoded(ids, skip_special_tokens=False).rstrip(REPLACEMENT),
             **request.common(),
-            **{name: value for name, value in chosen.items() if value},  # not every server knows them
+            **{name: value for name, value in chosen.items() if value != getattr(Sampling, name)},
         }
 
     def read(self, answer: Mapping[str, Any], request: Request) -> Continuation:
@@ -222,20 +226,20 @@ class TextOnly:
         return ids
 
     def _decoded(self, ids: Sequence[int], **options: Any) -> str:
-        return cast(str, self.tokenizer.decode(ids, clean_up_tokenization_spaces=False, **options))
+        return cast(str, self.tokenizer.decode([*ids], clean_up_tokenization_spaces=False, **options))
 
 
 def _bounded(value: float) -> float:
     return min(max(value, BAN), -BAN)
 
 
-def _marked(likeliest: Mapping[str, float]) -> Likeliest:
+def _marked(likeliest: Mapping[str, float]) -> dict[int, float]:
     """The tokens that are named by their ids."""
     mark = "token_id:"
     return {int(name[len(mark) :]): float(value) for name, value in likeliest.items() if name.startswith(mark)}
 
 
-def _placed(ids: list[int], told: list[tuple[int, Likeliest]]) -> list[Likeliest]:
+def _placed(ids: list[int], told: Sequence[tuple[int, Likeliest]]) -> list[Likeliest]:
     """What was told in the order of the tokens, but not for each of them, at its place; nothing where that is not
     certain."""
     first, last = (_matched(i, t) for i, t in ((ids, told), (ids[::-1], told[::-1])))
@@ -247,7 +251,7 @@ def _placed(ids: list[int], told: list[tuple[int, Likeliest]]) -> list[Likeliest
     return tops
 
 
-def _matched(ids: list[int], told: list[tuple[int, Likeliest]]) -> list[int]:
+def _matched(ids: list[int], told: Sequence[tuple[int, Likeliest]]) -> list[int]:
     """The earliest places that the tokens told can have."""
     places: list[int] = []
     for token, _ in told:

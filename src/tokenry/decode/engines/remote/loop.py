@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ....core.errors import InputError
+from ....core.fields import Chunk, check
 from ...generation.engine import Engine
 from ...generation.job import Job
 from ...generation.loop import DecodeLoop
@@ -37,7 +38,6 @@ from .dialects import TOP, Continuation, Likeliest, Request, Sampling
 __all__ = ["RemoteLoop", "RemoteOptions", "RemoteStats", "next_chunk"]
 
 FIRST, SMALLEST, LARGEST = 8, 4, 32  # tokens of adaptive chunks
-MOST = 1024  # tokens of a chunk
 
 Asking = Generator[Request, Continuation, bool]  # yields requests, is sent what came; whether the text changed
 
@@ -62,8 +62,8 @@ class RemoteOptions:
     top: int = 0
 
     def __post_init__(self) -> None:
-        if self.chunk is not None and not 1 <= self.chunk <= MOST:
-            raise InputError(f"chunk={self.chunk} is not allowed; give a number of tokens from 1 to {MOST}, or None")
+        if self.chunk is not None:
+            check("chunk", self.chunk, Chunk)
         if self.repair not in (None, "ask", "local"):
             raise InputError(f"repair={self.repair!r} is unknown; use 'ask', 'local' or None")
         if not 0 <= self.top <= TOP:
@@ -140,17 +140,19 @@ class RemoteLoop(DecodeLoop):
         super().__init__(cast(Engine, _Elsewhere()), job, tokenizer, plugins)
         self.server, self.dialect = server, server.dialect(tokenizer)
         self.stats = RemoteStats()
-        self.repairs_here = self.dialect.tells and not options.logit_bias
+        self.repairs_here = self.dialect.tells and not options.logit_bias and options.sampling.repetition_penalty == 1
         self.repairs_here &= (options.repair or ("ask" if job.do_sample else "local")) == "local"
         if options.repair == "local" and not self.repairs_here:
-            raise InputError("repair='local' needs a server that tells token ids, and no logit_bias; use repair='ask'")
+            raise InputError(
+                "repair='local' needs token ids from the server, no logit_bias and no penalty; use repair='ask'"
+            )
         if options.top and not self.dialect.tells:
             raise InputError("this server tells no token ids, and so no log-probabilities; do not ask for them")
         self.vocabulary = len(tokenizer)
         self.end_id = cast("int | None", tokenizer.eos_token_id)
         self.ends = {*self.eos, *tokenizer.all_special_ids}
         self.asked: dict[Future[Continuation], RemoteRow] = {}
-        self.writing = {row.number: self._written(row) for row in self.rows}
+        self.writers = {row.number: self._writing(row) for row in self.rows}
 
     # --- from outside --------------------------------------------------------------------------------------
 
@@ -162,14 +164,14 @@ class RemoteLoop(DecodeLoop):
         self.started = True
         try:
             for row in self.rows:
-                self._go_on(row, None)
+                self._pass_on(row, None)
             while self.asked:
                 done, _ = wait(self.asked, return_when=FIRST_COMPLETED)
                 for future in sorted(done, key=lambda future: self.asked[future].number):
                     row = self.asked.pop(future)
                     if not row.cancelled:
-                        self._go_on(row, future.result())
-                yield self._take_fresh()
+                        self._pass_on(row, future.result())
+                yield self._fresh_ids()
         finally:
             for future in self.asked:
                 future.cancel()
@@ -198,14 +200,18 @@ class RemoteLoop(DecodeLoop):
 
     # --- one row -------------------------------------------------------------------------------------------
 
+    def _fresh_ids(self) -> list[list[int]]:
+        fresh, self.fresh = self.fresh, [[] for _ in self.rows]
+        return fresh
+
     def _sequence(self, number: int, prompt: list[int]) -> RemoteRow:
         return RemoteRow(number, prompt, cast(Any, self.tokenizer), self.options.chunk or FIRST)
 
-    def _go_on(self, row: RemoteRow, came: Continuation | None) -> None:
+    def _pass_on(self, row: RemoteRow, came: Continuation | None) -> None:
         """Hand a row what came for it, and make its next request."""
-        writing = self.writing[row.number]
+        writer = self.writers[row.number]
         try:
-            request = next(writing) if came is None else writing.send(came)
+            request = next(writer) if came is None else writer.send(came)
         except StopIteration:
             return
         if not row.cancelled:
@@ -216,7 +222,7 @@ class RemoteLoop(DecodeLoop):
             if row.cancelled:  # from another thread, just now
                 future.cancel()
 
-    def _written(self, row: RemoteRow) -> Asking:
+    def _writing(self, row: RemoteRow) -> Asking:
         """Write a row to its end."""
         count = row.chunk
         while not row.finished:
