@@ -99,6 +99,8 @@ def test_leaving_closes_the_connection_and_frees(server, tokenizer):
         stream = proxy.stream(work(tokenizer))
         first = await anext(stream)
         assert first.ids
+        while len(server.requests) < 2:
+            await asyncio.sleep(0.01)
         await stream.aclose()
         for _ in range(200):
             if server.gone:

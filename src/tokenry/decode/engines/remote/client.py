@@ -12,6 +12,7 @@ from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import urlsplit
 
 from transformers import PreTrainedTokenizerBase
 
@@ -238,8 +239,8 @@ class RemoteServer:
 
     def _address(self, url: str) -> httpx.URL:
         try:
-            given = self.httpx.URL(url.strip())
-        except self.httpx.InvalidURL:
+            given = self.httpx.URL(url.strip() if urlsplit(url).hostname else "")
+        except (ValueError, self.httpx.InvalidURL):
             given = self.httpx.URL("")
         if given.scheme not in ("http", "https") or not given.host:
             raise InputError(f"{shown(url)} is no address of a server; give one such as http://127.0.0.1:8000")

@@ -1,0 +1,80 @@
+"""What it costs to check another server's text: requests, and tokens that it wrote in vain, per 100 tokens of the text.
+
+python benchmarks/bench_remote.py
+
+llama.cpp's server runs the embedded model; the texts are greedy, so that every size of chunk writes the same ones. The
+rule of adaptive chunks was chosen by the first set of prompts (--dev), and is reported on the second.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from common import heading, report
+from support.llama_server import llama_server
+
+from tokenry.decode import Antislop, RemoteServer, remote
+from tokenry.models.load import _embedded_gguf, load_tokenizer
+
+DEV = [
+    "Write a story about a lighthouse keeper.",
+    "Describe a walk through an old forest at night.",
+    "Tell me about a girl who finds a map.",
+    "Write a letter from a soldier to his mother.",
+    "Describe a market in a busy city.",
+    "Write about two friends who meet again after years.",
+]
+TEST = [
+    "Write a story about a clockmaker and her apprentice.",
+    "Describe a storm that comes over a small harbor.",
+    "Tell me about a boy who talks to birds.",
+    "Write about an old house that is to be torn down.",
+    "Describe the first day of winter in the mountains.",
+    "Write a story about a train that never stops.",
+]
+PHRASES = [
+    *("once upon a time", "nestled in", "a testament to", "couldn't help but", "a sense of", "as if", "seemed to"),
+    *("the air was", "filled with", "in the heart of", "as she", "as he", "little did", "the sound of", "it was as if"),
+    *("a mix of", "eyes", "whispered", "tapestry", "bustling", "the sun", "a small village", "surrounded by"),
+]
+TOKENS = 128
+
+
+def costs(server: RemoteServer, tokenizer, prompts: list[str], chunk: int | None, repair: str) -> tuple[float, ...]:
+    """Requests and wasted tokens per 100 tokens, and repairs; and the texts, which no chunk may change."""
+    call = {"methods": [Antislop(phrases=PHRASES)], "max_new_tokens": TOKENS, "chunk": chunk, "repair": repair}
+    outputs = [remote(server, tokenizer, prompt, **call) for prompt in prompts]
+    tokens = sum(len(output.new_ids[0]) for output in outputs)
+    requests, wasted = (sum(getattr(output.stats, name) for output in outputs) for name in ("requests", "wasted"))
+    events = sum(len(output.events) for output in outputs)
+    return 100 * requests / tokens, 100 * wasted / tokens, 100 * events / tokens, [o.texts[0] for o in outputs]
+
+
+def main() -> None:
+    prompts = DEV if "--dev" in sys.argv else TEST
+    gguf = _embedded_gguf()
+    assert gguf is not None, "the embedded model is there"
+    tokenizer = load_tokenizer()
+    with ExitStack() as stack:
+        server = stack.enter_context(RemoteServer(stack.enter_context(llama_server(gguf, 4096))))
+        for repair in ("local", "ask"):
+            heading(f"per 100 tokens of greedy text, repair {repair}")
+            found = {chunk: costs(server, tokenizer, prompts, chunk, repair) for chunk in (8, 4, 16, 32, None)}
+            for chunk, (requests, wasted, events, _) in found.items():
+                name = "adaptive" if chunk is None else f"chunk {chunk}"
+                print(
+                    f"{name:<10} {requests:6.1f} requests {wasted:6.1f} wasted tokens {events:6.1f} repairs", flush=True
+                )
+            fixed, adaptive = found[8], found[None]
+            report("requests, adaptive / chunk 8", adaptive[0] / fixed[0], "<= 1", adaptive[0] <= fixed[0])
+            report("wasted tokens, adaptive / chunk 8", adaptive[1] / fixed[1], "<= 1", adaptive[1] <= fixed[1])
+            same = len({tuple(texts) for *_, texts in found.values()}) == 1
+            report("all chunks write the same texts", float(same), "1", same)
+
+
+if __name__ == "__main__":
+    main()
