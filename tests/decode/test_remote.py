@@ -80,7 +80,7 @@ def test_greedy_texts_and_repairs_are_those_of_the_local_loop(servers, model, to
     new = sum(map(len, there.new_ids))
     asked = len(there.events) if repair == "ask" else 0
     assert there.stats.written - there.stats.wasted + (len(there.events) - asked) == new
-    assert there.stats.requests >= new / (chunk or 32) + asked
+    assert there.stats.requests >= new / (chunk or 10) + asked
 
 
 @pytest.mark.parametrize("name", ["vllm", "llama.cpp"])
@@ -200,6 +200,16 @@ def test_logit_bias_holds_everywhere_and_for_repairs(served, model, tokenizer):
     there = remote(seen, tokenizer, PROMPTS[0], logit_bias={late: -50.0}, **CALL)
     assert there.new_ids == here.new_ids and late not in there.new_ids[0] and there.events
     assert all(body["logit_bias"][str(late)] == -50.0 for body in server.requests)
+
+
+def test_chunks_are_short_where_something_was_found(served, tokenizer):
+    server, seen = served
+    out = remote(seen, tokenizer, PROMPTS[0], repair="local", **CALL)
+    sizes = [body["max_tokens"] for body in server.requests]
+    assert sizes[0] == 6 and out.events and set(sizes[:-1]) == {6, 10}
+    server.requests.clear()
+    remote(seen, tokenizer, PROMPTS[0], max_new_tokens=48)
+    assert [body["max_tokens"] for body in server.requests] == [6, 6, 10, 10, 10, 6]
 
 
 # --- streams and cancelling ------------------------------------------------------------------------------------------

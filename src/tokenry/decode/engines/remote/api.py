@@ -63,7 +63,7 @@ def remote(
         methods: those that watch the text, such as Antislop.
         seed: makes the requests repeatable; None lets the server choose.
         chat: put each prompt through the chat template of the tokenizer where it has one.
-        chunk: tokens of a request; None: it grows while nothing is found, and shrinks when something is.
+        chunk: tokens of a request; None: few after something was found, more when nothing was found for a while.
         repair: how a rejected token is replaced: "ask" the server for one token, or "local", from the likeliest tokens
             that it has told. None: local for greedy decoding, ask for sampling.
         logit_bias: {token: what is added to its score}, everywhere.

@@ -35,9 +35,11 @@ from ...generation.sequence import SequenceState
 from .client import RemoteServer
 from .dialects import TOP, Continuation, Likeliest, Request, Sampling
 
-__all__ = ["RemoteLoop", "RemoteOptions", "RemoteStats", "next_chunk"]
+__all__ = ["RemoteLoop", "RemoteOptions", "RemoteStats"]
 
-FIRST, SMALLEST, LARGEST = 8, 4, 32  # tokens of adaptive chunks
+SHORT, LONG = 6, 10  # tokens of adaptive chunks: violations come in groups
+CALM = 2  # chunks without a violation after which they are long
+PATIENCE = 32  # tokens without a whole character
 
 Asking = Generator[Request, Continuation, bool]  # yields requests, is sent what came; whether the text changed
 
@@ -48,7 +50,8 @@ class RemoteOptions:
 
     Attributes:
         sampling: how it draws; the job says whether.
-        chunk: tokens of a request; None begins with 8, halves after a violation and doubles after a chunk without one.
+        chunk: tokens of a request; None asks for 6 at first and after a violation, and for 10 after two chunks without
+            one.
         repair: "ask" or "local"; None is local for greedy decoding and ask for sampling, for which local only knows the
             likeliest tokens.
         logit_bias: {token: what is added to its score everywhere}.
@@ -72,11 +75,6 @@ class RemoteOptions:
             )
 
 
-def next_chunk(chunk: int, clean: bool) -> int:
-    """The size of the chunk after one of `chunk` tokens, in which there was a violation or not."""
-    return min(2 * chunk, LARGEST) if clean else max(chunk // 2, SMALLEST)
-
-
 @dataclass
 class RemoteStats:
     """What it has cost: requests, tokens that the server wrote, and those of them that are not in the texts."""
@@ -97,12 +95,18 @@ class RemoteStats:
 class RemoteRow(SequenceState):
     """A row with what is known of its positions: the likeliest tokens there, and what was lowered."""
 
-    def __init__(self, number: int, prompt: list[int], tokenizer: PreTrainedTokenizerBase, chunk: int) -> None:
+    def __init__(self, number: int, prompt: list[int], tokenizer: PreTrainedTokenizerBase, chunk: int | None) -> None:
         super().__init__(number, prompt, tokenizer)
-        self.chunk = chunk
+        self.chunk = chunk  # None: adaptive
+        self.clean = 0  # chunks since the last violation
         self.requests = 0
         self.tops: dict[int, Likeliest] = {}
         self.lowered: dict[int, dict[int, float]] = {}
+
+    @property
+    def next_chunk(self) -> int:
+        """How many tokens are asked for next."""
+        return self.chunk or (LONG if self.clean >= CALM else SHORT)
 
     def truncate(self, count: int) -> None:
         for store in (self.tops, self.lowered):
@@ -205,7 +209,7 @@ class RemoteLoop(DecodeLoop):
         return fresh
 
     def _sequence(self, number: int, prompt: list[int]) -> RemoteRow:
-        return RemoteRow(number, prompt, cast(Any, self.tokenizer), self.options.chunk or FIRST)
+        return RemoteRow(number, prompt, cast(Any, self.tokenizer), self.options.chunk)
 
     def _pass_on(self, row: RemoteRow, came: Continuation | None) -> None:
         """Hand a row what came for it, and make its next request."""
@@ -224,19 +228,18 @@ class RemoteLoop(DecodeLoop):
 
     def _writing(self, row: RemoteRow) -> Asking:
         """Write a row to its end."""
-        count = row.chunk
+        count = row.next_chunk
         while not row.finished:
             came = yield self._request(row, len(row.ids), min(count, self.limits[row.number] - len(row.ids)))
             came = self._counted(came)
             if not came.ids and not came.ended:
-                if count >= LARGEST:
+                if count >= PATIENCE:
                     raise InputError(f"the server wrote nothing {count} tokens long; look at what it says of it itself")
                 count *= 2  # text that is not whole yet
                 continue
             changed = yield from self._take(row, came)
-            if self.options.chunk is None:
-                row.chunk = next_chunk(row.chunk, not changed)
-            count = row.chunk
+            row.clean = 0 if changed else row.clean + 1
+            count = row.next_chunk
             self._emit(row)
         return True
 
