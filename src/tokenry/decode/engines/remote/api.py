@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, cast
@@ -86,13 +85,7 @@ def remote(
             rows = inputs["input_ids"], inputs["attention_mask"]
             further = {"max_new_tokens": max_new_tokens, "seed": seed, "stop": stop}
             job = job_for(opened, tokenizer, *rows, sampling, **further)
-            loop = RemoteLoop(opened, job, tokenizer, plugins, how)
-            if not loop.dialect.tells:
-                warnings.warn(
-                    f"the server at {opened.url!r} tells text alone; its tokens may be others than here",
-                    stacklevel=2,
-                )
-            return loop.generate(streamers)
+            return RemoteLoop(opened, job, tokenizer, plugins, how).generate(streamers)
 
 
 def job_for(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import warnings
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from types import ModuleType
@@ -94,15 +95,23 @@ class RemoteServer:
     def close(self) -> None:
         """Close all connections."""
         if self.thread.is_alive():
-            self._run(self.http.aclose()).result()
+            self._run(self._end()).result()
             self.events.call_soon_threadsafe(self.events.stop)
             self.thread.join()
             self.events.close()
 
+    async def _end(self) -> None:
+        rest = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in rest:
+            task.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
+        await self.http.aclose()
+
     # --- what it is ----------------------------------------------------------------------------------------
 
     def dialect(self, tokenizer: PreTrainedTokenizerBase) -> Dialect:
-        """How it is spoken to. Asked for the first time, it looks for the model, and probes.
+        """How it is spoken to. Asked for the first time, it looks for the model, probes, and warns where the server
+        tells text alone.
 
         Raises:
             InputError: it cannot be reached, has no such model, or its tokens are not those of the tokenizer.
@@ -111,6 +120,11 @@ class RemoteServer:
             if self._known is None:
                 self._look_for_model()
                 self._known = self._probed(tokenizer) if self.wanted is None else _named(self.wanted, tokenizer)
+                if not self._known.tells:
+                    warnings.warn(
+                        f"{self._where} tells text alone, which is tokenized here; its own tokens may differ",
+                        stacklevel=2,
+                    )
             return self._known
 
     def _look_for_model(self) -> None:
