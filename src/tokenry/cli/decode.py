@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import click
 
@@ -21,9 +23,11 @@ from .options import (
     model_options,
     parse_methods,
     progress,
+    quiet,
     read_entries,
     read_text,
     refuse_unused,
+    server_options,
 )
 
 DRAWING = ("--temperature", "--min-p", "--top-p", "--top-k")
@@ -50,6 +54,7 @@ DRAWING = ("--temperature", "--min-p", "--top-p", "--top-k")
 @click.option("--save-pairs", help="Write the rewinds as preference pairs (JSON lines).")
 @click.option("--save-traces", help="Write what the method's training reads (safetensors), and no texts.")
 @force_option
+@server_options
 @model_options
 def decode(
     prompt: str | None,
@@ -68,6 +73,11 @@ def decode(
     save_pairs: str | None,
     save_traces: str | None,
     force: bool,
+    server: str | None,
+    server_model: str | None,
+    tokenizer: str | None,
+    chunk: int | None,
+    api_key: str | None,
     model_name: str,
     dtype: str | None,
     device: str | None,
@@ -92,17 +102,56 @@ def decode(
     for method in methods:
         if method.caution:
             click.echo(f"{method.slug}: {method.caution}", err=True)
-    loaded = load_model(model_name, dtype, device, trust_remote_code)
-    if save_traces:
-        batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
-        summary = trace(loaded, methods[0], batches, save_traces, max_new_tokens=max_new_tokens, chat=not raw)
-        as_json(summary) if json_output else show_traces(methods[0], summary, model_name)
-        return
-    with LineWriter(save_pairs) if save_pairs else nullcontext() as pairs:
+    if server is None:
+        refuse_unused(("--server-model", "--tokenizer", "--chunk", "--api-key"), "without --server")
+        loaded = load_model(model_name, dtype, device, trust_remote_code)
+        if save_traces:
+            batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+            summary = trace(loaded, methods[0], batches, save_traces, max_new_tokens=max_new_tokens, chat=not raw)
+            as_json(summary) if json_output else show_traces(methods[0], summary, model_name)
+            return
+        writing = here(loaded)
+    else:
+        refuse_unused(("--dtype", "--device", "--save-traces"), "with --server")
+        reader = load_reader(tokenizer or model_name, trust_remote_code)
+        writing = elsewhere(server, server_model, api_key, reader, chunk)
+    with writing as write, LineWriter(save_pairs) if save_pairs else nullcontext() as pairs:
         if prompts_path:
-            generate_many(loaded, prompts, settings, seed, batch_size, pairs)
+            generate_many(write, prompts, settings, seed, batch_size, pairs)
         else:
-            generate_one(loaded, prompts[0], settings, seed, pairs, json_output)
+            generate_one(write, prompts[0], settings, seed, pairs, json_output)
+
+
+class Write(NamedTuple):
+    """What continues prompts, as `tokenry.generate` does behind its model and tokenizer, and the tokenizer."""
+
+    generate: Callable[..., Any]
+    tokenizer: Any
+
+
+@contextmanager
+def here(loaded: Any) -> Iterator[Write]:
+    """A model of this process writes."""
+    from ..decode import generate
+
+    yield Write(partial(generate, *loaded), loaded.tokenizer)
+
+
+@contextmanager
+def elsewhere(url: str, model: str | None, api_key: str | None, tokenizer: Any, chunk: int | None) -> Iterator[Write]:
+    """Another server writes."""
+    from ..decode import RemoteServer, remote
+
+    with RemoteServer(url, model, api_key) as server:
+        yield Write(partial(remote, server, tokenizer, chunk=chunk), tokenizer)
+
+
+def load_reader(name: str, trust_remote_code: bool) -> Any:
+    """The tokenizer of what a server runs."""
+    from ..models.load import load_tokenizer
+
+    quiet()
+    return load_tokenizer(name, trust_remote_code)
 
 
 def read_prompts(prompt: str | None, path: str | None) -> list[str]:
@@ -120,14 +169,11 @@ def read_prompts(prompt: str | None, path: str | None) -> list[str]:
 
 
 def generate_one(
-    loaded: Any, prompt: str, settings: dict[str, Any], seed: int, pairs: LineWriter | None, json_output: bool
+    write: Write, prompt: str, settings: dict[str, Any], seed: int, pairs: LineWriter | None, json_output: bool
 ) -> None:
     """Stream one text, or print it with its repairs as JSON."""
-    from ..decode import generate
-
-    model, tokenizer = loaded
-    streamers = [] if json_output else [screen(tokenizer)]
-    output = generate(model, tokenizer, prompt, streamers=streamers, seed=seed, **settings)
+    streamers = [] if json_output else [screen(write.tokenizer)]
+    output = write.generate(prompt, streamers=streamers, seed=seed, **settings)
     if pairs:
         pairs.add(output.pairs)
     stats = output.stats
@@ -155,16 +201,13 @@ def screen(tokenizer: Any) -> Any:
 
 
 def generate_many(
-    loaded: Any, prompts: list[str], settings: dict[str, Any], seed: int, size: int, pairs: LineWriter | None
+    write: Write, prompts: list[str], settings: dict[str, Any], seed: int, size: int, pairs: LineWriter | None
 ) -> None:
     """A JSON line for each prompt as its batch is done; the seed of a batch is `seed` + its first prompt's number."""
-    from ..decode import generate
-
-    model, tokenizer = loaded
     with progress("decode", len(prompts)) as update:
         for start in range(0, len(prompts), size):
             batch = prompts[start : start + size]
-            output = generate(model, tokenizer, batch, seed=seed + start, **settings)
+            output = write.generate(batch, seed=seed + start, **settings)
             if pairs:
                 pairs.add(output.pairs)
             for b, (prompt, text) in enumerate(zip(batch, output.texts)):

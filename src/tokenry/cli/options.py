@@ -14,7 +14,7 @@ import click
 
 from .. import catalog
 from ..core.errors import InputError
-from ..core.fields import allowed, fits, shown
+from ..core.fields import Chunk, allowed, fits, shown
 from ..core.files import as_text, entries_of, explained
 
 if TYPE_CHECKING:
@@ -73,6 +73,20 @@ def model_options(command: Any, model: str | None = "smollm2") -> Any:
         click.option("--device", help="Where to run; default: cuda where there is one."),
         click.option("--dtype", help="float32, bfloat16 or float16; default: float32 on CPU."),
         click.option("--model", "model_name", default=model, show_default=default, help="Name, folder or hub id."),
+    ):
+        command = option(command)
+    return command
+
+
+def server_options(command: Any) -> Any:
+    """--server and what goes with it, for verbs that can leave the writing to another server."""
+    key = "What the server wants to see; or set TOKENRY_API_KEY."
+    for option in (
+        click.option("--api-key", envvar="TOKENRY_API_KEY", help=key),
+        click.option("--chunk", type=Number(Chunk), help="Tokens of a request; default: it adapts to what is found."),
+        click.option("--tokenizer", help="Whose tokenizer the server's model has; default: that of --model."),
+        click.option("--server-model", help="The model's name there; default: the first one that it lists."),
+        click.option("--server", help="Let an OpenAI-compatible server write, such as http://127.0.0.1:8000."),
     ):
         command = option(command)
     return command

@@ -25,6 +25,7 @@ Tokens = Annotated[int, Ge(1), Le(2**20)]  # of a text: the widest windows of mo
 TokenId = Annotated[int, Ge(0), Le(2**31 - 1)]
 Entries = Annotated[int, Ge(1), Le(2**20)]  # of a vocabulary
 Block = Annotated[int, Ge(1), Le(4096)]  # tokens that are filled or checked together; masks are its square
+Chunk = Annotated[int, Ge(1), Le(1024)]  # tokens that another server is asked for at a time
 Drafts = Annotated[int, Ge(1), Le(256)]
 Layers = Annotated[int, Ge(1), Le(1024)]
 Layer = Annotated[int, Ge(0), Le(1023)]

@@ -14,6 +14,7 @@ from .contract import Call as Call
 from .contract import DecodeMethod as DecodeMethod
 from .contract import LogitsMethod as LogitsMethod
 from .contract import LoopMethod as LoopMethod
+from .contract import MonitorMethod as MonitorMethod
 from .contract import Plan as Plan
 from .contract import PlanMethod as PlanMethod
 from .contract import RunnerMethod as RunnerMethod
@@ -46,6 +47,9 @@ from .denoising.unmask import FixedCount as FixedCount
 from .denoising.unmask import Threshold as Threshold
 from .denoising.unmask import UnmaskPolicy as UnmaskPolicy
 from .diffadapt import DiffAdapt as DiffAdapt
+from .engines.remote.api import remote as remote
+from .engines.remote.client import RemoteServer as RemoteServer
+from .engines.remote.loop import RemoteLoop as RemoteLoop
 from .engines.shared import SharedEngine as SharedEngine
 from .engines.shared import SharedTransformersEngine as SharedTransformersEngine
 from .engines.shared import Slot as Slot

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..core.claim import Claim
 from ..core.fields import Count, Probability
@@ -22,12 +22,12 @@ from ..data.phrases import Phrases
 from .bans.ngrams import NGramBan
 from .bans.patterns import RegexBan
 from .bans.phrases import PhraseBan
-from .contract import LoopMethod, Plugins
+from .contract import MonitorMethod
 
 __all__ = ["Antislop"]
 
 
-class Antislop(LoopMethod):
+class Antislop(MonitorMethod):
     """The sampler as one method: phrases, regular expressions and n-grams with one strength."""
 
     slug: ClassVar[str] = "antislop"
@@ -66,8 +66,8 @@ class Antislop(LoopMethod):
         self.monitors()  # builds and thereby checks every pattern
         return self
 
-    def monitors(self) -> list[PhraseBan | RegexBan | NGramBan]:
-        """The monitors these parameters stand for; none at strength 0."""
+    def monitors(self, tokenizer: PreTrainedTokenizerBase | None = None) -> list[PhraseBan | RegexBan | NGramBan]:
+        """The monitors these parameters stand for; none at strength 0. They need no tokenizer."""
         if self.strength == 0:
             return []
         repair: dict[str, Any] = {
@@ -83,6 +83,3 @@ class Antislop(LoopMethod):
         if self.ngrams:
             made.append(NGramBan(self.ngrams, self.strength, **repair))
         return made
-
-    def plugins(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Plugins:
-        return Plugins(monitors=self.monitors())

@@ -11,11 +11,11 @@ from typing import Annotated, ClassVar, cast
 import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..core.errors import InputError
 from ..core.fields import Times, TokenId, Tokens, read_ids, read_none, require
-from .contract import LogitsMethod, Plugins
+from .contract import LogitsMethod, MonitorMethod
 from .generation.continuation import ContinuationLogitsProcessor
 from .generation.monitor import Violation
 from .generation.sequence import SequenceState
@@ -27,7 +27,7 @@ __all__ = ["BudgetForcing", "BudgetForcingLogitsProcessor", "BudgetForcingMonito
 Limit = Annotated[Tokens | None, BeforeValidator(read_none)]
 
 
-class BudgetForcing(LogitsMethod):
+class BudgetForcing(MonitorMethod, LogitsMethod):
     """Budget forcing: ignore the end of thinking a few times, or close thinking at a limit.
 
     Where nothing can be taken back it is a logits processor, see `BudgetForcingLogitsProcessor`:
@@ -47,9 +47,9 @@ class BudgetForcing(LogitsMethod):
     max_thinking_tokens: Limit = Field(default=None, description="tokens of thinking after which it is closed, or none")
     close_text: str = Field(default="</think>\nFinal Answer:", description="what closes it")
 
-    def plugins(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Plugins:
+    def monitors(self, tokenizer: PreTrainedTokenizerBase) -> list[BudgetForcingMonitor]:
         idle = self.min_ignores == 0 and self.max_thinking_tokens is None
-        return Plugins() if idle else Plugins(monitors=[self._monitor(tokenizer)])
+        return [] if idle else [self._monitor(tokenizer)]
 
     def processor(
         self, tokenizer: PreTrainedTokenizerBase | None = None, prompt_length: int | None = None

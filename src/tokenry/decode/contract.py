@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # a method is imported in other engines, too, beside other ve
     from ..learned.confidence_filter import TraceDataset
     from ..models.prompts import Prompts
     from .generation.continuation import ContinuationLogitsProcessor
+    from .generation.monitor import Monitor
     from .generation.output import DecodeOutput
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "DecodeMethod",
     "LogitsMethod",
     "LoopMethod",
+    "MonitorMethod",
     "Plan",
     "PlanMethod",
     "Plugins",
@@ -87,6 +89,17 @@ class LogitsMethod(LoopMethod):
             prompt_length: columns of the prompts in plain `generate`, see `ContinuationLogitsProcessor`.
         """
         raise NotImplementedError
+
+
+class MonitorMethod(LoopMethod):
+    """A `LoopMethod` that watches the text alone: it works where another server has the scores, too."""
+
+    def monitors(self, tokenizer: PreTrainedTokenizerBase) -> Sequence[Monitor]:
+        """The monitors for one generation."""
+        raise NotImplementedError
+
+    def plugins(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Plugins:
+        return Plugins(monitors=self.monitors(tokenizer))
 
 
 class PlanMethod(DecodeMethod):

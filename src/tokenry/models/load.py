@@ -45,7 +45,7 @@ from .kinds import Kind, kind_of
 from .llada_dream import load_diffusion_checkpoint
 from .masks import sees_both_sides
 
-__all__ = ["Loaded", "cache_folder", "load", "load_causal", "shared", "zoo_folders"]
+__all__ = ["Loaded", "cache_folder", "load", "load_causal", "load_tokenizer", "shared", "zoo_folders"]
 
 DEFAULT = "smollm2"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -143,6 +143,18 @@ def load(
             loaded.tokenizer.pad_token = loaded.tokenizer.eos_token
     check_generation_settings(settings, model.config.get_text_config().vocab_size, str(name))
     return loaded
+
+
+def load_tokenizer(name: str | Path = DEFAULT, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, without the model: for text that is written elsewhere. A folder needs no weights.
+
+    Raises:
+        InputError: unknown name, hub out of reach, broken files, code that is not trusted.
+    """
+    folder = os.path.expanduser(name)
+    with reading(str(name), "tokenizer"):
+        tokenizer = read_tokenizer(folder if os.path.isdir(folder) else _resolve(str(name)), trust_remote_code)
+    return tokenizer
 
 
 _HELPERS: WeakKeyDictionary[PreTrainedModel, dict[tuple, Loaded]] = WeakKeyDictionary()

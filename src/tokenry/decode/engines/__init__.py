@@ -1,1 +1,1 @@
-"""Engines that several generations share."""
+"""Where logits or tokens come from, besides one `PreTrainedModel` for each generation."""

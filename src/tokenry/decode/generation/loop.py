@@ -386,21 +386,14 @@ class DecodeLoop:
         if violation.force:
             self._force(row, violation)
             return
-        tries = row.tries.get(index, 0)
-        level = min(tries // violation.retries, 4) if violation.relax else 0
-        inside_forced = any(start <= index < stop for start, stop, _ in row.forced)
-        too_often = tries >= violation.retries * (5 if violation.relax else 1)
-        scores = None if inside_forced or too_often else self._lowered(row, violation)
-        if scores is None:
-            row.ignored.add((index, violation.rule))
-            self._log(row, violation, "given up", [], None)
+        level = self._level(row, violation)
+        scores = None if level is None else self._lowered(row, violation)
+        if level is None or scores is None:
+            self._ignore(row, violation, "given up")
             return
-        row.scores[index], row.tries[index] = scores, tries + 1
-        rejected = row.ids[index]
-        soft = violation.factors and min(violation.factors.values()) > 0
-        if soft and int(scores.argmax()) == rejected:
-            row.ignored.add((index, violation.rule))
-            self._log(row, violation, "kept", [], None)
+        row.scores[index], row.tries[index] = scores, row.tries.get(index, 0) + 1
+        if violation.soft and int(scores.argmax()) == row.ids[index]:
+            self._ignore(row, violation, "kept")
             return
         gone = row.ids[index:]
         self._take_back(row, index)
@@ -409,6 +402,20 @@ class DecodeLoop:
         row.append(token)
         self._write(row, index)
         self._finish(row)
+
+    def _level(self, row: SequenceState, violation: Violation) -> int | None:
+        """How many warpers the replacement goes without; None if the violation is given up."""
+        index, tries = violation.index, row.tries.get(violation.index, 0)
+        inside_forced = any(start <= index < stop for start, stop, _ in row.forced)
+        too_often = tries >= violation.retries * (5 if violation.relax else 1)
+        if inside_forced or too_often:
+            return None
+        return min(tries // violation.retries, 4) if violation.relax else 0
+
+    def _ignore(self, row: SequenceState, violation: Violation, kind: str) -> None:
+        """Leave the text as it is, and do not look at this rule there again."""
+        row.ignored.add((violation.index, violation.rule))
+        self._log(row, violation, kind, [], None)
 
     def _lowered(self, row: SequenceState, violation: Violation) -> Tensor | None:
         """The stored scores at the violation with its factors applied; None if nothing would be left to choose."""

@@ -37,6 +37,11 @@ class Violation:
     retries: int = 100
     relax: bool = False
 
+    @property
+    def soft(self) -> bool:
+        """Whether it lowers tokens and bans none."""
+        return bool(self.factors) and min(self.factors.values()) > 0
+
 
 class Monitor(Protocol):
     """Watches a row and reports the earliest problem. Deterministic; asks for finitely many repairs."""

@@ -379,7 +379,7 @@ def speculative(
     gamma: float | Literal["optimal"] = "optimal",
     exit_layers: int | None = None,
     **options: Any,
-) -> DecodeOutput | Tensor:
+) -> DecodeOutput | DecodeLoop | Tensor:
     """Speculative decoding as a `custom_generate` callable; the arguments are those of `Spectr` and of the decode loop.
 
     `drafter` may also be a model with the same vocabulary, or any `Drafter`, and `verifier` any `Verifier`. With

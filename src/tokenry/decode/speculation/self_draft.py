@@ -17,6 +17,7 @@ from ...models.masks import as_attention_mask, check_full_attention, check_mask,
 from ..api import loop
 from ..generation.engine import TransformersEngine
 from ..generation.job import Job
+from ..generation.loop import DecodeLoop
 from ..generation.options import hands_on_to
 from ..generation.output import DecodeOutput
 from ..generation.plugins import NO_PLUGINS, Plugins
@@ -218,7 +219,7 @@ def tidar_generate(
     beta: float = 1.0,
     mask_token_id: int | None = None,
     **options: Any,
-) -> DecodeOutput | Tensor:
+) -> DecodeOutput | DecodeLoop | Tensor:
     """TiDAR as a `custom_generate` callable; the arguments are those of `TiDAR` and of the decode loop.
 
     Takes one prompt. With `return_dict_in_generate=True` returns a `SpeculativeOutput`.

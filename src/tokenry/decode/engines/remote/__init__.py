@@ -1,0 +1,1 @@
+"""Tokens from an OpenAI-compatible server, checked and repaired here."""
