@@ -26,7 +26,8 @@ from ..models.positions import check_prompt_fits, context_window, fixed_position
 from ..models.prompts import Prompts, encode_prompts
 from ..text.words import listed
 from .contract import Call, DecodeMethod, LoopMethod, Plan, PlanMethod, Plugins, RunnerMethod, refuse_others
-from .generation.engine import TransformersEngine
+from .engines.choice import open_engine
+from .generation.engine import TreeEngine
 from .generation.job import Job
 from .generation.layer_policy import LayerPolicy
 from .generation.loop import DecodeLoop
@@ -291,14 +292,14 @@ def _limits(
 
 def _engine(
     model: PreTrainedModel, plugins: Plugins, rewind: str, max_new_tokens: int, model_kwargs: dict[str, Any]
-) -> TransformersEngine:
+) -> TreeEngine:
     """The engine with the cache among the arguments of the model, if there is one; the rest goes to its forward."""
     caches = [model_kwargs.pop(name, None) for name in ("past_key_values", "cache_params")]
     cache = next((cache for cache in caches if cache is not None), None)
     for name in ("logits_to_keep", "use_cache"):
         model_kwargs.pop(name, None)
     rewinds = bool(plugins.monitors) or plugins.speculation is not None
-    return TransformersEngine(model, cache, plugins.layer_policy, rewinds, rewind, model_kwargs, max_new_tokens)
+    return open_engine(model, plugins, rewinds, cache, rewind, model_kwargs, max_new_tokens)
 
 
 def _room(model: PreTrainedModel, ids: Tensor, mask: Tensor | None, wanted: int) -> list[int] | None:

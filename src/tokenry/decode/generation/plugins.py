@@ -13,7 +13,7 @@ from transformers.generation.logits_process import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
 from ...core.errors import InputError
-from .engine import TransformersEngine
+from .engine import TreeEngine
 from .job import Job
 from .layer_policy import LayerPolicy
 from .monitor import Monitor
@@ -59,7 +59,7 @@ class Drafting(Protocol):
     """Several tokens per step: it has a decode loop of its own."""
 
     def loop(
-        self, engine: TransformersEngine, job: Job, tokenizer: PreTrainedTokenizerBase | None, plugins: Plugins
+        self, engine: TreeEngine, job: Job, tokenizer: PreTrainedTokenizerBase | None, plugins: Plugins
     ) -> Steps: ...
 
 

@@ -1,0 +1,1 @@
+"""What runs a model under the decode loop, besides transformers."""
