@@ -15,6 +15,7 @@ from ..core.outputs import LineWriter, check_file
 from .options import (
     Number,
     as_json,
+    engine_options,
     example,
     force_option,
     load_model,
@@ -50,6 +51,7 @@ DRAWING = ("--temperature", "--min-p", "--top-p", "--top-k")
 @click.option("--save-pairs", help="Write the rewinds as preference pairs (JSON lines).")
 @click.option("--save-traces", help="Write what the method's training reads (safetensors), and no texts.")
 @force_option
+@engine_options
 @model_options
 def decode(
     prompt: str | None,
@@ -68,6 +70,9 @@ def decode(
     save_pairs: str | None,
     save_traces: str | None,
     force: bool,
+    engine: str | None,
+    context: int | None,
+    threads: int | None,
     model_name: str,
     dtype: str | None,
     device: str | None,
@@ -92,7 +97,7 @@ def decode(
     for method in methods:
         if method.caution:
             click.echo(f"{method.slug}: {method.caution}", err=True)
-    loaded = load_model(model_name, dtype, device, trust_remote_code)
+    loaded = load_model(model_name, dtype, device, trust_remote_code, engine=engine, context=context, threads=threads)
     if save_traces:
         batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
         summary = trace(loaded, methods[0], batches, save_traces, max_new_tokens=max_new_tokens, chat=not raw)
