@@ -38,9 +38,9 @@ from .checkpoint_files import check_weights, read_config, read_processor, read_t
 from .conversions import cache_folder, converted
 from .generation_settings import check_generation_settings, read_generation_settings
 from .kinds import Kind, kind_of
+from .llada_dream import load_diffusion_checkpoint
 from .llamacpp.files import described
 from .llamacpp.model import open_gguf
-from .llada_dream import load_diffusion_checkpoint
 from .masks import sees_both_sides
 
 __all__ = ["Loaded", "cache_folder", "is_gguf", "load", "load_causal", "shared", "zoo_folders"]
