@@ -1,7 +1,7 @@
 """What stands beside the weights in a GGUF file: configuration and tokenizer, as transformers reads them.
 
-That takes about 20 s, so it is done once for each file, in the cache folder. The file is read with the package gguf from
-end to end before llama.cpp sees it, which trusts much of what it reads.
+That takes about 20 s, so it is done once for each file, in the cache folder. The file is read with the package gguf
+from end to end before llama.cpp sees it, which trusts much of what it reads.
 """
 
 from __future__ import annotations
@@ -57,6 +57,9 @@ def _why(file: Path, error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return f"there is no file {str(file)!r}; give a GGUF file that exists"
     if "is not supported yet" in text or "architecture" in text:
-        return f"the GGUF file {str(file)!r} is of an architecture that transformers cannot read ({text[:200]}); use another"
+        return (
+            f"the GGUF file {str(file)!r} is of an architecture that transformers cannot read ({text[:200]}); use "
+            "another one"
+        )
     reason = f"{type(error).__name__}: {text[:200] or 'no more is said'}"
     return f"the GGUF file {str(file)!r} is broken or none ({reason}); download or convert it again"
