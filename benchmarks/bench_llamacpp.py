@@ -26,12 +26,13 @@ import tokenry
 from tokenry.decode import Antislop, Spectr, encode_prompts
 from tokenry.decode.engines.llamacpp import Sequences
 from tokenry.models.conversions import cache_folder
+from tokenry.models.llamacpp.bindings import library
 
 NEW_TOKENS = 64
 PROMPT = "Write a story about a lighthouse."
 COPYING = (
-    "Copy this text: The old lighthouse stood on the cliff, and every evening the keeper climbed the stairs to light the "
-    "lamp. One night a ship came near the rocks, and the keeper rang the bell until the ship turned away."
+    "Copy this text: The old lighthouse stood on the cliff, and every evening the keeper climbed the stairs to light "
+    "the lamp. One night a ship came near the rocks, and the keeper rang the bell until the ship turned away."
 )
 KEPT = ("GGUF.", "general.architecture", "general.file_type")  # the writer has its own
 
@@ -58,19 +59,22 @@ def as_f32(source: Path) -> Path:
     return work.rename(target)
 
 
+SAMPLER = """
+struct llama_sampler_chain_params { bool no_perf; };
+struct llama_sampler_chain_params llama_sampler_chain_default_params(void);
+void * llama_sampler_chain_init(struct llama_sampler_chain_params params);
+void llama_sampler_chain_add(void * chain, void * sampler);
+void * llama_sampler_init_greedy(void);
+llama_token llama_sampler_sample(void * chain, void * ctx, int32_t idx);
+void llama_sampler_free(void * chain);
+struct llama_batch llama_batch_get_one(llama_token * tokens, int32_t n_tokens);
+"""
+
+
 def own_loop(model: Any, ids: list[int]) -> list[int]:
     """llama.cpp alone: its C functions, fed token by token, the most probable token taken in C."""
     pool = Sequences(model, 1, len(ids) + NEW_TOKENS)
     ffi, lib = pool.ffi, pool.lib
-    ffi.cdef(
-        """struct llama_sampler_chain_params { bool no_perf; };
-        struct llama_sampler_chain_params llama_sampler_chain_default_params(void);
-        void * llama_sampler_chain_init(struct llama_sampler_chain_params params);
-        void llama_sampler_chain_add(void * chain, void * sampler); void * llama_sampler_init_greedy(void);
-        llama_token llama_sampler_sample(void * chain, void * ctx, int32_t idx); void llama_sampler_free(void * chain);
-        struct llama_batch llama_batch_get_one(llama_token * tokens, int32_t n_tokens);""",
-        override=True,
-    )
     chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
     lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_greedy())
     block, new = ffi.new("llama_token[]", ids), []
@@ -101,6 +105,7 @@ def faster(seconds: dict[str, list[float]], one: str, other: str) -> float:
 def main() -> None:
     from tokenry.models.load import _embedded_gguf
 
+    library().ffi.cdef(SAMPLER)
     quantized = tokenry.load("smollm2", engine="llamacpp", threads=1)
     full = tokenry.load(as_f32(_embedded_gguf()), threads=1)
     torch_model, tokenizer = tokenry.load()
@@ -111,9 +116,9 @@ def main() -> None:
     def write(model: Any, prompt: str = PROMPT, methods: Any = bans) -> Any:
         return tokenry.generate(model, tokenizer, prompt, methods=methods, **options)
 
+    drafts = [Spectr(num_drafts=1, verifier="single", draft_length=8)]
     heading(f"llama.cpp engine, SmolLM2-135M, {NEW_TOKENS} new tokens, processor seconds")
     for name, model, goal in (("Q4_1", quantized.model, 4.0), ("F32", full.model, 2.5)):
-        drafts = [Spectr(num_drafts=1, verifier="single", draft_length=8)]
         seconds = seconds_of(
             {
                 "own": lambda model=model: own_loop(model, ids),

@@ -58,7 +58,7 @@ def test_options_that_do_not_fit_are_refused(file):
         (file, {"engine": "vllm"}, "no engine 'vllm' for models; use transformers or llamacpp"),
         (file, {"context": 1000}, "context=1000 is not allowed; 'tiny.gguf' has 2 to 512 positions"),
         (file, {"threads": 0}, "threads=0 is not allowed"),
-        ("smollm2", {"threads": 1}, "are of the engine llamacpp"),
+        ("smollm2", {"threads": 1}, "threads=1 is of the engine llamacpp"),
     ):
         with pytest.raises(InputError, match=why):
             tokenry.load(name, **options)

@@ -141,8 +141,9 @@ def load(
                 "both out"
             )
         return _load_gguf(str(name), context, threads)
-    if context is not None or threads is not None:
-        raise InputError(f"context={context}, threads={threads} are of the engine llamacpp; leave both out")
+    for option, value in (("context", context), ("threads", threads)):
+        if value is not None:
+            raise InputError(f"{option}={value} is of the engine llamacpp; leave it out, or give a GGUF file")
     device = _device(device)
     folder, dtype = _resolve(str(name)), _dtype(dtype, device)
     with reading(str(name), remedy=INSTALL if name == DEFAULT else "check the id or give a folder"):
