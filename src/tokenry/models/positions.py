@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from ..core.errors import InputError
 from .kv_cache import forward_arguments
+from .llamacpp.model import LlamaCppModel
 
 __all__ = ["check_prompt_fits", "context_window", "fixed_positions", "position_obstacle", "stretched_positions"]
 
@@ -22,10 +23,11 @@ def context_window(model: PreTrainedModel) -> int | None:
 
 
 def fixed_positions(model: PreTrainedModel) -> int | None:
-    """The context window of a model that looks its positions up in a table, and so has none beyond; else None."""
+    """The context window of a model that looks its positions up in a table, or has room for no more, and so has none
+    beyond; else None."""
     window = context_window(model)
-    if window is None:
-        return None
+    if window is None or isinstance(model, LlamaCppModel):
+        return window
     tables = chain(model.named_parameters(), model.named_buffers())
     sizes = {t.shape[0] for name, t in tables if t.dim() == 2 and ("wpe" in name or "position" in name)}
     return window if any(window + offset in sizes for offset in OFFSETS) else None

@@ -36,7 +36,7 @@ from ...models.positions import position_obstacle
 from .grid import Grid, OpenColumns
 from .layer_policy import ExecutedLayers, LayerPolicy
 
-__all__ = ["Engine", "TransformersEngine"]
+__all__ = ["Engine", "TransformersEngine", "TreeEngine"]
 
 COMPACT_ABOVE = 0.25  # share of dead columns at which a batch is compacted
 
@@ -61,6 +61,28 @@ class Engine(Protocol):
 
     def free(self, row: int) -> None:
         """`row` is over: give back what is held for it. It is fed padding from now on, and its logits mean nothing."""
+
+
+class TreeEngine(Engine, Protocol):
+    """An engine that takes draft trees, see `TransformersEngine`."""
+
+    @property
+    def model(self) -> PreTrainedModel: ...
+
+    @property
+    def columns(self) -> int:
+        """How much it holds."""
+        ...
+
+    def check_tree(self) -> None:
+        """Refuse what no draft tree can be fed with."""
+
+    def forward_tree(self, tokens: Tensor, mask: Tensor, parents: np.ndarray) -> Tensor:
+        """Feed tokens (batch, k) of which several may continue the same one; float32 logits (batch, k, vocab)."""
+        ...
+
+    def commit(self, kept: Sequence[Sequence[int]]) -> None:
+        """Settle what `forward_tree` has fed: for each row, the columns that are kept."""
 
 
 class TransformersEngine:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from transformers.generation.logits_process import LogitsProcessor
     from transformers.generation.streamers import BaseStreamer
 
-    from .engine import TransformersEngine
     from .job import Job
     from .layer_policy import LayerPolicy
     from .monitor import Monitor
@@ -58,11 +57,9 @@ class Steps(Protocol):
 
 
 class Drafting(Protocol):
-    """Several tokens per step: it has a decode loop of its own."""
+    """Several tokens per step: it has a decode loop of its own, on an engine with what that needs."""
 
-    def loop(
-        self, engine: TransformersEngine, job: Job, tokenizer: PreTrainedTokenizerBase | None, plugins: Plugins
-    ) -> Steps: ...
+    def loop(self, engine: Any, job: Job, tokenizer: PreTrainedTokenizerBase | None, plugins: Plugins) -> Steps: ...
 
 
 @dataclass(frozen=True)

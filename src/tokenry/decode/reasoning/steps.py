@@ -33,7 +33,7 @@ from ...models.load import Loaded
 from ...models.positions import context_window
 from ...text.token_text import TokenText
 from ...text.words import listed
-from ..generation.engine import TransformersEngine
+from ..engines.choice import open_engine
 from ..generation.options import check_config, kept_by_generate
 from ..generation.sampler import WARPERS, Sampler
 
@@ -90,7 +90,7 @@ class StepModel:
         processors, config, self.eos = prepared(self.model, options or {})
         device = self.model.device
         self.sampler = Sampler(processors, config.do_sample, seed, len(starts), device)
-        self.engine = TransformersEngine(self.model, rewinds=True)
+        self.engine = open_engine(self.model)
         self.starts = [self.encode(text) for text in starts]
         self.held: list[list[int]] = [[] for _ in starts]  # the tokens in the cache
         self.fed = [0] * len(starts)

@@ -21,7 +21,7 @@ from ...models.anatomy import decoder_layers
 from ...models.batch import left_padded, shared_length
 from ...models.load import shared
 from ...models.positions import fixed_positions
-from ..generation.engine import TransformersEngine
+from ..engines.choice import open_engine
 from .tree import ROOT, DraftTree
 
 __all__ = [
@@ -198,10 +198,10 @@ class ModelDrafter:
             raise InputError(f"draft vocabulary {mine} != target {wanted}; the ids must mean the same tokens")
         self.known, self.vocabulary = mine, wanted
         self.positions = fixed_positions(self.model)
-        self.engine = TransformersEngine(self.model, rewinds=True)
+        self.engine = open_engine(self.model)
         self.engine.check_tree()
-        # The first block ends with a token that may be taken back.
-        cast(Cache, self.engine.cache).activate_past_recording()
+        if isinstance(self.engine.cache, Cache):  # the first block ends with a token that may be taken back
+            self.engine.cache.activate_past_recording()
         self.fed: list[list[int]] = [[] for _ in range(rows)]
         self.columns: list[dict[int, int]] = []  # of each row's nodes that are in the cache
         self.trees: Sequence[DraftTree] = ()

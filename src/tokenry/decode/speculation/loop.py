@@ -16,7 +16,7 @@ from ...core.errors import InputError
 from ...core.fields import Drafts, check
 from ...models.batch import left_padded
 from ..api import loop
-from ..generation.engine import TransformersEngine
+from ..generation.engine import TreeEngine
 from ..generation.job import Job
 from ..generation.loop import DecodeLoop
 from ..generation.options import hands_on_to
@@ -114,7 +114,7 @@ class Speculation:
 
     def loop(
         self,
-        engine: TransformersEngine,
+        engine: TreeEngine,
         job: Job,
         tokenizer: PreTrainedTokenizerBase | None = None,
         plugins: Plugins = NO_PLUGINS,
@@ -138,12 +138,12 @@ class SpeculativeLoop(DecodeLoop):
     needs `forward_tree` and `commit`.
     """
 
-    engine: TransformersEngine
+    engine: TreeEngine
 
     def __init__(
         self,
         speculation: Speculation,
-        engine: TransformersEngine,
+        engine: TreeEngine,
         job: Job,
         tokenizer: PreTrainedTokenizerBase | None = None,
         plugins: Plugins = NO_PLUGINS,

@@ -87,6 +87,7 @@ class TiDARLoop(SpeculativeLoop):
     """
 
     speculation: SelfDrafting
+    engine: TransformersEngine  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(
         self,

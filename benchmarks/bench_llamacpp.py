@@ -1,0 +1,142 @@
+"""GGUF under the decode loop: against llama.cpp's own greedy loop, against transformers, and with drafts.
+
+python benchmarks/bench_llamacpp.py
+
+Seconds are those of the processor, on one thread, which a busy machine hardly changes; the same in one run for all. The
+F32 file is made of the embedded Q4_1 one and kept in the cache folder.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+from bench_loop import phrases
+from common import heading, report
+
+import tokenry
+from tokenry.decode import Antislop, Spectr, encode_prompts
+from tokenry.decode.engines.llamacpp import Sequences
+from tokenry.models.conversions import cache_folder
+from tokenry.models.llamacpp.bindings import library
+
+NEW_TOKENS = 64
+PROMPT = "Write a story about a lighthouse."
+COPYING = (
+    "Copy this text: The old lighthouse stood on the cliff, and every evening the keeper climbed the stairs to light "
+    "the lamp. One night a ship came near the rocks, and the keeper rang the bell until the ship turned away."
+)
+KEPT = ("GGUF.", "general.architecture", "general.file_type")  # the writer has its own
+
+
+def as_f32(source: Path) -> Path:
+    """The file with its weights in F32."""
+    target = cache_folder() / "gguf" / f"{source.stem}.F32.gguf"
+    if target.is_file():
+        return target
+    reader, work = gguf.GGUFReader(source), target.with_suffix(".part")
+    work.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(str(work), reader.fields["general.architecture"].contents())
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    for name, field in reader.fields.items():
+        if not name.startswith(KEPT):
+            inner = field.types[1] if len(field.types) > 1 else None
+            writer.add_key_value(name, field.contents(), field.types[0], sub_type=inner)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype("float32"))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return work.rename(target)
+
+
+SAMPLER = """
+struct llama_sampler_chain_params { bool no_perf; };
+struct llama_sampler_chain_params llama_sampler_chain_default_params(void);
+void * llama_sampler_chain_init(struct llama_sampler_chain_params params);
+void llama_sampler_chain_add(void * chain, void * sampler);
+void * llama_sampler_init_greedy(void);
+llama_token llama_sampler_sample(void * chain, void * ctx, int32_t idx);
+void llama_sampler_free(void * chain);
+struct llama_batch llama_batch_get_one(llama_token * tokens, int32_t n_tokens);
+"""
+
+
+def own_loop(model: Any, ids: list[int]) -> list[int]:
+    """llama.cpp alone: its C functions, fed token by token, the most probable token taken in C."""
+    pool = Sequences(model, 1, len(ids) + NEW_TOKENS)
+    ffi, lib = pool.ffi, pool.lib
+    chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+    lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_greedy())
+    block, new = ffi.new("llama_token[]", ids), []
+    for _ in range(NEW_TOKENS):
+        assert lib.llama_decode(pool.context, lib.llama_batch_get_one(block, len(block))) == 0
+        new.append(lib.llama_sampler_sample(chain, pool.context, -1))
+        block = ffi.new("llama_token[]", new[-1:])
+    lib.llama_sampler_free(chain)
+    return new
+
+
+def seconds_of(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Processor seconds of every run, taken in turns, after one warm-up each."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            start = time.process_time()
+            run()
+            if number:
+                seconds[name].append(time.process_time() - start)
+    return seconds
+
+
+def faster(seconds: dict[str, list[float]], one: str, other: str) -> float:
+    return statistics.median(b / a for a, b in zip(seconds[one], seconds[other]))
+
+
+def main() -> None:
+    from tokenry.models.load import _embedded_gguf
+
+    library().ffi.cdef(SAMPLER)
+    quantized = tokenry.load("smollm2", engine="llamacpp", threads=1)
+    full = tokenry.load(as_f32(_embedded_gguf()), threads=1)
+    torch_model, tokenizer = tokenry.load()
+    ids = encode_prompts(tokenizer, PROMPT)["input_ids"][0].tolist()
+    options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    bans = [Antislop(phrases=phrases(8000))]
+
+    def write(model: Any, prompt: str = PROMPT, methods: Any = bans) -> Any:
+        return tokenry.generate(model, tokenizer, prompt, methods=methods, **options)
+
+    drafts = [Spectr(num_drafts=1, verifier="single", draft_length=8)]
+    heading(f"llama.cpp engine, SmolLM2-135M, {NEW_TOKENS} new tokens, processor seconds")
+    for name, model, goal in (("Q4_1", quantized.model, 4.0), ("F32", full.model, 2.5)):
+        seconds = seconds_of(
+            {
+                "own": lambda model=model: own_loop(model, ids),
+                "loop": lambda model=model: write(model),
+                "transformers": lambda: write(torch_model),
+                "plain": lambda model=model: write(model, COPYING, ()),
+                "lookup": lambda model=model: write(model, COPYING, drafts),
+            },
+            3,
+        )
+        ratios = {
+            "loop + 8,000 phrases / llama.cpp's own loop": (faster(seconds, "loop", "own"), 0.9),
+            "loop + 8,000 phrases / transformers fp32": (faster(seconds, "loop", "transformers"), goal),
+            "prompt lookup / plain on a copying prompt": (faster(seconds, "lookup", "plain"), 1.5),
+        }
+        for what, (value, least) in ratios.items():
+            report(f"{name}: {what}, tokens per second", value, f">= {least}", value >= least)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""What is made of a model's file once and kept in the cache folder: complete or absent.
+
+It is built in a temporary folder and renamed, so that two processes may start at once, and a damaged copy is rebuilt.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+
+__all__ = ["cache_folder", "converted"]
+
+CACHE_FORMAT = 1  # raise when a conversion changes, so that older copies are rebuilt
+MANIFEST = "tokenry.json"
+
+
+def cache_folder() -> Path:
+    """Where converted models live: $TOKENRY_CACHE, or `tokenry` in the user's cache folder."""
+    base = os.environ.get("TOKENRY_CACHE")
+    if base:
+        return Path(base)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tokenry"
+
+
+def converted(source: Path, target: Path, convert: Callable[[Path, Path], None]) -> Path:
+    """The folder `target`, which `convert(source, folder)` fills where it is not there yet."""
+    if _is_complete(target):
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not _is_complete(target):  # another process may have built it while this one waited
+            work = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
+            try:
+                convert(source, work)
+                files = {file.name: file.stat().st_size for file in work.iterdir()}
+                manifest = {"format": CACHE_FORMAT, "source": source.name, "files": files}
+                (work / MANIFEST).write_text(json.dumps(manifest))
+                shutil.rmtree(target, ignore_errors=True)
+                work.rename(target)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        return manifest["format"] == CACHE_FORMAT and all(
+            (folder / name).stat().st_size == size for name, size in manifest["files"].items()
+        )
+    except (OSError, ValueError, KeyError):
+        return False
