@@ -11,13 +11,13 @@ from tokenry.data.problems import Arithmetic, Problem, draw_problems
 from tokenry.decode import BudgetForcing, CyclicReflex
 from tokenry.decode.generation.output import DecodeOutput
 from tokenry.evidence import cyclicreflex_reasoner as experiment
-from tokenry.evidence.cyclicreflex_reasoner import Choice, Trial
+from tokenry.evidence.cyclicreflex_reasoner import Choice, Round, Trial, Trials
 from tokenry.measure import docs
 from tokenry.measure.claims import verdict
 from tokenry.measure.compare import compare
 from tokenry.measure.task import Arm
 from tokenry.measure.tasks.generated import continuation_logprobs
-from tokenry.measure.tasks.reasoning import ReasoningTask
+from tokenry.measure.tasks.reasoning import ReasoningTask, Solved
 from tokenry.zoo.reasoner import build_tokenizer
 
 PROBLEM = Problem("p", "12+35-8*3=", "23", 3)
@@ -142,7 +142,7 @@ def test_budget_forcing_makes_the_reasoner_go_on(reasoner):
 
 # --- choices on dev ------------------------------------------------------------------------------------------------
 
-CHOICE = Choice(
+FIRST = Trials(
     Trial(0.7, 50),
     {
         ("wait", -2.0): Trial(0.6, 40),
@@ -153,6 +153,7 @@ CHOICE = Choice(
     {("wait", 1, 20, 0.0): Trial(0.75, 60), ("wait", 2, 40, 0.5): Trial(0.75, 58), ("wait", 2, 80, 0): Trial(0.7, 40)},
     {"wait": Trial(0.72, 58), "check": Trial(0.75, 90)},
 )
+CHOICE = Choice(FIRST, FIRST)
 
 
 def test_the_best_on_dev_is_chosen():
@@ -160,9 +161,42 @@ def test_the_best_on_dev_is_chosen():
     assert CHOICE.wave == ("wait", 2, 40, 0.5)
     assert CHOICE.word == "check" and CHOICE.constant == ("wait check", 2)
     assert CHOICE.equal_constant == ("wait", pytest.approx(2 * (58 - 50) / (90 - 50)))
-    notes = CHOICE.notes(7)
-    assert "7 dev problems" in notes and "plain sampling: 0.700 (50)" in notes and "check 0.750 (90)" in notes
-    assert "wait 2/40/0.5 0.750 (58)" in notes and "wait check +2 0.800 (60)" in notes
+    assert "plain sampling 0.700 ± 0.000 (50)" in str(FIRST) and "check 0.750 ± 0.000 (90)" in str(FIRST)
+    assert "wait 2/40/0.5 0.750 ± 0.000 (58)" in str(FIRST) and "wait check +2 0.800 ± 0.000 (60)" in str(FIRST)
+
+
+def test_the_second_round_decides():
+    """Among those that it has tried; lengths are read off the first, which has tried all constants."""
+    again = Trials(
+        Trial(0.7, 50), {("wait", -2.0): Trial(0.6, 40)}, {("wait", 2, 80, 0): Trial(0.7, 40)}, {"wait": Trial(1, 1)}
+    )
+    choice = Choice(FIRST, again)
+    assert choice.wave == ("wait", 2, 80, 0) and choice.constant == ("wait", -2) and choice.word == "wait"
+    assert choice.equal_constant == ("wait", pytest.approx(-2))
+
+
+def test_a_trial_is_a_mean_over_problems_and_seeds(reasoner, monkeypatch):
+    """Its error is that over problems, each with the mean of its seeds; batches do not matter."""
+    monkeypatch.setattr(experiment, "BATCH", 2)
+    task, drawn = task_of(reasoner), []
+    monkeypatch.setattr(task, "problems", [PROBLEM] * 3)
+
+    def solved(problems, output):
+        return [output[i] for i in range(len(problems))]
+
+    def generate(problems, seed, apply):
+        drawn.append(seed)
+        rows = {0: (True, False), 2: (True,), 100_000: (True, True), 100_002: (False,)}[seed]
+        return [Solved(right, True, 10 + seed % 100_000, 5, 0) for right in rows]
+
+    monkeypatch.setattr(task, "generate", generate)
+    monkeypatch.setattr(task, "solved", solved)
+    trial = Round(task, (0, 1)).trial()
+    assert drawn == [0, 2, 100_000, 100_002]
+    shares = [1, 0.5, 0.5]
+    assert trial.accuracy == pytest.approx(sum(shares) / 3) and trial.tokens == pytest.approx((4 * 10 + 2 * 12) / 6)
+    assert trial.error == pytest.approx(math.sqrt(sum((x - 2 / 3) ** 2 for x in shares) / 3 / 3))
+    assert str(Round(task, (0, 1))) == "3 dev problems, seeds 0, 1"
 
 
 def test_arms_are_what_they_say(reasoner):
@@ -204,7 +238,7 @@ def small(monkeypatch):
 def test_from_the_choice_to_the_verdict(reasoner, small):
     made = experiment.build(*reasoner, samples=6, seeds=(0,))
     assert made.task.budgets == (6, 12) and made.slug == "cyclicreflex-reasoner"
-    assert "6 dev problems" in made.notes and "wait check 2/16/0 " in made.notes
+    assert made.tried.count("6 dev problems, seeds") == 2 and "wait check 2/16/0 " in made.tried
     comparison = compare(made)
     findings = made.findings(comparison)
     assert len(findings) == 7 and all(f.numbers for f in findings)

@@ -719,12 +719,21 @@ def test_the_experiment_compares_and_judges():
     assert comparison.mean("base alone", "small_tokens") == 0 == comparison.mean("small alone", "base_tokens")
     assert comparison.mean("small alone", "acceptance") == 1
     findings = experiment.findings(comparison)
-    assert len(findings) == 5 and all(f.numbers for f in findings)
-    assert "no step kept" in experiment.notes and "likelihood 4.5:" in experiment.notes
+    assert len(findings) == 6 and all(f.numbers for f in findings)
+    (main,) = [f for f in findings if f.main]
+    assert main.statement.startswith("judge asked for a digit") and main.check.number.what.endswith(
+        "specreason of base alone"
+    )
+    assert [f.statement for f in findings if "judge by likelihood, which is ours" in f.statement and not f.main]
+    assert findings[-1].check is None  # what is assumed of large models decides nothing
+    assert "no step kept" in experiment.tried and "likelihood 4.5:" in experiment.tried
+    settings = {s.name: s.setting.get("score_method") for s in experiment.arms}
+    assert settings["specreason"] == "digits" and settings["judge by likelihood"] == "likelihood"
     tries = {("digits", t): Tried(accuracy, 50 + t, 0.5) for t, accuracy in enumerate((0.2, 0.5, 0.79, 0.8, 0.9, 0.7))}
-    assert choose({**tries, PLAIN: Tried(0.8, 70, 0)}, ["digits"]) == ("digits", 2)
-    assert choose({**tries, PLAIN: Tried(0.95, 70, 0)}, ["digits"]) == ("digits", 4)
+    assert choose({**tries, PLAIN: Tried(0.8, 70, 0)}, "digits") == ("digits", 2)
+    assert choose({**tries, PLAIN: Tried(0.95, 70, 0)}, "digits") == ("digits", 4)
     tries["likelihood", 1.0] = Tried(0.79, 40, 0.9)
-    assert choose({**tries, PLAIN: Tried(0.8, 70, 0)}, ["digits", "likelihood"]) == ("likelihood", 1.0)
+    assert choose({**tries, PLAIN: Tried(0.8, 70, 0)}, "digits") == ("digits", 2)  # each judge for itself
+    assert choose({**tries, PLAIN: Tried(0.8, 70, 0)}, "likelihood") == ("likelihood", 1.0)
     with pytest.raises(InputError, match="use --model zoo/reasoner"):
         build(*BASE, samples=1, method=decode.SpecReason(small=SMALL))

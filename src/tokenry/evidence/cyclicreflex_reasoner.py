@@ -1,7 +1,8 @@
 """Does a reasoning model solve more problems with the wave, and more than with rules that spend as many tokens?
 
 The reasoner of the zoo writes `wait` after a step and does it again, or `check` at the end and begins all over. The
-wave and the constant biases that it must beat are chosen on dev problems; what is reported comes from test problems.
+wave and the constant biases that it must beat are chosen on dev problems: all of them are tried once, and the best ones
+again with more problems and seeds, so that it is not chance that chooses. What is reported comes from test problems.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation.logits_process import LogitsProcessor
 
 from ..core.errors import InputError
-from ..data.problems import Arithmetic, Problem, by_difficulty, draw_problems
+from ..data.problems import Arithmetic, Problem, Split, by_difficulty, draw_problems
 from ..decode.budget_forcing import BudgetForcing
 from ..decode.cyclicreflex import CyclicReflectionLogitsProcessor, CyclicReflex, constant_schedule
 from ..decode.reasoning.reflection import reflection_token_ids
@@ -37,7 +38,9 @@ WORD_SETS = (("wait",), ("wait", "check"))  # `check` comes only at the end of w
 GRID = {"amplitude": (1.0, 3.0), "period": (24.0, 48.0, 96.0), "shift": (0.0, 0.5)}
 CONSTANTS = (-3.0, -1.0, 1.0, 3.0)
 MAX_NEW_TOKENS, BUDGETS = 256, (64, 128)
-DEV_PROBLEMS, BATCH = 120, 40
+BATCH = 120
+FIRST, AGAIN = (120, (0,)), (180, (1, 2, 3))  # dev problems and seeds of the first round, and of the second
+KEPT = {"constants": 2, "waves": 4, "forced": 2}  # how many of each are tried again
 LONGER, LOST = 1.15, 0.02  # "about the same length": at most this many times the tokens; accuracy that may be lost
 
 
@@ -51,22 +54,22 @@ def build(run: Run) -> Design:
     given = {name: value for name, value in run.given.items() if name not in words}
     sets = token_sets(run.tokenizer, run.method)
     counted = sorted({token for ids in sets.values() for token in ids})
-    dev, test = (
-        ReasoningTask(
-            run.model, run.tokenizer, Arithmetic(), level_by_level(problems), counted, MAX_NEW_TOKENS, BUDGETS
-        )
-        for problems in (
-            draw_problems(Arithmetic(), min(run.samples, DEV_PROBLEMS), split="dev", levels=LEVELS),
-            draw_problems(Arithmetic(), run.samples, levels=LEVELS),
-        )
-    )
-    choice = choose(dev, sets, given)
+
+    def task(count: int, split: Split) -> ReasoningTask:
+        problems = level_by_level(draw_problems(Arithmetic(), min(count, run.samples), 0, split, LEVELS))
+        return ReasoningTask(run.model, run.tokenizer, Arithmetic(), problems, counted, MAX_NEW_TOKENS, BUDGETS)
+
+    rounds = [Round(task(count, "dev"), seeds[: len(run.seeds)]) for count, seeds in (FIRST, AGAIN)]
+    test = task(run.samples, "test")
+    choice = choose(*rounds, sets, given)
     return Design(
         task=test,
         arms=make_arms(choice, sets, given, test),
         baseline=PLAIN,
         facts={"choice": choice},
-        notes=choice.notes(len(dev.problems)),
+        notes="Periods fit these short solutions; the paper's is 600 tokens, for thousands.",
+        tried=f"Accuracy ± standard error (tokens) on {rounds[0]}: {choice.first}. The best ones again, on "
+        f"{rounds[1]}: {choice.again}.",
     )
 
 
@@ -93,90 +96,108 @@ def level_by_level(problems: Sequence[Problem]) -> list[Problem]:
 # --- what is chosen on dev -----------------------------------------------------------------------------------------
 
 
+class Round(NamedTuple):
+    """What settings are tried on: problems, and seeds for each of them."""
+
+    task: ReasoningTask
+    seeds: Sequence[int]
+
+    def __str__(self) -> str:
+        return f"{len(self.task.problems)} dev problems, seeds {', '.join(map(str, self.seeds))}"
+
+    def trial(self, apply: Mapping[str, Any] | None = None) -> Trial:
+        """What an arm does on all problems."""
+        problems, solved = self.task.problems, []
+        for seed, start in product(self.seeds, range(0, len(problems), BATCH)):
+            batch = problems[start : start + BATCH]
+            solved += self.task.solved(batch, self.task.generate(batch, 100_000 * seed + start, apply))
+        right = np.reshape([one.right for one in solved], (len(self.seeds), len(problems))).mean(0)
+        error = float(right.std() / np.sqrt(len(right)))
+        return Trial(float(right.mean()), float(np.mean([one.tokens for one in solved])), error)
+
+
 class Trial(NamedTuple):
-    """A setting on the dev problems: share solved, mean tokens."""
+    """A setting on dev problems: share solved, mean tokens, and the standard error of the share."""
 
     accuracy: float
     tokens: float
+    error: float = 0.0
 
     def __str__(self) -> str:
-        return f"{self.accuracy:.3f} ({self.tokens:.0f})"
+        return f"{self.accuracy:.3f} ± {self.error:.3f} ({self.tokens:.0f})"
 
 
 Constant = tuple[str, float]  # words, bias
 Wave = tuple[str, float, float, float]  # words, amplitude, period, shift
 
 
-class Choice(NamedTuple):
-    """Trials of plain sampling, of constants, of waves, and of words for budget forcing."""
+class Trials(NamedTuple):
+    """Those of a round: plain sampling, constants, waves, and words for budget forcing."""
 
     plain: Trial
     constants: dict[Constant, Trial]
     waves: dict[Wave, Trial]
     forced: dict[str, Trial]
 
-    @property
-    def wave(self) -> Wave:
-        return best(self.waves)
-
-    @property
-    def constant(self) -> Constant:
-        return best(self.constants)
-
-    @property
-    def word(self) -> str:
-        return best(self.forced)
-
-    @property
-    def equal_constant(self) -> Constant:
-        """The constant that spends as many tokens as the wave on its words, read off a line through the trials."""
-        words = self.wave[0]
-        same = [(trial.tokens, bias) for (its, bias), trial in self.constants.items() if its == words]
-        tokens, biases = zip(*sorted([*same, (self.plain.tokens, 0.0)]))
-        return words, round(float(np.interp(self.waves[self.wave].tokens, tokens, biases)), 2)
-
-    def notes(self, problems: int) -> str:
-        """The grid with what it gave."""
+    def __str__(self) -> str:
         waves = ", ".join(f"{words} {a:g}/{c:g}/{s:g} {trial}" for (words, a, c, s), trial in self.waves.items())
         constants = ", ".join(f"{words} {bias:+g} {trial}" for (words, bias), trial in self.constants.items())
         forced = ", ".join(f"{word} {trial}" for word, trial in self.forced.items())
         return (
-            f"Chosen by accuracy on {problems} dev problems, one seed. Accuracy (tokens) of plain sampling: "
-            f"{self.plain}. Of waves, words amplitude/period/shift: {waves}. Of constants: {constants}. Of words for "
-            f"budget forcing: {forced}. Periods fit these short solutions; the paper's is 600 tokens, for thousands."
+            f"plain sampling {self.plain}; waves, words amplitude/period/shift: {waves}; constants: {constants}; words "
+            f"for budget forcing: {forced}"
         )
 
 
-def best(trials: Mapping[Any, Trial]) -> Any:
-    """The setting that solves most; of equals, the one that needs fewest tokens."""
-    return max(trials, key=lambda setting: (trials[setting].accuracy, -trials[setting].tokens))
+class Choice(NamedTuple):
+    """Both rounds. The second one decides."""
+
+    first: Trials
+    again: Trials
+
+    @property
+    def wave(self) -> Wave:
+        return best(self.again.waves)[0]
+
+    @property
+    def constant(self) -> Constant:
+        return best(self.again.constants)[0]
+
+    @property
+    def word(self) -> str:
+        return best(self.again.forced)[0]
+
+    @property
+    def equal_constant(self) -> Constant:
+        """The constant that spends as many tokens as the wave on its words, read off a line through the trials of the
+        first round."""
+        words = self.wave[0]
+        same = [(trial.tokens, bias) for (its, bias), trial in self.first.constants.items() if its == words]
+        tokens, biases = zip(*sorted([*same, (self.first.plain.tokens, 0.0)]))
+        return words, round(float(np.interp(self.first.waves[self.wave].tokens, tokens, biases)), 2)
 
 
-def choose(dev: ReasoningTask, sets: Mapping[str, Sequence[int]], given: Mapping[str, Any]) -> Choice:
-    """Try every setting on the dev problems. What `given` sets is fixed."""
+def best(trials: Mapping[Any, Trial], count: int = 1) -> list[Any]:
+    """The settings that solve most; of equals, those that need fewest tokens."""
+    return sorted(trials, key=lambda setting: (-trials[setting].accuracy, trials[setting].tokens))[:count]
+
+
+def choose(first: Round, again: Round, sets: Mapping[str, Sequence[int]], given: Mapping[str, Any]) -> Choice:
+    """Try every setting in the first round and the best ones in the second. What `given` sets is fixed."""
     axes = [(given[name],) if name in given else values for name, values in GRID.items()]
-    waves = {point: {"methods": [wave(point, sets, given)]} for point in product(sets, *axes)}
-    constants = {point: {"processors": [constant(point, sets, dev)]} for point in product(sets, CONSTANTS)}
-    forced = {word: {"methods": [forcing(word)]} for word in WORD_SETS[-1]}
-    with tqdm(desc="choosing on dev", total=1 + len(waves) + len(constants) + len(forced)) as bar:
+    applied = {
+        "constants": {point: {"processors": [constant(point, sets, first.task)]} for point in product(sets, CONSTANTS)},
+        "waves": {point: {"methods": [wave(point, sets, given)]} for point in product(sets, *axes)},
+        "forced": {word: {"methods": [forcing(word)]} for word in WORD_SETS[-1]},
+    }
 
-        def attempt(apply: dict[str, Any] | None = None) -> Trial:
-            bar.update()
-            return trial(dev, apply)
+    def attempt(stage: Round, points: Mapping[str, Sequence[Any]]) -> Trials:
+        named = [(kind, point) for kind in applied for point in points[kind]]
+        found = {key: stage.trial(applied[key[0]][key[1]]) for key in tqdm(named, desc=f"choosing on {stage}")}
+        return Trials(stage.trial(), *({point: found[kind, point] for point in points[kind]} for kind in applied))
 
-        def attempts(applied: dict[Any, dict[str, Any]]) -> dict[Any, Trial]:
-            return {point: attempt(apply) for point, apply in applied.items()}
-
-        return Choice(attempt(), attempts(constants), attempts(waves), attempts(forced))
-
-
-def trial(task: ReasoningTask, apply: dict[str, Any] | None) -> Trial:
-    """What an arm does on all problems of a task, with one seed."""
-    solved = []
-    for start in range(0, len(task.problems), BATCH):
-        problems = task.problems[start : start + BATCH]
-        solved += task.solved(problems, task.generate(problems, start, apply))
-    return Trial(float(np.mean([s.right for s in solved])), float(np.mean([s.tokens for s in solved])))
+    tried = attempt(first, {kind: list(points) for kind, points in applied.items()})
+    return Choice(tried, attempt(again, {kind: best(getattr(tried, kind), KEPT[kind]) for kind in applied}))
 
 
 def wave(point: Wave, sets: Mapping[str, Sequence[int]], given: Mapping[str, Any]) -> CyclicReflex:

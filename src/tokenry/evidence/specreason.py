@@ -1,6 +1,7 @@
 """Does the base model write less than half, at equal accuracy, and is it its judgment that does it?
 
-Judge and threshold are chosen on other problems. Against the method stand the base model alone, the small one alone, a
+The judge is the paper's, which is asked for a digit; a judge of ours, by likelihood, has a row and a finding of its
+own. Thresholds are chosen on other problems. Against the method stand the base model alone, the small one alone, a
 judge that draws its scores at random and keeps as many steps, and one that knows which steps are right.
 """
 
@@ -21,7 +22,7 @@ from ..decode.reasoning.scores import StepScore, StepScorer
 from ..decode.reasoning.speculative import ReasoningResult, SpeculativeReasoner, step_speedup
 from ..decode.reasoning.step_prompts import PRESETS, Messages, prompts_for
 from ..decode.specreason import SpecReason
-from ..measure.claims import Contrast, Finding, above, all_of, at_least, exactly, loses_at_most
+from ..measure.claims import Check, Contrast, Finding, above, all_of, at_least, describe, loses_at_most
 from ..measure.compare import Comparison, beats
 from ..measure.experiment import Design, Run, experiment
 from ..measure.statistics import bootstrap_statistic
@@ -39,41 +40,40 @@ BASE, SMALL, RANDOM, ORACLE, METHOD = (
     "judge that knows",
     "specreason",
 )
-OTHERS = {"digits": "judge asked for a digit", "likelihood": "judge by likelihood"}
+PAPERS, OURS = "digits", "likelihood"  # ways to judge
+NAMES = {PAPERS: "judge asked for a digit", OURS: "judge by likelihood"}
 LEVELS = (3, 4, 5, 6)
 BUDGET = 256
 ALL, NONE = 0.0, 9.5  # thresholds at which every step is kept, and none
-THRESHOLDS = {"digits": (ALL, 4.0, 5.0, 6.0, 7.0, 8.0), "likelihood": (1.0, 3.0, 5.0, 7.0)}
-CHOSEN_ON, TIMED_ON = 96, 20  # problems of the dev split
+THRESHOLDS = {PAPERS: (ALL, 3.0, 4.5, 6.0, 7.0, 8.0), OURS: (1.0, 3.0, 5.0, 7.0)}
+CHOSEN_ON, TIMED_ON = 256, 40  # problems of the dev split
 TOLERANCE, HALF, FASTER, TELLS = 0.02, 0.5, 1.3, 0.8
 LARGE, VERIFY = (32.0, 1.5), 2.0  # billions of weights; tokens of the base model that a judgment is taken to cost
 
 
 @experiment("specreason", SpecReason, model="zoo/reasoner", samples=320, seeds=(0, 1), batch=64, quick=3, limit=2000)
 def build(run: Run) -> Design:
-    """Choose judge and threshold on the dev split, with at most twice as many problems, take times, then compare on the
-    test split.
+    """Choose the threshold of each judge on the dev split, with at most as many problems, take times, then compare on
+    the test split.
 
     Small model, prompts, judge and threshold of `method` replace those of this experiment where it sets them.
     """
     pair = Pair(Loaded(run.model, run.tokenizer), SpecReason(**run.given))
-    dev = draw_problems(Arithmetic(), min(CHOSEN_ON, max(2 * run.samples, 8)), split="dev", levels=LEVELS)
+    dev = draw_problems(Arithmetic(), min(CHOSEN_ON, max(run.samples, 8)), split="dev", levels=LEVELS)
     sweep = sweep_thresholds(pair, dev, run.given)
-    ways = list(dict.fromkeys(way for way, _ in sweep if way))
-    chosen, best = choose(sweep, ways), {way: choose(sweep, [way]) for way in ways}
+    way = run.given.get("score_method", PAPERS)
+    best = {judge: choose(sweep, judge) for judge in dict.fromkeys((way, OURS))}
     return Design(
         task=StepsTask(draw_problems(Arithmetic(), run.samples, levels=LEVELS)),
-        arms=make_arms(pair, chosen, best, sweep[chosen].acceptance),
+        arms=make_arms(pair, best, way, sweep[best[way]].acceptance),
         baseline=BASE,
         models={"small": pair.small.model},
-        facts={"times": take_times(pair, chosen, dev[:TIMED_ON]), "way": chosen[0]},
-        notes=f"Levels {LEVELS[0]} to {LEVELS[-1]}, at most {BUDGET} tokens, temperature 0.6, top-p 0.95. Judge and "
-        f"threshold, {chosen[0]} {chosen[1]:g}, were chosen on {len(dev)} problems of the dev split: the fewest base "
-        f"tokens at an accuracy no more than {TOLERANCE:.0%} below the base model alone. The paper asks the judge for "
-        "a digit; likelihood is ours, the base model's own probability of the step. "
-        + describe_sweep(sweep)
-        + " The judge that knows is a ceiling and no method. Large models: seconds per token are taken to go with the "
-        f"weights ({LARGE[0]:g} and {LARGE[1]:g} billion), a judgment to cost {VERIFY:g} tokens of the base model.",
+        facts={"times": take_times(pair, best[way], dev[:TIMED_ON]), "way": way},
+        notes=f"Levels {LEVELS[0]} to {LEVELS[-1]}, at most {BUDGET} tokens, temperature 0.6, top-p 0.95. The judge by "
+        "likelihood is ours: the base model's own probability of the step. The judge that knows is a ceiling and no "
+        "method.",
+        tried=f"Of each judge the threshold with the fewest base tokens on {len(dev)} dev problems, at an accuracy no "
+        f"more than {TOLERANCE:.0%} below the base model alone. {describe_sweep(sweep)}",
     )
 
 
@@ -130,19 +130,19 @@ def tried(reasoner: SpeculativeReasoner, problems: Sequence[Problem]) -> Tried:
 
 def sweep_thresholds(pair: Pair, problems: Sequence[Problem], given: dict[str, Any]) -> dict[Judged, Tried]:
     """Every judge at every threshold. Above all scores it is the base model alone, which needs no judge."""
-    ways = [given["score_method"]] if "score_method" in given else list(THRESHOLDS)
+    ways = dict.fromkeys((given.get("score_method", PAPERS), OURS))
     grid = [
         (way, threshold)
         for way in ways
-        for threshold in ([given["threshold"]] if "threshold" in given else THRESHOLDS.get(way, THRESHOLDS["digits"]))
+        for threshold in ([given["threshold"]] if "threshold" in given else THRESHOLDS.get(way, THRESHOLDS[PAPERS]))
     ]
     found = {PLAIN: tried(pair.alone(), problems)}
     return found | {judged: tried(pair.judged(judged), problems) for judged in tqdm(grid, desc="thresholds")}
 
 
-def choose(sweep: dict[Judged, Tried], ways: Sequence[str]) -> Judged:
+def choose(sweep: dict[Judged, Tried], way: str) -> Judged:
     """The fewest base tokens among the settings about as accurate as the base model alone, else the most accurate."""
-    mine = {judged: one for judged, one in sweep.items() if judged[0] in ways}
+    mine = {judged: one for judged, one in sweep.items() if judged[0] == way}
     good = [judged for judged, one in mine.items() if one.accuracy >= sweep[PLAIN].accuracy - TOLERANCE]
     if not good:
         return max(mine, key=lambda judged: mine[judged].accuracy)
@@ -154,12 +154,12 @@ def describe_sweep(sweep: dict[Judged, Tried]) -> str:
         f"{way or 'no step kept'} {threshold:g}: {one.accuracy:.1%}, {one.base_tokens:.1f}, {one.acceptance:.0%}"
         for (way, threshold), one in sweep.items()
     ]
-    return f"Sweep on dev (threshold: accuracy, base tokens, steps kept): {'; '.join(rows)}."
+    return f"Threshold: accuracy, base tokens, steps kept: {'; '.join(rows)}."
 
 
 class Times(NamedTuple):
-    """On single problems, medians: seconds per token of each model and per judgment, tokens per step, and how many
-    times faster the method is."""
+    """On single problems: seconds per token of each model and per judgment, tokens per step, and how many times faster
+    the method is. Of several problems, the medians."""
 
     small: float
     base: float
@@ -168,7 +168,7 @@ class Times(NamedTuple):
     faster: float
 
 
-def take_times(pair: Pair, chosen: Judged, problems: Sequence[Problem]) -> Times:
+def take_times(pair: Pair, chosen: Judged, problems: Sequence[Problem]) -> list[Times]:
     """One problem at a time, the base model alone and the method by turns; the first one warms up."""
     alone, both = pair.alone(), pair.judged(chosen)
     rows = []
@@ -187,7 +187,7 @@ def take_times(pair: Pair, chosen: Judged, problems: Sequence[Problem]) -> Times
                 (middle - start) / (end - middle),
             )
         )
-    return Times(*np.median(rows[1:], axis=0).tolist())
+    return rows[1:]
 
 
 # --- the arms --------------------------------------------------------------------------------------------------------
@@ -211,17 +211,17 @@ class KnowingJudge:
         return StepScore(9.0 if right_step(problem, steps, candidate) else 0.0)
 
 
-def make_arms(pair: Pair, chosen: Judged, best: dict[str, Judged], rate: float) -> list[Arm]:
-    """The two models alone, the controls, the judges that were not chosen, and the method."""
+def make_arms(pair: Pair, best: dict[str, Judged], way: str, rate: float) -> list[Arm]:
+    """The two models alone, the controls, the judge that is not the method's, and the method."""
     makers: dict[str, tuple[str, dict[str, Any], Callable[[int], SpeculativeReasoner]]] = {
         BASE: ("plain", {}, lambda seed: pair.alone()),
         SMALL: ("control", {}, lambda seed: pair.reasoner(RandomJudge(1.0, 0))),
         RANDOM: ("control", {"rate": round(rate, 4)}, lambda seed: pair.reasoner(RandomJudge(rate, seed))),
         ORACLE: ("control", {}, lambda seed: pair.reasoner(KnowingJudge())),
     }
-    for way, judged in sorted(best.items(), key=lambda item: item[1] == chosen):
-        name = METHOD if judged == chosen else OTHERS.get(way, way)
-        setting = {"score_method": way, "threshold": judged[1]}
+    for judge, judged in sorted(best.items(), key=lambda item: item[0] == way):
+        name = METHOD if judge == way else NAMES[judge]
+        setting = {"score_method": judge, "threshold": judged[1]}
         makers[name] = ("method", setting, lambda seed, judged=judged: pair.judged(judged))
     return [
         Arm(name, role=role, setting=setting, apply=partial(solve, make))
@@ -237,52 +237,49 @@ def solve(make: Callable[[int], SpeculativeReasoner], problems: Sequence[Problem
 
 
 @build.findings
-def findings(c: Comparison, times: Times, way: str) -> list[Finding]:
-    """Accuracy and tokens against the base model, the controls, the judges, and the clock."""
-    gain, kept = c.gap("accuracy", METHOD, BASE, "+.1%"), acceptance(c)
-    digits = METHOD if way == "digits" else OTHERS["digits"]
-    large = step_speedup(kept, LARGE[1] / LARGE[0], 1.0, VERIFY, times.step_tokens)
-    here = step_speedup(kept, times.small, times.base, times.verify, times.step_tokens)
-    others = "; ".join(str(c.gap("accuracy", METHOD, name, "+.1%")) for name in (SMALL, ORACLE))
+def findings(c: Comparison, times: list[Times], way: str) -> list[Finding]:
+    """Accuracy and tokens against the base model, the judge, the controls, the judge of ours, and the clock."""
+    kept, usual = acceptance(c), Times(*np.median(times, axis=0).tolist())
+    here = step_speedup(kept, usual.small, usual.base, usual.verify, usual.step_tokens)
+    large = step_speedup(kept, LARGE[1] / LARGE[0], 1.0, VERIFY, usual.step_tokens)
+    ours = [name for name in c.arms if name == NAMES[OURS]]
+    clock = bootstrap_statistic(lambda pick: float(np.median([times[i].faster for i in pick])), len(times))
     return [
         Finding(
-            f"judged by {way}, the base model writes less than half as many tokens, and accuracy falls by at most "
-            f"{TOLERANCE:.0%}",
-            all_of(above(c.saved("base_tokens", METHOD, BASE), HALF), loses_at_most(gain, TOLERANCE)),
+            f"{NAMES.get(way, 'judge by ' + way)}: the base model writes less than half as many tokens, and accuracy "
+            f"falls by at most {TOLERANCE:.0%}",
+            halves(c, METHOD),
             main=True,
-            note=", ".join(f"{name} {c.mean(name, 'accuracy'):.1%}" for name in (BASE, SMALL, METHOD)),
+            note=", ".join(f"{name} {c.mean(name, 'accuracy'):.1%}" for name in (BASE, SMALL, METHOD, ORACLE)),
         ),
-        *(_digit_judge(c, digits) if digits in c.arms else []),
+        Finding("its judge tells right steps from wrong ones", above(telling(c, METHOD), TELLS)),
         Finding(
             "it is the judgment: a random judge that keeps as many steps is worse",
             beats(c, "accuracy", METHOD, [RANDOM], "+.1%"),
-            note=f"{others}; steps kept: {METHOD} {kept:.1%}, {RANDOM} {acceptance(c, RANDOM):.1%}",
+            note=f"steps kept: {METHOD} {kept:.1%}, {RANDOM} {acceptance(c, RANDOM):.1%}",
+        ),
+        *(
+            Finding(f"so it does with a {name}, which is ours", halves(c, name), note=str(telling(c, name)))
+            for name in ours
         ),
         Finding(
             f"the clock on single problems says at least {FASTER} times faster",
-            at_least(exactly(times.faster, "times faster, median of single problems", ".2f"), FASTER),
-            note=f"by the latency model {here:.2f}, from {1e3 * times.small:.2f} and {1e3 * times.base:.2f} ms per "
-            f"token of the small and the base model, {1e3 * times.verify:.2f} ms per judgment, {times.step_tokens:.1f} "
-            f"tokens per step; for {LARGE[1]:g} and {LARGE[0]:g} billion weights it says {large:.2f}",
+            at_least(Contrast(clock, "times faster, median of single problems", ".2f"), FASTER),
+        ),
+        describe(
+            "what the latency model says",
+            f"{here:.2f} times faster, from {1e3 * usual.small:.2f} and {1e3 * usual.base:.2f} ms per token of the "
+            f"small and the base model, {1e3 * usual.verify:.2f} ms per judgment, {usual.step_tokens:.1f} tokens per "
+            f"step; {large:.2f} if seconds per token went with the weights, {LARGE[1]:g} and {LARGE[0]:g} billion, and "
+            f"a judgment took {VERIFY:g} tokens of the base model",
         ),
     ]
 
 
-def _digit_judge(c: Comparison, digits: str) -> list[Finding]:
-    """The paper's own judge, by the rule of the main finding and as a judge."""
-    gain = c.gap("accuracy", digits, BASE, "+.1%")
-    return [
-        Finding(
-            "so it does with a judge that is asked for a digit, as in the paper",
-            all_of(above(c.saved("base_tokens", digits, BASE), HALF), loses_at_most(gain, TOLERANCE)),
-            note=f"steps kept {acceptance(c, digits):.1%}",
-        ),
-        Finding(
-            "the judge that is asked for a digit tells right steps from wrong ones",
-            above(telling(c, digits), TELLS),
-            note="" if digits == METHOD else str(telling(c, METHOD)),
-        ),
-    ]
+def halves(c: Comparison, arm: str) -> Check:
+    """Less than half of the base model's tokens, and about its accuracy."""
+    gain = c.gap("accuracy", arm, BASE, "+.1%")
+    return all_of(above(c.saved("base_tokens", arm, BASE), HALF), loses_at_most(gain, TOLERANCE))
 
 
 def acceptance(c: Comparison, arm: str = METHOD) -> float:
