@@ -772,8 +772,8 @@ def test_the_experiment_runs():
     comparison = compare(made)
     assert {s.role for s in made.arms} == {"plain", "control", "method"}
     assert (comparison.values(experiment.PLAIN, "forward_passes") == 32).all()
-    for width in experiment.FIXED:
-        assert (comparison.values(experiment.fixed(width), "window") == width).all()
+    for arm in (arm for arm in made.arms if arm.name.startswith("threshold, ")):
+        assert (comparison.values(arm.name, "window") == arm.setting["width"]).all()
     grown, answer = (comparison.values(experiment.METHOD, name) for name in ("window", "answer"))
     assert (grown >= answer).all() and grown[answer == 16].min() > grown[answer < 6].max()
     findings = made.findings(comparison)
@@ -781,7 +781,7 @@ def test_the_experiment_runs():
     long = comparison.values(experiment.METHOD, "exact_long")
     assert (np.isnan(long) == (answer <= 8)).all()
     html = render(comparison, findings, "x", model="m", command="c", versions="v")
-    assert '"denoising"' in html and '"spearman"' in html
+    assert '"denoising"' in html and '"spearman"' in html and '"spearman_sorting"' in html
 
 
 def test_options_replace_those_of_the_experiment():
@@ -804,7 +804,15 @@ def test_neutral_windows_are_fixed_ones():
 def test_a_batch_of_puzzles_equals_single_ones():
     model, tokenizer = tokenry.load("zoo/denoiser")
     questions = ["add 843000+257000=", "sort 4092=", "sudoku 1.3..4.22.4..3.1="]
-    method = Daedal(**{**experiment.DEFAULT, "expand_eos_confidence_threshold": 1, "low_conf_threshold": 0.7})
+    method = Daedal(
+        **{
+            **experiment.DEFAULT,
+            "expansion_factor": 4,
+            "eos_check_tokens": 4,
+            "expand_eos_confidence_threshold": 1,
+            "low_conf_threshold": 0.7,
+        }
+    )
     both = method.generate(model, tokenizer, questions, max_new_tokens=32)
     assert len(set(map(len, both.windows))) > 1
     for question, window, nfe in zip(questions, both.windows, both.stats.nfe):

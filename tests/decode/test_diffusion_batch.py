@@ -187,3 +187,12 @@ def test_steps_are_shared_out_row_by_row():
         else:
             with pytest.raises(InputError, match="steps=2 is not a multiple of the"):
                 diffusion_generate(denoiser(), ids[list(rows)], mask[list(rows)], **options)
+
+
+def test_rows_that_are_done_are_not_fed_to_the_model():
+    model, fed = MaskedDiffusionModel(small()), []
+    seen = model.model.register_forward_pre_hook
+    seen(lambda module, args, given: fed.append(len(given["input_ids"])), with_kwargs=True)
+    ids, mask = prompts(*LENGTHS)
+    stats = diffusion_generate(model, ids, mask, gen_length=8, block_length=BLOCK, length=Uneven()).stats
+    assert len(fed) == stats.forward_calls and sum(fed) == sum(stats.nfe) < stats.forward_calls * len(ids)

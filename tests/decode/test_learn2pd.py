@@ -38,6 +38,7 @@ from tokenry.decode.learn2pd import EndOfTextTruncation, Learn2PD, LearnedFilter
 from tokenry.evidence import learn2pd as experiment
 from tokenry.learned.confidence_filter import ConfidenceFilter, TraceDataset
 from tokenry.measure.compare import compare
+from tokenry.measure.tasks import filters
 
 CACHES = ("none", "prefix", "dual")
 NEVER, ALWAYS = -100.0, 100.0
@@ -683,7 +684,7 @@ def test_two_length_policies_are_refused(folder):
 
 
 def test_the_regression_knows_no_context():
-    made = experiment.OwnConfidence(4)
+    made = filters.OwnConfidence(4)
     with torch.no_grad():
         made.weight.fill_(2.0)
     conf = torch.tensor([[0.2, 0.5, 0.9, 1.0]])
@@ -696,39 +697,37 @@ def test_the_threshold_of_equal_error():
     conf = torch.tensor([[0.9, 0.8, 0.7, 0.6, 0.5, 0.99]])
     label = torch.tensor([[True, True, False, True, False, False]])
     traces = TraceDataset(conf, label, torch.tensor([[True] * 5 + [False]]), torch.tensor([0]))
-    found = [experiment.threshold_of_equal_error(traces, wrong) for wrong in (0.0, 0.25, 0.3, 0.4)]
+    found = [filters.threshold_of_equal_error(traces, wrong) for wrong in (0.0, 0.25, 0.3, 0.4)]
     assert found == pytest.approx([0.8, 0.6, 0.6, 0.5])
     nothing = traces._replace(label=torch.zeros_like(label))
-    assert experiment.threshold_of_equal_error(nothing, 0.1) == 1.0
+    assert filters.threshold_of_equal_error(nothing, 0.1) == 1.0
 
 
 def test_the_oracle_of_the_comparison_finds_its_answers(denoiser):
     ids, mask = prompts(3, 7)
     options = {"gen_length": 12, "block_length": 6}
     plain = diffusion_generate(denoiser, ids, mask, **options)
-    oracle = diffusion_generate(denoiser, ids, mask, unmask=experiment.PlainOracle(denoiser), **options)
+    oracle = diffusion_generate(denoiser, ids, mask, unmask=filters.PlainOracle(denoiser), **options)
     assert oracle.windows == plain.windows and sum(oracle.stats.nfe) < sum(plain.stats.nfe)
     for share, steps in ((0.0, 12), (1.0, 2)):
-        out = diffusion_generate(denoiser, ids, mask, unmask=experiment.AtRandom(share), **options)
+        out = diffusion_generate(denoiser, ids, mask, unmask=filters.AtRandom(share), **options)
         assert out.stats.nfe == [steps] * 2
 
 
 def test_the_comparison_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "PROMPTS", 60)
     monkeypatch.setenv("TOKENRY_CACHE", str(tmp_path))
-    kinds = {kind: (trainer, {**options, "epochs": 200}) for kind, (trainer, options) in experiment.KINDS.items()}
-    monkeypatch.setattr(experiment, "KINDS", kinds)
+    monkeypatch.setattr(experiment, "EPOCHS", 200)
     model, tokenizer = load("zoo/denoiser")
     made = experiment.build(model, tokenizer, samples=3, seeds=(0,))
     kept = sorted(path.name for path in tmp_path.rglob("*.safetensors"))
-    assert len(kept) == 5 and [s.name for s in made.arms].count(experiment.PLAIN) == 1
+    assert len(kept) == 7 and [s.name for s in made.arms].count(experiment.PLAIN) == 1
     again = experiment.build(model, tokenizer, samples=3, seeds=(0,))
     assert again.notes == made.notes and kept == sorted(path.name for path in tmp_path.rglob("*.safetensors"))
     comparison = compare(made)
-    assert comparison.mean(experiment.PLAIN, "forward_passes") == 24
-    assert comparison.mean(f"{experiment.PLAIN}, 32", "forward_passes") == 32
+    assert comparison.mean(experiment.PLAIN, "forward_passes") == 32
     assert comparison.mean(experiment.ORACLE, "exact") == comparison.mean(experiment.PLAIN, "exact")
     findings = made.findings(comparison)
-    assert len(findings) == 6 and all(f.numbers for f in findings)
+    assert len(findings) == 7 and all(f.numbers for f in findings)
     with pytest.raises(InputError, match="trains its own filters"):
         experiment.build(model, tokenizer, method=object())

@@ -100,7 +100,7 @@ def test_the_experiment_sweeps_every_rule_and_judges():
         arm = next(s for s in experiment.arms if s.name == f"threshold 0.9, cache {label}")
         assert arm.setting["cache"] == label and arm.setting["block_length"] == 8
     findings = experiment.findings(comparison)
-    assert len(findings) == 5 and all(finding.numbers for finding in findings)
+    assert len(findings) == 6 and all(finding.numbers for finding in findings)
 
 
 @pytest.mark.parametrize(

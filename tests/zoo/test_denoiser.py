@@ -194,7 +194,7 @@ def test_the_experiment_runs_and_is_drawn():
     assert (comparison.values("one token per step", "forward_passes") == 16).all()
     assert (comparison.values("credit 0.9", "tokens_processed") > 0).all()
     findings = experiment.findings(comparison)
-    assert len(findings) == 6 and all(f.numbers for f in findings)
+    assert len(findings) == 8 and all(f.numbers for f in findings)
     (detail, *_) = comparison.details("credit 0.9")
     assert len(detail["denoising"]) == 16 and detail["note"].startswith("sudoku ")
     html = render(comparison, findings, "x", model="m", command="c", versions="v")

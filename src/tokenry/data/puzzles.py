@@ -63,8 +63,12 @@ class Sudoku:
         return Problem(f"sudoku-{shown}", f"sudoku {shown}=", grid, level)
 
     def check(self, problem: Problem, text: str) -> bool:
+        return text.strip() in self.solutions(problem)
+
+    def solutions(self, problem: Problem) -> list[str]:
+        """All grids that fit."""
         shown = problem.question.split(" ")[1][:-1]
-        return text.strip() in grids() and all(clue in (EMPTY, cell) for clue, cell in zip(shown, text.strip()))
+        return [grid for grid in grids() if all(clue in (EMPTY, cell) for clue, cell in zip(shown, grid))]
 
 
 @cache

@@ -53,7 +53,9 @@ def cost_ratio(
 
 
 def _point(table: Mapping[str, np.ndarray], pick: np.ndarray, cost: str, quality: str) -> tuple[float, float]:
-    return float(np.nanmean(table[cost][pick])), float(np.nanmean(table[quality][pick]))
+    values, costs = table[quality][pick], table[cost][pick]
+    measured = ~np.isnan(values)  # samples without this quality have no cost to compare either
+    return (float(np.nanmean(costs[measured])), float(values[measured].mean())) if measured.any() else (np.nan, np.nan)
 
 
 def _ratio(first: Sequence[tuple[float, float]], second: Sequence[tuple[float, float]], least: float) -> float:

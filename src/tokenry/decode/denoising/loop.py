@@ -110,14 +110,22 @@ class MaskedDiffusionModel:
         return logits
 
     def predict(self, state: DiffusionState, cache: DiffusionCache | None = None, rows: Tensor | None = None) -> Tensor:
-        """`logits` of a state, counted as a forward of these rows (batch,); by default of those with masks to fill."""
+        """`logits` of a state, counted as a forward of these rows (batch,); by default of those with masks to fill.
+        Others are not fed to the model, and have no preference where a cache has kept nothing of them."""
         rows = state.working if rows is None else rows
         if cache is None:
             state.count(0, state.x.shape[1], rows)
-        else:
-            cache.begin(state, self.shift)
-            state.count(cache.first, cache.last, rows, cache.calls)
+            return self._logits_of(rows, state)
+        cache.begin(state, self.shift)
+        state.count(cache.first, cache.last, rows, cache.calls)
         return self.logits(state.x, state.present, cache)
+
+    def _logits_of(self, rows: Tensor, state: DiffusionState) -> Tensor:
+        """`logits`, 0 in the other rows."""
+        if bool(rows.all()):
+            return self.logits(state.x, state.present)
+        found = self.logits(state.x[rows], state.present[rows])
+        return found.new_zeros(len(rows), *found.shape[1:]).masked_scatter_(rows[:, None, None], found)
 
 
 def _first(*values: Any) -> Any:

@@ -8,14 +8,16 @@ from typing import Any, ClassVar
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...data.problems import Problem, Split, VerifiableTask, draw_problems
-from ...data.puzzles import PUZZLES, kind_of
+from ...data.puzzles import PUZZLES, Sudoku, kind_of
 from ...decode.denoising.contract import DiffusionMethods
 from ...decode.denoising.loop import DiffusionOutput, MaskedDiffusionModel, diffusion_generate
 from ...decode.generation.sampler import row_seed
 from ...models.prompts import encode_prompts
+from ..compare import Comparison, compare
+from ..experiment import Experiment
 from ..task import Arm, Metric, Outcome, Sample
 
-__all__ = ["LONG", "PuzzleTask", "WindowTask", "shown_denoising"]
+__all__ = ["LONG", "PuzzleTask", "SudokuTask", "WindowTask", "on_dev", "shown_denoising"]
 
 LONG = 8  # an answer with more tokens is a long one
 
@@ -23,10 +25,10 @@ LONG = 8  # an answer with more tokens is a long one
 class PuzzleTask:
     """Puzzles of some kinds by turns, each seed with problems of its own; answers in a window of `width` tokens.
 
-    An arm has a method, or an `apply`: a function of the width that gives arguments of `diffusion_generate`, new ones
-    for each batch. The window is one block, unless they say otherwise. Decoding takes
-    the most likely tokens, so seeds differ in their problems, and in the positions that a rule draws. The rows of a
-    batch share its seconds.
+    An arm has a method, or an `apply`: a function of the width and the seed that gives arguments of
+    `diffusion_generate`, new ones for each batch. The window is one block, unless they say otherwise. Decoding takes
+    the most likely tokens, so seeds differ in their problems, in the positions that a rule draws, and in what an arm
+    has trained with them. The rows of a batch share its seconds.
     """
 
     slug: ClassVar[str] = "puzzles"
@@ -64,10 +66,10 @@ class PuzzleTask:
     def run(self, arm: Arm, samples: Sequence[Sample], seed: int) -> list[Outcome]:
         problems = [self.problems[seed][sample.data["index"]] for sample in samples]
         inputs = encode_prompts(self.tokenizer, [problem.question for problem in problems])
-        window = arm.apply or DiffusionMethods([arm.method]).options
-        options = {"gen_length": self.width, "block_length": None, **window(self.width)}
-        own = row_seed(seed, samples[0].data["index"])  # so that each sample draws the same in every batch
-        output = diffusion_generate(self.model, **inputs, seed=own, tokenizer=self.tokenizer, **options)
+        own = DiffusionMethods([arm.method]).options(self.width) if arm.method else arm.apply(self.width, seed)
+        options = {"gen_length": self.width, "block_length": None, **own}
+        first = row_seed(seed, samples[0].data["index"])  # so that each sample draws the same in every batch
+        output = diffusion_generate(self.model, **inputs, seed=first, tokenizer=self.tokenizer, **options)
         stats, outcomes = output.stats, []
         for row, problem in enumerate(problems):
             quality = self.quality(problem, output, row)
@@ -90,6 +92,24 @@ class PuzzleTask:
         return {"exact": right, f"exact_{task.name}": right}
 
 
+class SudokuTask(PuzzleTask):
+    """Sudokus alone, and those with one solution by themselves."""
+
+    slug: ClassVar[str] = "sudokus"
+    metrics: ClassVar[Sequence[Metric]] = (
+        PuzzleTask.metrics[0],
+        Metric("exact_unique", "higher", "the same, sudokus with one solution alone"),
+    )
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *given: Any, **more: Any) -> None:
+        super().__init__(model, tokenizer, *given, kinds=(Sudoku(),), **more)
+
+    def quality(self, problem: Problem, output: DiffusionOutput, row: int) -> dict[str, float]:
+        solutions = Sudoku().solutions(problem)
+        right = float(output.texts[row].strip() in solutions)
+        return {"exact": right, **({"exact_unique": right} if len(solutions) == 1 else {})}
+
+
 class WindowTask(PuzzleTask):
     """The same puzzles, and what became of the windows; for arms that choose their width. `width` is the widest."""
 
@@ -107,6 +127,11 @@ class WindowTask(PuzzleTask):
         long = {"exact_long": found["exact"]} if len(problem.answer) > LONG else {}
         useful = output.stats.effective_tokens[row] / width
         return {**found, **long, "useful": useful, "window": float(width), "answer": float(len(problem.answer))}
+
+
+def on_dev(task: PuzzleTask, arms: Sequence[Arm], batch: int) -> Comparison:
+    """What arms are worth on the dev problems of a task, to choose settings by."""
+    return compare(Experiment("dev", "", task, arms, arms[0].name, lambda c: [], batch=batch))
 
 
 def shown_denoising(output: DiffusionOutput, row: int, tokenizer: PreTrainedTokenizerBase) -> list[list[Any]]:
