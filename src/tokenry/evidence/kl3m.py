@@ -82,8 +82,8 @@ def build(run: Run) -> Design:
         baseline=GENERAL,
         notes=f"Vocabularies of {VOCABULARY}, where no other number stands, from equal numbers of bytes, split 80/20 "
         f"by document. New licenses share at most {NEAR_COPY:.0%} of their 20-word stretches with any training "
-        "license. Char tokens and the plain BPEs beside them learn from all training licenses. Correction by a trained model is "
-        "not measured.",
+        "license. Char tokens and the plain BPEs beside them learn from all training licenses. Correction by a "
+        "trained model is not measured.",
     )
 
 

@@ -224,7 +224,7 @@ def findings(c: Comparison) -> list[Finding]:
     depths = ", ".join(f"{d}%" for d in TEXT_DEPTHS)
     return [
         Finding(
-            f"trained for it, the model runs one of {FASTER:g} layers at most, and loses at most {LOST:.0%} of the sums",
+            f"trained for it, it runs one of {FASTER:g} layers at most, and loses {LOST:.0%} of the sums at most",
             all_of(
                 at_least(fewer_layers(c), FASTER),
                 loses_at_most(c.gap(f"trained_{least}", METHOD, PLAIN), LOST),
