@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 
 import numpy as np
@@ -63,40 +63,35 @@ def first_tokens(sequences: Sequence[list[int]]) -> list[list[int]]:
     return [[token] for token in dict.fromkeys(ids[0] for ids in sequences)]
 
 
-def fewer(c: Comparison, arm: str, phrases: Sequence[str]) -> Contrast:
-    """The share of the plain model's banned phrases that is gone, counted in the finished texts."""
+def pattern(phrases: Sequence[str]) -> re.Pattern[str]:
+    """Finds the phrases in a finished text, as whole words, whatever their case and the white space in them."""
     ways = "|".join(r"\s+".join(map(re.escape, phrase.split())) for phrase in phrases)
-    banned = re.compile(rf"(?<!\w)(?:{ways})(?!\w)", re.IGNORECASE)
+    return re.compile(rf"(?<!\w)(?:{ways})(?!\w)", re.IGNORECASE)
 
-    def by_story(name: str) -> np.ndarray:
-        texts = ["".join(piece for piece, _ in detail["tokens"]) for detail in c.details(name)]
-        found = np.array([(len(banned.findall(text)), len(text.split())) for text in texts], float)
-        return found.reshape(-1, len(c.samples), 2).sum(0)
 
-    def rate(rows: np.ndarray) -> float:
-        return rows[:, 0].sum() / rows[:, 1].sum()
+def rate(c: Comparison, arm: str, of: Callable[[dict], tuple[float, int]]) -> Callable[[np.ndarray], float]:
+    """A sum over the stories with these indices for each of what it is counted in; seeds together."""
+    rows = np.array([of(detail) for detail in c.details(arm)], float).reshape(-1, len(c.samples), 2).sum(0)
+    return lambda pick: rows[pick, 0].sum() / rows[pick, 1].sum()
 
-    mine, plain = by_story(arm), by_story(PLAIN)
 
-    def gone(pick: np.ndarray) -> float:
-        before = rate(plain[pick])
-        return 1 - rate(mine[pick]) / before if before else math.nan
+def gone(c: Comparison, arm: str, phrases: Sequence[str]) -> Contrast:
+    """The share of the plain model's banned phrases for each word that an arm does not have."""
+    banned = pattern(phrases)
 
-    return Contrast(bootstrap_statistic(gone, len(c.samples)), f"phrases gone, {arm}", ".1%")
+    def hits(detail: dict) -> tuple[float, int]:
+        text = "".join(piece for piece, _ in detail["tokens"])
+        return len(banned.findall(text)), len(text.split())
+
+    mine, plain = (rate(c, name, hits) for name in (arm, PLAIN))
+    share = bootstrap_statistic(lambda p: 1 - mine(p) / plain(p) if plain(p) else math.nan, len(c.samples))
+    return Contrast(share, f"phrases gone, {arm}", ".1%")
 
 
 def perplexity_over(c: Comparison, arm: str, than: str = PLAIN) -> Contrast:
-    """How much higher the perplexity over all tokens of all stories is, with its interval over stories."""
-
-    def by_story(name: str) -> np.ndarray:
-        rows = np.array([(detail["nll"], len(detail["tokens"])) for detail in c.details(name)], float)
-        return rows.reshape(-1, len(c.samples), 2).sum(0)
-
-    def nats(rows: np.ndarray) -> float:
-        return rows[:, 0].sum() / rows[:, 1].sum()
-
-    mine, other = by_story(arm), by_story(than)
-    more = bootstrap_statistic(lambda pick: math.expm1(nats(mine[pick]) - nats(other[pick])), len(c.samples))
+    """How much higher the perplexity over all tokens of all stories is."""
+    mine, other = (rate(c, name, lambda detail: (detail["nll"], len(detail["tokens"]))) for name in (arm, than))
+    more = bootstrap_statistic(lambda pick: math.expm1(mine(pick) - other(pick)), len(c.samples))
     return Contrast(more, f"corpus perplexity, {arm} over {than}", "+.1%")
 
 
@@ -109,9 +104,9 @@ def findings(c: Comparison, phrases: Sequence[str]) -> list[Finding]:
     return [
         Finding(
             "no banned phrase is left of those that the plain model writes",
-            at_least(fewer(c, METHOD, phrases), 1),
+            at_least(gone(c, METHOD, phrases), 1),
             main=True,
-            note=f"{fewer(c, SEQUENCES, phrases)}; hits of the ban's own rule per 1,000 words: {shown}; places given "
+            note=f"{gone(c, SEQUENCES, phrases)}; hits of the ban's own rule per 1,000 words: {shown}; places given "
             f"up: {given_up}",
         ),
         Finding(
