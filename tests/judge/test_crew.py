@@ -605,7 +605,7 @@ def test_the_task_judges_and_the_findings_follow(llama, tokenizer):
     findings = experiment.findings(comparison)
     assert [f.outcome for f in findings] == ["undecided"] * 6 + ["described"]  # by four questions
     assert "crew - all alike: +0.000" in findings[1].numbers and "crew - all alike: +0.000" in findings[2].numbers
-    assert "AUROC: 0.750" in findings[3].numbers and "0.50: 0.33" in findings[6].numbers
+    assert "AUROC: 0.750" in findings[3].numbers and findings[6].numbers.endswith("0.90: 1.00")
 
 
 def test_the_findings_are_decided_by_more_questions(llama, tokenizer):
