@@ -210,7 +210,11 @@ def fewer_layers(c: Comparison) -> Contrast:
     """How many times as many layers a token of the plain model runs: the speed that there can be at most."""
     depth = c.values(METHOD, f"depth_{PROBLEM_DEPTHS[-1]}")
     depth = depth[~np.isnan(depth)]  # texts have none
-    return Contrast(bootstrap_statistic(lambda pick: float(1 / depth[pick].mean()), len(depth)), "layers saved", ".2f")
+    return Contrast(
+        bootstrap_statistic(lambda pick: float(1 / depth[pick].mean()), len(depth)),
+        f"layers, {PLAIN} / {METHOD}",
+        ".2f",
+    )
 
 
 @build.findings
