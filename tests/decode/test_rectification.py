@@ -931,6 +931,7 @@ def test_the_findings_read_the_controls(shuffled, method, expected):
         experiment.BAN: 0.25,
         experiment.BIAS: 0.25,
         experiment.SHUFFLED: shuffled,
+        experiment.WHOLE: 0.0,
         experiment.PASSES: 0.05,
         experiment.PURE: 0.35,
         experiment.LOOSE: method + 0.02,

@@ -36,11 +36,12 @@ from ..zoo import storyteller
 
 __all__ = ["build"]
 
-PLAIN, BAN, BIAS, SHUFFLED, PUBLISHED, PASSES, PURE, LOOSE, STRICT, METHOD = (
+PLAIN, BAN, BIAS, SHUFFLED, WHOLE, PUBLISHED, PASSES, PURE, LOOSE, STRICT, METHOD = (
     "plain",
     "word ban",
     "word bias of equal cost",
     "shuffled q",
+    "rectification without min-p",
     "rectification as published",
     "rectification, published passes",
     "rectification, eps 0",
@@ -100,7 +101,6 @@ def build(run: Run) -> Design:
         **dict(zip(AGAIN, again)),
     }
     named, setting = {"words": tokenizer.convert_ids_to_tokens(words)}, method.model_dump(mode="json")
-    bare = {**passes.model_dump(mode="json"), "min_p": None}
     return Design(
         task=DiscourseTask(model, tokenizer, run.samples),
         arms=[
@@ -113,7 +113,10 @@ def build(run: Run) -> Design:
                 apply={"sequence_bias": biases(words, bias)},
             ),
             Arm(SHUFFLED, role="control", setting=setting, apply={"final_processors": [shuffled]}),
-            Arm(PUBLISHED, passes, setting=bare, apply={"min_p": None}),
+            *(
+                Arm(name, one, setting={**one.model_dump(mode="json"), "min_p": None}, apply={"min_p": None})
+                for name, one in ((WHOLE, method), (PUBLISHED, passes))
+            ),
             *(Arm(name, one) for name, one in methods.items()),
         ],
         baseline=PLAIN,
@@ -121,8 +124,9 @@ def build(run: Run) -> Design:
         f"extremes of each opening, so that its values are the model's risks. Words: the {WORDS} with the highest log "
         "odds ratio, in standard errors, of being in an undesired rather than another story of these. `word bias of "
         f"equal cost` lowers them by {bias:.2f} logits, at which the model's dev stories have the nats per token of "
-        "rectification. All sample with min-p 0.05 before the caps, except `rectification as published`: where only "
-        "one word can follow, a cap on it moves probability to words that cannot, unless these have been cut off. "
+        "rectification. All sample with min-p 0.05 before the caps, except `rectification as published`, which also "
+        "has the published two passes for the exact projection, and `rectification without min-p`: where only one word "
+        "can follow, a cap on it moves probability to words that cannot, unless these have been cut off. "
         "The rectifier is trained three times; the controls are compared with the first.",
     )
 
