@@ -621,8 +621,8 @@ def test_the_verdict_follows_from_the_numbers(comparison, monkeypatch):
     plain, method = experiment.PLAIN, experiment.METHOD
 
     def rate(arm):
-        values = [comparison.values(arm, n)[:4] for n in ("hits_per_1000_words", "words")]
-        return (values[0] * values[1]).sum() / values[1].sum()
+        hits, words = (comparison.table(arm)[n][:4] for n in ("hits_per_1000_words", "words"))
+        return (hits * words).sum() / words.sum()
 
     expected = 1 - rate(method) / rate(plain)
     assert experiment.fewer_hits(comparison, method).interval.mean == pytest.approx(expected)
