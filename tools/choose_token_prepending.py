@@ -1,6 +1,6 @@
-"""Makes src/tokenry/measure/data/token_prepending_dev.json: what every setting of Token Prepending scores on STS-B dev.
+"""Makes src/tokenry/evidence/data/token_prepending_dev.json: what every setting of Token Prepending scores on dev.
 
-    python tools/choose_token_prepending.py OUTPUT [--model smollm2] [--pairs 150]
+    python tools/choose_token_prepending.py OUTPUT [--model smollm2] [--pairs 500]
 
 `tokenry compare token-prepending` takes its exit layer, BOS and output layers from this file.
 """

@@ -485,10 +485,13 @@ def test_the_experiment_measures_what_the_formulas_say(llama, tokenizer, monkeyp
     hits = optimal_mdsd.pooled(comparison, "greedy", "accepted", "T=1 n=4")
     assert len(hits) == 12 and set(hits) <= {0, 1}
     findings = experiment.findings(comparison)
-    assert findings[0].outcome == "holds" and [f.main for f in findings] == [False, True, *[False] * 3]
-    assert findings[4].outcome == "described" and "without - ceiling, with: +" in findings[4].numbers
-    for verifier in (optimal_mdsd.SINGLE, *optimal_mdsd.SEVERAL):
-        assert optimal_mdsd.above_ceiling(comparison, verifier) < 1e-8
+    assert findings[1].outcome == "fails" and [f.main for f in findings] == [True, *[False] * 4]
+    assert "without - ceiling, with: +0.00" in findings[1].numbers and all(f.check for f in findings)
+    for verifier in optimal_mdsd.SEVERAL:
+        top = optimal_mdsd.ceiling(VERIFIERS[verifier].sampling)
+        for name in optimal_mdsd.ALL:
+            rate, most = (optimal_mdsd.pooled(comparison, arm, "expected", name) for arm in (verifier, top))
+            assert np.all(rate <= most + 1e-8)
     assert all(abs(gap.interval.mean) < 1e-9 for gap in optimal_mdsd.below_ceiling(comparison, "greedy"))
     assert "20 random paths" in experiment.notes
 

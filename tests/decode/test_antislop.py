@@ -439,3 +439,10 @@ def test_a_stop_string_at_the_beginning_of_a_long_token_is_seen(tokenizer):
     job = Job(torch.zeros(1, 1, dtype=torch.long), 5, stop=["b"])
     out = DecodeLoop(engine, job, PreTrainedTokenizerFast(tokenizer_object=raw)).generate()
     assert out.new_ids == [[1]]
+
+
+def test_the_experiment_counts_phrases_by_other_means():
+    from tokenry.evidence.antislop import pattern
+
+    found = pattern(["a place where", "was said to"]).findall("A place\n where it Was said to be. Was said together.")
+    assert found == ["A place\n where", "Was said to"]

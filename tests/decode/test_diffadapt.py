@@ -784,7 +784,7 @@ def test_judge_on_answers_made_up(helps):
     task = DifficultyTask(Arithmetic(), PROBLEMS)
     never, solved = (lambda p: False), (lambda p: p.difficulty <= 6)
     cheap = answering(solved if helps else never, lambda p: 20 if p.difficulty != 5 else 40, "easy")
-    controls = ("EASY", "HARD", "SHUFFLED", "RANDOM", "LINEAR", "LENGTH", "DIRECTLY", "ORACLE")
+    controls = ("CALM", "EASY", "HARD", "SHUFFLED", "RANDOM", "LINEAR", "LENGTH", "DIRECTLY", "ORACLE")
     runs = {getattr(experiment, n): answering(lambda p: p.difficulty == 5, lambda p: 30, "easy") for n in controls}
     runs |= {
         experiment.PLAIN: answering(solved, lambda p: 40, "normal"),
@@ -798,12 +798,12 @@ def test_judge_on_answers_made_up(helps):
     known = {experiment.METHOD: np.array([helps] * 24)}
     made = Experiment("diffadapt", "", task, arms, experiment.PLAIN, None, batch=8)
     findings = experiment.findings(compare(made), trained, known, np.arange(24) % 3)
-    assert [f.holds for f in findings] == [helps] * 7 + [False] * 3
-    assert [f.outcome for f in findings[7:]] == ["described"] * 3
+    assert [f.holds for f in findings] == [helps] * 8 + [False] * 3
+    assert [f.outcome for f in findings[8:]] == ["described"] * 3
     assert verdict(findings) == ("reproduced" if helps else "not reproduced")
     assert "tokens saved, diffadapt of normal for all: 43.8%" in findings[0].numbers
-    assert "level 1: 100% easy, 0% normal, 0% hard, 20.0 of 40.0 tokens" in findings[8].numbers
-    assert "the U appears" in findings[9].numbers
+    assert "level 1: 100% easy, 0% normal, 0% hard, 20.0 of 40.0 tokens" in findings[9].numbers
+    assert "the U appears" in findings[10].numbers
 
 
 # --- the command line ------------------------------------------------------------------------------------------------

@@ -932,9 +932,11 @@ def test_the_findings_read_the_controls(shuffled, method, expected):
         experiment.BIAS: 0.25,
         experiment.SHUFFLED: shuffled,
         experiment.WHOLE: 0.0,
-        experiment.PURE: 0.15,
-        experiment.STRICT: 0.0,
-        experiment.PUBLISHED: 0.05,
+        experiment.PASSES: 0.05,
+        experiment.PURE: 0.35,
+        experiment.LOOSE: method + 0.02,
+        experiment.STRICT: method,
+        experiment.PUBLISHED: 0.0,
         experiment.METHOD: method,
     }
     samples = [Sample(str(i), "") for i in range(100)]

@@ -605,7 +605,8 @@ def test_the_experiment_from_training_to_findings(reasoner, tmp_path):
     assert comparison.mean(PLAIN, "depth_75") == 1 and 0.5 < comparison.mean(METHOD, "depth_75") < 0.75
     assert comparison.mean(METHOD, "trained_75") == 0 and comparison.mean(METHOD, "tokens") > 0
     findings = experiment.findings(comparison)
-    assert len(findings) == 5 and all(f.numbers for f in findings) and not findings[0].holds
+    assert len(findings) == 6 and all(f.numbers for f in findings) and not findings[0].holds
+    assert f"average depth of {comparison.mean(METHOD, 'depth_75'):.0%}" in findings[1].statement
     with pytest.raises(InputError, match="sets e_min itself; give warmup alone"):
         build(*reasoner, method=SkipDecode(e_min=3, warmup=2))
 

@@ -653,8 +653,6 @@ def test_the_experiment_compares_and_judges(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(speculation, "MAX_NEW_TOKENS", 12)
     monkeypatch.setattr(speculation, "ROWS", 40)
     monkeypatch.setattr(experiment, "DRAWS", 40)
-    monkeypatch.setattr(experiment, "forward_costs", lambda model, counts: dict.fromkeys([1, *counts], 1.5))
-    monkeypatch.setattr(experiment, "load", lambda: (target, tokenizer))
     method = decode.Spectr(drafter=str(tmp_path), draft_length=2)
     built = experiment.build(target, tokenizer, samples=2, method=method)
     comparison = compare(built)
@@ -684,12 +682,6 @@ def test_the_exact_distribution_of_continuations(pair):
     distribution = continuation_distribution(target, [2, 9, 3])
     assert sum(distribution.values()) == pytest.approx(1, abs=0.05) and max(map(len, distribution)) == 3
     assert all(len(new) == 3 or new[-1] == tokenizer.eos_token_id for new in distribution)
-
-
-def test_the_cost_model():
-    from tokenry.evidence.spectr import speedup
-
-    assert speedup(3.0, 4, 0.1, 1.0) == pytest.approx(3 / 1.4)
 
 
 # --- the drafter of the zoo ------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from tokenry.catalog import load as load_method
 from tokenry.cli import main
 from tokenry.core.errors import InputError
+from tokenry.data.problems import Arithmetic, draw_problems
+from tokenry.decode import generate
 from tokenry.evidence.crew import build
 from tokenry.judge import (
     CRew,
@@ -30,6 +32,7 @@ from tokenry.judge import (
     weighted_vote,
 )
 from tokenry.measure.compare import compare
+from tokenry.measure.tasks import arithmetic
 from tokenry.measure.tasks.arithmetic import ArithmeticTask, auroc
 from tokenry.text.answers import answer_tokens
 from tokenry.text.spans import text_offsets
@@ -538,31 +541,38 @@ def test_auroc_equals_counting_pairs(draws):
     assert found == pytest.approx(sum(pairs) / len(pairs)) if pairs else found != found
 
 
+PROBLEMS = draw_problems(Arithmetic(), 40, levels=(1, 2))
+
+
 class Watched(ArithmeticTask):
     """Keeps the tokens of each solution."""
 
-    def _solution(self, prompt, new, logprob):
-        solution = super()._solution(prompt, new, logprob)
-        self.seen = [*getattr(self, "seen", ()), (prompt, new[: len(solution.logprob)], solution)]
+    def _solution(self, prompt, ids, logprob):
+        solution = super()._solution(prompt, ids, logprob)
+        self.seen = [*getattr(self, "seen", ()), (prompt, ids, solution)]
         return solution
 
 
-def test_drawn_solutions_have_the_probabilities_of_teacher_forcing(llama, tokenizer):
-    """Sampling shares the solved examples, pads after them, and keeps the log-probabilities on the way."""
-    task = Watched(llama, tokenizer, count=4, drawn=3)
+def test_drawn_solutions_have_the_probabilities_of_teacher_forcing(llama, tokenizer, monkeypatch):
+    """Also where a batch is padded, and the token that ends a text is no part of it."""
+    monkeypatch.setitem(arithmetic.SAMPLING, "max_new_tokens", 12)
+    ended = copy.deepcopy(tokenizer)
+    ended.eos_token = tokenizer.convert_ids_to_tokens(generate(llama, tokenizer, "12", max_new_tokens=4).new_ids[0][-1])
+    task = Watched(llama, ended, PROBLEMS[:4], drawn=3)
     samples = task.samples()
     batch = task._solutions(samples, seed=0)
     assert [len(group) for group in batch] == [3] * 4 and len(task.seen) == 12
-    kinds = {sample.prompt: sample.data["kind"] for sample in samples}
     for prompt, ids, solution in task.seen:
-        start = task._prefix(kinds[prompt])[0][0].tolist() + tokenizer(prompt, add_special_tokens=False).input_ids
+        start = tokenizer(prompt).input_ids
         with torch.no_grad():
             logits = llama(torch.tensor([start + ids])).logits[0, len(start) - 1 : -1]
         expected = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).squeeze(1)
-        torch.testing.assert_close(solution.logprob, expected, atol=1e-4, rtol=1e-4)
-        assert solution.text == text_offsets(tokenizer, ids)[0] and "\n" not in solution.text
+        kept = len(ids) - solution.finished
+        torch.testing.assert_close(solution.logprob, expected[:kept], atol=1e-4, rtol=1e-4)
+        assert solution.text == text_offsets(tokenizer, ids[:kept])[0]
+        assert solution.finished == (ids[-1] == ended.eos_token_id)
     assert task._solutions(samples, seed=0) is batch
-    again = ArithmeticTask(llama, tokenizer, count=4, drawn=3)._solutions(samples, seed=0)
+    again = ArithmeticTask(llama, ended, PROBLEMS[:4], drawn=3)._solutions(samples, seed=0)
     assert [s.text for group in again for s in group] == [s.text for group in batch for s in group]
 
 
@@ -570,7 +580,7 @@ class Told(ArithmeticTask):
     """Sums with solutions that a test wrote: (text, probability of every token)."""
 
     def __init__(self, model, tokenizer, told):
-        super().__init__(model, tokenizer, count=len(told), drawn=3)
+        super().__init__(model, tokenizer, PROBLEMS[: len(told)], drawn=3)
         self.told = told
 
     def _solutions(self, samples, seed):
@@ -582,7 +592,7 @@ class Told(ArithmeticTask):
 
 
 def test_the_task_judges_and_the_findings_follow(llama, tokenizer):
-    golds = [s.data["answer"] for s in ArithmeticTask(llama, tokenizer, count=4).samples()]
+    golds = [problem.answer for problem in PROBLEMS[:4]]
     told = [[(f"so {gold}", 0.9), ("so 999", 0.5), ("no idea", 0.99)] for gold in golds]
     told[1] = [("so 999", 0.9), (f"so {golds[1]}", 0.5), ("no idea", 0.99)]
     experiment = build(llama, tokenizer, samples=4)
@@ -594,22 +604,21 @@ def test_the_task_judges_and_the_findings_follow(llama, tokenizer):
     assert comparison.values("crew", "accuracy") == pytest.approx([1 / 3] * 4)
     findings = experiment.findings(comparison)
     assert [f.outcome for f in findings] == ["undecided"] * 6 + ["described"]  # by four questions
-    assert "crew - all alike: +0.000" in findings[3].numbers and "crew - all alike: +0.000" in findings[4].numbers
-    assert "equation: 1.000" in findings[0].numbers and "free words: 0.500" in findings[0].numbers
+    assert "crew - all alike: +0.000" in findings[1].numbers and "crew - all alike: +0.000" in findings[2].numbers
+    assert "AUROC: 0.750" in findings[3].numbers and findings[6].numbers.endswith("0.90: 1.00")
 
 
 def test_the_findings_are_decided_by_more_questions(llama, tokenizer):
     """Right solutions come second and are surer: whoever reads probabilities is ahead of who does not."""
-    golds = [s.data["answer"] for s in ArithmeticTask(llama, tokenizer, count=40).samples()]
-    told = [[("so 999", 0.5), (f"so {gold}", 0.9)] for gold in golds]
+    told = [[("so 999", 0.5), (f"so {problem.answer}", 0.9)] for problem in PROBLEMS]
     experiment = build(llama, tokenizer, samples=40)
     findings = experiment.findings(compare(dataclasses.replace(experiment, task=Told(llama, tokenizer, told))))
-    assert [f.outcome for f in findings if f.main] == ["holds"] and "AUROC, equation: 1.000" in findings[0].numbers
-    assert [f.outcome for f in findings[3:5]] == ["holds", "holds"]
-    assert findings[1].outcome == findings[5].outcome == "undecided"  # the log-likelihood says the same here
+    assert [f.outcome for f in findings[1:4]] == ["holds"] * 3 and "AUROC: 1.000" in findings[3].numbers
+    assert findings[0].main and findings[0].outcome == findings[4].outcome == "undecided"  # as log-likelihood has it
 
 
-def test_the_experiment_runs_on_a_real_draw(llama, tokenizer):
+def test_the_experiment_runs_on_a_real_draw(llama, tokenizer, monkeypatch):
+    monkeypatch.setitem(arithmetic.SAMPLING, "max_new_tokens", 12)
     experiment = build(llama, tokenizer, samples=2, method=CRew(aggregate="product"))
     comparison = compare(experiment)
     assert {s.role for s in experiment.arms} == {"plain", "control", "method"}

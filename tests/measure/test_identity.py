@@ -135,7 +135,11 @@ def test_what_is_kept_is_kept_for_these_weights(llama, other, tokenizer, retrain
 
 
 TASKS = {
-    "sums": (ArithmeticTask, {"count": 2}, [{"drawn": 3}, {"seed": 1}]),
+    "sums": (
+        ArithmeticTask,
+        {"problems": draw_problems(Arithmetic(), 2)},
+        [{"drawn": 3}, {"problems": draw_problems(Arithmetic(), 2, seed=1)}],
+    ),
     "stories": (StoriesTask, {"patterns": ["a"], "count": 2}, [{"patterns": ["b"]}, {"max_new_tokens": 9}]),
     "reflection": (ReflectionTask, {"token_ids": [3], "count": 2}, [{"token_ids": [4]}, {"period": 50.0}]),
 }

@@ -438,9 +438,9 @@ def test_planted_neurons_are_named_and_reproduce_the_claim(experiment):
     assert {s.id for s in made.task.samples()} == {f"{i}.{j}" for i in (1, 2, 3) for j in range(4)}
     findings = made.findings(comparison)
     assert verdict(findings) == "reproduced", findings
-    assert [f.outcome for f in findings] == ["holds"] * 4
+    assert [f.outcome for f in findings] == ["holds"] * 3
     assert comparison.mean(METHOD, "effect") > 2 * comparison.mean(RANDOM, "effect")
-    assert comparison.mean(PLAIN, "effect") < 1e-4
+    assert comparison.values(PLAIN, "effect").max() < 1e-4
     assert math.isnan(comparison.mean(PLAIN, "correlation")) and comparison.mean(METHOD, "correlation") > 0.5
 
 

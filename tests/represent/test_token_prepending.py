@@ -15,6 +15,8 @@ from tokenry.cli import main
 from tokenry.core.errors import InputError
 from tokenry.evidence.token_prepending import (
     BOS,
+    COT,
+    COT_PLAIN,
     METHOD,
     MINILM,
     PLAIN,
@@ -451,13 +453,19 @@ def test_the_experiment_runs_and_its_controls_are_what_they_say(llama, tokenizer
     method = TokenPrepending(exit_layer=3, output_layer=3)
     experiment = build(llama, tokenizer, samples=6, method=method)
     roles = {s.name: s.role for s in experiment.arms}
-    assert roles == {PLAIN: "plain", SLOT: "control", PUBLISHED: "method", METHOD: "method", MINILM: "control"}
+    assert roles == {
+        PLAIN: "plain",
+        **dict.fromkeys((SLOT, COT_PLAIN, MINILM), "control"),
+        **dict.fromkeys((PUBLISHED, COT, METHOD), "method"),
+    }
     comparison = compare(experiment)
     second = [p.second for p in spread(load_pairs("test"), 6)]
     for name, embedder in {
         PLAIN: PromptEmbedder(llama, tokenizer, output_layer=3),
         SLOT: TokenPrepending(overwrite=False, output_layer=3).encoder(llama, tokenizer),
         PUBLISHED: TokenPrepending(exit_layer=2, output_layer=3).encoder(llama, tokenizer),
+        COT_PLAIN: PromptEmbedder(llama, tokenizer, output_layer=3, prompt="cot"),
+        COT: TokenPrepending(exit_layer=3, output_layer=3, prompt="cot").encoder(llama, tokenizer),
         METHOD: method.encoder(llama, tokenizer),
     }.items():
         cosine = torch.nn.functional.cosine_similarity(
@@ -469,7 +477,7 @@ def test_the_experiment_runs_and_its_controls_are_what_they_say(llama, tokenizer
         100 * spearman(comparison.values(METHOD, "similarity"), comparison.values(METHOD, "gold"))
     )
     findings = experiment.findings(comparison)
-    assert len(findings) == 4 and "layer (3) beats the last one" in findings[3].statement
+    assert len(findings) == 5 and "layer (3) beats the last one" in findings[4].statement
 
 
 @pytest.mark.parametrize("helps", [True, False])
@@ -477,7 +485,7 @@ def test_the_judge_follows_the_numbers(llama, tokenizer, helps):
     """Cosines that equal the gold score up to noise: little noise for what is good."""
     experiment = build(llama, tokenizer, samples=150, method=TokenPrepending(output_layer=2))
     samples = experiment.task.samples()
-    noise = dict.fromkeys((PLAIN, SLOT, PUBLISHED), 1.0) | {METHOD: 0.1 if helps else 2.5, MINILM: 0.1}
+    noise = dict.fromkeys((PLAIN, SLOT, PUBLISHED, COT_PLAIN, COT), 1.0) | {METHOD: 0.1 if helps else 2.5, MINILM: 0.1}
     outcomes = {}
     for name, size in noise.items():
         draw = np.random.default_rng(len(name)).normal(size=(len(samples), 5))
@@ -488,13 +496,13 @@ def test_the_judge_follows_the_numbers(llama, tokenizer, helps):
             outcomes[name, sample.id, 0] = Outcome(metrics, detail={"layers": layers})
     findings = experiment.findings(Comparison(experiment, samples, outcomes))
     better = "holds" if helps else "fails"
-    assert [f.outcome for f in findings] == [better, better, "undecided", "holds"]
+    assert [f.outcome for f in findings] == [better, better, "undecided", "undecided", "holds"]
     assert verdict(findings) == ("partly" if helps else "not reproduced")
     # a plain prompt that dev reads elsewhere: then the gain could be the layer's
     plain = replace(experiment.arms[0], setting={"output_layer": 1})
     elsewhere = replace(experiment, arms=[plain, *experiment.arms[1:]])
     more = elsewhere.findings(Comparison(elsewhere, samples, outcomes))
-    assert more[:4] == findings and more[4].holds == helps and "same layer (2)" in more[4].statement
+    assert more[:5] == findings and more[5].holds == helps and "same layer (2)" in more[5].statement
 
 
 def test_meaning_decides_on_the_embedded_model(smollm2):

@@ -589,6 +589,12 @@ def comparison(sharp, tokenizer, tmp_path_factory):
         return compare(found)
 
 
+def test_pairs_of_a_prompt_stay_together():
+    pairs = [{"prompt_ids": ids} for ids in ([1, 2, 5], [1, 9], [1, 2, 6], [1, 7, 8], [3, 4], [1, 2, 5, 5])]
+    held, kept = experiment.split(pairs, [[1], [1, 2], [3, 4]], 2)
+    assert held == [pairs[0], pairs[2], pairs[5]] and kept == [pairs[1], pairs[3], pairs[4]]
+
+
 def test_the_experiment_measures_each_kind_of_sample(comparison, sharp, tokenizer):
     plain, method = experiment.PLAIN, experiment.METHOD
     assert {s.id.split("-")[0] for s in comparison.samples} == {"story", "text", "pair"}
@@ -615,8 +621,8 @@ def test_the_verdict_follows_from_the_numbers(comparison, monkeypatch):
     plain, method = experiment.PLAIN, experiment.METHOD
 
     def rate(arm):
-        values = [comparison.values(arm, n)[:4] for n in ("hits_per_1000_words", "words")]
-        return (values[0] * values[1]).sum() / values[1].sum()
+        hits, words = (comparison.table(arm)[n][:4] for n in ("hits_per_1000_words", "words"))
+        return (hits * words).sum() / words.sum()
 
     expected = 1 - rate(method) / rate(plain)
     assert experiment.fewer_hits(comparison, method).interval.mean == pytest.approx(expected)

@@ -31,6 +31,7 @@ from ..measure.statistics import Interval, bootstrap_statistic
 from ..measure.task import Arm
 from ..measure.tasks.stories import SAMPLING
 from ..measure.tasks.unlearning import UnlearningTask
+from ..models.prompts import prompt_ids
 from ..train.adapters import save_adapter, without_adapter
 from ..train.ftpo import FTPO
 from ..train.preference.pairs import read_pairs
@@ -69,8 +70,10 @@ def build(run: Run) -> Design:
     method = run.settings(FTPO, **{**DEFAULT, "max_examples": run.size(DEFAULT["max_examples"], 40)})
     words, held_out = lines("slop_words_smollm2.txt"), run.size(HELD_OUT, 8)
     folder = run.folder("ftpo")  # of the bare model: adapters come later
-    pairs = training_pairs(run, folder, method, words)
-    held, kept = pairs[:held_out], pairs[held_out:]
+    prompts = lines("training_prompts.txt")
+    prompts = prompts[: run.size(len(prompts), BATCH)]
+    pairs = training_pairs(run, folder, method, words, prompts)
+    held, kept = split(pairs, [prompt_ids(run.tokenizer, prompt) for prompt in prompts], held_out)
     if len(kept) < len(held):
         raise InputError(
             f"only {len(pairs)} pairs are left of the rewinds; this model hardly writes the {len(words)} words, or "
@@ -107,9 +110,10 @@ def build(run: Run) -> Design:
             Arm(METHOD, setting=setting[METHOD], apply={"adapter": METHOD}),
         ],
         baseline=PLAIN,
-        notes=f"{len(words)} words that the model overuses; {len(kept)} pairs from stories to other prompts. All are "
-        "trained on the same pairs in the same order, with the same LoRA, learning rate and stopping rule (choice_win "
-        "0.5).",
+        notes=f"{len(words)} words that the model overuses; {len(kept)} pairs from stories to other prompts, and "
+        f"{len(held)} held out, from prompts of their own. All are trained on the same pairs in the same order, with "
+        "the same LoRA, learning rate and stopping rule (choice_win 0.5), each once: the intervals do not contain the "
+        "variance of training.",
         tried="These, and the strong tie (20 times the published weight), were chosen on the first 24 prompts of the "
         "task `stories`, which are left out here.",
     )
@@ -122,14 +126,11 @@ def lines(name: str) -> list[str]:
     return (files("tokenry.data") / "prompts" / name).read_text(encoding="utf-8").splitlines()
 
 
-def training_pairs(run: Run, folder: Path, method: FTPO, words: Sequence[str]) -> list[dict[str, Any]]:
-    """Pairs from rewinds under a ban of `words` on the training prompts; sampled where they are not there yet."""
-    prompts, ban = lines("training_prompts.txt"), Antislop(phrases=words)
-    prompts, rounds, new_tokens = (
-        prompts[: run.size(len(prompts), BATCH)],
-        run.size(ROUNDS, 1),
-        run.size(NEW_TOKENS, 60),
-    )
+def training_pairs(
+    run: Run, folder: Path, method: FTPO, words: Sequence[str], prompts: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Pairs from rewinds under a ban of `words` on the prompts; sampled where they are not there yet."""
+    ban, rounds, new_tokens = Antislop(phrases=words), run.size(ROUNDS, 1), run.size(NEW_TOKENS, 60)
 
     def sample() -> list[dict[str, Any]]:
         found = []
@@ -143,6 +144,21 @@ def training_pairs(run: Run, folder: Path, method: FTPO, words: Sequence[str]) -
     setting = [ban.model_dump(mode="json"), prompts, SAMPLING, rounds, BATCH, new_tokens]
     rewinds = built_once(folder / f"rewinds-{digest(setting)}.jsonl", sample, _write_lines, read_pairs)
     return method.pairs(rewinds, run.tokenizer)
+
+
+def split(
+    pairs: Sequence[dict[str, Any]], prompts: Sequence[list[int]], count: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """At least `count` pairs, and the rest. All pairs of a prompt are on one side: contexts of a story nest."""
+    by_prompt: dict[int, list[dict[str, Any]]] = {}
+    for pair in pairs:
+        begins = [i for i, ids in enumerate(prompts) if pair["prompt_ids"][: len(ids)] == ids]
+        by_prompt.setdefault(max(begins, key=lambda i: len(prompts[i])), []).append(pair)
+    held: list[dict[str, Any]] = []
+    kept: list[dict[str, Any]] = []
+    for group in by_prompt.values():
+        (held if len(held) < count else kept).extend(group)
+    return held, kept
 
 
 def _write_lines(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -190,9 +206,10 @@ def fewer_hits(c: Comparison, arm: str) -> Contrast:
     """1 - hits per word / hits per word of the plain model, over all stories."""
 
     def rates(name: str) -> tuple[np.ndarray, np.ndarray]:
-        hits, words = (c.values(name, n) for n in ("hits_per_1000_words", "words"))
-        stories = ~np.isnan(hits)
-        return (hits * words)[stories], words[stories]
+        table = c.table(name)
+        words = table["words"]
+        stories = ~np.isnan(words).all(1)
+        return (table["hits_per_1000_words"] * words)[stories].sum(1), words[stories].sum(1)
 
     (hits, words), (plain_hits, plain_words) = rates(arm), rates(PLAIN)
 

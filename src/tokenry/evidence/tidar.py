@@ -26,8 +26,6 @@ from ..measure.claims import (
     above,
     all_of,
     at_least,
-    at_most,
-    exactly,
     loses_at_most,
     within,
 )
@@ -56,7 +54,7 @@ MARGIN = 0.03  # of accuracy, where few problems are decoded
 LESSONS, MANY = 2000, 960  # texts for the bigrams, problems for accuracy
 
 
-@experiment("tidar", TiDAR, model="zoo/tidar", samples=80, seeds=(0, 1, 2), quick=2, limit=320)
+@experiment("tidar", TiDAR, model="zoo/tidar", samples=140, seeds=(0, 1, 2), quick=2, limit=320)
 def build(run: Run) -> Design:
     """Greedy decoding by the model's own guesses and by others, and sampling.
 
@@ -79,7 +77,8 @@ def build(run: Run) -> Design:
         f"guesses. Greedy arms run once, sampled ones (temperature {TEMPERATURE}) with every seed. Guesses of "
         f"other kinds go through the same rows; bigrams are those of {LESSONS} lessons. Prompt lookup checks as many "
         f"guesses in a chain, the n-gram tree has {tree_width(plan) * (plan.block_size - 1)} nodes. The twin had the "
-        "same batches and weights to start from, and learned next tokens alone. Accuracy against it is of "
+        "same batches and weights to start from, and learned next tokens alone; both were trained once, so that the "
+        "intervals do not contain the variance of training. Accuracy against it is of "
         f"{many} problems.",
         tried="Against the gap to the twin, on dev problems, neither helped: a second phase of training, and a larger "
         "weight of the next tokens in it (alpha 4).",
@@ -156,7 +155,8 @@ def make_arms(
 
 @build.findings
 def findings(c: Comparison, solve: Callable[..., list], twins: dict[str, PreTrainedModel], rows: int) -> list[Finding]:
-    """Fewer forwards, the same text, the worth of the guesses, the price of learning them, sampling, trust and time."""
+    """Fewer forwards, the worth of the guesses, the price of learning them, sampling, trust and time. That greedy text
+    stays the same whoever guesses is what tests say."""
     efficiency, better = (
         {name: c.value(EFFICIENCY.name, name, ".2f") for name in c.arms},
         partial(beats, c, EFFICIENCY.name),
@@ -169,7 +169,6 @@ def findings(c: Comparison, solve: Callable[..., list], twins: dict[str, PreTrai
             main=True,
             note=f"guesses that came out, by depth: {_by_depth(c, METHOD)}",
         ),
-        _same_text(c),
         Finding(
             "its guesses are better than random ones, repetition and bigrams", better(METHOD, [RANDOM, REPEAT, BIGRAM])
         ),
@@ -191,20 +190,6 @@ def findings(c: Comparison, solve: Callable[..., list], twins: dict[str, PreTrai
         ),
         _seconds(c, rows),
     ]
-
-
-def _same_text(c: Comparison) -> Finding:
-    plain = [detail["ids"] for detail in c.details(PLAIN) if detail]
-    same = {
-        name: sum(detail["ids"] == ids for detail, ids in zip(filter(None, c.details(name)), plain, strict=True))
-        for name in (*LOSSLESS, HALF, NONE)
-    }
-    others = exactly(len(plain) - min(same[name] for name in LOSSLESS), "most texts that are other ones")
-    return Finding(
-        "with full trust in the causal rows every greedy text is the model's own, whoever guesses",
-        at_most(others, 0),
-        note=f"the same as token by token, of {len(plain)}: " + ", ".join(f"{name} {n}" for name, n in same.items()),
-    )
 
 
 def _price(c: Comparison, solve: Callable[..., list], twins: dict[str, PreTrainedModel]) -> Finding:

@@ -36,17 +36,20 @@ if TYPE_CHECKING:
 
 __all__ = ["DevScores", "build", "score_on_dev"]
 
-PLAIN, BOS, SLOT, PUBLISHED, METHOD, MINILM = (
+PLAIN, BOS, SLOT, PUBLISHED, BARE, COT_PLAIN, COT, METHOD, MINILM = (
     "plain",
     "plain with BOS",
     "slot only",
     "published scope",
+    "token-prepending without BOS",
+    "plain, cot prompt",
+    "token-prepending, cot prompt",
     "token-prepending",
     "all-MiniLM-L6-v2",
 )
 SHIPPED = Path(__file__).parent / "data" / "token_prepending_dev.json"
 REMEDY = "make one with tools/choose_token_prepending.py"
-DEV_PAIRS, BATCH = 150, 64
+DEV_PAIRS, BATCH = 500, 64
 EXITS = (2, 3, 4, 5)
 
 
@@ -125,7 +128,7 @@ def score_on_dev(
     """Spearman of every exit layer, with and without BOS, at every output layer: one pass each over the dev pairs.
 
     Args:
-        pairs: default 150 pairs, evenly spread over dev.
+        pairs: default 500 pairs, evenly spread over dev.
         progress: called with every setting before it runs.
     """
     pairs = spread(load_pairs("dev"), DEV_PAIRS) if pairs is None else pairs
@@ -163,7 +166,7 @@ def build(run: Run) -> Design:
 
     Samples are pairs, evenly spread over the test split; by default all 1379. Seeds are those of the slot's embedding.
     Settings of `method` are compared instead of those chosen on dev; every arm then has its output layer. For a model
-    other than the embedded one the choice on dev takes as long as a few hundred test pairs.
+    other than the embedded one the choice on dev takes longer than the test.
     """
     layers, rival, method = {}, None, run.method
     notes = "Exit layer, BOS and output layer as given."
@@ -197,8 +200,12 @@ def prompted_arms(run: Run, method: TokenPrepending, layers: Mapping[str, int]) 
         _arm(run, BOS, "control", at(BOS, add_bos=True), slot=False),
         _arm(run, SLOT, "control", at(SLOT, overwrite=False)),
         _arm(run, PUBLISHED, "method", at(PUBLISHED, exit_layer=scope)),
+        _arm(run, COT_PLAIN, "control", at(COT_PLAIN, prompt="cot"), slot=False),
+        _arm(run, COT, "method", at(COT, prompt="cot")),
         _arm(run, METHOD, "method", method),
     ]
+    if method.add_bos:
+        arms.insert(-1, _arm(run, BARE, "method", at(BARE, add_bos=False)))
     return [arm for arm in arms if arm.name != BOS or run.tokenizer.bos_token_id is not None]
 
 
@@ -208,10 +215,11 @@ def choose(scores: DevScores) -> tuple[TokenPrepending, dict[str, int], str, str
     method = _method(best.exit_layer).model_copy(update={"add_bos": best.add_bos, "output_layer": best.best})
     scope = published_exit(len(best.layers))
     rows = {PLAIN: (0, False), BOS: (0, True), SLOT: (1, best.add_bos), PUBLISHED: (scope, best.add_bos)}
+    rows |= {BARE: (best.exit_layer, False)} if best.add_bos else {}
     layers = {r: row.best for r, key in rows.items() for row in scores.rows if (row.exit_layer, row.add_bos) == key}
     notes = (
         f"Chosen on {scores.pairs} pairs of STS-B dev, where each arm has its own best output layer: {_say(best)}; "
-        f"the best plain setting there is {_say(plain)}."
+        f"the best plain setting there is {_say(plain)}. With the cot prompt both arms have the method's layer."
     )
     return method, layers, BOS if plain.add_bos else PLAIN, notes
 
@@ -263,6 +271,12 @@ def findings(c: Comparison, rival: str, same: str) -> list[Finding]:
         Finding(f"Token-prepending beats the plain prompt ({rival}).", better(METHOD, [rival]), main=True, note=scores),
         Finding("It beats the slot that is never overwritten.", better(METHOD, [SLOT])),
         Finding(f"The published scope beats the plain prompt ({rival}).", better(PUBLISHED, [rival])),
+        Finding("With the cot prompt it beats the plain cot prompt.", better(COT, [COT_PLAIN])),
+        *(
+            [Finding("Where neither has BOS it beats the plain prompt.", better(BARE, [PLAIN]))]
+            if BARE in layers
+            else []
+        ),
         Finding(
             f"An intermediate output layer ({layer}) beats the last one.",
             above(_gap(c, (METHOD, layer), (METHOD, -1)), 0),

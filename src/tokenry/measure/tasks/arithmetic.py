@@ -1,43 +1,39 @@
-"""The task `sums`: a model solves small sums several times over, and judges tell its right solutions from its wrong."""
+"""The task `sums`: a model solves problems several times over, and judges tell its right solutions from its wrong."""
 
 from __future__ import annotations
 
-import copy
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ...data.problems import Problem
+from ...decode.api import generate
 from ...judge.answers.choice import best_of_n, weighted_vote
 from ...judge.answers.samples import Judged, Solution
 from ...judge.crew import CRew
 from ...text.answers import normalise_answer
 from ...text.spans import text_offsets
 from ..task import Arm, Metric, Outcome, Sample
+from .generated import continuation_logprobs
 
-__all__ = ["KINDS", "ArithmeticTask", "Judge", "auroc"]
+__all__ = ["ArithmeticTask", "Judge", "auroc"]
 
 Judge = Callable[[Sequence[Solution], random.Random], Iterable[float | None]]
 
-QUESTION = "Q: {a} + {b} = ? A:"
-SHOTS = ((17, 25), (8, 14), (23, 19))
-KINDS = {  # how the solved examples answer: with the equation alone, or with words in front that anybody may choose
-    "equation": ("", "", ""),
-    "free words": ("With apples: ", "With old books: ", "With stamps: "),
-}
-NEW_TOKENS = 20
+SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "max_new_tokens": 256}
 
 
 class ArithmeticTask:
-    """Sums a + b of numbers from 2 to 30, each solved `drawn` times at temperature 1 after three solved examples.
+    """Problems that are each solved `drawn` times at temperature 1, step by step where the model has learned that.
 
     All judges see the same solutions, which are drawn once. An arm's `apply` gives each solution a score > 0, or
-    None. The answer is the last number of the solution; what has none counts as wrong and is left out of every choice.
+    None. The answer is the last number of the solution; what has none, or was cut off, counts as wrong and is left out
+    of every choice.
 
     `seconds` are those of judging: the solutions come with their log-probabilities, so no judge needs a forward.
     """
@@ -52,32 +48,18 @@ class ArithmeticTask:
     )
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        count: int = 200,
-        drawn: int = 8,
-        seed: int = 0,
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], drawn: int = 8
     ) -> None:
-        self.model, self.tokenizer, self.drawn = model, tokenizer, drawn
-        self.setting = {"drawn": drawn, "seed": seed}
+        self.model, self.tokenizer, self.problems, self.drawn = model, tokenizer, problems, drawn
+        self.setting = {"drawn": drawn}
         self.reader = CRew(marker="number")
-        self.prefixes: dict[str, tuple[Tensor, DynamicCache]] = {}
         self._last: tuple[tuple, list[list[Solution]]] | None = None
-        ids = [*tokenizer.get_vocab().values()]
-        lines = {i for i in ids if "\n" in tokenizer.decode([i])}
-        self.ends = sorted(lines | {tokenizer.eos_token_id})
-        draw = random.Random(seed)
-        self._samples = [self._sample(i, draw.randint(2, 30), draw.randint(2, 30), seed) for i in range(count)]
 
-    @staticmethod
-    def _sample(index: int, a: int, b: int, seed: int) -> Sample:
-        kind = list(KINDS)[index % len(KINDS)]
-        data = {"answer": str(a + b), "kind": kind, "index": index}
-        return Sample(f"sums-{seed}-{index:03}", QUESTION.format(a=a, b=b), data)
-
-    def samples(self) -> Sequence[Sample]:
-        return self._samples
+    def samples(self) -> list[Sample]:
+        return [
+            Sample(p.id, p.question, {"answer": p.answer, "index": i, "level": p.difficulty})
+            for i, p in enumerate(self.problems)
+        ]
 
     def run(self, arm: Arm, samples: Sequence[Sample], seed: int) -> list[Outcome]:
         return [
@@ -105,100 +87,27 @@ class ArithmeticTask:
         return Outcome(
             metrics,
             {"seconds": seconds, "forward_passes": 0, "tokens_processed": 0},
-            {"kind": sample.data["kind"], "scored": pairs, **shown},
+            {"level": sample.data["level"], "scored": pairs, **shown},
         )
-
-    # --- drawing ---------------------------------------------------------------------------------------------------
 
     def _solutions(self, samples: Sequence[Sample], seed: int) -> list[list[Solution]]:
         """The solutions of each sample. All arms of a batch share them."""
         key = (seed, *(sample.id for sample in samples))
         if self._last is None or self._last[0] != key:
-            drawn: dict[str, list[Solution]] = {}
-            for kind in KINDS:
-                mine = [sample for sample in samples if sample.data["kind"] == kind]
-                drawn |= self._draw(kind, mine, 1_000_003 * seed + samples[0].data["index"]) if mine else {}
-            self._last = key, [drawn[sample.id] for sample in samples]
+            asked = [sample.prompt for sample in samples for _ in range(self.drawn)]
+            output = generate(
+                self.model, self.tokenizer, asked, seed=1_000_003 * seed + samples[0].data["index"], **SAMPLING
+            )
+            rows = zip(asked, output.new_ids, continuation_logprobs(self.model, output))
+            drawn = [self._solution(*row) for row in rows]
+            self._last = key, [drawn[i : i + self.drawn] for i in range(0, len(drawn), self.drawn)]
         return self._last[1]
 
-    @torch.no_grad()
-    def _draw(self, kind: str, samples: Sequence[Sample], seed: int) -> dict[str, list[Solution]]:
-        """Sample every question `drawn` times. The solved examples are read once; padding comes after them."""
-        shots, cache = self._prefix(kind)
-        rows = [sample for sample in samples for _ in range(self.drawn)]
-        asked = self.tokenizer(
-            [sample.prompt for sample in rows],
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-            add_special_tokens=False,
-        ).to(self.model.device)
-        cache = copy.deepcopy(cache)
-        cache.batch_repeat_interleave(len(rows))
-        ids = torch.cat([shots.expand(len(rows), -1), asked.input_ids], 1)
-        mask = torch.cat([torch.ones_like(shots).expand(len(rows), -1), asked.attention_mask], 1)
-        watch = DrawnLogprobs()
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            out = self.model.generate(
-                ids,
-                attention_mask=mask,
-                past_key_values=cache,
-                logits_processor=LogitsProcessorList([watch]),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=NEW_TOKENS,
-                eos_token_id=self.ends,
-                pad_token_id=self.tokenizer.pad_token_id,
-            )
-        logprobs = watch.finish(out).cpu()
-        found: dict[str, list[Solution]] = {}
-        for sample, new, logprob in zip(rows, out[:, ids.shape[1] :].tolist(), logprobs):
-            found.setdefault(sample.id, []).append(self._solution(sample.prompt, new, logprob))
-        return found
-
-    def _prefix(self, kind: str) -> tuple[Tensor, DynamicCache]:
-        """The solved examples of a kind (1, T) and their cache."""
-        if kind not in self.prefixes:
-            solved = [
-                f"{QUESTION.format(a=a, b=b)} {words}{a} + {b} = {a + b}.\n"
-                for (a, b), words in zip(SHOTS, KINDS[kind])
-            ]
-            ids = self.tokenizer("".join(solved), return_tensors="pt").input_ids.to(self.model.device)
-            cache = DynamicCache(config=self.model.config)
-            self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            self.prefixes[kind] = ids, cache
-        return self.prefixes[kind]
-
-    def _solution(self, prompt: str, new: list[int], logprob: Tensor) -> Solution:
-        """The tokens before the end of the line."""
-        length = next((i for i, token in enumerate(new) if token in self.ends), len(new))
-        text, offsets = text_offsets(self.tokenizer, new[:length])
-        return Solution(prompt, text, offsets, logprob[:length], finished=length < len(new))
-
-
-class DrawnLogprobs(LogitsProcessor):
-    """Keeps the log-probability of every drawn token, from the logits before any warping."""
-
-    def __init__(self) -> None:
-        self.before: Tensor | None = None
-        self.parts: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self._take(input_ids)
-        self.before = scores.float().log_softmax(-1)
-        return scores
-
-    def finish(self, sequences: Tensor) -> Tensor:
-        """(rows, new tokens) in nats, once generation has returned `sequences`."""
-        self._take(sequences)
-        return torch.cat(self.parts, 1)
-
-    def _take(self, ids: Tensor) -> None:
-        if self.before is not None:
-            self.parts.append(self.before.gather(1, ids[:, -1:]))
+    def _solution(self, prompt: str, ids: list[int], logprob: Tensor) -> Solution:
+        """The tokens before the end of the text."""
+        finished = ids[-1] == self.tokenizer.eos_token_id
+        text, offsets = text_offsets(self.tokenizer, ids[:-1] if finished else ids)
+        return Solution(prompt, text, offsets, logprob[: len(offsets)], finished)
 
 
 def auroc(scores: Sequence[float], correct: Sequence[bool]) -> float:

@@ -87,11 +87,11 @@ class DepthTask:
     stage = "decode"
     metrics = (
         *(
-            Metric(f"nll_{d}", "lower", f"nats per token of a text, not trained, average depth {d}%")
+            Metric(f"nll_{d}", "lower", f"nats per token of a text, not trained, planned average depth {d}%")
             for d in TEXT_DEPTHS
         ),
-        *(Metric(f"untrained_{d}", "higher", f"sums solved, average depth {d}%") for d in PROBLEM_DEPTHS),
-        *(Metric(f"trained_{d}", "higher", f"sums solved after training, at {d}%") for d in PROBLEM_DEPTHS),
+        *(Metric(f"untrained_{d}", "higher", f"sums solved, planned average depth {d}%") for d in PROBLEM_DEPTHS),
+        *(Metric(f"trained_{d}", "higher", f"sums solved after training, planned at {d}%") for d in PROBLEM_DEPTHS),
         Metric("depth_75", None, "average depth that was run at the last of these, as a share of the layers"),
     )
 
