@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..core.errors import InputError
 from ..core.fields import Times, Tokens
+from ..core.method import Local
 from ..models.batch import pad_id
 from ..models.load import Loaded, shared
 from ..models.prompts import listed_prompts
@@ -45,7 +46,7 @@ class SpecReason(RunnerMethod):
         "tokens, at equal or better accuracy."
     )
 
-    small: Annotated[Any, WithJsonSchema({"type": "string"})] = Field(
+    small: Annotated[Any, Local(), WithJsonSchema({"type": "string"})] = Field(
         default="zoo/speculator",
         description="the small model: a name or folder as for --model, or in Python what tokenry.load returns",
     )
@@ -59,7 +60,9 @@ class SpecReason(RunnerMethod):
     )
     first_n_base_steps: Times = Field(default=0, description="steps at the beginning that the base model writes")
     max_step_tokens: Tokens = Field(default=512, description="most tokens of a step")
-    prompts: Annotated[StepPrompts | None, BeforeValidator(read_prompts), WithJsonSchema({"type": "string"})] = Field(
+    prompts: Annotated[
+        StepPrompts | None, Local(), BeforeValidator(read_prompts), WithJsonSchema({"type": "string"})
+    ] = Field(
         default=None,
         description="the words around the steps: chat, lines (zoo/reasoner) or JSON; none for what fits the model",
     )
