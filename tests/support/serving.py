@@ -4,6 +4,7 @@ import asyncio
 import queue
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -158,7 +159,5 @@ class OneByOne:
         self._send(order, Piece([], "", finish=FINISH[out.stop_reasons[0]], events=events))
 
     def _send(self, order, piece):
-        try:
+        with suppress(RuntimeError):  # the loop of a client that has gone
             order.put(piece)
-        except RuntimeError:  # the loop of a client that has gone
-            pass

@@ -21,7 +21,7 @@ from .errors import ErrorAnswer, Refused, answer_errors
 from .gate import Gate, State
 from .metrics import Metrics
 from .protocol import ChatRequest, CompletionRequest
-from .service import Limits, Service
+from .service import LIMITS, Limits, Service
 
 __all__ = ["create_app"]
 
@@ -39,7 +39,7 @@ def create_app(
     backend: Backend,
     *,
     methods: Sequence[DecodeMethod] = (),
-    limits: Limits = Limits(),
+    limits: Limits = LIMITS,
     api_key: str | None = None,
     hosts: Collection[str] | None = None,
     log_texts: bool = False,

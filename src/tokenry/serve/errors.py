@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -95,28 +97,40 @@ def answer_errors(app: FastAPI) -> None:
 
 
 MESSAGES = {
+    400: "the body is not JSON that can be read; send a JSON object",
     404: "there is nothing at {path}; the routes are /v1/models, /v1/completions and /v1/chat/completions",
     405: "{path} does not take this method; completions are asked for with POST, all else with GET",
     413: "the body of the request is too large; send at most 1 MB",
 }
 
 
+# What pydantic calls the ways to read a field that can be several things; they are no part of its name.
+SHOULD = "Input should be "
+WAY = re.compile(r"(str|int|float|bool|literal|list|dict|constrained|function)(\W.*)?")
+
+
 def _first(problems: Sequence[Any]) -> tuple[str, str | None]:
     """The first problem of a request, in one sentence, and the field it is in."""
     problem = problems[0]
-    place = [str(part) for part in problem["loc"] if part != "body"]
     raised = problem.get("ctx", {}).get("error")
     if isinstance(raised, Refused):
         return str(raised), raised.param
-    message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "json_invalid":
         return f"the body is not JSON ({raised}); send a JSON object", None
+    place = _place(problem)
     if not place:
         return f"the body is {shown(problem['input'])}; send a JSON object as application/json", None
-    param = place[0]
     if problem["type"] == "missing":
-        return f"the field {'.'.join(place)!r} is missing; give it", param
+        return f"the field {'.'.join(place)!r} is missing; give it", place[0]
     if problem["type"] == "value_error":
-        return message, param
-    why = message[:1].lower() + message[1:]
-    return f"{param}={shown(problem['input'])} is not allowed; {why.replace('input should', 'it should')}", param
+        return problem["msg"].removeprefix("Value error, "), place[0]
+    said = [one["msg"] for one in problems if _place(one)[: len(place)] == place]
+    kinds = [text.removeprefix(SHOULD) for text in dict.fromkeys(said) if text.startswith(SHOULD)]
+    wanted = f"it should be {', or '.join(kinds)}" if kinds else said[0][:1].lower() + said[0][1:]
+    return f"{'.'.join(place)}={shown(problem['input'])} is not allowed; {wanted}", place[0]
+
+
+def _place(problem: Any) -> list[str]:
+    """The path of the field that a problem is in."""
+    parts = [str(part) for part in problem["loc"] if part != "body"]
+    return list(takewhile(lambda part: not WAY.fullmatch(part), parts))

@@ -66,8 +66,8 @@ def made(value: Any) -> DecodeMethod:
         raise Refused(f"there is no method {shown(value['name'])}; give one of {', '.join(known)}", "methods")
     cls = known[value["name"]]
     model = options_model(cls)
-    for name in value:
-        if name in cls.model_fields and name not in model.model_fields:
+    for name, field in cls.model_fields.items():
+        if name not in model.model_fields and (name in value or field.is_required()):
             raise Refused(
                 f"{cls.slug}: {name} is opened where the server runs and is not taken from a request; set it with "
                 f"`tokenry serve --method {cls.slug} -o {name}=...`",
@@ -93,7 +93,11 @@ def in_force(
 
 
 def _schema() -> Any:
-    return reduce(or_, map(options_model, offered().values()))
+    """Any of the methods that a request can describe."""
+    models = [(cls, options_model(cls)) for cls in offered().values()]
+    return reduce(
+        or_, [m for c, m in models if all(n in m.model_fields for n, f in c.model_fields.items() if f.is_required())]
+    )
 
 
 MethodField = Annotated[Any, PlainValidator(made, json_schema_input_type=_schema())]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..core.fields import shown
+from ..core.fields import is_unicode, shown
 from ..core.files import parse_json, read_text
 from .errors import Refused
 
@@ -29,8 +30,10 @@ def canonical(values: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a request under the names that it has here; null is as if the field were left out.
 
     Raises:
-        Refused: two names of one option with different values, or something that is not done here.
+        Refused: two names of one option with different values, something that is not done here, or what is no text.
     """
+    if not is_unicode(json.dumps(values, ensure_ascii=False)):
+        raise Refused("the request has half a surrogate pair, which is no text; take it out")
     out: dict[str, Any] = {}
     for given, value in values.items():
         for name, part in _split(RENAMED.get(given, given), value):

@@ -19,6 +19,7 @@ __all__ = ["ChatRequest", "CompletionRequest", "Message", "Sampling"]
 COLDEST = 1e-4  # below this temperature only the likeliest token is left
 BANNED = -10_000.0  # added to a score; more than any score can make good
 MOST_RANKED = 20
+NEUTRAL = {"min_p": 0, "typical_p": 1}
 
 Bias = Annotated[float, Ge(-10_000), Le(10_000)]
 Texts = Annotated[int, Ge(1), Le(128)]
@@ -35,11 +36,6 @@ def _pairs(value: Any) -> Any:
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
         raise ValueError(f"logit_bias={shown(value)} is not allowed; give an object of ids and numbers")
     return {str(token): BANNED if bias is False else bias for token, bias in value}
-
-
-def _listed(value: Any) -> Any:
-    """One text as a list; none for an empty one."""
-    return [value] if isinstance(value, str) and value else [] if value == "" else value
 
 
 def _ids(value: Any) -> Any:
@@ -131,15 +127,15 @@ class Sampling(BaseModel):
         return in_force(defaults, self.methods, added)
 
     def options(self) -> dict[str, Any]:
-        """How tokens are drawn, as `model.generate` takes it; what is not said is neutral."""
+        """How tokens are drawn, as `model.generate` takes it: OpenAI's defaults, whatever the checkpoint's are."""
         options: dict[str, Any] = {"do_sample": False}
         temperature = 1.0 if self.temperature is None else self.temperature
         if temperature >= COLDEST and self.do_sample is not False:
             options = {"do_sample": True, "temperature": float(temperature), "top_k": max(self.top_k or 0, 0)}
-            named = {"top_p": self.top_p, "typical_p": self.typical_p}
-            options |= {name: 1.0 if value is None else float(value) for name, value in named.items()}
-            options |= {"min_p": float(self.min_p)} if self.min_p else {}
-        if self.repetition_penalty not in (None, 1):
+            options["top_p"] = 1.0 if self.top_p is None else float(self.top_p)
+            further = {"min_p": self.min_p, "typical_p": self.typical_p}
+            options |= {name: float(value) for name, value in further.items() if value not in (None, NEUTRAL[name])}
+        if self.repetition_penalty is not None:
             options["repetition_penalty"] = float(self.repetition_penalty)
         return options
 
@@ -168,7 +164,10 @@ class Sampling(BaseModel):
 
     def stops(self) -> list[str]:
         """The texts that end a text."""
-        return _listed(self.stop) or []
+        stops = [self.stop] if self.stop and isinstance(self.stop, str) else list(self.stop or ())
+        if not all(stops):
+            raise Refused("an empty stop string would end every text at once; leave it out", "stop")
+        return stops
 
     def ranked(self) -> int | None:
         """How many of the likeliest tokens are told beside each one; None: no log-probabilities."""

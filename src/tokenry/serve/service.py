@@ -27,7 +27,7 @@ from .errors import Refused, error_body
 from .metrics import Metrics, Watch
 from .protocol import ChatRequest, CompletionRequest, Sampling
 
-__all__ = ["Limits", "Service"]
+__all__ = ["LIMITS", "Limits", "Service"]
 
 T = TypeVar("T")
 logger = logging.getLogger("tokenry.serve")
@@ -53,6 +53,9 @@ class Limits:
     body: int = 2**20
 
 
+LIMITS = Limits()
+
+
 class Service:
     """Answers requests by a backend.
 
@@ -66,7 +69,7 @@ class Service:
         backend: Backend,
         metrics: Metrics,
         methods: Sequence[DecodeMethod] = (),
-        limits: Limits = Limits(),
+        limits: Limits = LIMITS,
         log_texts: bool = False,
     ) -> None:
         self.backend, self.metrics, self.methods, self.limits = backend, metrics, methods, limits
