@@ -28,9 +28,7 @@ Port = Annotated[int, Ge(0), Le(65535)]
 @click.option(
     "--engine",
     type=click.Choice(["transformers", "llamacpp"]),
-    default="transformers",
-    show_default=True,
-    help="What runs the model.",
+    help="What runs the model; default: llamacpp for a GGUF file, else transformers.",
 )
 @click.option("--server", help="Stand in front of another OpenAI-compatible server, such as http://localhost:8001/v1.")
 @click.option("--dtype", help="float32, bfloat16 or float16; default: float32 on CPU.")
@@ -49,7 +47,7 @@ Port = Annotated[int, Ge(0), Le(65535)]
 @click.option("--log-texts", is_flag=True, help="Log prompts and texts; otherwise they are logged nowhere.")
 def serve(
     model_name: str,
-    engine: str,
+    engine: str | None,
     server: str | None,
     dtype: str | None,
     device: str | None,
@@ -112,9 +110,9 @@ def is_loopback(host: str) -> bool:
         raise InputError(f"--host {shown(host)} is no address; give one such as 127.0.0.1 or 0.0.0.0") from None
 
 
-def load(name: str, dtype: str | None, device: str | None, trust_remote_code: bool, engine: str) -> Any:
+def load(name: str, dtype: str | None, device: str | None, trust_remote_code: bool, engine: str | None) -> Any:
     """The model, in its engine."""
-    if engine == "transformers":
+    if engine is None:
         return load_model(name, dtype, device, trust_remote_code)
     from ..models.load import load as load_in
 
