@@ -8,6 +8,7 @@ from . import measure as measure
 from . import read as read
 from . import represent as represent
 from . import select as select
+from . import serve as serve
 from . import tokenize as tokenize
 from . import trace as trace
 from . import train as train

@@ -1,4 +1,4 @@
-"""The command line: one verb per stage, and `fit`, `profile`, `list`, `show`, `find`, `compare`, `zoo`.
+"""The command line: one verb per stage, and `fit`, `profile`, `serve`, `list`, `show`, `find`, `compare`, `zoo`.
 
 Nothing heavy is imported before a command needs it, so that `tokenry list` answers at once.
 """
@@ -18,7 +18,7 @@ import click
 from .. import __version__
 from ..core.errors import InputError
 from ..core.fields import is_unicode, shown
-from . import catalogue, compare, decode, fit, judge, profile, read, represent, select, tokenize, train, zoo
+from . import catalogue, compare, decode, fit, judge, profile, read, represent, select, serve, tokenize, train, zoo
 from .options import SAID, example
 
 __all__ = ["main"]
@@ -80,6 +80,7 @@ for command in (
     judge.judge,
     profile.profile,
     train.train,
+    serve.serve,
     compare.compare,
     zoo.zoo,
 ):

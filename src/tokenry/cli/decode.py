@@ -21,10 +21,10 @@ from .options import (
     example,
     force_option,
     load_model,
+    load_reader,
     model_options,
     parse_methods,
     progress,
-    quiet,
     read_entries,
     read_text,
     refuse_unused,
@@ -151,14 +151,6 @@ def elsewhere(url: str, model: str | None, api_key: str | None, tokenizer: Any, 
 
     with RemoteServer(url, model, api_key) as server:
         yield Write(partial(remote, server, tokenizer, chunk=chunk), tokenizer)
-
-
-def load_reader(name: str, trust_remote_code: bool) -> Any:
-    """The tokenizer of what a server runs."""
-    from ..models.load import load_tokenizer
-
-    quiet()
-    return load_tokenizer(name, trust_remote_code)
 
 
 def read_prompts(prompt: str | None, path: str | None) -> list[str]:

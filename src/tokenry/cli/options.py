@@ -154,6 +154,14 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
+def load_reader(name: str, trust_remote_code: bool) -> Any:
+    """The tokenizer of what a server runs."""
+    from ..models.load import load_tokenizer
+
+    quiet()
+    return load_tokenizer(name, trust_remote_code)
+
+
 def load_model(
     name: str, dtype: str | None, device: str | None, trust_remote_code: bool = False, **opening: Any
 ) -> Any:

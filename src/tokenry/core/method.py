@@ -18,7 +18,12 @@ from .errors import InputError
 from .fields import shown
 from .files import parse_json, read_entries
 
-__all__ = ["Lines", "Method", "Option"]
+__all__ = ["Lines", "Local", "Method", "Option", "explain"]
+
+
+class Local:
+    """Marks an option that names a file or a model, which is opened on the machine that runs the method: whoever asks
+    from another one may not choose it."""
 
 
 class Option(NamedTuple):
@@ -86,7 +91,7 @@ class Method(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise InputError(_explain(type(self), error)) from None
+            raise InputError(explain(type(self), error)) from None
 
     @classmethod
     def options(cls) -> list[Option]:
@@ -120,7 +125,8 @@ class Method(BaseModel):
         return cls(**values)
 
 
-def _explain(cls: type[Method], error: ValidationError) -> str:
+def explain(cls: type[Method], error: ValidationError) -> str:
+    """What is wrong with the options of a method, in one sentence."""
     problem = error.errors(include_url=False)[0]
     name = str(problem["loc"][0]) if problem["loc"] else ""
     options = {option.name: option for option in cls.options()}

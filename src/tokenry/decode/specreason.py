@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..core.claim import Claim
 from ..core.errors import InputError
 from ..core.fields import Times, Tokens
+from ..core.method import Local
 from ..models.batch import pad_id
 from ..models.load import Loaded, shared
 from ..models.prompts import listed_prompts
@@ -51,7 +52,7 @@ class SpecReason(RunnerMethod):
         "QwQ-32B with R1-Distill-Qwen-1.5B, AIME, MATH-500, GPQA",
     )
 
-    small: Annotated[Any, WithJsonSchema({"type": "string"})] = Field(
+    small: Annotated[Any, Local(), WithJsonSchema({"type": "string"})] = Field(
         default="zoo/speculator",
         description="the small model: a name or folder as for --model, or in Python what tokenry.load returns",
     )
@@ -65,7 +66,9 @@ class SpecReason(RunnerMethod):
     )
     first_n_base_steps: Times = Field(default=0, description="steps at the beginning that the base model writes")
     max_step_tokens: Tokens = Field(default=512, description="most tokens of a step")
-    prompts: Annotated[StepPrompts | None, BeforeValidator(read_prompts), WithJsonSchema({"type": "string"})] = Field(
+    prompts: Annotated[
+        StepPrompts | None, Local(), BeforeValidator(read_prompts), WithJsonSchema({"type": "string"})
+    ] = Field(
         default=None,
         description="the words around the steps: chat, lines (zoo/reasoner) or JSON; none for what fits the model",
     )

@@ -46,11 +46,11 @@ WIDTH, BATCH = 16, 60
     "creditdecoding",
     CreditDecoding,
     model="zoo/denoiser",
-    samples=960,
+    samples=720,
     seeds=(0, 1, 2),
     batch=BATCH,
     quick=4,
-    limit=960,
+    limit=720,
     claim="At equal exact match, decoding with trace credit takes fewer forward passes than decoding with a threshold "
     "alone, because of what it remembers.",
 )

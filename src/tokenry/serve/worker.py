@@ -24,7 +24,8 @@ import torch
 
 from ..core.errors import InputError
 from ..decode.contract import DecodeMethod, Plugins
-from ..decode.engines.shared import CountsBytes, SharedEngine, SharedTransformersEngine, Slot, sharing_obstacle
+from ..decode.engines.choice import open_shared
+from ..decode.engines.shared import CountsBytes, Slot
 from ..models.anatomy import vocabulary_size
 from ..models.load import Loaded
 from ..models.positions import context_window
@@ -63,8 +64,7 @@ class Worker:
         self.window = context_window(loaded.model)
         self.vocabulary = vocabulary_size(loaded.model)
         self.rows, self.waiting, self.methods = rows, waiting, tuple(methods)
-        self.obstacle = sharing_obstacle(loaded.model)
-        self.engine = self._new_engine()
+        self.engine = open_shared(loaded.model, rows)
         self.queue: deque[Writing] = deque()
         self.running: list[Writing] = []
         self.closing: FinishReason | None = None  # "stop": let what runs end; "cancelled": end it
@@ -142,9 +142,6 @@ class Worker:
             self.changed.notify()
 
     # --- the thread ----------------------------------------------------------------------------------------
-
-    def _new_engine(self) -> SharedEngine | None:
-        return None if self.obstacle else SharedTransformersEngine(self.loaded.model)
 
     @torch.no_grad()
     def _work(self) -> None:
@@ -225,7 +222,7 @@ class Worker:
         with Guard(*(row.writing for row, _, _ in fed)):
             logits = self.engine.forward({number: block for _, number, block in fed})
         if not logits:  # nobody knows what it holds now
-            self.engine = self._new_engine()
+            self.engine = open_shared(self.loaded.model, self.rows)
         for row, number, block in fed:
             if number in logits:
                 with Guard(row.writing):

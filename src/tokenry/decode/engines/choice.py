@@ -1,4 +1,4 @@
-"""Which engine runs a model: the one place that knows."""
+"""Which engines run a model: the one place that knows."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from ...models.kv_cache import held_columns
 from ...models.llamacpp.model import LlamaCppModel
 from ..generation.engine import TransformersEngine, TreeEngine
 from ..generation.plugins import NO_PLUGINS, Plugins
-from .llamacpp import LlamaCppEngine
+from .llamacpp import LlamaCppEngine, SharedSequences
+from .shared import SharedEngine, SharedTransformersEngine, sharing_obstacle
 
-__all__ = ["open_engine"]
+__all__ = ["open_engine", "open_shared"]
 
 
 def open_engine(
@@ -40,3 +41,10 @@ def open_engine(
     for what in (name for name, given in inside.items() if given):
         raise model.refusal(what)
     return LlamaCppEngine(model, max_new_tokens)
+
+
+def open_shared(model: PreTrainedModel, texts: int) -> SharedEngine | None:
+    """An engine that so many texts can share; None where each needs one of its own."""
+    if isinstance(model, LlamaCppModel):
+        return SharedSequences(model, texts)
+    return None if sharing_obstacle(model) else SharedTransformersEngine(model)

@@ -22,7 +22,7 @@ from ...models.llamacpp.bindings import F32
 from ...models.llamacpp.model import LlamaCppModel, Weights
 from .branches import Branches, Drafted, Entry
 
-__all__ = ["LlamaCppEngine", "Sequences"]
+__all__ = ["LlamaCppEngine", "Sequences", "SharedSequences"]
 
 BLOCK = 512  # tokens of one call of llama.cpp
 MOST_SEQUENCES = 256  # that llama.cpp has
@@ -137,7 +137,15 @@ class Sequences:
         self.cut(slot, 0)
         del self.lengths[slot]
 
-    def grown(self, sequences: int, cells: int) -> Sequences:
+    def with_room(self, count: int, sequences: int = 0) -> Sequences:
+        """Itself, or the same sequences in a context with room for so many more tokens, and for so many sequences."""
+        if count <= self.room and sequences <= self.sequences:
+            return self
+        held = self.cells - self.room
+        cells = self.cells if count <= self.room else 2 * (held + count)
+        return self._grown(max(self.sequences, sequences), cells)
+
+    def _grown(self, sequences: int, cells: int) -> Sequences:
         """A larger context with the same sequences in it, bit for bit; there must be no branches."""
         other = Sequences(self.model, sequences, cells)
         for slot, length in self.lengths.items():
@@ -251,6 +259,30 @@ class Sequences:
         return "; ".join(self.model.weights.library.warnings) or "no more is said"
 
 
+class SharedSequences:
+    """A `SharedEngine` on a GGUF file: a context that grows with the texts that are in it.
+
+    Args:
+        sequences: how many texts there can be at a time.
+    """
+
+    def __init__(self, model: LlamaCppModel, sequences: int) -> None:
+        self.pool = Sequences(model, sequences, min(model.config.max_position_embeddings, ROOM * sequences))
+
+    def join(self) -> int:
+        return self.pool.join()
+
+    def forward(self, blocks: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
+        self.pool = self.pool.with_room(sum(map(len, blocks.values())))
+        return self.pool.forward(blocks)
+
+    def rollback(self, slot: int, count: int) -> None:
+        self.pool.rollback(slot, count)
+
+    def free(self, slot: int) -> None:
+        self.pool.free(slot)
+
+
 def _close(weights: Weights, context: Any, batch: Any) -> None:
     """Free a context; the weights are held until then."""
     weights.library.lib.llama_free(context)
@@ -287,8 +319,7 @@ class LlamaCppEngine:
             self._open(rows)
         blocks = {row: ids for row, ids in enumerate(rows) if ids and row in self.pool.lengths}
         count = sum(map(len, blocks.values()))
-        if count > self.pool.room:
-            self._grow(count)
+        self.pool = self.pool.with_room(count)
         logits = torch.zeros(len(rows), self.pool.vocabulary)
         for row, found in self.pool.forward(blocks).items():
             logits[row] = found
@@ -310,12 +341,6 @@ class LlamaCppEngine:
         self.pool = Sequences(self.model, len(rows), cells)
         for _ in rows:
             self.pool.join()
-
-    def _grow(self, count: int, sequences: int = 0) -> None:
-        """Move to a context with room for `count` more tokens, and for as many sequences."""
-        held = self.pool.cells - self.pool.room
-        cells = self.pool.cells if count <= self.pool.room else 2 * (held + count)
-        self.pool = self.pool.grown(max(self.pool.sequences, sequences), cells)
 
     def _count(self, tokens: int) -> None:
         self.calls += 1
@@ -373,7 +398,7 @@ class LlamaCppEngine:
                 "at a time, or a smaller num_drafts"
             )
         self.commit([()] * len(tokens))
-        self._grow(open_tokens + count, min(2 * sequences, MOST_SEQUENCES))
+        self.pool = self.pool.with_room(open_tokens + count, min(2 * sequences, MOST_SEQUENCES))
         ids, shown = torch.cat([ids for ids, *_ in blocks], 1), torch.cat([shown for _, shown, _ in blocks], 1)
         return self.forward_tree(ids, shown, np.concatenate([one for *_, one in blocks], 1))[:, -tokens.shape[1] :]
 

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...core.fields import Drafts, Layers, Multiple, read_none
+from ...core.method import Local
 from ..contract import LoopMethod, Plugins
 from .drafters import check_same_tokens, make_drafter
 from .loop import Speculation, make_verifier
@@ -18,7 +19,7 @@ __all__ = ["DraftingMethod"]
 class DraftingMethod(LoopMethod):
     """A method that drafts several tokens per step and verifies them in one forward of the model."""
 
-    drafter: str = Field(
+    drafter: Annotated[str, Local()] = Field(
         default="prompt-lookup",
         min_length=1,
         description="prompt-lookup, ngram, early-exit, or a model such as zoo/drafter",
