@@ -156,7 +156,8 @@ class OneByOne:
             self._send(order, Piece([], "", finish=left.args[0]))
             return
         events = [{"kind": event.kind, "rule": event.rule, "index": event.index} for event in out.events]
-        self._send(order, Piece([], "", finish=FINISH[out.stop_reasons[0]], events=events))
+        rest = settled.text.unfinished()
+        self._send(order, Piece([], rest, finish=FINISH[out.stop_reasons[0]], events=events))
 
     def _send(self, order, piece):
         with suppress(RuntimeError):  # the loop of a client that has gone

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import logging
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -97,7 +98,8 @@ def serve(
             log_texts=log_texts,
         )
         url = f"http://{f'[{host}]' if ':' in host else host}:{place.getsockname()[1]}"
-        Server(app, GRACE, lambda: announce(backend.name, url, api_key is not None)).run(sockets=[place])
+        with suppress(KeyboardInterrupt):  # which uvicorn hands on when all is closed
+            Server(app, GRACE, lambda: announce(backend.name, url, api_key is not None)).run(sockets=[place])
 
 
 GRACE = 30.0  # seconds in which running texts may end when the server is told to stop

@@ -178,7 +178,12 @@ class _Text:
         output = self.loop.output()
         events = [{k: v for k, v in vars(event).items() if k != "context_ids"} for event in output.events]
         reason = REASONS[(output.stop_reasons or ["finished"])[0]]
-        return Piece((), "", finish="timeout" if self.late and reason == "cancelled" else reason, events=events)
+        return Piece(
+            (),
+            self.decoded.unfinished(),
+            finish="timeout" if self.late and reason == "cancelled" else reason,
+            events=events,
+        )
 
 
 def _told(work: Work) -> int:

@@ -1,0 +1,75 @@
+"""The application in front of the worker itself, on both engines, and `tokenry serve` over a real port."""
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+from starlette.testclient import TestClient
+from support.gguf_files import save_gguf
+
+import tokenry
+from tokenry.models.load import Loaded
+from tokenry.serve import Worker, create_app
+
+PROMPTS = ("the old lighthouse", "Elara", "It was a")
+
+
+@pytest.fixture(params=["transformers", "llamacpp"])
+def loaded(request, llama, tokenizer, tmp_path, monkeypatch):
+    if request.param == "transformers":
+        return Loaded(llama, tokenizer)
+    monkeypatch.setenv("TOKENRY_CACHE", str(tmp_path / "cache"))
+    save_gguf(llama, tokenizer, tmp_path / "tiny.gguf")
+    return tokenry.load(tmp_path / "tiny.gguf", threads=1)
+
+
+def test_texts_at_the_same_time_are_those_of_the_loop(loaded):
+    """Different requests share the batch, each with its own method, length and seed."""
+    worker = Worker(loaded, "tiny", rows=4)
+    with TestClient(create_app(worker), base_url="http://testserver") as client:
+        ai = openai.OpenAI(base_url="http://testserver/v1", api_key="x", http_client=client, max_retries=0)
+
+        def ask(number):
+            asked = {"model": "tiny", "prompt": PROMPTS[number], "max_tokens": 8 + 4 * number, "temperature": 0}
+            methods = [{"name": "antislop", "phrases": ["e"]}] if number == 1 else []
+            return ai.completions.create(**asked, extra_body={"methods": methods, "return_token_ids": True}).choices[0]
+
+        with ThreadPoolExecutor(3) as pool:
+            answers = list(pool.map(ask, range(3)))
+        assert client.get("/health").json() == {"status": "ok"}
+    for number, answer in enumerate(answers):
+        methods = [tokenry.decode.Antislop(phrases=["e"])] if number == 1 else []
+        options = {"methods": methods, "max_new_tokens": 8 + 4 * number, "chat": False}
+        assert answer.token_ids == tokenry.generate(*loaded, PROMPTS[number], **options).new_ids[0]
+    assert worker.numbers()["running"] == worker.numbers()["waiting"] == 0
+    asyncio.run(worker.close(1.0))
+
+
+def test_the_command_line_serves_until_it_is_told_to_stop(llama, tokenizer, tmp_path):
+    """Over a real port, in a process of its own; a stream that runs when the end comes is finished."""
+    llama.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    command = [sys.executable, "-m", "tokenry", "serve", "--model", str(tmp_path / "model"), "--port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        said = process.stdout.readline()
+        url = re.search(r"http://127\.0\.0\.1:\d+", said)[0]
+        body = {"prompt": "the old", "max_tokens": 200, "temperature": 0, "stream": True, "ignore_eos": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            assert next(lines).startswith("data: ")
+            process.send_signal(signal.SIGINT)
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]" and '"finish_reason":"length"' in rest[-2]
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
