@@ -33,6 +33,12 @@ BAD = {  # of options and arguments that are no numbers
     "prompt": ["", " "],
     "tokenizers": ["", "zzz", "m[/]x"],
     "ray": ["127.0.0.1:1"],
+    "engine": ["", "x", "m[/]x"],
+    "server": ["", "zzz", "m[/]x", "ftp://x"],
+    "server-model": ["", "x"],  # without --server
+    "server-key": ["x"],
+    "api-key": ["", " ", "caf\u00e9"],
+    "host": ["", "x", "999.1.1.1", "0.0.0.0"],
 }
 FILES = {  # what is read and written: tests of readers and writers
     "prompts", "save-pairs", "save-traces", "data", "output", "context", "files", "file", "text", "html", "report",
@@ -80,6 +86,7 @@ def right(path, place):
         "fit": ["--save", out, *model, "lm-head-neurons"],
         "judge": ["--method", "crew", *model, str(place / "solutions.jsonl")],
         "profile": [*model, "--prompts", text, "--draws", "1", "--max-new-tokens", "2"],
+        "serve": [*model, "--port", "0"],
         "train": ["--method", "ftpo", "--data", text, "--output", out, *model],
         "compare": ["antislop", "--store", out + ".sqlite", *model],
         "zoo list": [],

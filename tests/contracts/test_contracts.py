@@ -196,7 +196,8 @@ def commands(group=main, path=()):
 def test_every_verb_has_an_example_and_prints_json():
     for path, command in commands():
         assert "Example:" in run(*path, "--help"), path
-        assert isinstance(command, click.Group) or any(p.name == "json_output" for p in command.params), path
+        answers = not isinstance(command, click.Group) and path != ("serve",)  # which answers over HTTP
+        assert not answers or any(p.name == "json_output" for p in command.params), path
 
 
 def method_modules():

@@ -91,6 +91,7 @@ def commands(folder: str, texts: Path) -> dict[str, tuple[list[object], str]]:
 FILES = tuple(commands("", Path()))
 SUFFIX = {"represent --output": ".npy"}
 MEASURED_ELSEWHERE = {"compare --report", "compare --picture", "compare --store"}  # need an experiment, see below
+PROFILED_ELSEWHERE = {"profile --output", "profile --save-texts"}  # see test_overused.py
 TRACED_ELSEWHERE = {"decode --save-traces"}  # needs a masked-diffusion model, see test_train_learn2pd.py
 FOLDERS = {"tokenize train --output", "train --output", "zoo build --output"}
 
@@ -111,7 +112,7 @@ def test_every_option_that_names_an_output_is_tried_here():
 
     walk(main, "")
     switches = {name for name in named if name.endswith(("--force", "--record"))}
-    assert named - switches == {*FILES, *FOLDERS, *MEASURED_ELSEWHERE, *TRACED_ELSEWHERE}
+    assert named - switches == {*FILES, *FOLDERS, *MEASURED_ELSEWHERE, *TRACED_ELSEWHERE, *PROFILED_ELSEWHERE}
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -657,7 +657,7 @@ def test_the_catalogue_finds_it():
 
 
 def test_the_command_line_decodes(monkeypatch):
-    monkeypatch.setattr("tokenry.cli.decode.load_model", lambda *_: (sharp(), Characters()))
+    monkeypatch.setattr("tokenry.cli.decode.load_model", lambda *_, **engine: (sharp(), Characters()))
     options = [part for name, value in METHOD.items() for part in ("-o", f"{name}={value}")]
     run = ["decode", "--method", "daedal", *options, "--max-new-tokens", "28", "--greedy"]
     result = CliRunner().invoke(main, [*run, "--json", "abc"])

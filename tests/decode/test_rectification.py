@@ -403,10 +403,10 @@ def test_the_command_line_refuses(args, message):
 
 
 def test_compare_trains_a_rectifier_where_none_is_given(rectifier, tmp_path, monkeypatch):
-    def build(*args, method, **kwargs):
-        raise InputError(f"method={method}")
+    def build(run):
+        raise InputError(f"method={run.method}")
 
-    monkeypatch.setattr(experiment, "build", build)
+    monkeypatch.setattr(experiment.build, "build", build)
     args = ["compare", "rectification", "--model", "zoo/storyteller", "--store", str(tmp_path / "runs.sqlite")]
     assert "method=None" in CliRunner().invoke(main, args).output
     rectifier.save(tmp_path / "rectifier")

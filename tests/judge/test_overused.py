@@ -72,6 +72,7 @@ def test_texts_of_any_model_are_profiled(tmp_path):
     assert listed[0].keys() == {"text", "prompts", "texts"}
     assert run(*both).stdout.split("\n")[:-1] == [entry["text"] for entry in listed]
     assert run(*both, "--output", tmp_path / "slop.txt").exit_code == 0
+    assert run(*both, "--output", tmp_path / "slop.txt").exit_code == 2  # it is there
     assert list(Antislop(phrases=tmp_path / "slop.txt").phrases) == [entry["text"] for entry in listed]
 
 

@@ -29,7 +29,7 @@ from .options import (
 NEEDED = ("fastapi", "prometheus_client", "uvicorn")
 LOCAL = ("127.0.0.1", "localhost", "::1")
 OF_MODELS = ("--dtype", "--device", "--engine", "--context", "--threads")
-OF_SERVERS = ("--server-model", "--tokenizer", "--chunk")
+OF_SERVERS = ("--server-model", "--server-key", "--tokenizer", "--chunk")
 PROMPT = {"prompt": "The sea was calm, and", "max_tokens": 40, "banned_strings": ["a testament to"]}
 
 Port = Annotated[int, Ge(0), Le(65535)]
@@ -86,7 +86,7 @@ def serve(
     from ..serve.service import Limits
 
     with bound(host, port) as place:
-        backend = proxy(rows, waiting, **given) if given["server"] else worker(rows, waiting, **given)
+        backend = proxy(rows, waiting, **given) if given["server"] is not None else worker(rows, waiting, **given)
         if log_texts:
             log()
         app = create_app(

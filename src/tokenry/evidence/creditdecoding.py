@@ -50,7 +50,6 @@ WIDTH, BATCH = 16, 60
     seeds=(0, 1, 2),
     batch=BATCH,
     quick=4,
-    limit=720,
     claim="At equal exact match, decoding with trace credit takes fewer forward passes than decoding with a threshold "
     "alone, because of what it remembers.",
 )

@@ -39,7 +39,6 @@ SPEEDUP, MARGIN = 3.0, 0.01  # forwards of the slow decoder over those of a thre
     seeds=(0, 1, 2),
     batch=BATCH,
     quick=6,
-    limit=1000,
 )
 def build(run: Run) -> Design:
     """Every rule, swept. Policy and its numbers are varied; the rest is that of `method`."""

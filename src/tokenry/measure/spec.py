@@ -41,7 +41,7 @@ class Spec:
 
     @property
     def model_name(self) -> str:
-        return self.model or self.declared.model
+        return self.declared.model if self.model is None else self.model
 
     def build(self) -> tuple[Experiment, dict[str, Any]]:
         """Load the model and build the experiment; with it what identifies the model, for `compare`."""

@@ -68,7 +68,6 @@ def create_app(
         docs_url=None,  # these pages fetch scripts from elsewhere
         redoc_url=None,
         lifespan=lifespan,
-        max_body_size=limits.body,
     )
     app.state.backend, app.state.gate = backend, state
     answer_errors(app)

@@ -121,11 +121,13 @@ class MaskedDiffusionModel:
         return self.logits(state.x, state.present, cache)
 
     def _logits_of(self, rows: Tensor, state: DiffusionState) -> Tensor:
-        """`logits`, 0 in the other rows."""
+        """`logits`; in the other rows all tokens alike, but for the mask token."""
         if bool(rows.all()):
             return self.logits(state.x, state.present)
         found = self.logits(state.x[rows], state.present[rows])
-        return found.new_zeros(len(rows), *found.shape[1:]).masked_scatter_(rows[:, None, None], found)
+        logits = found.new_zeros(len(rows), *found.shape[1:]).masked_scatter_(rows[:, None, None], found)
+        logits[..., self.mask_token_id] = float("-inf")
+        return logits
 
 
 def _first(*values: Any) -> Any:

@@ -38,14 +38,14 @@ def _describe(file: Path, folder: Path) -> None:
     reader = GGUFReader(file)  # which looks at every field, and at where the tensors lie
     if not reader.tensors:
         raise ValueError("it has no tensors")
-    place = {"gguf_file": file.name, "trust_remote_code": False}
-    config = AutoConfig.from_pretrained(file.parent, **place)
+    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     if kind_of(config) not in ("causal", "ssm"):
         raise InputError(
             f"the GGUF file {str(file)!r} holds a model of the kind {kind_of(config)} ({config.model_type}); give a "
             "causal language model"
         )
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, padding_side="left", **place)
+    where = {"gguf_file": file.name, "padding_side": "left"}
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, trust_remote_code=False, **where)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     config.save_pretrained(folder)

@@ -6,12 +6,14 @@ decode loop then asks `tokenry.decode.engines` for logits. Nothing else can be a
 
 from __future__ import annotations
 
+import json
 import weakref
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from transformers import AutoConfig, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from ...core.errors import InputError
 from .bindings import F16, F32, library
@@ -131,10 +133,10 @@ def open_gguf(file: Path, folder: Path, context: int | None = None, threads: int
     config.max_position_embeddings, config.vocab_size = context or window, weights.vocabulary
     config._name_or_path = str(folder)
     model = LlamaCppModel(config, weights)
-    own = (folder / "generation_config.json").is_file()
+    own = folder / GENERATION_CONFIG_NAME
     model.generation_config = (
-        GenerationConfig.from_pretrained(folder)
-        if own
+        GenerationConfig.from_dict(json.loads(own.read_text(encoding="utf-8")))
+        if own.is_file()
         else GenerationConfig(
             bos_token_id=config.bos_token_id, pad_token_id=config.pad_token_id, eos_token_id=weights.ends or None
         )
