@@ -29,6 +29,7 @@ from tokenry.evidence import daedal as experiment
 from tokenry.measure.compare import compare
 from tokenry.measure.report import render
 from tokenry.measure.tasks.denoising import WindowTask
+from tokenry.models.load import Loaded
 
 
 def sharp(layers=3):
@@ -657,7 +658,7 @@ def test_the_catalogue_finds_it():
 
 
 def test_the_command_line_decodes(monkeypatch):
-    monkeypatch.setattr("tokenry.cli.decode.load_model", lambda *_, **engine: (sharp(), Characters()))
+    monkeypatch.setattr("tokenry.cli.decode.load_model", lambda *_, **engine: Loaded(sharp(), Characters()))
     options = [part for name, value in METHOD.items() for part in ("-o", f"{name}={value}")]
     run = ["decode", "--method", "daedal", *options, "--max-new-tokens", "28", "--greedy"]
     result = CliRunner().invoke(main, [*run, "--json", "abc"])
