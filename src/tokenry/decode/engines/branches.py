@@ -9,14 +9,26 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    from .llamacpp import Sequences
+from typing import NamedTuple, Protocol
 
 __all__ = ["Branches", "Drafted", "Entry"]
 
 ROOT = -1  # the last token that is not open
+
+
+class Pool(Protocol):
+    """Where the sequences are, see `Sequences`."""
+
+    lengths: dict[int, int]
+    shared: int
+
+    def branch(self, slot: int, stop: int) -> int: ...
+
+    def adopt(self, slot: int, branch: int, stop: int) -> None: ...
+
+    def drop(self, branches: Sequence[int]) -> None: ...
+
+    def cut(self, slot: int, length: int) -> None: ...
 
 
 class Entry(NamedTuple):
@@ -48,7 +60,7 @@ class Node:
 class Branches:
     """The tree on top of the sequence `slot`."""
 
-    def __init__(self, pool: Sequences, slot: int) -> None:
+    def __init__(self, pool: Pool, slot: int) -> None:
         self.pool, self.slot, self.start = pool, slot, pool.lengths[slot]
         self.nodes = {ROOT: Node(self.start - 1, slot, [slot])}
         self.branches: list[int] = []
