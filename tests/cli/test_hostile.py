@@ -40,6 +40,7 @@ BAD = {  # of options and arguments that are no numbers
     "api-key": ["", " ", "caf\u00e9"],
     "host": ["", "x", "999.1.1.1", "0.0.0.0"],
 }
+STAGE = {"serve": "decode"}  # of whose methods a verb takes, where it is called otherwise
 FILES = {  # what is read and written: tests of readers and writers
     "prompts", "save-pairs", "save-traces", "data", "output", "context", "files", "file", "text", "html", "report",
     "picture", "store", "trace", "artifact", "save", "pairs", "texts", "save-texts",
@@ -117,7 +118,7 @@ def beyond(value, declared):
 
 def is_its_own(path, parameter, value):
     """A method of the verb's own stage."""
-    return named(parameter) == "method" and any((e.slug, e.stage) == (value, path[0]) for e in catalog.METHODS)
+    return named(parameter) == "method" and any((e.slug, e.stage) == (value, STAGE.get(path[0], path[0])) for e in catalog.METHODS)
 
 
 def cases():
