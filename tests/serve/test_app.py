@@ -222,6 +222,7 @@ BAD = [
     (TEXT, {"prompt": "x", "temperature": -1}, 400, "temperature", "-1"),
     (TEXT, {"prompt": "x", "temperature": 1e300}, 400, "temperature", "10000"),
     (TEXT, {"prompt": "x", "top_p": 0}, 400, "top_p", "greater than 0"),
+    (TEXT, {"prompt": "x", "rep_pen": 1e-300}, 400, "repetition_penalty", "0.01"),
     (TEXT, {"prompt": "x", "n": 17}, 400, "n", "at most 16"),
     (TEXT, {"prompt": "x", "seed": -2}, 400, "seed", "-2"),
     (TEXT, {"prompt": "x", "stop": ["a", ""]}, 400, "stop", "empty"),
@@ -521,7 +522,7 @@ def test_a_stream_that_the_end_of_the_server_cuts_says_so(backend, app):
 
 # --- the schema ----------------------------------------------------------------------------------------------------
 
-EXAMPLES = 12
+EXAMPLES = 30
 
 
 def test_the_schema_is_true(llama, chat_tokenizer):

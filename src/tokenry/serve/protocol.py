@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Le, Len
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 
-from ..core.fields import Portion, Positive, Probability, TokenId, Tokens, shown
+from ..core.fields import Portion, Probability, TokenId, Tokens, shown
 from ..decode.contract import DecodeMethod
 from .errors import Refused
 from .methods import MethodField, in_force, made
@@ -25,6 +25,7 @@ Bias = Annotated[float, Ge(-10_000), Le(10_000)]
 Texts = Annotated[int, Ge(1), Le(128)]
 Given = Annotated[int, Ge(-1), Le(2**62)]  # a seed; -1 is none
 Ranks = Annotated[int, Ge(0), Le(MOST_RANKED)]
+Penalty = Annotated[float, Ge(0.01), Le(100)]  # scores that are divided by it stay finite
 Heat = Annotated[float, Ge(0), Le(10_000)]
 Ids = Annotated[list[TokenId], Len(1)]
 
@@ -81,7 +82,7 @@ class Sampling(BaseModel):
     top_k: Annotated[int, Ge(-1), Le(10**6)] | None = Field(default=None, description="0 or -1: no limit")
     min_p: Probability | None = None
     typical_p: Portion | None = None
-    repetition_penalty: Positive | None = Field(default=None, description="of what prompt and text hold; 1: none")
+    repetition_penalty: Penalty | None = Field(default=None, description="of what prompt and text hold; 1: none")
     do_sample: bool | None = Field(default=None, description="false: the most probable token")
     seed: Given | None = Field(default=None, description="-1: none; text i of a request has seed + i")
     stop: Annotated[str | list[str] | None, Field(description="ends the text, which does not have it")] = None
