@@ -118,7 +118,9 @@ def beyond(value, declared):
 
 def is_its_own(path, parameter, value):
     """A method of the verb's own stage."""
-    return named(parameter) == "method" and any((e.slug, e.stage) == (value, STAGE.get(path[0], path[0])) for e in catalog.METHODS)
+    return named(parameter) == "method" and any(
+        (e.slug, e.stage) == (value, STAGE.get(path[0], path[0])) for e in catalog.METHODS
+    )
 
 
 def cases():

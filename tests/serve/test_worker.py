@@ -3,6 +3,7 @@
 import asyncio
 import random
 import threading
+import time
 from contextlib import nullcontext
 from typing import ClassVar
 
@@ -377,10 +378,18 @@ def test_a_deadline_ends_the_text_where_it_is_also_while_it_waits(llama_worker):
 def test_closing_lets_texts_end_and_ends_those_that_take_too_long(llama_worker):
     worker = llama_worker()
 
+    forward = worker.engine.forward
+
+    def slowly(blocks):  # 480 tokens take longer than the worker has, 20 do not
+        time.sleep(0.01)
+        return forward(blocks)
+
+    worker.engine.forward = slowly
+
     async def closed():
         short, long = (asyncio.create_task(gathered(worker, Work((5, 6, 7), n))) for n in (20, 480))
         await until(lambda: len(worker.running) == 2)
-        closing = asyncio.create_task(worker.close(0.5))
+        closing = asyncio.create_task(worker.close(2.0))
         await asyncio.sleep(0.05)
         with pytest.raises(Busy, match="about to end"):
             await gathered(worker, Work((5,), 3))
