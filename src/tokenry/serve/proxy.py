@@ -19,6 +19,7 @@ from ..core.errors import InputError
 from ..decode.engines.remote.api import job_for, sampling_of, watching
 from ..decode.engines.remote.client import RemoteServer
 from ..decode.engines.remote.loop import RemoteLoop, RemoteOptions, RemoteRow
+from ..decode.generation.logprobs import UNKNOWN
 from ..decode.generation.plugins import Plugins
 from ..text.token_text import TokenText
 from .backend import Busy, FinishReason, Piece, Ranked, Work
@@ -31,7 +32,6 @@ REASONS: Mapping[str, FinishReason] = {
     "context": "length",
     "cancelled": "cancelled",
 }
-UNKNOWN = -9999.0  # as in OpenAI's answers: a method has put the token there, and the model was not asked
 NAME = "remote"
 
 
