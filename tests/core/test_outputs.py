@@ -84,6 +84,10 @@ def commands(folder: str, texts: Path) -> dict[str, tuple[list[object], str]]:
         "judge --pairs": (tiny(folder, "judge", texts / "rows.jsonl", "--method", "crew", "--raw"), "--pairs"),
         "represent --output": (tiny(folder, "represent", texts / "in.txt"), "--output"),
         "fit --save": (tiny(folder, "fit", "lm-head-neurons"), "--save"),
+        "read --report": (
+            tiny(folder, "read", "the old", "--method", "lm-head-neurons", "-o", "min_prob=0"),
+            "--report",
+        ),
         "tokenize report --html": (["tokenize", "report", folder, "--text", texts / "in.txt"], "--html"),
     }
 
@@ -126,7 +130,7 @@ def test_files_of_others_stay(name, folder, texts):
     assert code == 0 and mine.read_bytes() != b"years of work"
     before = mine.read_bytes()
     code, said = run(*args, option, mine)  # pages and tensors are known as ours
-    assert code == (0 if name in ("tokenize report --html", "fit --save") else 2), said
+    assert code == (0 if name in ("tokenize report --html", "read --report", "fit --save") else 2), said
     assert mine.read_bytes() == before or code == 0
     assert sorted(p.name for p in texts.iterdir()) == sorted(["in.txt", "rows.jsonl", mine.name])
 

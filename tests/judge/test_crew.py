@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tokenry.catalog import load as load_method
 from tokenry.cli import main
+from tokenry.core.calibration import auroc
 from tokenry.core.errors import InputError
 from tokenry.data.problems import Arithmetic, draw_problems
 from tokenry.decode import generate
@@ -33,7 +34,7 @@ from tokenry.judge import (
 )
 from tokenry.measure.compare import compare
 from tokenry.measure.tasks import arithmetic
-from tokenry.measure.tasks.arithmetic import ArithmeticTask, auroc
+from tokenry.measure.tasks.arithmetic import ArithmeticTask
 from tokenry.text.answers import answer_tokens
 from tokenry.text.spans import text_offsets
 from tokenry.trace.trace import Trace, capture

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..core.errors import InputError
+from ..core.outputs import check_file, write_text
 from .options import (
     as_json,
     console,
     example,
+    force_option,
     load_model,
     model_options,
     parse_methods,
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 @click.option("-o", "options", multiple=True, metavar="NAME=VALUE", help="An option of the method.")
 @click.option("--trace", "trace_path", help="Read a saved trace instead of a text.")
 @click.option("--artifact", "artifact_path", help="What `tokenry fit` has saved, instead of making it anew.")
+@click.option("--report", "report_path", help="Write a self-contained HTML page of what was read.")
+@force_option
 @model_options
 def read(
     text: str | None,
@@ -35,6 +39,8 @@ def read(
     options: tuple[str, ...],
     trace_path: str | None,
     artifact_path: str | None,
+    report_path: str | None,
+    force: bool,
     model_name: str,
     dtype: str | None,
     device: str | None,
@@ -51,6 +57,8 @@ def read(
     text = read_text("-", "text") if text == "-" else text
     if text is not None and not text.strip():
         raise InputError("the text is empty; give some text to read")
+    if report_path:
+        check_file(report_path, force)
     loaded = load_model(model_name, dtype, device, trust_remote_code)
     artifact = method.load(artifact_path, loaded) if artifact_path else made(method, loaded)
     readings = method.browse(artifact)
@@ -60,6 +68,10 @@ def read(
         readings.append(method.read(Trace.load(trace_path, loaded.model), artifact, loaded))
     elif text is not None:
         readings.append(method.read(text, artifact, loaded))
+    if report_path:
+        from ..read.pages import page
+
+        write_text(report_path, page(readings))
     show(readings, json_output)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..core.calibration import auroc
 from ..data.problems import Arithmetic, draw_problems
 from ..judge.answers.samples import Solution
 from ..judge.crew import CRew
@@ -18,7 +19,7 @@ from ..measure.compare import Comparison, beats
 from ..measure.experiment import Design, Run, experiment
 from ..measure.statistics import Interval, bootstrap_statistic
 from ..measure.task import Arm
-from ..measure.tasks.arithmetic import ArithmeticTask, auroc
+from ..measure.tasks.arithmetic import ArithmeticTask
 from ..zoo.reasoner import LEVELS
 
 PLAIN, LENGTH, RANDOM, ALIKE = "mean log-likelihood", "shortest", "random", "all alike"

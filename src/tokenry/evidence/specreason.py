@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..core.calibration import auroc
 from ..core.errors import InputError
 from ..data.problems import Arithmetic, Problem, draw_problems
 from ..decode.reasoning.scores import StepScore, StepScorer
@@ -27,7 +28,6 @@ from ..measure.compare import Comparison, beats
 from ..measure.experiment import Design, Run, experiment
 from ..measure.statistics import bootstrap_statistic
 from ..measure.task import Arm
-from ..measure.tasks.arithmetic import auroc
 from ..measure.tasks.steps import StepsTask, outcome, right_step
 from ..models.load import Loaded, load
 

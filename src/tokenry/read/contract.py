@@ -54,6 +54,16 @@ class Reading:
             raise InputError("a data frame needs pandas; `pip install pandas`, or use .rows") from None
         return DataFrame(self.rows)
 
+    def picture(self) -> str:
+        """HTML that stands above the rows in `to_html`; everything in it that comes from outside is escaped."""
+        return ""
+
+    def to_html(self) -> str:
+        """A self-contained page."""
+        from .pages import page
+
+        return page([self])
+
     def plot(self) -> Table:
         """A table for a terminal or notebook: `rich.print(reading.plot())`. Of lists it shows the first five."""
         table = Table(title=self.title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ...core.calibration import auroc
 from ...data.problems import Problem
 from ...decode.api import generate
 from ...judge.answers.choice import best_of_n, weighted_vote
@@ -21,7 +22,7 @@ from ...text.spans import text_offsets
 from ..task import Arm, Metric, Outcome, Sample
 from .generated import continuation_logprobs
 
-__all__ = ["ArithmeticTask", "Judge", "auroc"]
+__all__ = ["ArithmeticTask", "Judge"]
 
 Judge = Callable[[Sequence[Solution], random.Random], Iterable[float | None]]
 
@@ -108,16 +109,6 @@ class ArithmeticTask:
         finished = ids[-1] == self.tokenizer.eos_token_id
         text, offsets = text_offsets(self.tokenizer, ids[:-1] if finished else ids)
         return Solution(prompt, text, offsets, logprob[: len(offsets)], finished)
-
-
-def auroc(scores: Sequence[float], correct: Sequence[bool]) -> float:
-    """Probability that a right one scores above a wrong one, equal scores counted half; NaN without both."""
-    scores, right = np.asarray(scores, float), np.asarray(correct, bool)
-    if right.all() or not right.any():
-        return float("nan")
-    wrong = np.sort(scores[~right])
-    below = np.searchsorted(wrong, scores[right], "left") + np.searchsorted(wrong, scores[right], "right")
-    return float(below.mean() / 2 / len(wrong))
 
 
 def _shown(judged: Sequence[Judged], solutions: Sequence[Solution], best: Judged | None) -> dict[str, Any]:

@@ -1,0 +1,49 @@
+"""How well a score tells right from wrong, and how well a probability is one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .errors import InputError
+
+__all__ = ["auroc", "brier", "expected_calibration_error"]
+
+
+def auroc(scores: Sequence[float], correct: Sequence[bool]) -> float:
+    """Probability that a right one scores above a wrong one, equal scores counted half; NaN without both."""
+    scores, right = np.asarray(scores, float), np.asarray(correct, bool)
+    if right.all() or not right.any():
+        return float("nan")
+    wrong = np.sort(scores[~right])
+    below = np.searchsorted(wrong, scores[right], "left") + np.searchsorted(wrong, scores[right], "right")
+    return float(below.mean() / 2 / len(wrong))
+
+
+def brier(probabilities: Sequence[float], correct: Sequence[bool]) -> float:
+    """Mean squared distance of probabilities from what happened, 0 to 1 (Brier 1950)."""
+    probabilities, right = _checked(probabilities, correct)
+    return float(np.mean((probabilities - right) ** 2))
+
+
+def expected_calibration_error(probabilities: Sequence[float], correct: Sequence[bool], bins: int = 20) -> float:
+    """Mean distance between confidence and accuracy over equal bins, weighted by their size (Guo et al. 2017, eq. 3).
+
+    A probability on the border of two bins belongs to the lower one, 0 to the first.
+    """
+    if bins < 1:
+        raise InputError(f"bins={bins} is not allowed; give a number >= 1")
+    probabilities, right = _checked(probabilities, correct)
+    place = np.clip(np.ceil(probabilities * bins).astype(int) - 1, 0, bins - 1)
+    gap = np.bincount(place, probabilities - right, bins)
+    return float(np.abs(gap).sum() / len(right))
+
+
+def _checked(probabilities: Sequence[float], correct: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
+    values, right = np.asarray(probabilities, float), np.asarray(correct, float)
+    if values.shape != right.shape or values.ndim != 1 or not len(values):
+        raise InputError(f"{values.shape} probabilities for {right.shape} outcomes; give one for each, at least one")
+    if not ((values >= 0) & (values <= 1)).all():
+        raise InputError(f"probabilities from {values.min():g} to {values.max():g} are not allowed; give 0 to 1")
+    return values, right

@@ -1,0 +1,37 @@
+"""What readings look like in a browser: one self-contained HTML file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+from markupsafe import Markup
+
+if TYPE_CHECKING:
+    from ..contract import Reading
+
+__all__ = ["page"]
+
+
+def page(readings: Sequence[Reading]) -> str:
+    """A page with the picture of each reading above its rows; what the rows say is escaped."""
+    template = jinja2.Environment(autoescape=True).from_string(
+        files(__package__).joinpath("page.html").read_text("utf-8")
+    )
+    return template.render(sections=[_section(reading) for reading in readings])
+
+
+def _section(reading: Reading) -> dict[str, Any]:
+    columns = list(reading.rows[0]) if reading.rows else []
+    cells = [[_cell(row[name]) for name in columns] for row in reading.rows]
+    return {"title": reading.title, "picture": Markup(reading.picture()), "columns": columns, "rows": cells}
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, list):
+        return " ".join(map(_cell, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
