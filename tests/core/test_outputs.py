@@ -6,7 +6,6 @@ import os
 import stat
 import subprocess
 import sys
-from multiprocessing import get_context
 from pathlib import Path
 
 import click
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from tokenry.cli import main
 from tokenry.core.errors import InputError
@@ -287,24 +286,28 @@ def test_lines_stand_when_the_context_ends(tmp_path):
     assert place.read_text() == "" and [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
-def _write_often(path: str, value: int) -> None:
-    tensors = {"a": torch.full((50_000,), value)}
-    for _ in range(20):
-        write_file(path, lambda part: save_file(tensors, part))
-        write_folder(path + ".d", lambda part: (part / "a").write_text(str(value) * 1000))
+WRITES_OFTEN = """
+import sys
+import numpy as np
+from safetensors.numpy import save_file
+from tokenry.core.outputs import write_file, write_folder
+
+path, value = sys.argv[1], int(sys.argv[2])
+tensors = {"a": np.full(50_000, value)}
+for _ in range(20):
+    write_file(path, lambda part: save_file(tensors, part))
+    write_folder(path + ".d", lambda part: (part / "a").write_text(str(value) * 1000))
+"""
 
 
 def test_two_writers_never_mix(tmp_path):
     place = str(tmp_path / "kept.safetensors")
-    context = get_context("fork")
-    writers = [context.Process(target=_write_often, args=(place, value)) for value in (1, 2)]
-    for writer in writers:
-        writer.start()
+    writers = [subprocess.Popen([sys.executable, "-c", WRITES_OFTEN, place, str(value)]) for value in (1, 2)]
     seen = set()
-    while any(writer.is_alive() for writer in writers):
+    while any(writer.poll() is None for writer in writers):
         if Path(place).exists():
             seen.add(tuple(load_file(place)["a"].unique().tolist()))
-    assert [writer.exitcode for writer in writers] == [0, 0] and seen <= {(1,), (2,)}
+    assert [writer.returncode for writer in writers] == [0, 0] and seen <= {(1,), (2,)}
     assert len(set((Path(place + ".d") / "a").read_text())) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["kept.safetensors", "kept.safetensors.d"]
 
