@@ -13,18 +13,18 @@ __all__ = ["auroc", "brier", "expected_calibration_error"]
 
 def auroc(scores: Sequence[float], correct: Sequence[bool]) -> float:
     """Probability that a right one scores above a wrong one, equal scores counted half; NaN without both."""
-    scores, right = np.asarray(scores, float), np.asarray(correct, bool)
+    values, right = np.asarray(scores, float), np.asarray(correct, bool)
     if right.all() or not right.any():
         return float("nan")
-    wrong = np.sort(scores[~right])
-    below = np.searchsorted(wrong, scores[right], "left") + np.searchsorted(wrong, scores[right], "right")
+    wrong = np.sort(values[~right])
+    below = np.searchsorted(wrong, values[right], "left") + np.searchsorted(wrong, values[right], "right")
     return float(below.mean() / 2 / len(wrong))
 
 
 def brier(probabilities: Sequence[float], correct: Sequence[bool]) -> float:
     """Mean squared distance of probabilities from what happened, 0 to 1 (Brier 1950)."""
-    probabilities, right = _checked(probabilities, correct)
-    return float(np.mean((probabilities - right) ** 2))
+    values, right = _checked(probabilities, correct)
+    return float(np.mean((values - right) ** 2))
 
 
 def expected_calibration_error(probabilities: Sequence[float], correct: Sequence[bool], bins: int = 20) -> float:
@@ -34,9 +34,9 @@ def expected_calibration_error(probabilities: Sequence[float], correct: Sequence
     """
     if bins < 1:
         raise InputError(f"bins={bins} is not allowed; give a number >= 1")
-    probabilities, right = _checked(probabilities, correct)
-    place = np.clip(np.ceil(probabilities * bins).astype(int) - 1, 0, bins - 1)
-    gap = np.bincount(place, probabilities - right, bins)
+    values, right = _checked(probabilities, correct)
+    place = np.clip(np.ceil(values * bins).astype(int) - 1, 0, bins - 1)
+    gap = np.bincount(place, values - right, bins)
     return float(np.abs(gap).sum() / len(right))
 
 

@@ -17,9 +17,8 @@ __all__ = ["page"]
 
 def page(readings: Sequence[Reading]) -> str:
     """A page with the picture of each reading above its rows; what the rows say is escaped."""
-    template = jinja2.Environment(autoescape=True).from_string(
-        files(__package__).joinpath("page.html").read_text("utf-8")
-    )
+    source = files("tokenry.read.pages").joinpath("page.html").read_text("utf-8")
+    template = jinja2.Environment(autoescape=True).from_string(source)
     return template.render(sections=[_section(reading) for reading in readings])
 
 
