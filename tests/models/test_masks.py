@@ -9,10 +9,13 @@ from tokenry.models.masks import (
     as_attention_mask,
     block_diffusion_mask,
     check_bidirectional,
+    check_full_attention,
     check_mask,
+    check_mask_token,
     draft_mask,
     make_bidirectional,
     own_position,
+    sees_both_sides,
 )
 
 SIZES = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -128,15 +131,55 @@ def test_a_saved_model_stays_bidirectional(tmp_path):
 
 
 def test_a_sliding_window_is_found():
+    """A mask of four dimensions takes the window's place, so that only the configuration tells of it."""
     torch.manual_seed(0)
     config = Gemma3TextConfig(
         **SIZES, num_key_value_heads=2, head_dim=8, sliding_window=4, layer_types=["sliding_attention"] * 2
     )
     model = Gemma3ForCausalLM(config).eval()
-    try:
-        check_mask(model, torch.ones(1, 1, 12, 12, dtype=torch.bool))
-    except InputError as error:
-        assert "hides token" in str(error)
+    check_mask(model, torch.ones(1, 1, 12, 12, dtype=torch.bool))
+    with pytest.raises(InputError, match="has layers with a sliding window"):
+        check_full_attention(model)
+    check_full_attention(llama())
+
+
+def test_what_two_layers_pass_on_is_no_leak():
+    """Row 3 sees token 2, which sees token 1, which sees token 0: two layers reach token 1, and token 0 is too far."""
+    chain = torch.eye(4, dtype=torch.bool) | torch.diag(torch.ones(3, dtype=torch.bool), -1)
+    check_mask(llama(), chain[None, None])
+    model = llama()
+    plain = model.forward
+    model.forward = lambda attention_mask=None, **kw: plain(attention_mask=torch.ones(1, 1, 4, 4).bool().tril(), **kw)
+    with pytest.raises(InputError, match="row 3 sees token 0"):
+        check_mask(model, chain[None, None])
+
+
+@pytest.mark.parametrize("token", [-1, 40, 41])
+def test_a_mask_token_outside_is_refused(token):
+    with pytest.raises(InputError, match=f"mask_token_id={token} is outside the vocabulary of 40"):
+        check_mask_token(llama(), token)
+
+
+@pytest.mark.parametrize("token", [0, 39])
+def test_the_first_and_the_last_token_may_be_the_mask(token):
+    check_mask_token(llama(), token)
+
+
+@pytest.mark.parametrize("name", ["is_causal", "causal"])
+def test_a_configuration_says_that_both_sides_are_seen(name):
+    model = llama()
+    assert not sees_both_sides(model)
+    setattr(model.config, name, False)
+    assert sees_both_sides(model)
+
+
+def test_one_causal_part_suffices():
+    model = llama()
+    parts = [layer.self_attn for layer in model.model.layers]
+    parts[0].is_causal = False
+    assert not sees_both_sides(model)
+    parts[1].is_causal = False
+    assert sees_both_sides(model)
 
 
 def test_logits_of_the_own_position():
