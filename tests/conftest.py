@@ -2,17 +2,13 @@
 
 import os
 
-from support.families import TEXT, build
+from support.families import build, byte_tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    PreTrainedTokenizerFast,
-)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -22,24 +18,7 @@ def _threads():
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    """A byte-level BPE of 320 tokens: every text has tokens, many tokens are parts of characters."""
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<eos>", "<pad>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    raw.train_from_iterator(TEXT.splitlines(), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        eos_token="<eos>",
-        pad_token="<pad>",
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
+    return byte_tokenizer()
 
 
 _BUILT = {}

@@ -125,6 +125,15 @@ def matched(tokenizer, text, monitor):
     return text[slice(*hits[0][0].span)] if hits else None
 
 
+@pytest.mark.parametrize("span", [None, 200])
+def test_an_expression_whose_cost_has_no_bound_is_refused_on_the_text_where_it_shows(tokenizer, span):
+    short, long = "a" * 10, "a" * 200
+    assert matched(tokenizer, long + "!", RegexBan([r"(a+)+$"], span)) == "a"
+    assert matched(tokenizer, short, RegexBan([r"(a|aa)+[bc]"], span)) is None
+    with pytest.raises(InputError, match=r"\(a\|aa\)\+\[bc\].* takes more than 1 s on this text"):
+        matched(tokenizer, long, RegexBan([r"(a|aa)+[bc]"], span))
+
+
 @pytest.mark.parametrize(
     "text, phrases, expected",
     [
@@ -367,6 +376,8 @@ def test_the_method_is_its_monitors(llama, tokenizer, tmp_path):
         (lambda: Antislop(phrases=[""]), "is empty"),
         (lambda: Antislop(regexes=["(unclosed"]), r"\(unclosed.* does not compile"),
         (lambda: Antislop(regexes=["a*"]), "matches the empty text"),
+        (lambda: Antislop(regexes=["a" * 15_000, "b" * 6_000]), "have 21000 characters together; give at most 20000"),
+        (lambda: Antislop(regexes=["(" * 5000 + "a" + ")" * 5000]), "too many groups"),
         (lambda: Antislop(ngrams=["of the"]), "no content word"),
         (lambda: Antislop(phrases=["a"], strength=1.5), r"strength=1.5 is not allowed .* \[0"),
         (lambda: PhraseBan(["a"], strength=-0.1), r"give a number in \[0, 1\]"),

@@ -10,8 +10,9 @@ from tokenry.core.errors import InputError
 from tokenry.decode import Antislop, CyclicReflex
 from tokenry.serve.errors import Refused
 from tokenry.serve.methods import made
-from tokenry.serve.protocol import BANNED, ChatRequest, CompletionRequest
+from tokenry.serve.protocol import BANNED, ChatRequest, CompletionRequest, KoboldRequest
 
+KINDS = {"chat": ChatRequest, "completions": CompletionRequest, "/api/": KoboldRequest}
 BODIES = sorted((Path(__file__).parent / "bodies").glob("*.json"))
 
 
@@ -143,7 +144,7 @@ def test_messages_in_parts():
 @pytest.mark.parametrize("file", BODIES, ids=lambda file: file.stem)
 def test_recorded_bodies_of_clients_are_understood(file):
     record = json.loads(file.read_text())
-    kind = ChatRequest if "chat" in record["path"] else CompletionRequest
+    kind = next(kind for part, kind in KINDS.items() if part in record["path"])
     request = kind.model_validate(record["body"])
     (ban,) = request.methods_in_force([])
     assert isinstance(ban, Antislop) and "a testament to" in ban.phrases and request.max_tokens == 12

@@ -1,13 +1,16 @@
 """The proxy: the pieces of texts that another server writes."""
 
 import asyncio
+from typing import ClassVar
 
+import httpx
 import pytest
 from support.completions_server import completions_server
 from support.writer import writer
 
 from tokenry import InputError
-from tokenry.decode import Antislop, CyclicReflex, RemoteServer, generate
+from tokenry.decode import Antislop, CyclicReflex, MonitorMethod, RemoteServer, generate
+from tokenry.serve import create_app
 from tokenry.serve.backend import Busy, Work
 from tokenry.serve.proxy import Proxy
 
@@ -76,7 +79,9 @@ def test_stop_strings_and_bias_and_seeds_go_along(server, model, tokenizer):
         return stopped
 
     pieces = served(server, tokenizer, body)
-    assert pieces[-1].finish == "stop" and "".join(piece.text for piece in pieces).endswith("sound")
+    written = tokenizer.decode([token for piece in pieces for token in piece.ids])
+    assert pieces[-1].finish == "stop" and written.endswith("sound")
+    assert "".join(piece.text for piece in pieces) == written.removesuffix("sound")
     assert server.requests[-1]["logit_bias"][str(token)] == -7.0 and server.requests[-1]["seed"] >= 0
 
 
@@ -185,3 +190,43 @@ def test_what_the_server_refuses_comes_out_of_the_stream(server, tokenizer):
         return proxy.numbers()["failed"]
 
     assert served(server, tokenizer, body) == 1
+
+
+class Stumbles:
+    """A monitor that goes wrong where the text is long enough."""
+
+    def check(self, row):
+        if len(row.ids) > 12:
+            raise ZeroDivisionError("a method went wrong")
+
+    def hold(self, row):
+        return 0
+
+
+class Stumbling(MonitorMethod):
+    """Watches, and fails."""
+
+    slug: ClassVar[str] = "stumbling"
+
+    def monitors(self, tokenizer):
+        return [Stumbles()]
+
+
+def test_a_method_that_fails_ends_its_own_text(server, tokenizer):
+    """The client is told in a last event; nothing is left, and another text is written whole."""
+    body = {"prompt": PROMPTS[0], "max_tokens": 20, "temperature": 0, "ignore_eos": True, "stream": True}
+
+    async def ask(proxy):
+        async def one(**options):
+            transport = httpx.ASGITransport(create_app(proxy, **options))
+            async with httpx.AsyncClient(transport=transport, base_url="http://testserver") as client:
+                return (await client.post("/v1/completions", json=body)).text
+
+        texts = await asyncio.gather(one(methods=[Stumbling()]), one(methods=[BANS]))
+        return texts, dict(proxy.numbers())
+
+    (failing, other), numbers = served(server, tokenizer, ask)
+    *pieces, error, done = failing.strip().split("\n\n")
+    assert pieces and '"type":"server_error"' in error and "its log says where" in error and done == "data: [DONE]"
+    assert "went wrong" not in failing and '"error"' not in other and '"finish_reason":"length"' in other
+    assert (numbers["failed"], numbers["finished"], numbers["running"], numbers["waiting"]) == (1, 1, 0, 0)

@@ -9,8 +9,6 @@ from typing import ClassVar
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from support.families import build
 from transformers import LogitsProcessor, MambaConfig, MambaForCausalLM
 
@@ -30,7 +28,7 @@ from tokenry.decode import (
 from tokenry.models.load import Loaded
 from tokenry.serve.backend import Busy, Work
 from tokenry.serve.worker import Worker
-from tokenry.serve.writing import CHUNK, Words
+from tokenry.serve.writing import CHUNK
 
 KINDS = ["llama", "qwen2", "opt", "gemma3", "mamba"]
 
@@ -444,13 +442,3 @@ def test_a_stop_string_is_no_part_of_the_text(llama_worker, tokenizer, stop):
     whole = tokenizer.decode(ids_of(pieces), skip_special_tokens=True)
     assert text_of(pieces) == whole.split(stop)[0]
     assert pieces[-1].finish == ("stop" if stop in whole or ids_of(pieces)[-1] == 0 else "length")
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(2, 319), max_size=40), st.lists(st.text("e the🙂", min_size=1, max_size=4), max_size=3))
-def test_text_is_never_half_a_character_nor_half_a_stop_string(tokenizer, ids, stop):
-    words = Words(tokenizer, [5], stop)
-    parts = [words.add([token]) for token in ids] + [words.add((), last=True)]
-    whole = tokenizer.decode(ids)
-    places = [whole.find(one) for one in stop if one in whole]
-    assert "".join(parts) == (whole[: min(places)] if places else whole)

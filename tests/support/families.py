@@ -1,6 +1,7 @@
 """Small random models of four families, and the text that the small tokenizer was trained on."""
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -8,6 +9,7 @@ from transformers import (
     LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -18,6 +20,27 @@ It was not a dream but a testament to the sea. Café, naïve, 12 345, “quotes�
 
 
 SIZES = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 512}
+
+
+def byte_tokenizer():
+    """A byte-level BPE of 320 tokens: every text has tokens, many tokens are parts of characters."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<eos>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    raw.train_from_iterator(TEXT.splitlines(), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        eos_token="<eos>",
+        pad_token="<pad>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def build(kind: str):

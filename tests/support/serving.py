@@ -12,7 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import tokenry
 from tokenry.serve.backend import Busy, Piece, Ranked
-from tokenry.text.token_text import TokenText
+from tokenry.serve.words import Words
 
 FINISH = {"finished": "stop", "budget": "length", "context": "length"}
 
@@ -36,7 +36,7 @@ class Settled(BaseStreamer):
 
     def __init__(self, backend, order):
         self.backend, self.order, self.ids = backend, order, []
-        self.text = TokenText(backend.tokenizer, list(order.work.prompt_ids))
+        self.words = Words(backend.tokenizer, order.work.prompt_ids, order.work.stop)
         self.prompt_is_next = True
 
     def put(self, value):
@@ -44,12 +44,11 @@ class Settled(BaseStreamer):
             self.prompt_is_next = False
             return
         for token in value.flatten().tolist():
-            before = len(self.text.text)
-            self.text.append(token)
+            text = self.words.add([token])
             ranked = self.backend.ranked(self.order.work, self.ids, token)
             self.ids.append(token)
             self.backend.written += 1
-            self.order.put(Piece([token], self.text.text[before:], ranked))
+            self.order.put(Piece([token], text, ranked, self.words.offsets(len(ranked))))
         time.sleep(self.backend.pause)
         late = self.order.work.deadline is not None and time.monotonic() > self.order.begun + self.order.work.deadline
         if self.order.left or late:
@@ -156,7 +155,7 @@ class OneByOne:
             self._send(order, Piece([], "", finish=left.args[0]))
             return
         events = [{"kind": event.kind, "rule": event.rule, "index": event.index} for event in out.events]
-        rest = settled.text.unfinished()
+        rest = settled.words.add((), last=True)
         self._send(order, Piece([], rest, finish=FINISH[out.stop_reasons[0]], events=events))
 
     def _send(self, order, piece):

@@ -235,13 +235,9 @@ class Counting:
     def __init__(self, compiled):
         self.compiled, self.pattern, self.flags, self.characters = compiled, compiled.pattern, compiled.flags, 0
 
-    def finditer(self, text, first):
+    def finditer(self, text, first, **how):
         self.characters += len(text) - first
-        return self.compiled.finditer(text, first)
-
-    def search(self, text, first, partial):
-        self.characters += len(text) - first
-        return self.compiled.search(text, first, partial=partial)
+        return self.compiled.finditer(text, first, **how)
 
 
 def test_an_expression_without_a_span_looks_at_the_end_alone():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -14,9 +15,29 @@ from transformers import PreTrainedTokenizerBase
 from ..text.token_text import REPLACEMENT
 from .backend import Piece, Ranked, Work
 
-__all__ = ["Answers", "Chat", "ChatAnswers", "Completion", "CompletionAnswers", "Models", "Part", "Text"]
+__all__ = [
+    "EVENTS",
+    "Answers",
+    "Chat",
+    "ChatAnswers",
+    "Completion",
+    "CompletionAnswers",
+    "Finish",
+    "Models",
+    "Text",
+    "usage",
+]
 
 Finish = Literal["stop", "length"]
+EVENTS: dict[str, Any] = {  # what OpenAPI says of a stream: of each event
+    "text/event-stream": {
+        "schema": {
+            "type": "object",
+            "properties": {"event": {"const": "message"}, "data": {"type": "string"}},
+            "required": ["data"],
+        }
+    }
+}
 
 
 class Usage(BaseModel):
@@ -128,49 +149,28 @@ class Models(BaseModel):
     data: list[Model]
 
 
-@dataclass(frozen=True)
-class Part:
-    """What a piece adds to a text."""
-
-    text: str
-    ids: Sequence[int]
-    logprobs: Sequence[Ranked]
-    offsets: Sequence[int]
-
-
 class Text:
-    """A text as it grows: without the strings that end it, also where only the beginning of one has come yet."""
+    """A text as it grows."""
 
     def __init__(self, index: int, work: Work) -> None:
         self.index, self.work = index, work
-        self.text, self.held, self.ended = "", "", False
+        self.text = ""
         self.ids: list[int] = []
         self.logprobs: list[Ranked] = []
         self.offsets: list[int] = []
         self.last: Piece | None = None
 
-    def add(self, piece: Piece) -> Part:
-        """Take a piece; what the client may see of it."""
+    def add(self, piece: Piece) -> None:
+        """Take a piece."""
         self.last = piece if piece.finish else None
-        offset, before = len(self.text) + len(self.held), len(self.text)
+        self.text += piece.text
         self.ids += piece.ids
         self.logprobs += piece.logprobs
-        offsets = [offset] * len(piece.logprobs)
-        self.offsets += offsets
-        self.held += "" if self.ended else piece.text
-        self.text += self._shown(last=piece.finish is not None)
-        return Part(self.text[before:], piece.ids, piece.logprobs, offsets)
+        self.offsets += piece.offsets
 
-    def _shown(self, last: bool) -> str:
-        """What of `held` cannot belong to a string that ends the text; it is taken out."""
-        found = [at for at in map(self.held.find, self.work.stop) if at >= 0]
-        if found or last:
-            shown, self.held, self.ended = self.held[: min(found, default=None)], "", bool(found)
-            return shown
-        begun = max((_begun(self.held, stop) for stop in self.work.stop), default=0)
-        size = len(self.held) - begun
-        shown, self.held = self.held[:size], self.held[size:]
-        return shown
+    def whole(self) -> Piece:
+        """All of it as one piece."""
+        return Piece(self.ids, self.text, self.logprobs, self.offsets)
 
     def ending(self) -> dict[str, Any]:
         """How it ended, as fields of a choice."""
@@ -180,11 +180,6 @@ class Text:
         if self.last.finish == "timeout":
             fields["stop_reason"] = "timeout"
         return fields | ({"events": [dict(event) for event in self.last.events]} if self.last.events else {})
-
-
-def _begun(text: str, stop: str) -> int:
-    """How many characters at the end of a text are the beginning of a string."""
-    return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
 
 
 @dataclass
@@ -212,6 +207,11 @@ class Answers:
         return {"id": self.prefix + self.id, "object": kind, "created": self.created, "model": self.model}
 
     prefix = ""
+    mark, done = "", "data: [DONE]\n\n"  # before each event, and at the end of all
+
+    def event(self, value: Mapping[str, Any]) -> str:
+        """A chunk as an event of a stream."""
+        return f"{self.mark}data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
     def whole(self, texts: Sequence[Text]) -> BaseModel:
         """The answer in one."""
@@ -221,7 +221,7 @@ class Answers:
         """Chunks before the first piece."""
         return []
 
-    def chunk(self, text: Text, part: Part) -> dict[str, Any]:
+    def chunk(self, text: Text, part: Piece) -> dict[str, Any]:
         """The chunk of one piece."""
         raise NotImplementedError
 
@@ -247,24 +247,24 @@ class CompletionAnswers(Answers):
     prefix = "cmpl-"
 
     def whole(self, texts: Sequence[Text]) -> Completion:
-        choices = [CompletionChoice(**self._choice(text, _all(text), with_prompt=True)) for text in texts]
+        choices = [CompletionChoice(**self._choice(text, text.whole(), with_prompt=True)) for text in texts]
         return Completion(**self.head("text_completion"), choices=choices, usage=usage(texts))
 
-    def chunk(self, text: Text, part: Part) -> dict[str, Any]:
+    def chunk(self, text: Text, part: Piece) -> dict[str, Any]:
         first = len(text.ids) == len(part.ids)
         return {**self.head("text_completion"), "choices": [self._choice(text, part, with_prompt=first)]}
 
     def empty(self) -> dict[str, Any]:
         return {**self.head("text_completion"), "choices": []}
 
-    def _choice(self, text: Text, part: Part, with_prompt: bool) -> dict[str, Any]:
+    def _choice(self, text: Text, part: Piece, with_prompt: bool) -> dict[str, Any]:
         fields = {"index": text.index, "text": part.text, "logprobs": self._logprobs(text, part), **text.ending()}
         if self.tell_ids:
             fields["token_ids"] = list(part.ids)
             fields |= {"prompt_token_ids": list(text.work.prompt_ids)} if with_prompt else {}
         return fields
 
-    def _logprobs(self, text: Text, part: Part) -> dict[str, Any] | None:
+    def _logprobs(self, text: Text, part: Piece) -> dict[str, Any] | None:
         if text.work.logprobs is None or not part.logprobs:
             return None
         return {
@@ -291,7 +291,7 @@ class ChatAnswers(Answers):
     def whole(self, texts: Sequence[Text]) -> Chat:
         choices = []
         for text in texts:
-            fields = self._fields(text, _all(text))
+            fields = self._fields(text, text.whole())
             choices.append(ChatChoice(message=Turn(role="assistant", content=text.text), **fields))
         answer = Chat(**self.head("chat.completion"), choices=choices, usage=usage(texts))
         return answer.model_copy(update=self._prompt(texts))
@@ -302,7 +302,7 @@ class ChatAnswers(Answers):
         choices = [{"index": text.index, "delta": delta, "logprobs": None, "finish_reason": None} for text in texts]
         return [{**head, "choices": [choice], **self._prompt(texts)} for choice in choices]
 
-    def chunk(self, text: Text, part: Part) -> dict[str, Any]:
+    def chunk(self, text: Text, part: Piece) -> dict[str, Any]:
         delta = {"content": part.text} if part.text or text.last is None else {}
         choice = {**self._fields(text, part), "delta": delta}
         return {**self.head("chat.completion.chunk"), "choices": [choice]}
@@ -313,7 +313,7 @@ class ChatAnswers(Answers):
     def _prompt(self, texts: Sequence[Text]) -> dict[str, Any]:
         return {"prompt_token_ids": list(texts[0].work.prompt_ids)} if self.tell_ids else {}
 
-    def _fields(self, text: Text, part: Part) -> dict[str, Any]:
+    def _fields(self, text: Text, part: Piece) -> dict[str, Any]:
         fields: dict[str, Any] = {"index": text.index, "logprobs": None, **text.ending()}
         if text.work.logprobs is not None and part.logprobs:
             content = [
@@ -330,8 +330,3 @@ class ChatAnswers(Answers):
         said = str(self.tokenizer.decode([token]))
         data = None if REPLACEMENT in said else list(said.encode())
         return {"token": self.token(token), "logprob": logprob, "bytes": data}
-
-
-def _all(text: Text) -> Part:
-    """A whole text as one part."""
-    return Part(text.text, text.ids, text.logprobs, text.offsets)

@@ -1,4 +1,4 @@
-"""The application: OpenAI's routes, health and metrics, in front of a backend."""
+"""The application: OpenAI's and KoboldCpp's routes, health and metrics, in front of a backend."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from starlette.routing import Route
 
 from .. import __version__
 from ..decode.contract import DecodeMethod
-from .answers import Chat, Completion, Model, Models
+from .answers import EVENTS, Chat, Completion, Model, Models
 from .backend import Backend
-from .errors import ErrorAnswer, Refused, answer_errors
+from .errors import ERRORS, Refused, answer_errors
 from .gate import Gate, State
+from .kobold import add_kobold
 from .metrics import Metrics
 from .protocol import ChatRequest, CompletionRequest
 from .service import LIMITS, Limits, Service
@@ -27,7 +28,6 @@ from .service import LIMITS, Limits, Service
 __all__ = ["create_app"]
 
 GRACE = 10.0  # seconds in which running texts may end when the application closes
-ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}}
 
 
 class Health(BaseModel):
@@ -71,7 +71,9 @@ def create_app(
     )
     app.state.backend, app.state.gate = backend, state
     answer_errors(app)
-    _add_texts(app, Service(backend, metrics, methods, limits, log_texts), secured)
+    service = Service(backend, metrics, methods, limits, log_texts)
+    _add_texts(app, service, secured)
+    add_kobold(app, service, secured)
     _add_models(app, backend, secured)
     _add_watching(app, metrics, secured)
     routes = [route.path for route in app.routes if isinstance(route, Route)]
@@ -89,12 +91,10 @@ async def close(app: FastAPI, seconds: float = GRACE) -> None:
 
 
 def _add_texts(app: FastAPI, service: Service, secured: list[Any]) -> None:
-    stream = {"text/event-stream": {"schema": {"type": "string"}}}
-
     @app.post(
         "/v1/completions",
         response_model=None,
-        responses={200: {"model": Completion, "content": stream}, **ERRORS},
+        responses={200: {"model": Completion, "content": EVENTS}, **ERRORS},
         dependencies=secured,
     )
     async def completions(asked: CompletionRequest, http: Request) -> Response:
@@ -104,7 +104,7 @@ def _add_texts(app: FastAPI, service: Service, secured: list[Any]) -> None:
     @app.post(
         "/v1/chat/completions",
         response_model=None,
-        responses={200: {"model": Chat, "content": stream}, **ERRORS},
+        responses={200: {"model": Chat, "content": EVENTS}, **ERRORS},
         dependencies=secured,
     )
     async def chat_completions(asked: ChatRequest, http: Request) -> Response:

@@ -55,8 +55,10 @@ class Piece:
     """What has settled since the last piece: it is never taken back.
 
     Attributes:
-        text: what these tokens add, without special tokens; a character that is not whole comes with its last token.
+        text: what these tokens add, without special tokens; a character that is not whole comes with its last token,
+            what may belong to a stop string when it is known not to, and nothing from a stop string on.
         logprobs: one for each token, where they were asked for.
+        offsets: beside each of these, the character of the text at which its token begins.
         finish: why the text has ended, in the last piece alone.
         events: the repairs of the text, as JSON, in the last piece alone.
     """
@@ -64,6 +66,7 @@ class Piece:
     ids: Sequence[int]
     text: str
     logprobs: Sequence[Ranked] = ()
+    offsets: Sequence[int] = ()
     finish: FinishReason | None = None
     events: Sequence[Mapping[str, Any]] = ()
 

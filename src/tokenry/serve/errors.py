@@ -18,7 +18,7 @@ from ..core.errors import InputError
 from ..core.fields import shown
 from .backend import Busy
 
-__all__ = ["ErrorAnswer", "Refused", "answer_errors", "error_body", "refusal"]
+__all__ = ["ERRORS", "ErrorAnswer", "Refused", "answer_errors", "error_body", "refusal"]
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 CODES = {401: "invalid_api_key", 413: "request_too_large", 429: "server_busy", 503: "server_closing"}
@@ -45,6 +45,9 @@ class ErrorAnswer(BaseModel):
     """An error as OpenAI writes it."""
 
     error: ErrorInfo
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}}
 
 
 def error_body(message: str, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from .errors import Refused
 from .methods import MethodField, in_force, made
 from .names import ALIASES, BY_ELEMENT, RENAMED, canonical, method_entries, unknown
 
-__all__ = ["ChatRequest", "CompletionRequest", "Message", "Sampling"]
+__all__ = ["ChatRequest", "CompletionRequest", "KoboldRequest", "Message", "Sampling"]
 
 COLDEST = 1e-4  # below this temperature only the likeliest token is left
 BANNED = -10_000.0  # added to a score; more than any score can make good
@@ -204,6 +204,18 @@ class CompletionRequest(Asked):  # pyright: ignore[reportGeneralTypeIssues]
 
     def ranked(self) -> int | None:
         return None if self.logprobs is False else self.logprobs
+
+
+class KoboldRequest(Asked):  # pyright: ignore[reportGeneralTypeIssues]
+    """A prompt to be continued, as KoboldCpp's own routes take it: whether it streams, the route says."""
+
+    prompt: str
+    genkey: str = Field(default="", description="by which the text can be ended")
+    logprobs: Literal[False] | None = None
+    n: Literal[1] = 1
+
+    def ranked(self) -> None:
+        return None
 
 
 class TextPart(BaseModel):

@@ -21,8 +21,8 @@ from ..decode.engines.remote.client import RemoteServer
 from ..decode.engines.remote.loop import RemoteLoop, RemoteOptions, RemoteRow
 from ..decode.generation.logprobs import UNKNOWN
 from ..decode.generation.plugins import Plugins
-from ..text.token_text import TokenText
 from .backend import Busy, FinishReason, Piece, Ranked, Work
+from .words import Words
 
 __all__ = ["Proxy"]
 
@@ -78,20 +78,24 @@ class Proxy:
         text = _Text(self._loop(work), work, self.tokenizer)
         self.texts.add(text)
         running = asyncio.get_running_loop().run_in_executor(self.threads, text.write)
-        running.add_done_callback(text.fail)
+        running.add_done_callback(lambda written: self._end(text, written))
         try:
             async for piece in text.pieces():
                 yield piece
             self.counts["finished"] += 1
-        except InputError:
-            self.counts["failed"] += 1
-            raise
         finally:
             text.loop.cancel(0)
             self.texts.discard(text)
             self.counts["tokens_read"] += len(work.prompt_ids)
             self.counts["tokens_written"] += text.loop.stats.written
             running.cancel()  # of one that still waits
+
+    def _end(self, text: _Text, written: asyncio.Future[None]) -> None:
+        """Hand on the error in which a text has ended, if any."""
+        error = None if written.cancelled() else written.exception()
+        if error is not None:
+            self.counts["failed"] += 1
+            text.outbox.put_nowait(error)
 
     def numbers(self) -> Mapping[str, float]:
         """See `Backend.numbers`."""
@@ -124,7 +128,8 @@ class _Text:
         self.loop, self.work = loop, work
         self.home = asyncio.get_running_loop()
         self.outbox: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
-        self.decoded = TokenText(tokenizer, list(work.prompt_ids))
+        self.words = Words(tokenizer, work.prompt_ids, work.stop)
+        self.told = 0  # tokens
         self.late = False
 
     async def pieces(self) -> AsyncIterator[Piece]:
@@ -155,24 +160,16 @@ class _Text:
                 self._put(self._piece(settled[0]))
         self._put(self._last())
 
-    def fail(self, written: asyncio.Future[None]) -> None:
-        """Hand on the error in which it has ended, if any."""
-        error = None if written.cancelled() else written.exception()
-        if error is not None:
-            self.outbox.put_nowait(error)
-
     def _put(self, piece: Piece) -> None:
         with suppress(RuntimeError):  # the event loop is closed, and with it whoever waited
             self.home.call_soon_threadsafe(self.outbox.put_nowait, piece)
 
     def _piece(self, ids: list[int]) -> Piece:
-        decoded, count = self.decoded, self.work.logprobs
-        first, before = len(decoded.ids), len(decoded.text)
-        for token in ids:
-            decoded.append(token)
+        count, first = self.work.logprobs, self.told
+        self.told += len(ids)
         told = enumerate(ids, first) if count is not None else ()
         ranked = [_ranked(self.loop.rows[0], index, token, count or 0) for index, token in told]
-        return Piece(ids, decoded.text[before:], ranked)
+        return Piece(ids, self.words.add(ids), ranked, self.words.offsets(len(ranked)))
 
     def _last(self) -> Piece:
         output = self.loop.output()
@@ -180,7 +177,7 @@ class _Text:
         reason = REASONS[(output.stop_reasons or ["finished"])[0]]
         return Piece(
             (),
-            self.decoded.unfinished(),
+            self.words.add((), last=True),
             finish="timeout" if self.late and reason == "cancelled" else reason,
             events=events,
         )

@@ -25,14 +25,16 @@ from .answers import Answers, ChatAnswers, CompletionAnswers, Text
 from .backend import Backend, Piece, Work
 from .errors import Refused, error_body
 from .metrics import Metrics, Watch
-from .protocol import ChatRequest, CompletionRequest, Sampling
+from .protocol import ChatRequest, CompletionRequest, KoboldRequest, Sampling
 
 __all__ = ["LIMITS", "Limits", "Service"]
 
 T = TypeVar("T")
+Pieces = AsyncGenerator[tuple[int, Piece], None]  # with the number of the text
 logger = logging.getLogger("tokenry.serve")
 
 COMPLETION_TOKENS = 16  # what OpenAI writes where a completion does not say how much
+KOBOLD_TOKENS = 100  # and what KoboldCpp does
 GONE = 499  # what others log for a client that did not wait; nobody reads it
 
 
@@ -75,6 +77,7 @@ class Service:
         self.backend, self.metrics, self.methods, self.limits = backend, metrics, methods, limits
         self.log_texts = log_texts
         self.reading = asyncio.Lock()  # a tokenizer is for one thread at a time
+        self.aborts: dict[str, set[asyncio.Event]] = {}  # by the key of the request
 
     async def complete(self, http: Request, asked: CompletionRequest) -> Response:
         """Answer /v1/completions."""
@@ -91,6 +94,22 @@ class Service:
         ids = await self._read(_chat_ids, self.backend.tokenizer, turns)
         works = self._works(asked, [ids], [turns], self.limits.tokens)
         return await self._answer(http, asked, self._answers(ChatAnswers, asked), works)
+
+    async def continue_one(self, http: Request, asked: KoboldRequest, kind: type[Answers], *, stream: bool) -> Response:
+        """Answer a request for one text, which `abort` can end."""
+        self._check_model(asked.model)
+        ids = await self._read(_text_ids, self.backend.tokenizer, asked.prompt)
+        works = self._works(asked, [ids], [asked.prompt], KOBOLD_TOKENS)
+        pieces = self._abortable(asked.genkey, self._watched(works))
+        asked = asked.model_copy(update={"stream": stream})
+        return await self._answer(http, asked, self._answers(kind, asked), works, pieces)
+
+    def abort(self, key: str) -> bool:
+        """End the texts of this key as they are; whether there was one."""
+        found = self.aborts.get(key, ())
+        for event in found:
+            event.set()
+        return bool(found)
 
     # --- what is to be written ---------------------------------------------------------------------------------
 
@@ -162,12 +181,14 @@ class Service:
 
     # --- writing -----------------------------------------------------------------------------------------------
 
-    async def _answer(self, http: Request, asked: Sampling, answers: Answers, works: Sequence[Work]) -> Response:
+    async def _answer(
+        self, http: Request, asked: Sampling, answers: Answers, works: Sequence[Work], pieces: Pieces | None = None
+    ) -> Response:
         """Begin to write, and answer: at once with the whole, or as a stream from the first piece on."""
         texts = [Text(number, work) for number, work in enumerate(works)]
         ignored = asked.ignored()
         headers = {"X-Tokenry-Ignored": ", ".join(ignored)} if ignored else {}
-        pieces = self._watched(works)
+        pieces = self._watched(works) if pieces is None else pieces
         try:
             if not asked.stream:
                 await _while_there(http, self._write(texts, pieces))
@@ -179,7 +200,7 @@ class Service:
         counts = asked.stream_options is not None and asked.stream_options.include_usage
         return Events(self._events(answers, texts, first, pieces, counts), headers=headers)
 
-    async def _write(self, texts: Sequence[Text], pieces: AsyncGenerator[tuple[int, Piece], None]) -> None:
+    async def _write(self, texts: Sequence[Text], pieces: Pieces) -> None:
         """Write to the end."""
         async with aclosing(pieces):
             async for number, piece in pieces:
@@ -193,29 +214,29 @@ class Service:
         answers: Answers,
         texts: Sequence[Text],
         first: tuple[int, Piece],
-        pieces: AsyncGenerator[tuple[int, Piece], None],
+        pieces: Pieces,
         counts: bool,
     ) -> AsyncIterator[str]:
         """The events of a stream. What goes wrong on the way is its last but one."""
         for chunk in answers.opening(texts):
-            yield _event(chunk)
+            yield answers.event(chunk)
         try:
             async with aclosing(pieces):
                 async for number, piece in _led(first, pieces):
-                    part = texts[number].add(piece)
+                    texts[number].add(piece)
                     if piece.finish == "cancelled":
                         raise Refused("the server is closing and ends the text here; ask again", status=503)
-                    if part.text or piece.finish or piece.logprobs or answers.tell_ids:
-                        yield _event(answers.chunk(texts[number], part))
+                    if piece.text or piece.finish or piece.logprobs or answers.tell_ids:
+                        yield answers.event(answers.chunk(texts[number], piece))
             self._log(texts)
             if counts:
-                yield _event(answers.counted(texts))
+                yield answers.event(answers.counted(texts))
         except InputError as error:
-            status = error.status if isinstance(error, Refused) else 400
-            yield _event(error_body(str(error), status))
-        yield "data: [DONE]\n\n"
+            told = error if isinstance(error, Refused) else Refused(str(error))
+            yield answers.event(error_body(str(told), told.status, told.param, told.code))
+        yield answers.done
 
-    async def _watched(self, works: Sequence[Work]) -> AsyncGenerator[tuple[int, Piece], None]:
+    async def _watched(self, works: Sequence[Work]) -> Pieces:
         """(number of the text, piece) as they come, counted."""
         watches = [Watch(self.metrics) for _ in works]
         self.metrics.prompt.inc(sum({id(work.prompt_ids): len(work.prompt_ids) for work in works}.values()))
@@ -224,6 +245,21 @@ class Service:
                 watches[number].saw(piece)
                 yield number, piece
 
+    async def _abortable(self, key: str, pieces: Pieces) -> Pieces:
+        """Pieces of one text, until it is aborted: then it has stopped."""
+        aborted = asyncio.Event()
+        self.aborts.setdefault(key, set()).add(aborted)
+        try:
+            async with aclosing(pieces):
+                while (one := await _unless(aborted.wait(), _next(pieces))) is not None:
+                    yield one
+        except Gone:
+            yield 0, Piece((), "", finish="stop")
+        finally:
+            self.aborts[key].discard(aborted)
+            if not self.aborts[key]:
+                del self.aborts[key]
+
     def _log(self, texts: Sequence[Text]) -> None:
         for text in texts if self.log_texts else ():
             prompt = self.backend.tokenizer.decode(list(text.work.prompt_ids))
@@ -231,7 +267,7 @@ class Service:
 
 
 class Gone(Exception):
-    """The client has gone."""
+    """The client has gone, or wants no more."""
 
 
 class Events(StreamingResponse):
@@ -248,8 +284,17 @@ class Events(StreamingResponse):
 
 
 async def _while_there(http: Request, waited: Awaitable[T]) -> T:
-    """What is waited for, unless the client goes first: then it is given up."""
-    work, gone = asyncio.ensure_future(waited), asyncio.ensure_future(_gone(http))
+    """What is waited for, unless the client goes first."""
+    return await _unless(_gone(http), waited)
+
+
+async def _unless(other: Awaitable[Any], waited: Awaitable[T]) -> T:
+    """What is waited for, unless the other comes first: then it is given up.
+
+    Raises:
+        Gone: the other came first.
+    """
+    work, gone = asyncio.ensure_future(waited), asyncio.ensure_future(other)
     try:
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
@@ -268,7 +313,7 @@ async def _gone(http: Request) -> None:
         pass
 
 
-async def _merged(backend: Backend, works: Sequence[Work]) -> AsyncGenerator[tuple[int, Piece], None]:
+async def _merged(backend: Backend, works: Sequence[Work]) -> Pieces:
     """The pieces of several texts as they come. They are held here for a client that reads slowly."""
     queue: asyncio.Queue[tuple[int, Piece | None]] = asyncio.Queue()
 
@@ -285,7 +330,7 @@ async def _merged(backend: Backend, works: Sequence[Work]) -> AsyncGenerator[tup
         while running:
             number, piece = await queue.get()
             if piece is None:
-                tasks[number].result()  # raises what the text has ended with
+                _raise_error(tasks[number])
                 running -= 1
             else:
                 yield number, piece
@@ -295,15 +340,25 @@ async def _merged(backend: Backend, works: Sequence[Work]) -> AsyncGenerator[tup
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+def _raise_error(text: asyncio.Task[None]) -> None:
+    """Raise what the text has ended with, if that was an error. One that is no fault of the request goes to the log."""
+    error = text.exception()
+    if isinstance(error, InputError):
+        raise error
+    if error is not None:
+        logger.error("a text has failed", exc_info=error)
+        raise Refused("the server failed at this text; its log says where", status=500) from None
+
+
+async def _next(pieces: Pieces) -> tuple[int, Piece] | None:
+    return await anext(pieces, None)
+
+
 async def _led(first: T, rest: AsyncIterator[T]) -> AsyncIterator[T]:
     """The first, and the rest."""
     yield first
     async for one in rest:
         yield one
-
-
-def _event(value: Any) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
 def _text_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[int]) -> list[int]:

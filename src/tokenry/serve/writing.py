@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -11,7 +12,6 @@ from types import TracebackType
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from ..core.errors import InputError
@@ -22,44 +22,15 @@ from ..decode.generation.engine import TransformersEngine
 from ..decode.generation.loop import DecodeLoop
 from ..decode.generation.output import DecodeOutput
 from ..models.load import Loaded
-from ..text.token_text import TokenText, special_tokens
 from .backend import FinishReason, Piece, Ranked, Work
+from .words import Words
 
-__all__ = ["CHUNK", "Alone", "Guard", "Shared", "Whole", "Words", "Writing", "begun"]
+__all__ = ["CHUNK", "Alone", "Guard", "Shared", "Whole", "Writing", "begun"]
+
+logger = logging.getLogger("tokenry.serve")
 
 CHUNK = 256  # tokens of prompts that are read in one turn while others write
 REASONS: dict[str, FinishReason] = {"finished": "stop", "budget": "length", "context": "length"}
-
-
-class Words:
-    """The text of settled tokens as it is given out: no half characters, and nothing from a stop string on."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], stop: Sequence[str]) -> None:
-        self.decoded = TokenText(tokenizer, list(prompt))
-        self.stop = stop
-        self.given = 0  # characters
-        self.stopped = False
-
-    def add(self, ids: Sequence[int], last: bool = False) -> str:
-        """What these tokens add. What may be the beginning of a stop string waits, unless they are the last."""
-        for token in ids:
-            self.decoded.append(token)
-        if self.stopped:
-            return ""
-        new = self.decoded.text[self.given :] + (self.decoded.unfinished() if last else "")
-        found = [place for place in map(new.find, self.stop) if place >= 0]
-        if found:
-            self.stopped, new = True, new[: min(found)]
-        elif not last:
-            new = new[: len(new) - self._waiting(new)]
-        self.given += len(new)
-        return new
-
-    def _waiting(self, text: str) -> int:
-        """How many of the last characters may belong to a stop string."""
-        longest = max(map(len, self.stop), default=1) - 1
-        counts = range(min(longest, len(text)), 0, -1)
-        return next((n for n in counts if any(one.startswith(text[-n:]) for one in self.stop)), 0)
 
 
 class Writing:
@@ -87,7 +58,7 @@ class Writing:
         """More tokens have settled."""
         if ids and self.words is not None:
             self.written += len(ids)
-            self.outbox.append(Piece(ids, self.words.add(ids), ranked))
+            self.outbox.append(Piece(ids, self.words.add(ids), ranked, self.words.offsets(len(ranked))))
 
     def end(self, reason: FinishReason, output: DecodeOutput | None = None) -> None:
         """It has ended; the last piece says why, and what was repaired."""
@@ -96,12 +67,14 @@ class Writing:
         newest = self.outbox[-1] if self.outbox else None
         if isinstance(newest, Piece):  # the tokens of this step, and that they were the last
             self.outbox.pop()
-            last = replace(last, ids=newest.ids, text=newest.text + last.text, logprobs=newest.logprobs)
+            last = replace(newest, text=newest.text + last.text, finish=reason, events=events)
         self._close(last)
 
     def fail(self, error: Exception) -> None:
-        """It has ended in an error, which whoever waits will get."""
-        if not self.over:
+        """It has ended in an error, which whoever waits will get; one that comes after the end goes to the log."""
+        if self.over:
+            logger.error("what a text held could not be given back", exc_info=error)
+        else:
             self._close(error)
 
     def _close(self, last: Piece | Exception) -> None:
@@ -109,7 +82,8 @@ class Writing:
         self.outbox.append(last)
         progress, self.progress = self.progress, None
         if progress is not None:
-            progress.close()
+            with Guard(self):
+                progress.close()
 
 
 class Guard:
@@ -259,8 +233,7 @@ def begun(writing: Writing, loaded: Loaded, engine: EngineFor | None) -> Shared 
         **_options(work),
     }
     prompt = work.prompt if asks_words and work.prompt is not None else list(work.prompt_ids)
-    special = special_tokens(tokenizer) if work.stop else ()
-    writing.words = Words(tokenizer, work.prompt_ids, [one for one in work.stop if one not in special])
+    writing.words = Words(tokenizer, work.prompt_ids, work.stop)
     if readers and isinstance(readers[0], RunnerMethod):
         return Whole(writing, lambda watch: generate(model, tokenizer, prompt, streamers=[watch], **given))
     loop = opened(model, tokenizer, prompt, engine=engine, **given)
