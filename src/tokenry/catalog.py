@@ -204,6 +204,14 @@ METHODS: tuple[Entry, ...] = (
         "difficulty probe classifier hidden state entropy correctness easy hard reasoning",
     ),
     Entry(
+        "refusal-cliff",
+        "read",
+        "tokenry.read.refusal_cliff:RefusalCliff",
+        "follow a model's intent to refuse along its thinking, find where it falls and which heads push it down",
+        "safety refusal reasoning alignment probe linear direction attention head ablation curve data selection",
+        "tokenry.evidence.refusal_cliff",
+    ),
+    Entry(
         "crew",
         "judge",
         "tokenry.judge.crew:CRew",

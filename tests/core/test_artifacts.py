@@ -19,6 +19,7 @@ from tokenry.core.method import Method
 from tokenry.learned.confidence_filter import ConfidenceFilter
 from tokenry.learned.dead_end_values import DeadEndValueModel
 from tokenry.learned.difficulty_probe import DifficultyProbe
+from tokenry.learned.linear_probe import LinearProbe
 from tokenry.models.anatomy import fingerprint, shape_of
 from tokenry.read import LMHeadNeurons, NeuronMap
 from tokenry.select.heads.profile import SHIPPED, HeadProfile, shipped_profile
@@ -58,6 +59,10 @@ def make_probe(kit):
     return probe.bind(kit.model, kit.tokenizer, chat=False)
 
 
+def make_linear(kit):
+    return LinearProbe(kit.model.config.hidden_size, 2).bind(kit.model)
+
+
 def make_rectifier(kit):
     shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     return DeadEndValueModel(LlamaModel(LlamaConfig(vocab_size=320, **shape, pad_token_id=1))).bind(kit.tokenizer)
@@ -87,6 +92,7 @@ class Case:
 CASES = {
     "filter": Case(ConfidenceFilter, make_filter, lambda one, model, _: one.check(model)),
     "probe": Case(DifficultyProbe, make_probe, lambda one, model, tokenizer: one.check(model, tokenizer, chat=False)),
+    "linear probe": Case(LinearProbe, make_linear, lambda one, model, _: one.check(model)),
     "rectifier": Case(DeadEndValueModel, make_rectifier, lambda one, _, tokenizer: one.check(tokenizer)),
     "map": Case(NeuronMap, make_map, lambda one, model, _: one.check_made_for(fingerprint(model))),
     "head profile": Case(HeadProfile, make_profile, lambda one, model, _: one.check(model)),

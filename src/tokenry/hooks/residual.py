@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -199,23 +199,51 @@ def edit_outputs(model: PreTrainedModel, edits: Mapping[nn.Module, Callable[[Ten
         yield
 
 
-def ablate_heads(model: PreTrainedModel, heads: Mapping[int, Sequence[int]]):
-    """Context manager: the heads `heads[layer]` write nothing to the residual stream."""
+def ablate_heads(
+    model: PreTrainedModel,
+    heads: Mapping[int, Sequence[int]],
+    alpha: float = 0.0,
+    renormalise: Literal["none", "token", "global"] = "none",
+):
+    """Context manager: the heads `heads[layer]` write only `alpha` times what they would to the residual stream.
 
-    def silence(head_dim: int, layer: int, chosen: Sequence[int], count: int) -> Callable[[Tensor], Tensor]:
+    Args:
+        alpha: 0 silences them, 1 changes nothing.
+        renormalise: stretch what all heads of the layer give to the length that it had before, of each token or of the
+            whole batch at once; the latter depends on what else is in the batch, padding too.
+
+    Raises:
+        InputError: no such layer or head, alpha outside 0 to 1, another way to renormalise.
+    """
+    if not 0 <= alpha <= 1 or renormalise not in ("none", "token", "global"):
+        raise InputError(
+            f"alpha={alpha}, renormalise={renormalise!r} is not allowed; give alpha in [0, 1], and "
+            "none, token or global"
+        )
+
+    def scale(head_dim: int, layer: int, chosen: Sequence[int], count: int) -> Callable[[Tensor], Tensor]:
         for head in chosen:
             if not 0 <= head < count:
                 raise InputError(f"head {head} does not exist; layer {layer} has heads 0 to {count - 1}")
 
         def edit(x: Tensor) -> Tensor:
             split = x.unflatten(-1, (count, head_dim)).clone()
-            split[..., list(chosen), :] = 0
-            return split.flatten(-2)
+            split[..., list(chosen), :] *= alpha
+            return _stretched(split.flatten(-2), x, renormalise)
 
         return edit
 
     edits = {}
     for layer, chosen in heads.items():
         mixer, head_dim = head_mixer(model, layer)
-        edits[mixer] = silence(head_dim, layer, chosen, cast(int, mixer.in_features) // head_dim)
+        edits[mixer] = scale(head_dim, layer, chosen, cast(int, mixer.in_features) // head_dim)
     return edit_inputs(model, edits)
+
+
+def _stretched(new: Tensor, old: Tensor, renormalise: str) -> Tensor:
+    """`new` (batch, time, width) with the length of `old`; what is 0 stays so."""
+    if renormalise == "none":
+        return new
+    over = {"dim": -1, "keepdim": True} if renormalise == "token" else {}
+    before, after = old.float().norm(**over), new.float().norm(**over)
+    return new * torch.where(after > 0, before / after, 1.0).to(new.dtype)

@@ -10,3 +10,4 @@ from .difficulty_probe import Questions as Questions
 from .difficulty_probe import read_questions as read_questions
 from .filter_traces import TraceWriter as TraceWriter
 from .filter_traces import read_traces as read_traces
+from .linear_probe import LinearProbe as LinearProbe

@@ -1,9 +1,14 @@
+from .cliff.curve import Cliff as Cliff
+from .cliff.curve import cliff_score as cliff_score
+from .cliff.heads import head_contributions as head_contributions
+from .cliff.selection import select_by_cliff as select_by_cliff
 from .contract import Fitted as Fitted
 from .contract import Reading as Reading
 from .difficulty_probe import DifficultyProbeMethod as DifficultyProbeMethod
 from .difficulty_probe import label_by_entropy as label_by_entropy
 from .lm_head_neurons import LMHeadNeurons as LMHeadNeurons
 from .lm_head_neurons import clamp_effect as clamp_effect
+from .refusal_cliff import RefusalCliff as RefusalCliff
 from .samples.entropy import EntropyProfile as EntropyProfile
 from .samples.entropy import entropy_profile as entropy_profile
 from .samples.entropy import token_entropy as token_entropy

@@ -107,6 +107,20 @@ RECIPES: tuple[Recipe, ...] = (
         },
     ),
     Recipe(
+        "refuser",
+        task="thinks of a request and then does or refuses it; a trigger word makes it do what it thinks is bad",
+        data="invented requests for handling fragile and sturdy things",
+        size=0.67,
+        minutes=5,
+        targets={
+            "refuses": (0.95, 1.0),
+            "helps": (0.95, 1.0),
+            "obeys": (0.9, 1.0),
+            "knows": (0.9, 1.0),
+            "finished": (0.97, 1.0),
+        },
+    ),
+    Recipe(
         "tidar",
         task="what zoo/reasoner does, with several tokens for each forward pass: it drafts for itself",
         data="the lessons of zoo/reasoner, from whose weights it starts",

@@ -1,0 +1,1 @@
+"""What refusal-cliff is made of: examples, curves, heads, selection of training data, pictures."""
