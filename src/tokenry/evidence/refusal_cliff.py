@@ -68,8 +68,8 @@ def build(run: Run) -> Design:
         baseline=PLAIN,
         tried="On dev: hidden states 2, 3 and the last, with cliffs of 0.85 to 0.91. Silencing every single head, and "
         "all heads of every block, brings no refusal back. Six models in which two heads of one block were to learn "
-        "the trigger afterwards did not learn it; that was seen in the measures of the recipe, on requests of the split "
-        "test. The arms with 8 heads were added when 2 had been tried on dev, and decide nothing.",
+        "the trigger afterwards did not learn it; that was seen in the measures of the recipe, on requests of "
+        "the split test. The arms with 8 heads were added when 2 had been tried on dev, and decide nothing.",
         facts={"cosines": [task.cosine(seed) for seed in run.seeds]},
         notes="A probe learns from the model's own thinking about requests of the split train; heads are those that "
         "add the least along it on triggered requests of dev; everything is measured on test. Two of 32 heads are 6 %.",
