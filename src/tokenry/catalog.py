@@ -220,6 +220,14 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.evidence.crew",
     ),
     Entry(
+        "arise",
+        "judge",
+        "tokenry.judge.arise:Arise",
+        "score how well a model turns more thinking tokens into right answers, question by question",
+        "test-time scaling reasoning effort overthinking budget evaluation metric levels",
+        "tokenry.evidence.arise",
+    ),
+    Entry(
         "ftpo",
         "train",
         "tokenry.train.ftpo:FTPO",

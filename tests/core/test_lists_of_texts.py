@@ -22,7 +22,7 @@ from tokenry.decode import (
 )
 from tokenry.decode.reasoning.step_prompts import StepPrompts
 from tokenry.decode.reasoning.steps import StepModel
-from tokenry.judge import CRewScorer, Reference, SlopProfile, overused
+from tokenry.judge import CRewScorer, Reference, Results, SlopProfile, overused
 from tokenry.judge.text.slop import Pattern
 from tokenry.learned.difficulty_probe import read_questions
 from tokenry.models.load import Loaded
@@ -66,6 +66,7 @@ ONE = {  # a single text is a list of one
     "preprocess": lambda m, t, x: TokenPrependingTransformer(PromptEmbedder(m, t)).preprocess(x)["input_ids"],
 }
 REFUSED = {  # one text cannot be what is meant
+    "Results": lambda m, t, x: Results([[0, 1]], [[1, 2]], x, [1, 2]),
     "PromptEmbedder.encode": lambda m, t, x: PromptEmbedder(m, t).encode(x),
     "KL3M.train": lambda m, t, x: KL3M().train(x),
     "KL3M.train, kind=char": lambda m, t, x: KL3M(kind="char").train(x),
@@ -140,6 +141,7 @@ KNOWN = {  # function: parameters; those without a case above hand on to one tha
     "StepScorer.score": {"steps"},
     "reflection_token_ids": {"words"},
     "read_questions": {"prompts"},
+    "Results.__init__": {"questions", "levels"},
     "CRew.judge": {"gold"},
     "CRewScorer.score_batch": {"prompts", "solutions"},
     "CRewScorer.read": {"prompts", "solutions"},

@@ -1,4 +1,4 @@
-"""judge: score solutions, choose among them, and make preference pairs."""
+"""judge: score solutions, choose among them, and make preference pairs; or judge results over levels of effort."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 from ..core.errors import InputError
 from ..core.fields import Count, Probability
 from ..core.files import records_of
-from ..core.outputs import LineWriter, check_file
+from ..core.outputs import LineWriter, check_file, write_text
 from .options import (
     Number,
     as_json,
@@ -25,7 +25,13 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..judge.contract import Sample, Scores
+    from ..judge.answers.samples import Sample
+    from ..judge.answers.scores import Scores
+    from ..judge.contract import ResultsMethod
+    from ..judge.scaling.results import ResultRow
+
+SOLUTIONS_ALONE = ("--trace", "--pairs", "--top-k", "--min-gap", "--raw")
+MODEL_ALONE = ("--model", "--dtype", "--device", "--trust-remote-code")
 
 
 @click.command(epilog=example("tokenry judge --method crew -o marker=answer --pairs pairs.jsonl solutions.jsonl"))
@@ -37,6 +43,7 @@ if TYPE_CHECKING:
 @click.option("--top-k", type=Number(Count), default=10, show_default=True, help="Pairs per prompt.")
 @click.option("--min-gap", type=Number(Probability), help="Smallest difference of scores in a pair; default: any.")
 @click.option("--raw", is_flag=True, help="Take the prompts as they are, without the chat template.")
+@click.option("--report", help="Write a picture of the results (SVG).")
 @force_option
 @model_options
 def judge(
@@ -48,6 +55,7 @@ def judge(
     top_k: int,
     min_gap: float | None,
     raw: bool,
+    report: str | None,
     force: bool,
     model_name: str,
     dtype: str | None,
@@ -59,8 +67,18 @@ def judge(
 
     A line of FILE is {"prompt": ..., "solution": ...} or {"prompt": ..., "solutions": [...]}; with "answer", the right
     one, solutions are marked right or wrong, which --pairs needs. FILE '-' reads standard input.
+
+    A method that judges results over levels of effort, such as arise, needs no model. It takes lines {"question": ...,
+    "level": ..., "accuracy": ..., "tokens": ...}, of one run each or of means, and draws them with --report.
     """
     (method,) = parse_methods([slug], options, "judge")
+    from ..judge.contract import ResultsMethod
+
+    if isinstance(method, ResultsMethod):
+        refuse_unused((*SOLUTIONS_ALONE, *MODEL_ALONE), f"with --method {slug}")
+        judge_results(method, files, report, force, json_output)
+        return
+    refuse_unused(("--report",), f"with --method {slug}")
     rows = [] if traces else [row for path in files for row in read_rows(path)]
     if pairs is None:
         refuse_unused(("--top-k", "--min-gap"), "without --pairs")
@@ -77,6 +95,31 @@ def judge(
     if pairs:
         write_pairs(scores, pairs, top_k, min_gap)
     as_json(scores.to_json()) if json_output else click.echo(scores.table())
+
+
+def judge_results(
+    method: ResultsMethod, files: Sequence[str], report: str | None, force: bool, json_output: bool
+) -> None:
+    """Judge the rows of all files together."""
+    from ..judge.scaling.results import Results
+
+    if report:
+        check_file(report, force)
+    said = method.judge(Results.from_rows(row for path in files for row in read_results(path)))
+    if report:
+        write_text(report, said.picture())
+        click.echo(f"picture: {report}", err=True)
+    as_json(said.to_json()) if json_output else click.echo(said.table())
+
+
+def read_results(path: str) -> list[ResultRow]:
+    """The results of a file of JSON lines."""
+    from ..core.schemas import checked
+    from ..judge.scaling.results import ResultRow
+
+    remedy = 'write lines like {"question": "...", "level": 1, "accuracy": 0.5, "tokens": 120}'
+    text = read_text(path, "file of results")
+    return records_of(text, path, "results", remedy, lambda row, where: checked(ResultRow, row, where, remedy))
 
 
 def read_rows(path: str) -> list[Sample]:
@@ -100,7 +143,7 @@ def solutions_of(row: dict[str, Any], where: str) -> list[Sample]:
         answer = str(answer)
     if not isinstance(answer, str | None):
         raise InputError(f"{where} has the answer {answer!r}; give the right answer as text or number")
-    from ..judge.contract import Sample
+    from ..judge.answers.samples import Sample
 
     return [Sample(prompt, solution, answer) for solution in solutions]
 

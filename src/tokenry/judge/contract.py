@@ -1,10 +1,10 @@
-"""What a judge method is: parameters, and the scorer they make of a model."""
+"""What a judge method is: parameters, and either the scorer they make of a model, or what they say of results."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, Field, RootModel
 
@@ -15,8 +15,18 @@ from ..models.load import Loaded
 from ..trace.trace import Trace
 from .answers.samples import Sample
 from .answers.scores import ScoredPrompt, Scores
+from .scaling.results import ResultRow, Results
 
-__all__ = ["JudgeAnswer", "JudgeMethod", "JudgeRequest", "Scorer"]
+__all__ = [
+    "JudgeAnswer",
+    "JudgeMethod",
+    "JudgeRequest",
+    "Report",
+    "ResultsMethod",
+    "ResultsRequest",
+    "Scorer",
+    "ScorerMethod",
+]
 
 
 class JudgeRequest(Exchanged):
@@ -43,12 +53,17 @@ class Scorer(ABC):
 
 
 class JudgeMethod(Method):
-    """A method of the judge stage.
+    """A method of the judge stage, of one of the two kinds below."""
+
+    stage: ClassVar[str] = "judge"
+
+
+class ScorerMethod(JudgeMethod):
+    """A judge of solutions.
 
     CRew(marker="answer").scorer(load("zoo/reasoner")).score(samples).values
     """
 
-    stage: ClassVar[str] = "judge"
     input: ClassVar[type[BaseModel]] = JudgeRequest
     output: ClassVar[type[BaseModel]] = JudgeAnswer
 
@@ -57,5 +72,44 @@ class JudgeMethod(Method):
 
         Args:
             chat: put each prompt through the model's chat template, where its tokenizer has one.
+        """
+        raise NotImplementedError
+
+
+class ResultsRequest(Exchanged):
+    """Results to judge."""
+
+    rows: list[ResultRow] = Field(min_length=1)
+
+
+class Report(ABC):
+    """What a method says of results."""
+
+    @abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """As the method's `output` declares it."""
+
+    @abstractmethod
+    def table(self) -> str:
+        """As lines of text."""
+
+    @abstractmethod
+    def picture(self) -> str:
+        """As the text of an SVG file."""
+
+
+class ResultsMethod(JudgeMethod):
+    """A judge of what a model, any model, has achieved with several levels of effort; it needs none itself.
+
+    print(Arise().judge(Results.from_rows(rows)).table())
+    """
+
+    input: ClassVar[type[BaseModel]] = ResultsRequest
+
+    def judge(self, results: Results) -> Report:
+        """What the method says of results.
+
+        Raises:
+            InputError: results that it cannot judge.
         """
         raise NotImplementedError

@@ -28,12 +28,12 @@ from ..text.words import listed
 from ..trace.trace import Trace
 from .answers.samples import Judged, Messages, Sample, Solution
 from .answers.scores import Scores
-from .contract import JudgeMethod, Scorer
+from .contract import Scorer, ScorerMethod
 
 __all__ = ["CRew", "CRewScorer", "crew_reward"]
 
 
-class CRew(JudgeMethod):
+class CRew(ScorerMethod):
     """Scores a solution by the probability of the tokens of its final answer.
 
     scores = CRew(marker="answer").score(traces)

@@ -1,0 +1,1 @@
+"""scaling: results over levels of effort: their table, adaptive sampling, the picture."""
