@@ -212,6 +212,13 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.evidence.refusal_cliff",
     ),
     Entry(
+        "uqac",
+        "read",
+        "tokenry.read.uqac:UQAC",
+        "walk back along attention from the answer to the tokens that carried it, and say how sure the model is",
+        "uncertainty confidence calibration attention chain reasoning answer trust",
+    ),
+    Entry(
         "crew",
         "judge",
         "tokenry.judge.crew:CRew",

@@ -12,6 +12,8 @@ from .refusal_cliff import RefusalCliff as RefusalCliff
 from .samples.entropy import EntropyProfile as EntropyProfile
 from .samples.entropy import entropy_profile as entropy_profile
 from .samples.entropy import token_entropy as token_entropy
+from .uqac import UQAC as UQAC
+from .uqac import ChainResult as ChainResult
 from .weights.directions import top_tokens as top_tokens
 from .weights.neuron_map import NeuronMap as NeuronMap
 from .weights.neuron_map import Overlap as Overlap

@@ -1,4 +1,5 @@
 from .reducers import Entropy as Entropy
+from .reducers import LowEntropyRows as LowEntropyRows
 from .reducers import Reducer as Reducer
 from .reducers import SentenceMean as SentenceMean
 from .reducers import TopKeys as TopKeys

@@ -12,14 +12,14 @@ Row i of a chunk is token `first_row + i`, column j token `first_key + j` (a sli
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from ..core.errors import InputError
 
-__all__ = ["Entropy", "Reducer", "SentenceMean", "TopKeys"]
+__all__ = ["Entropy", "LowEntropyRows", "Reducer", "SentenceMean", "TopKeys"]
 
 
 class Reducer(Protocol):
@@ -100,3 +100,76 @@ class Entropy:
 
     def result(self) -> dict[str, Tensor]:
         return {"attention_entropy": torch.stack([torch.cat(self.parts[i], 1) for i in sorted(self.parts)]).cpu()}
+
+
+# What is left of a key 1, 2, ... 10 tokens before the row (Li et al. 2025, their published code).
+NEAR = torch.tensor(
+    [
+        *(0.16644488, 0.20938152, 0.32959151, 0.46061748, 0.59304059),
+        *(0.67549127, 0.73914525, 0.81274293, 0.87378443, 0.93925344),
+    ]
+)
+
+
+def without_habits(rows: Tensor, first_row: int) -> Tensor:
+    """Attention rows (heads, n, keys) without what every row does: itself and the first key are 0, near keys damped.
+
+    The sums are 1 again, or 0 where nothing was left. Key j is token j.
+    """
+    token = torch.arange(first_row, first_row + rows.shape[1], device=rows.device)[:, None]
+    distance = token - torch.arange(rows.shape[2], device=rows.device)
+    factor = torch.ones_like(distance, dtype=torch.float32)
+    near = (distance >= 1) & (distance <= len(NEAR))
+    factor[near] = NEAR.to(rows.device)[distance[near] - 1]
+    factor[distance == 0] = 0
+    factor[:, 0] = 0
+    rows = rows.float() * factor
+    return rows / (rows.sum(-1, keepdim=True) + 1e-12)
+
+
+class LowEntropyRows:
+    """Of each token the attention rows of lowest entropy over all layers and heads, in one row: "low_entropy_rows"
+    (time - start, time), and "low_entropy_setting", the k, start and 1 for a mean.
+
+    Rows are cleaned first, see `without_habits`. Nothing but the k best rows so far is kept of a token.
+
+    Args:
+        k: rows of a token that are put together; of equal entropies those of the lower layer, then of the lower head.
+        reduction: how, element by element.
+        start: the first token whose rows are kept.
+    """
+
+    def __init__(self, k: int = 16, reduction: Literal["max", "mean"] = "max", start: int = 0) -> None:
+        if k < 1 or start < 0 or reduction not in ("max", "mean"):
+            raise InputError(
+                f"k={k}, reduction={reduction!r}, start={start} is not allowed; give k >= 1, max or mean, start >= 0"
+            )
+        self.k, self.reduction, self.start, self.heads = k, reduction, start, {}
+        self.best: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, layer: int, first_row: int, first_key: int, rows: Tensor) -> None:
+        self.heads[layer] = rows.shape[0]
+        skipped = max(0, self.start - first_row)
+        if skipped >= rows.shape[1]:
+            return
+        whole = torch.nn.functional.pad(rows, (first_key, 0))
+        cleaned = without_habits(whole, first_row)[:, skipped:]
+        entropy = -(cleaned * (cleaned + 1e-12).log()).sum(-1)
+        first = first_row + skipped
+        if first in self.best:
+            entropy = torch.cat((self.best[first][0], entropy))
+            cleaned = torch.cat((self.best[first][1], cleaned))
+        entropy, order = entropy.sort(dim=0, stable=True)
+        order = order[: self.k, :, None].expand(-1, -1, cleaned.shape[2])
+        self.best[first] = entropy[: self.k], cleaned.gather(0, order)
+
+    def result(self) -> dict[str, Tensor]:
+        if self.k > sum(self.heads.values()):
+            raise InputError(f"k={self.k} is not allowed; this model has {sum(self.heads.values())} layer-heads")
+        total = max((first + rows.shape[1] for first, (_, rows) in self.best.items()), default=self.start)
+        made = torch.zeros(total - self.start, total)
+        for first, (_, rows) in self.best.items():
+            one = rows.amax(0) if self.reduction == "max" else rows.mean(0)
+            made[first - self.start :][: len(one), : one.shape[1]] = one.cpu()
+        setting = torch.tensor([self.k, self.start, int(self.reduction == "mean")])
+        return {"low_entropy_rows": made, "low_entropy_setting": setting}
