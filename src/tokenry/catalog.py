@@ -204,6 +204,14 @@ METHODS: tuple[Entry, ...] = (
         "difficulty probe classifier hidden state entropy correctness easy hard reasoning",
     ),
     Entry(
+        "hyperdimensional-probe",
+        "read",
+        "tokenry.read.hyperdimensional_probe:HyperdimensionalProbe",
+        "read concepts of one's own list out of a state, and which belongs to which, by hypervectors",
+        "interpretability probe concept vector symbolic architecture hypervector binding analogy codebook vsa",
+        "tokenry.evidence.hyperdimensional_probe",
+    ),
+    Entry(
         "refusal-cliff",
         "read",
         "tokenry.read.refusal_cliff:RefusalCliff",

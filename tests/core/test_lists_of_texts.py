@@ -25,8 +25,10 @@ from tokenry.decode.reasoning.steps import StepModel
 from tokenry.judge import CRewScorer, Reference, Results, SlopProfile, overused
 from tokenry.judge.text.slop import Pattern
 from tokenry.learned.difficulty_probe import read_questions
+from tokenry.learned.hyper_probe import Codebook, HyperProbe
 from tokenry.models.load import Loaded
 from tokenry.read.difficulty_probe import question_states
+from tokenry.read.hyper.states import last_states
 from tokenry.read.lm_head_neurons import clamp_effect
 from tokenry.represent import PromptEmbedder
 from tokenry.represent.text.sentence_transformer import TokenPrependingTransformer
@@ -34,6 +36,8 @@ from tokenry.tokenize import KL3M
 from tokenry.tokenize.text.measures import boundary_stability, term_lengths, token_counts, tokens_per_character
 
 TEXT = "the old lighthouse"
+BOOK = Codebook([TEXT, "a"], 256)
+PROBE = HyperProbe(BOOK, 4, 0)
 PROFILE = SlopProfile(words=[Pattern(TEXT, 3, 1.0), Pattern("t", 3, 1.0)])
 
 
@@ -52,6 +56,9 @@ ONE = {  # a single text is a list of one
     "generate.prompts": lambda m, t, x: tokenry.generate(m, t, x, max_new_tokens=4, pad_token_id=1).new_ids,
     "encode_prompts.prompts": lambda m, t, x: encode_prompts(t, x)["input_ids"],
     "read_questions.prompts": lambda m, t, x: read_questions(m, t, x).states,
+    "Codebook.encode_pairs": lambda m, t, x: BOOK.encode_pairs([], x),
+    "HyperProbe.read": lambda m, t, x: PROBE.read(torch.ones(4), x, 2),
+    "last_states": lambda m, t, x: last_states(m, t, x),
     "question_states.prompts": lambda m, t, x: question_states(m, t, x),
     "clamp_effect.prompts": lambda m, t, x: [row["prompt"] for row in clamp_effect(m, t, x, (0, 0), [0.0]).rows],
     "CRewScorer.read": lambda m, t, x: [s.text for s in CRewScorer(m, t).read(x, x)],
@@ -75,6 +82,7 @@ REFUSED = {  # one text cannot be what is meant
     "tokens_per_character": lambda m, t, x: tokens_per_character(t, x),
     "term_lengths": lambda m, t, x: term_lengths(t, x),
     "boundary_stability": lambda m, t, x: boundary_stability(t, ("ab", "cd")),
+    "Codebook.concepts": lambda m, t, x: Codebook(x),
     "Antislop.phrases": lambda m, t, x: Antislop(phrases=x),  # a path
     "from_strings": lambda m, t, x: Antislop.from_strings(x),
 }
@@ -142,6 +150,10 @@ KNOWN = {  # function: parameters; those without a case above hand on to one tha
     "reflection_token_ids": {"words"},
     "read_questions": {"prompts"},
     "Results.__init__": {"questions", "levels"},
+    "Codebook.__init__": {"concepts"},
+    "Codebook.encode_pairs": {"words"},
+    "HyperProbe.read": {"given"},
+    "last_states": {"texts"},
     "CRew.judge": {"gold"},
     "CRewScorer.score_batch": {"prompts", "solutions"},
     "CRewScorer.read": {"prompts", "solutions"},

@@ -10,4 +10,6 @@ from .difficulty_probe import Questions as Questions
 from .difficulty_probe import read_questions as read_questions
 from .filter_traces import TraceWriter as TraceWriter
 from .filter_traces import read_traces as read_traces
+from .hyper_probe import Codebook as Codebook
+from .hyper_probe import HyperProbe as HyperProbe
 from .linear_probe import LinearProbe as LinearProbe

@@ -1,0 +1,1 @@
+"""What the hyperdimensional probe reads: documents and their words, and compressed states."""
