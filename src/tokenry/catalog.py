@@ -227,6 +227,14 @@ METHODS: tuple[Entry, ...] = (
         "uncertainty confidence calibration attention chain reasoning answer trust",
     ),
     Entry(
+        "thought-anchors",
+        "read",
+        "tokenry.read.thought_anchors:ThoughtAnchors",
+        "score the sentences of a chain of thought by receiver heads, by hiding them, and by writing them anew",
+        "reasoning sentences importance attribution receiver heads attention suppression counterfactual resampling",
+        "tokenry.evidence.thought_anchors",
+    ),
+    Entry(
         "crew",
         "judge",
         "tokenry.judge.crew:CRew",

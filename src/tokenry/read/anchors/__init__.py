@@ -1,0 +1,1 @@
+"""What sentences of a chain of thought matter for: attention, suppression, and resampled continuations."""
