@@ -1,7 +1,3 @@
-from .cliff.curve import Cliff as Cliff
-from .cliff.curve import cliff_score as cliff_score
-from .cliff.heads import head_contributions as head_contributions
-from .cliff.selection import select_by_cliff as select_by_cliff
 from .anchors.receivers import ReceiverHeads as ReceiverHeads
 from .anchors.receivers import receiver_heads as receiver_heads
 from .anchors.receivers import receiver_scores as receiver_scores
@@ -15,6 +11,10 @@ from .anchors.rollouts import mean_states as mean_states
 from .anchors.sentences import segment_sentences as segment_sentences
 from .anchors.suppression import suppressed_kl as suppressed_kl
 from .anchors.suppression import suppression_matrix as suppression_matrix
+from .cliff.curve import Cliff as Cliff
+from .cliff.curve import cliff_score as cliff_score
+from .cliff.heads import head_contributions as head_contributions
+from .cliff.selection import select_by_cliff as select_by_cliff
 from .contract import Fitted as Fitted
 from .contract import Reading as Reading
 from .difficulty_probe import DifficultyProbeMethod as DifficultyProbeMethod
@@ -31,9 +31,9 @@ from .refusal_cliff import RefusalCliff as RefusalCliff
 from .samples.entropy import EntropyProfile as EntropyProfile
 from .samples.entropy import entropy_profile as entropy_profile
 from .samples.entropy import token_entropy as token_entropy
+from .thought_anchors import ThoughtAnchors as ThoughtAnchors
 from .uqac import UQAC as UQAC
 from .uqac import ChainResult as ChainResult
-from .thought_anchors import ThoughtAnchors as ThoughtAnchors
 from .weights.directions import top_tokens as top_tokens
 from .weights.neuron_map import NeuronMap as NeuronMap
 from .weights.neuron_map import Overlap as Overlap
