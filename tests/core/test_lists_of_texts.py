@@ -27,6 +27,8 @@ from tokenry.judge.text.slop import Pattern
 from tokenry.learned.difficulty_probe import read_questions
 from tokenry.learned.hyper_probe import Codebook, HyperProbe
 from tokenry.models.load import Loaded
+from tokenry.read.anchors.rollouts import Rollouts
+from tokenry.read.cliff.examples import traced
 from tokenry.read.difficulty_probe import question_states
 from tokenry.read.hyper.states import last_states
 from tokenry.read.lm_head_neurons import clamp_effect
@@ -58,6 +60,7 @@ ONE = {  # a single text is a list of one
     "read_questions.prompts": lambda m, t, x: read_questions(m, t, x).states,
     "Codebook.encode_pairs": lambda m, t, x: BOOK.encode_pairs([], x),
     "HyperProbe.read": lambda m, t, x: PROBE.read(torch.ones(4), x, 2),
+    "traced": lambda m, t, x: [trace.ids.tolist() for trace in traced(m, t, x, -1)],
     "last_states": lambda m, t, x: last_states(m, t, x),
     "question_states.prompts": lambda m, t, x: question_states(m, t, x),
     "clamp_effect.prompts": lambda m, t, x: [row["prompt"] for row in clamp_effect(m, t, x, (0, 0), [0.0]).rows],
@@ -73,6 +76,7 @@ ONE = {  # a single text is a list of one
     "preprocess": lambda m, t, x: TokenPrependingTransformer(PromptEmbedder(m, t)).preprocess(x)["input_ids"],
 }
 REFUSED = {  # one text cannot be what is meant
+    "Rollouts": lambda m, t, x: Rollouts(x, [[]], None),
     "Results": lambda m, t, x: Results([[0, 1]], [[1, 2]], x, [1, 2]),
     "PromptEmbedder.encode": lambda m, t, x: PromptEmbedder(m, t).encode(x),
     "KL3M.train": lambda m, t, x: KL3M().train(x),
@@ -154,6 +158,9 @@ KNOWN = {  # function: parameters; those without a case above hand on to one tha
     "Codebook.encode_pairs": {"words"},
     "HyperProbe.read": {"given"},
     "last_states": {"texts"},
+    "traced": {"texts"},
+    "RefusalCliff.probe": {"texts"},
+    "Rollouts.__init__": {"sentences"},
     "CRew.judge": {"gold"},
     "CRewScorer.score_batch": {"prompts", "solutions"},
     "CRewScorer.read": {"prompts", "solutions"},

@@ -12,6 +12,7 @@ from support.families import own_hooks
 from transformers import BertConfig, BertModel
 
 from tokenry.cli import main
+from tokenry.core.calibration import spearman
 from tokenry.core.errors import InputError
 from tokenry.evidence.token_prepending import (
     BOS,
@@ -33,7 +34,7 @@ from tokenry.hooks.residual import capture_residual
 from tokenry.measure.claims import verdict
 from tokenry.measure.compare import Comparison, compare
 from tokenry.measure.task import Outcome
-from tokenry.measure.tasks.sts import load_minilm, load_pairs, similarities, spearman, spread
+from tokenry.measure.tasks.sts import load_minilm, load_pairs, similarities, spread
 from tokenry.models.anatomy import decoder_layers
 from tokenry.represent import PROMPTS, PromptEmbedder, TokenPrepending, clean_up
 

@@ -1,4 +1,4 @@
-"""How well a score tells right from wrong, and how well a probability is one."""
+"""How well a score tells right from wrong, how well a probability is one, and how well two scores agree."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from .errors import InputError
 
-__all__ = ["auroc", "brier", "expected_calibration_error"]
+__all__ = ["auroc", "brier", "expected_calibration_error", "spearman"]
 
 
 def auroc(scores: Sequence[float], correct: Sequence[bool]) -> float:
@@ -38,6 +38,19 @@ def expected_calibration_error(probabilities: Sequence[float], correct: Sequence
     place = np.clip(np.ceil(values * bins).astype(int) - 1, 0, bins - 1)
     gap = np.bincount(place, values - right, bins)
     return float(np.abs(gap).sum() / len(right))
+
+
+def spearman(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray) -> float:
+    """Rank correlation, ties at their mean rank; NaN where either side is constant."""
+    a, b = _ranks(np.asarray(first, float)), _ranks(np.asarray(second, float))
+    if a.std() == 0 or b.std() == 0:
+        return float("nan")
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
 def _checked(probabilities: Sequence[float], correct: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:

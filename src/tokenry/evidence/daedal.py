@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from ..core.calibration import spearman
 from ..data.puzzles import Addition, Sorting
 from ..decode.daedal import Daedal
 from ..decode.denoising.contract import DiffusionMethods
@@ -28,7 +29,6 @@ from ..measure.compare import Comparison, beats
 from ..measure.experiment import Design, Run, experiment
 from ..measure.task import Arm, Statistic
 from ..measure.tasks.denoising import LONG, WindowTask, on_dev
-from ..measure.tasks.sts import spearman
 
 DEFAULT = {"initial_gen_length": 8, "max_gen_length": 32}
 FACTORS, CHECKS, LOWS = (4, 8), (2, 4, 6), (0.1, 0.3, 0.5, 0.8)  # chosen from on dev problems

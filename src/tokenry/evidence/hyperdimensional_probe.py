@@ -44,7 +44,7 @@ def build(run: Run) -> Design:
     return Design(
         task=task,
         arms=[
-            Arm(LINEAR, role="control", setting={**setting, "linear": True}, apply=AnalogyTask.linear),
+            Arm(LINEAR, role="plain", setting={**setting, "linear": True}, apply=AnalogyTask.linear),
             arm(CONSTANT, constant=True),
             arm(SHUFFLED, shuffled=True),
             arm(PERMUTED, permuted=True),

@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..core.calibration import spearman
 from ..core.files import explained, read_json
 from ..core.outputs import write_text
 from ..core.schemas import Fields, checked
@@ -26,7 +27,7 @@ from ..measure.compare import beats
 from ..measure.experiment import Design, Run, experiment
 from ..measure.statistics import bootstrap_statistic
 from ..measure.task import Arm
-from ..measure.tasks.sts import Pair, STSTask, load_minilm, load_pairs, similarities, spearman, spread
+from ..measure.tasks.sts import Pair, STSTask, load_minilm, load_pairs, similarities, spread
 from ..models.anatomy import decoder_layers, fingerprint
 from ..represent.text.prompt_embedder import PromptEmbedder, leads_with_bos
 from ..represent.token_prepending import TokenPrepending

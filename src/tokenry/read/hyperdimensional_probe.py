@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from html import escape
 from itertools import combinations
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, cast
 
 import torch
 from pydantic import BeforeValidator, Field
@@ -119,7 +119,7 @@ class HyperdimensionalProbe(ReadMethod):
         """
         if artifact is None or (loaded is None and isinstance(given, str)):
             raise InputError("concepts need a probe, and a text its model; give artifact= and loaded=")
-        trace = _traced(given, loaded) if isinstance(given, str) and loaded else given
+        trace = _traced(given, cast(Loaded, loaded)) if isinstance(given, str) else given
         artifact.check_made_for(trace.header["fingerprint"])
         state = compress_states(trace_states(trace, self.position), artifact.n_clusters, artifact.normalize)
         known, found = self._best(artifact, state)

@@ -12,9 +12,9 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from annotated_types import Ge, Le
 from pydantic import Field
-from scipy.stats import spearmanr
 from torch import Tensor
 
+from ..core.calibration import spearman
 from ..core.claim import Claim
 from ..core.errors import InputError
 from ..core.fields import Count, Portion, Temperature, Tokens
@@ -197,5 +197,5 @@ def _title(rows: list[dict[str, Any]]) -> str:
     for first, second in pairs:
         both = [(row[first], row[second]) for row in rows if row[first] is not None and row[second] is not None]
         if len(both) > 2 and all(len(set(side)) > 1 for side in zip(*both)):
-            found.append(f"{first} and {second} {spearmanr(*zip(*both)).statistic:+.2f}")
+            found.append(f"{first} and {second} {spearman(*zip(*both)):+.2f}")
     return "sentences by what they matter for; rank correlation of " + ", ".join(found or ["none"])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import html
 from dataclasses import asdict, dataclass, field
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from pydantic import Field, field_validator
@@ -104,7 +104,7 @@ class UQAC(ReadMethod):
         """The trace of a question and the model's greedy answer to it, with what `read` needs."""
         model, tokenizer = loaded[0], loaded[1]
         prompt = torch.tensor([prompt_ids(tokenizer, text)], device=model.device)
-        ids = model.generate(
+        ids = cast(Any, model).generate(
             prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=self.max_new_tokens
         )
         return self.trace_ids(ids[0], prompt.shape[1], loaded)

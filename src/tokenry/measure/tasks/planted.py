@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ...core.calibration import spearman
 from ...data.corpora import docstrings
 from ...read.anchors.receivers import ReceiverHeads, receiver_heads, receiver_scores
 from ...read.anchors.sentences import segment_sentences, sentences_of
@@ -106,7 +106,7 @@ class PlantedTask:
             planted = sample.data["planted"]
             rank = 1 + int((of_facts > of_facts[planted]).sum())
             both = scores.isfinite() & overall.isfinite()
-            agreement = float(spearmanr(scores[both], overall[both]).statistic)
+            agreement = spearman(scores[both].numpy(), overall[both].numpy())
             metrics = {"first": float(rank == 1), "rank": float(rank), "agreement": agreement}
             cost = {"seconds": time.perf_counter() - start}
             best = sentences_of(trace)[int(of_facts.argmax())].text

@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from ...core.calibration import spearman
 from ...core.errors import InputError
 from ..task import Arm, Metric, Outcome, Sample, Statistic
 
-__all__ = ["Embeds", "Pair", "STSTask", "load_minilm", "load_pairs", "similarities", "spearman", "spread"]
+__all__ = ["Embeds", "Pair", "STSTask", "load_minilm", "load_pairs", "similarities", "spread"]
 
 Embeds = Callable[[Sequence[str], int], Tensor]
 SPLITS = ("train", "dev", "test")
@@ -75,19 +75,6 @@ def spread(pairs: Sequence[Pair], count: int) -> list[Pair]:
     if not 1 <= count <= len(pairs):
         raise InputError(f"{count} pairs are not to be had; give 1 to {len(pairs)}")
     return [pairs[i * len(pairs) // count] for i in range(count)]
-
-
-def spearman(first: np.ndarray, second: np.ndarray) -> float:
-    """Rank correlation, ties at their mean rank; NaN where either side is constant."""
-    a, b = _ranks(first), _ranks(second)
-    if a.std() == 0 or b.std() == 0:
-        return float("nan")
-    return float(np.corrcoef(a, b)[0, 1])
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
 def similarities(embed: Callable[[Sequence[str]], Tensor], pairs: Sequence[Pair]) -> Tensor:

@@ -17,6 +17,7 @@ from ...models.batch import left_padded, pad_id, position_arguments
 from ...models.positions import check_prompt_fits
 from ...models.prompts import rendered
 from ...text.token_text import check_encodable
+from ...text.words import listed
 from ...trace.trace import Trace, capture
 
 __all__ = [
@@ -88,7 +89,7 @@ def _example_of(row: dict[str, Any], where: str) -> Example:
         label = int(is_refusal(response))
     if isinstance(label, bool) or label not in (0, 1):
         raise InputError(f"{where} has the label {label!r}; give 1 for a refusal and 0 for another response")
-    return Example(texts["prompt"], texts["thinking"], label)
+    return Example(str(texts["prompt"]), str(texts["thinking"]), label)
 
 
 def balanced(examples: Sequence[Example], most: int, seed: int) -> list[Example]:
@@ -135,6 +136,7 @@ def traced(
     batch_size: int = 16,
 ) -> Iterator[Trace]:
     """A trace with the hidden state `layer` of each text, which is read as it stands."""
+    texts = listed(texts, "text")
     for start in range(0, len(texts), batch_size):
         rows = [tokenizer.encode(text, add_special_tokens=False) for text in texts[start : start + batch_size]]
         if not all(rows):
