@@ -25,7 +25,7 @@ def evidence_of(entry: catalog.Entry, entries: dict[str, dict[str, Any]]) -> str
     """What was measured of a method: a row and a picture for each of its comparisons."""
     found = [entries[name] for name in entry.experiments if name in entries]
     if not found:
-        return "It has no comparison of its own: it is a part or a baseline of another method's."
+        return "No comparison of its own is recorded. Where it is a part or a baseline of another method's, see there."
     rows = ["| comparison | verdict | main finding | model |", "|---|---|---|---|"]
     for one in found:
         link = f"[{one['slug']}](../evidence/{one['slug']}.md)"
