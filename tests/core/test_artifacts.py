@@ -19,6 +19,7 @@ from tokenry.core.method import Method
 from tokenry.learned.confidence_filter import ConfidenceFilter
 from tokenry.learned.dead_end_values import DeadEndValueModel
 from tokenry.learned.difficulty_probe import DifficultyProbe
+from tokenry.learned.hyper_probe import Codebook, HyperProbe
 from tokenry.learned.linear_probe import LinearProbe
 from tokenry.models.anatomy import fingerprint, shape_of
 from tokenry.read import LMHeadNeurons, NeuronMap
@@ -63,6 +64,10 @@ def make_linear(kit):
     return LinearProbe(kit.model.config.hidden_size, 2).bind(kit.model)
 
 
+def make_hyper(kit):
+    return HyperProbe(Codebook(["a", "b", "c"], 256), kit.model.config.hidden_size, 1).bind(kit.model)
+
+
 def make_rectifier(kit):
     shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     return DeadEndValueModel(LlamaModel(LlamaConfig(vocab_size=320, **shape, pad_token_id=1))).bind(kit.tokenizer)
@@ -93,6 +98,9 @@ CASES = {
     "filter": Case(ConfidenceFilter, make_filter, lambda one, model, _: one.check(model)),
     "probe": Case(DifficultyProbe, make_probe, lambda one, model, tokenizer: one.check(model, tokenizer, chat=False)),
     "linear probe": Case(LinearProbe, make_linear, lambda one, model, _: one.check(model)),
+    "hyperdimensional probe": Case(
+        HyperProbe, make_hyper, lambda one, model, _: one.check_made_for(fingerprint(model))
+    ),
     "rectifier": Case(DeadEndValueModel, make_rectifier, lambda one, _, tokenizer: one.check(tokenizer)),
     "map": Case(NeuronMap, make_map, lambda one, model, _: one.check_made_for(fingerprint(model))),
     "head profile": Case(HeadProfile, make_profile, lambda one, model, _: one.check(model)),
@@ -156,7 +164,7 @@ def test_every_artifact_is_a_case(kit):
         entry.load()
     known = {case.kind for case in CASES.values()}
     found = [kind for kind in Artifact.__subclasses__() if kind.__module__.startswith("tokenry.")]
-    assert set(found) == known
+    assert set(found) == known | {Codebook}  # which belongs to no model, see test_hyperdimensional_probe
 
 
 def test_loaded_equals_saved_bit_for_bit(case, made, place, kit):
@@ -165,7 +173,7 @@ def test_loaded_equals_saved_bit_for_bit(case, made, place, kit):
     restored, restored_header = again.stored()
     assert restored.keys() == tensors.keys() and all(torch.equal(t, restored[n]) for n, t in tensors.items())
     assert all(t.dtype == restored[n].dtype for n, t in tensors.items())
-    plain = {"format", "held_out_accuracy"}  # the one is not of the object, the other may be nan
+    plain = {"format", "held_out_accuracy", "held_out_cosine"}  # not of the object; may be nan
     same = {n: v for n, v in restored_header.items() if n not in plain}
     assert same == {n: v for n, v in header.items() if n not in plain}
     assert again.made_for == made.made_for and again.digest() == case.kind.load(place).digest()

@@ -40,6 +40,8 @@ def folder(tokenizer, tmp_path_factory):
     place = tmp_path_factory.mktemp("models") / "tiny"
     build("llama").save_pretrained(place)
     tokenizer.save_pretrained(place)
+    results = [{"question": "1+1?", "level": level, "accuracy": 1, "tokens": 9 + level} for level in (0, 1)]
+    (place / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in results))
     return str(place)
 
 
@@ -83,6 +85,7 @@ def commands(folder: str, texts: Path) -> dict[str, tuple[list[object], str]]:
         "judge --pairs": (tiny(folder, "judge", texts / "rows.jsonl", "--method", "crew", "--raw"), "--pairs"),
         "represent --output": (tiny(folder, "represent", texts / "in.txt"), "--output"),
         "fit --save": (tiny(folder, "fit", "lm-head-neurons"), "--save"),
+        "judge --report": (["judge", Path(folder) / "results.jsonl", "--method", "arise"], "--report"),
         "read --report": (
             tiny(folder, "read", "the old", "--method", "lm-head-neurons", "-o", "min_prob=0"),
             "--report",
@@ -93,6 +96,7 @@ def commands(folder: str, texts: Path) -> dict[str, tuple[list[object], str]]:
 
 FILES = tuple(commands("", Path()))
 SUFFIX = {"represent --output": ".npy"}
+KNOWN_AS_OURS = ("tokenize report --html", "read --report", "judge --report", "fit --save")
 MEASURED_ELSEWHERE = {"compare --report", "compare --picture", "compare --store"}  # need an experiment, see below
 PROFILED_ELSEWHERE = {"profile --output", "profile --save-texts"}  # see test_overused.py
 TRACED_ELSEWHERE = {"decode --save-traces"}  # needs a masked-diffusion model, see test_train_learn2pd.py
@@ -129,7 +133,7 @@ def test_files_of_others_stay(name, folder, texts):
     assert code == 0 and mine.read_bytes() != b"years of work"
     before = mine.read_bytes()
     code, said = run(*args, option, mine)  # pages and tensors are known as ours
-    assert code == (0 if name in ("tokenize report --html", "read --report", "fit --save") else 2), said
+    assert code == (0 if name in KNOWN_AS_OURS else 2), said
     assert mine.read_bytes() == before or code == 0
     assert sorted(p.name for p in texts.iterdir()) == sorted(["in.txt", "rows.jsonl", mine.name])
 
@@ -142,7 +146,7 @@ def test_a_refused_run_changes_nothing(name, folder, texts):
     empty.touch()
     old.write_text("old")
     link.symlink_to(old)
-    wrong = [str(texts / "nofolder") if a == folder else a for a in args]
+    wrong = [str(a).replace(folder, str(texts / "nofolder")) for a in args]
     for target in (empty, old, new, link):
         code, said = run(*wrong, option, target, "--force")
         assert code == 2 and "nofolder" in said
@@ -152,7 +156,7 @@ def test_a_refused_run_changes_nothing(name, folder, texts):
 @pytest.mark.parametrize("name", FILES)
 def test_places_that_cannot_be_written_are_refused_before_the_work(name, folder, texts):
     args, option = commands(folder, texts)[name]
-    wrong = [str(texts / "nofolder") if a == folder else a for a in args]  # would be refused by what comes later
+    wrong = [str(a).replace(folder, str(texts / "nofolder")) for a in args]  # would be refused by what comes later
     suffix = SUFFIX.get(name, ".jsonl")
     (texts / "file").touch()
     (texts / f"loop{suffix}").symlink_to(texts / f"loop{suffix}")
