@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Artifact", "ArtifactField", "Folder", "Header", "JsonFile", "TensorFile", "header_of"]
+__all__ = ["Artifact", "ArtifactField", "Folder", "Header", "JsonFile", "MadeFor", "TensorFile", "header_of"]
 
 Kind = TypeVar("Kind", bound="Artifact")
 
@@ -37,6 +37,13 @@ class Header(Fields):
     """What every header holds."""
 
     format: int = Field(ge=1)
+
+
+class MadeFor(Fields):
+    """The model that something was made for."""
+
+    model: str
+    fingerprint: str
 
 
 def header_of(value: Any, schema: type[Schema], newest: int, what: str) -> Schema:

@@ -15,10 +15,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..core.artifact import Artifact, Folder, Header
+from ..core.artifact import Artifact, Folder, Header, MadeFor
 from ..core.errors import InputError
 from ..core.fields import Block, Width, check
-from ..core.schemas import Fields
 from ..core.tensors import with_weights
 from ..models.anatomy import fingerprint
 
@@ -50,11 +49,9 @@ class TraceDataset(NamedTuple):
         return cls(*(torch.cat(values) for values in zip(*parts)))
 
 
-class MadeFor(Fields):
+class TrainedOn(MadeFor):
     """What a filter was trained on."""
 
-    model: str
-    fingerprint: str
     temperature: float
 
 
@@ -63,7 +60,7 @@ class FilterHeader(Header):
 
     block_length: int = Field(ge=1, lt=2**20)
     hidden: int = Field(ge=1, lt=2**24)
-    made_for: MadeFor
+    made_for: TrainedOn
 
 
 class ConfidenceFilter(Artifact, nn.Module):

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..core.artifact import Artifact, Folder, Header
+from ..core.artifact import Artifact, Folder, Header, MadeFor
 from ..core.errors import InputError
-from ..core.schemas import Fields
 from ..core.tensors import with_weights
 from ..hooks.residual import capture_residual
 from ..models.anatomy import decoder_body, decoder_layers, fingerprint
@@ -70,11 +69,9 @@ def read_questions(
 # --- the probe -----------------------------------------------------------------------------------------------------
 
 
-class MadeFor(Fields):
+class Reads(MadeFor):
     """Whose states a probe reads."""
 
-    model: str
-    fingerprint: str
     layer: int
     normed: bool
     template: str
@@ -87,7 +84,7 @@ class ProbeHeader(Header):
     hidden: int = Field(ge=0, lt=2**24)
     n_classes: int = Field(ge=2, lt=2**16)
     held_out_accuracy: float = Field(allow_inf_nan=True)  # nan where no question was held out
-    made_for: MadeFor
+    made_for: Reads
 
 
 class DifficultyProbe(Artifact, nn.Module):

@@ -13,9 +13,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..core.artifact import Artifact, Folder, Header
+from ..core.artifact import Artifact, Folder, Header, MadeFor
 from ..core.errors import InputError
-from ..core.schemas import Fields
 from ..core.tensors import check_tensors, with_weights
 from ..models.anatomy import fingerprint
 
@@ -162,13 +161,6 @@ class Codebook(Artifact):
         book = cls.__new__(cls)
         book._set(names, codes, header["seed"], header["tie"])
         return book
-
-
-class MadeFor(Fields):
-    """Whose states a probe reads."""
-
-    model: str
-    fingerprint: str
 
 
 class ProbeHeader(CodebookHeader):

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..core.artifact import Artifact, Folder, Header
+from ..core.artifact import Artifact, Folder, Header, MadeFor
 from ..core.errors import InputError
-from ..core.schemas import Fields
 from ..core.tensors import with_weights
 from ..models.anatomy import decoder_layers, fingerprint
 from ..trace.trace import Trace
@@ -25,13 +24,6 @@ from ..trace.trace import Trace
 __all__ = ["LEAST", "LinearProbe"]
 
 LEAST = 10  # examples of each class
-
-
-class MadeFor(Fields):
-    """Whose states a probe reads."""
-
-    model: str
-    fingerprint: str
 
 
 class ProbeHeader(Header):
