@@ -115,6 +115,21 @@ def test_suppression_equals_deletion_with_a_position_gap(make_model, kind):
     assert (hidden - model(ids).logits[:, stop:]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("heads", [None, torch.tensor([1, 3])])
+@torch.no_grad()
+def test_each_row_loses_its_own_span(llama, heads):
+    ids, spans = random_ids(), [(2, 6), (10, 12), (7, 8)]
+    alone = []
+    for span in spans:
+        with suppress(llama, [span], {0, 2}, heads):
+            alone.append(llama(ids).logits)
+    with suppress(llama, spans, {0, 2}, heads, each=True):
+        together = llama(ids.expand(3, -1)).logits
+    torch.testing.assert_close(together, torch.cat(alone))
+    with pytest.raises(InputError, match="3 spans for a batch of 2"), suppress(llama, spans, each=True):
+        llama(ids.expand(2, -1))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_suppression_is_the_same_in_cached_steps(make_model, kind):

@@ -411,7 +411,7 @@ def test_refusals(llama, make_model, tokenizer, tmp_path):
         r"\(3, 3\) is empty": lambda: suppressed_kl(llama, trace.ids, [(3, 3)]),
         "overlaps the one before": lambda: suppressed_kl(llama, trace.ids, [(1, 5), (4, 8)]),
         f"outside the {total} tokens": lambda: suppressed_kl(llama, trace.ids, [(1, total + 1)]),
-        "made on another model": lambda: suppression_matrix(make_model("qwen2"), trace),
+        "traced on another model": lambda: suppression_matrix(make_model("qwen2"), trace),
         "thought anchors run the model again": lambda: ThoughtAnchors().read(TEXT),
         "the text is empty": lambda: ThoughtAnchors().read("  ", loaded=loaded),
         "there are 1 sentences; thought": lambda: ThoughtAnchors().read("Only one here.", loaded=loaded),

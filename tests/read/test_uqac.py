@@ -90,7 +90,7 @@ def test_without_kept_tokens_the_confidence_is_the_product_of_the_answer(llama, 
 def test_variations_share_their_prefix_and_equal_plain_forwards(make_model, tokenizer, kind):
     model, method = make_model(kind), UQAC(**SMALL, similarity_threshold=-1)
     trace = traced(model, tokenizer, method)
-    kept = method.kept(trace, SPAN)
+    kept = method.kept(trace, SPAN, method.attention_chain(trace, SPAN))
     ids = variations(trace, kept, 5, 10, 0.0)
     assert 1 < len(ids) <= 11 + len(kept) and len({tuple(row.tolist()) for row in ids}) == len(ids)
     assert ((ids != trace.ids).sum(1) == torch.tensor([0] + [1] * (len(ids) - 1))).all()

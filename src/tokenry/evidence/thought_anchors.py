@@ -18,7 +18,6 @@ __all__ = ["build"]
 SUPPRESSION, RECEIVERS = "suppression", "receiver heads"
 PLACE, RANDOM, SHUFFLED = "place alone", "random heads", "suppression, shuffled sentences"
 ROUTES = {SUPPRESSION: "suppression", RECEIVERS: "receivers", PLACE: "place", RANDOM: "random", SHUFFLED: "shuffled"}
-CONTROLS = (PLACE, RANDOM, SHUFFLED)
 ROLES = {PLACE: "plain", RANDOM: "control", SHUFFLED: "control"}
 
 
@@ -62,7 +61,7 @@ def findings(c: Comparison, heads: ReceiverHeads) -> list[Finding]:
         ),
         Finding(
             "No control finds the planted fact as often.",
-            beats(c, "first", SUPPRESSION, CONTROLS),
+            beats(c, "first", SUPPRESSION, [*ROLES]),
         ),
         Finding(
             "What makes a receiver head is the same in two halves of the texts.",
@@ -75,7 +74,7 @@ def findings(c: Comparison, heads: ReceiverHeads) -> list[Finding]:
         Finding(
             "Receiver heads and suppression agree on which sentences matter.",
             above(c.value("agreement", RECEIVERS, ".2f"), 0),
-            note=", ".join(f"{name} {c.mean(name, 'agreement'):.2f}" for name in CONTROLS),
+            note=", ".join(f"{name} {c.mean(name, 'agreement'):.2f}" for name in [*ROLES]),
         ),
         describe(
             "The receiver heads, as layer.head, best first.",

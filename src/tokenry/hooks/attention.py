@@ -177,11 +177,15 @@ def suppress(
     spans: list[tuple[int, int]],
     layers: set[int] | None = None,
     heads: Tensor | None = None,
+    each: bool = False,
 ) -> Iterator[None]:
     """Later tokens cannot attend to the columns in `spans` (half-open), in chosen layers and heads.
 
-    Columns count from the start of the sequence, padding included. A token always still sees itself, so that no
-    row is empty.
+    All rows of a batch lose all spans, with `each` row i loses span i alone. Columns count from the start of the
+    sequence, padding included. A token always still sees itself, so that no row is empty.
+
+    Raises:
+        InputError: with `each`, another number of spans than of rows.
     """
     feeds: list[Feed] = []
 
@@ -191,7 +195,10 @@ def suppress(
     def editor(call: AttentionCall) -> Tensor | None:
         if layers is not None and call.layer not in layers:
             return call.mask
-        mask = allowed(call).expand(-1, -1 if heads is None else call.heads, -1, -1).clone()
+        seen, batch = allowed(call), len(call.query)
+        if each and batch != len(spans):
+            raise InputError(f"there are {len(spans)} spans for a batch of {batch}; give one for each row")
+        mask = seen.expand(len(spans) if each else -1, -1 if heads is None else call.heads, -1, -1).clone()
         q_length, k_length = call.query.shape[2], call.key.shape[2]
         if feeds[0].stop != k_length and getattr(call.module, "_tokenry_cutter", None) is not None:
             raise InputError(
@@ -200,8 +207,8 @@ def suppress(
             )
         dropped = feeds[0].stop - k_length  # a sliding layer's cache no longer holds the first columns
         picked = slice(None) if heads is None else heads
-        for start, stop in spans:
-            mask[:, picked, :, max(start - dropped, 0) : max(stop - dropped, 0)] = False
+        for row, (start, stop) in enumerate(spans):
+            mask[row if each else slice(None), picked, :, max(start - dropped, 0) : max(stop - dropped, 0)] = False
         own = torch.arange(q_length, device=mask.device)
         mask[:, :, own, own + (k_length - q_length)] = True
         return mask

@@ -7,7 +7,7 @@ place in the text, so every reading has the score of the place alone beside the 
 from __future__ import annotations
 
 from math import isfinite
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import torch
 from annotated_types import Ge, Le
@@ -26,7 +26,7 @@ from .anchors.picture import AnchorReading
 from .anchors.receivers import receiver_heads, receiver_scores, sentence_attention
 from .anchors.rollouts import CounterfactualImportance, generate_rollouts, mean_states
 from .anchors.sentences import at_least, segment_sentences, sentences_of
-from .anchors.suppression import Align, check_traced, suppression_matrix
+from .anchors.suppression import Align, suppression_matrix
 from .contract import ReadMethod
 
 __all__ = ["ThoughtAnchors"]
@@ -106,7 +106,7 @@ class ThoughtAnchors(ReadMethod):
         if self.rollouts == 1:
             raise InputError("rollouts=1 is not allowed; give 0 or at least 2")
         trace = self._traced(given, loaded) if isinstance(given, str) else given
-        check_traced(loaded.model, trace)
+        trace.check_model(loaded.model)
         sentences = sentences_of(trace)
         at_least(sentences, self.proximity)
         heads = receiver_heads([trace], self._top(trace), self.proximity, self.control_depth)
@@ -187,15 +187,10 @@ def _known(value: Any) -> float | None:
 
 
 def _title(rows: list[dict[str, Any]]) -> str:
-    """How far the routes agree: rank correlations over the sentences that all of two routes score."""
-    pairs: list[tuple[Literal["receiver", "rollout", "place"], Literal["suppression"]]] = [
-        ("receiver", "suppression"),
-        ("rollout", "suppression"),
-        ("place", "suppression"),
-    ]
+    """How far the other routes agree with suppression: rank correlations over the sentences that both score."""
     found = []
-    for first, second in pairs:
-        both = [(row[first], row[second]) for row in rows if row[first] is not None and row[second] is not None]
+    for route in ("receiver", "rollout", "place"):
+        both = [(row[route], row["suppression"]) for row in rows if None not in (row[route], row["suppression"])]
         if len(both) > 2 and all(len(set(side)) > 1 for side in zip(*both)):
-            found.append(f"{first} and {second} {spearman(*zip(*both)):+.2f}")
-    return "sentences by what they matter for; rank correlation of " + ", ".join(found or ["none"])
+            found.append(f"{route} {spearman(*zip(*both)):+.2f}")
+    return "sentences by what they matter for; rank correlation with suppression: " + ", ".join(found or ["none"])

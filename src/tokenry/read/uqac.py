@@ -21,7 +21,6 @@ from ..models.load import Loaded
 from ..models.prompts import prompt_ids
 from ..text.answers import answer_tokens, check_marker, find_answer
 from ..text.spans import Span
-from ..trace.recorder import identity
 from ..trace.reducers import LowEntropyRows
 from ..trace.trace import Trace, capture
 from .chains.backtrack import Walk, backtrack, is_stop
@@ -97,8 +96,8 @@ class UQAC(ReadMethod):
         if model is None:
             raise InputError("the confidence needs the model; give loaded=, or the model to Trace.load")
         span = self.answer_span(given)
-        chain, confidence = self.attention_chain(given, span), self.confidence(model, given, span)
-        return _reading(given, span, chain, confidence)
+        chain = self.attention_chain(given, span)
+        return _reading(given, span, chain, self._confidence(model, given, span, chain, self.mode))
 
     def trace(self, text: str, loaded: Loaded) -> Trace:
         """The trace of a question and the model's greedy answer to it, with what `read` needs."""
@@ -151,10 +150,9 @@ class UQAC(ReadMethod):
         indices = [source + 1 - begin for source in sources]
         return ChainResult(indices, [found[source] for source in sources], similarity.tolist())
 
-    def kept(self, trace: Trace, answer_span: Span) -> list[int]:
-        """The positions of the chain that resemble the answer most, without the answer's own."""
+    def kept(self, trace: Trace, answer_span: Span, chain: ChainResult) -> list[int]:
+        """The positions of a chain that resemble the answer most, without the answer's own."""
         begin = _response(trace)
-        chain = self.attention_chain(trace, answer_span)
         listed = [
             (sim, i + begin) for i, sim in zip(chain.indices, chain.similarities) if sim >= self.similarity_threshold
         ]
@@ -173,13 +171,20 @@ class UQAC(ReadMethod):
         mode = mode or self.mode
         if mode not in ("marginal", "sim_prod", "attn_prod", "answer"):
             raise InputError(f"mode={mode!r} is not allowed; give marginal, sim_prod, attn_prod or answer")
-        begin, answer = self._checked(trace, answer_span), range(*answer_span)
-        if identity(model) != [trace.header["fingerprint"], trace.header["config"]]:
-            raise InputError(f"the trace is of another model ({trace.header['model']!r}); give that one")
-        places = {*answer}
-        if mode == "attn_prod":
-            places |= {i + begin for i in self.attention_chain(trace, answer_span).indices}
-        kept = self.kept(trace, answer_span) if mode in ("marginal", "sim_prod") else []
+        self._checked(trace, answer_span)
+        chain = None if mode == "answer" else self.attention_chain(trace, answer_span)
+        return self._confidence(model, trace, answer_span, chain, mode)
+
+    def _confidence(
+        self, model: PreTrainedModel, trace: Trace, answer_span: Span, chain: ChainResult | None, mode: Mode
+    ) -> float:
+        """`chain` is that of the answer; the mode "answer" does without."""
+        trace.check_model(model)
+        places, kept = {*range(*answer_span)}, []
+        if chain is not None and mode == "attn_prod":
+            places |= {i + _response(trace) for i in chain.indices}
+        elif chain is not None and mode != "answer":
+            kept = self.kept(trace, answer_span, chain)
         places = sorted(places | {*kept})
         if mode != "marginal":
             return float(_floored(trace.logprob[places]).sum().exp())

@@ -210,12 +210,19 @@ class Trace:
             raise InputError(f"{str(path)!r} has no trace header; {remedy}")
         with explained(f"{str(path)!r} cannot be read as a trace", remedy):
             _check(tensors, header_of(header, TraceHeader, FORMAT, f"the trace {str(path)!r}"))
-        if model is not None and identity(model) != [header["fingerprint"], header["config"]]:
+        trace = cls(tensors, header, model)
+        if model is not None:
+            trace.check_model(model, repr(str(path)))
+        return trace
+
+    def check_model(self, model: PreTrainedModel, what: str = "the trace") -> None:
+        """Refuse another model than the one that it was captured on."""
+        header = self.header
+        if identity(model) != [header["fingerprint"], header["config"]]:
             raise InputError(
-                f"{str(path)!r} was traced on another model than the one given; load {header['model']!r} "
+                f"{what} was traced on another model than the one given; load {header['model']!r} "
                 f"(weights {header['fingerprint']}, config {header['config']})"
             )
-        return cls(tensors, header, model)
 
     def _get(self, name: str, what: str, option: str) -> Tensor:
         if name not in self.tensors:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, cast
 
 import torch
@@ -16,34 +17,21 @@ from transformers import PreTrainedModel
 
 from ...core.errors import InputError
 from ...core.fields import require
-from ...hooks.attention import AttentionCall, allowed, edit_mask
+from ...hooks.attention import suppress
 from ...models.anatomy import attention_modules, decoder_body, decoder_layers
 from ...models.kv_cache import new_cache
 from ...text.sentences import check_spans
 from ...text.spans import Span
-from ...trace.recorder import head_logits, identity
+from ...trace.recorder import head_logits
 from ...trace.trace import Trace
 from .sentences import sentences_of
 
-__all__ = ["check_traced", "suppressed_kl", "suppression_matrix"]
+__all__ = ["suppressed_kl", "suppression_matrix"]
 
 TOKENS = 2048  # fed at a time, rows times length, so that memory stays that of a plain forward
 LOGITS = 2**22  # elements of a chunk of logits
 FLOOR = 1e-9  # added to a divergence before its logarithm
 Align = Literal["position", "token"]
-
-
-def check_traced(model: PreTrainedModel, trace: Trace) -> None:
-    """Refuse a trace of another model.
-
-    Raises:
-        InputError: it is.
-    """
-    if identity(model) != [trace.header["fingerprint"], trace.header["config"]]:
-        raise InputError(
-            f"the trace was made on another model ({trace.header['model']!r}, weights {trace.header['fingerprint']}) "
-            "than the one given; load that model or capture again"
-        )
 
 
 def suppression_matrix(
@@ -73,7 +61,7 @@ def suppression_matrix(
     Raises:
         InputError: a trace of another model or of one sentence; a head, layer or temperature that cannot be.
     """
-    check_traced(model, trace)
+    trace.check_model(model)
     spans = [(s.start, s.stop) for s in sentences_of(trace)]
     if len(spans) < 2:
         raise InputError(f"there are {len(spans)} sentences; suppression needs at least 2")
@@ -121,7 +109,7 @@ def suppressed_kl(
             break
         rows = copy.deepcopy(cache)
         rows.batch_repeat_interleave(len(group))
-        with edit_mask(model, _Hide([spans[i] for i in group], start, hidden_in)):
+        with _hidden(model, [spans[i] for i in group], hidden_in):
             states = _body(model, tokens[:, start:].expand(len(group), -1), rows)
         del rows
         found[group, start:] = _divergence(model, plain[start:], states, temperature)
@@ -130,29 +118,22 @@ def suppressed_kl(
     return found
 
 
-class _Hide:
-    """An editor of attention masks: row r of the batch hides span r from the tokens after it."""
-
-    def __init__(self, spans: list[Span], start: int, hidden_in: dict[int, Any]) -> None:
-        self.spans, self.start, self.hidden_in = spans, start, hidden_in
-
-    def __call__(self, call: AttentionCall) -> Tensor | None:
-        heads = self.hidden_in.get(call.layer)
-        if heads is None:
-            return call.mask
-        count = 1 if isinstance(heads, slice) else call.heads
-        q_length, k_length = call.query.shape[2], call.key.shape[2]
-        mask = allowed(call).expand(len(self.spans), count, -1, -1).clone()
-        dropped = self.start + q_length - k_length  # a sliding layer's cache no longer holds the first columns
-        for row, (first, stop) in enumerate(self.spans):
-            mask[row, heads, stop - self.start :, max(first - dropped, 0) : max(stop - dropped, 0)] = False
-        return mask
+@contextmanager
+def _hidden(model: PreTrainedModel, spans: list[Span], hidden_in: dict[int, Tensor | None]) -> Iterator[None]:
+    """Span i is hidden in row i of the batch."""
+    everywhere = {layer for layer, heads in hidden_in.items() if heads is None}
+    with ExitStack() as stack:
+        if everywhere:
+            stack.enter_context(suppress(model, spans, everywhere, each=True))
+        for layer in hidden_in.keys() - everywhere:
+            stack.enter_context(suppress(model, spans, {layer}, hidden_in[layer], each=True))
+        yield
 
 
 def _hidden_in(
     model: PreTrainedModel, heads: Sequence[tuple[int, int]] | None, layers: Collection[int] | None
-) -> dict[int, Any]:
-    """The heads of each layer in which sentences are hidden, as an index."""
+) -> dict[int, Tensor | None]:
+    """The heads of each layer in which sentences are hidden; None for all."""
     depth, width = len(decoder_layers(model)), model.config.get_text_config().num_attention_heads
     if len(attention_modules(model)) != depth:
         raise InputError(f"{type(model).__name__} has layers without attention; use a model that is all attention")
@@ -161,7 +142,7 @@ def _hidden_in(
             raise InputError(f"layer {layer} does not exist; this model has 0 to {depth - 1}")
     wanted = set(range(depth)) if layers is None else set(layers)
     if heads is None:
-        return dict.fromkeys(wanted, slice(None))
+        return dict.fromkeys(wanted)
     picked: dict[int, list[int]] = {}
     for layer, head in heads:
         if not (0 <= layer < depth and 0 <= head < width):
