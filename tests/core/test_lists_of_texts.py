@@ -28,9 +28,9 @@ from tokenry.learned.difficulty_probe import read_questions
 from tokenry.learned.hyper_probe import Codebook, HyperProbe
 from tokenry.models.load import Loaded
 from tokenry.read.anchors.rollouts import Rollouts
-from tokenry.read.cliff.examples import traced
+from tokenry.read.cliff.examples import end_states, traced
 from tokenry.read.difficulty_probe import question_states
-from tokenry.read.hyper.states import last_states
+from tokenry.read.hyper.states import read_states
 from tokenry.read.lm_head_neurons import clamp_effect
 from tokenry.represent import PromptEmbedder
 from tokenry.represent.text.sentence_transformer import TokenPrependingTransformer
@@ -60,8 +60,9 @@ ONE = {  # a single text is a list of one
     "read_questions.prompts": lambda m, t, x: read_questions(m, t, x).states,
     "Codebook.encode_pairs": lambda m, t, x: BOOK.encode_pairs([], x),
     "HyperProbe.read": lambda m, t, x: PROBE.read(torch.ones(4), x, 2),
+    "end_states": lambda m, t, x: end_states(m, t, x, -1),
     "traced": lambda m, t, x: [trace.ids.tolist() for trace in traced(m, t, x, -1)],
-    "last_states": lambda m, t, x: last_states(m, t, x),
+    "read_states": lambda m, t, x: read_states(m, t, x),
     "question_states.prompts": lambda m, t, x: question_states(m, t, x),
     "clamp_effect.prompts": lambda m, t, x: [row["prompt"] for row in clamp_effect(m, t, x, (0, 0), [0.0]).rows],
     "CRewScorer.read": lambda m, t, x: [s.text for s in CRewScorer(m, t).read(x, x)],
@@ -157,8 +158,9 @@ KNOWN = {  # function: parameters; those without a case above hand on to one tha
     "Codebook.__init__": {"concepts"},
     "Codebook.encode_pairs": {"words"},
     "HyperProbe.read": {"given"},
-    "last_states": {"texts"},
+    "read_states": {"texts"},
     "traced": {"texts"},
+    "end_states": {"texts"},
     "RefusalCliff.probe": {"texts"},
     "Rollouts.__init__": {"sentences"},
     "CRew.judge": {"gold"},

@@ -11,7 +11,7 @@ from tokenry.cli import main
 from tokenry.core.errors import InputError
 from tokenry.learned import Codebook, HyperProbe
 from tokenry.models.load import Loaded
-from tokenry.read import ConceptReading, HyperdimensionalProbe, compress_states, documents_in, last_states
+from tokenry.read import ConceptReading, HyperdimensionalProbe, compress_states, documents_in, read_states
 from tokenry.trace import Trace, capture
 
 WORDS = [f"word{i:02d}" for i in range(60)]
@@ -110,7 +110,7 @@ def test_empty_clusters_give_no_nan():
 def test_states_of_a_batch_are_those_of_a_trace(llama, tokenizer):
     texts = ["a : b = c :", "a longer text : b = c :"]
     depth = llama.config.num_hidden_layers
-    for text, found in zip(texts, last_states(llama, tokenizer, texts)):
+    for text, found in zip(texts, read_states(llama, tokenizer, texts)):
         with capture(llama, tokenizer, hidden=range(depth)) as cap, torch.no_grad():
             llama(tokenizer(text, return_tensors="pt").input_ids)
         wanted = [cap.trace.hidden(i)[-1] for i in range(max(1, depth // 2), depth)] + [cap.trace.hidden("final")[-1]]

@@ -18,7 +18,7 @@ from tokenry.learned import LinearProbe
 from tokenry.models.anatomy import decoder_layers, head_mixer
 from tokenry.read import cliff_score, head_contributions, select_by_cliff
 from tokenry.read.cliff.curve import place_of
-from tokenry.read.cliff.examples import Example, balanced, examples_in, is_refusal, last_states, text_of, traced
+from tokenry.read.cliff.examples import Example, balanced, end_states, examples_in, is_refusal, text_of, traced
 from tokenry.read.refusal_cliff import RefusalCliff
 from tokenry.trace.trace import Trace, capture
 from tokenry.zoo import refuser
@@ -170,10 +170,19 @@ def test_spans_that_are_none_are_refused(span, end, options, message):
         cliff_score(torch.ones(8), span, end, **options)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_states_at_the_end_are_those_of_the_trace(make_model, tokenizer, kind):
+    model, texts = make_model(kind), ["the sea", "the old lighthouse stood"]
+    for layer in (0, 1, model.config.num_hidden_layers, -1):
+        found = end_states(model, tokenizer, texts, layer)
+        wanted = [trace.hidden(layer)[-1].float() for trace in traced(model, tokenizer, texts, layer)]
+        torch.testing.assert_close(found, torch.stack(wanted), atol=1e-5, rtol=1e-5)
+
+
 def test_the_curve_ends_in_the_score_that_the_probe_was_trained_on(loaded, probe):
     text = text_of(loaded[1], ASKED, THOUGHT)
     reading = RefusalCliff().read(text, probe, loaded)
-    trained = probe.probabilities(last_states(*loaded, [text], probe.layer))[0]
+    trained = probe.probabilities(end_states(*loaded, [text], probe.layer))[0]
     assert reading.cliff.final == pytest.approx(float(trained), abs=1e-6)
     answered = RefusalCliff().read(f"{text} sorry no vase", probe, loaded)
     assert answered.cliff.final == pytest.approx(float(trained), abs=1e-5)

@@ -2,6 +2,7 @@ from .attention import AttentionCall as AttentionCall
 from .attention import edit_mask as edit_mask
 from .attention import observe as observe
 from .attention import suppress as suppress
+from .last_states import last_states as last_states
 from .layers import LayerSwitch as LayerSwitch
 from .layers import mask_layers as mask_layers
 from .layers import skip_layers as skip_layers

@@ -22,7 +22,7 @@ from .difficulty_probe import label_by_entropy as label_by_entropy
 from .hyper.documents import Document as Document
 from .hyper.documents import documents_in as documents_in
 from .hyper.states import compress_states as compress_states
-from .hyper.states import last_states as last_states
+from .hyper.states import read_states as read_states
 from .hyperdimensional_probe import ConceptReading as ConceptReading
 from .hyperdimensional_probe import HyperdimensionalProbe as HyperdimensionalProbe
 from .lm_head_neurons import LMHeadNeurons as LMHeadNeurons

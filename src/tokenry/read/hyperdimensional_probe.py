@@ -24,7 +24,7 @@ from ..models.load import Loaded
 from ..trace.trace import Trace, capture
 from .contract import Fitted, Reading, ReadMethod
 from .hyper.documents import Document, documents_in
-from .hyper.states import compress_states, last_states, trace_states
+from .hyper.states import compress_states, read_states, trace_states
 
 __all__ = ["ConceptReading", "HyperdimensionalProbe"]
 
@@ -91,7 +91,7 @@ class HyperdimensionalProbe(ReadMethod):
         names = sorted({concept for document in data for concept in document.concepts})
         book = Codebook(names, self.dim, self.seed, self.tie)
         codes = torch.stack([book.encode_pairs(document.pairs, document.words) for document in data])
-        hidden = last_states(*loaded, [document.prompt for document in data], progress=progress)
+        hidden = read_states(*loaded, [document.prompt for document in data], progress=progress)
         probe = self.train(compress_states(hidden, self.n_clusters, self.normalize), codes, book).bind(loaded.model)
         quality = f"{len(book)} concepts, cosine {probe.held_out_cosine:.2f} on the texts held out"
         return Fitted(probe, [], quality)

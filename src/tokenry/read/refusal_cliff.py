@@ -22,7 +22,7 @@ from ..learned.linear_probe import LEAST, LinearProbe, state_number
 from ..models.load import Loaded
 from ..trace.trace import Trace
 from .cliff.curve import LAST, Cliff, Plateau, cliff_score, place_of
-from .cliff.examples import Example, balanced, examples_in, last_states, text_of, traced
+from .cliff.examples import Example, balanced, end_states, examples_in, text_of, traced
 from .cliff.heads import head_contributions, lowest
 from .cliff.picture import curve_picture
 from .contract import Fitted, Reading, ReadMethod
@@ -93,10 +93,13 @@ class RefusalCliff(ReadMethod):
     ) -> LinearProbe:
         """A probe of the last tokens of these texts, see `text_of`, and their labels, bound to the model."""
         layer = state_number(model, self.layer)
-        states = last_states(model, tokenizer, texts, layer)
+        return self.train(end_states(model, tokenizer, texts, layer), labels, layer).bind(model)
+
+    def train(self, states: torch.Tensor, labels: Sequence[int], layer: int) -> LinearProbe:
+        """A probe of hidden states `layer` (n, width) with these settings, bound to no model yet."""
         probe = LinearProbe(states.shape[1], layer)
         options = {name: getattr(self, name) for name in ("learning_rate", "epochs", "batch_size", "seed")}
-        return probe.fit(states, labels, **options).bind(model)
+        return probe.fit(states, labels, **options)
 
     def load(self, path: str, loaded: Loaded) -> LinearProbe:
         """See `LinearProbe.load` and `check`."""

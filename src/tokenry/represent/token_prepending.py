@@ -22,11 +22,12 @@ from ..core.claim import Claim
 from ..core.errors import InputError
 from ..core.fields import Layer, Layers, Seed
 from ..hooks.holding import hold, hooked
+from ..hooks.last_states import last_tokens
 from ..hooks.residual import Feed, edit_inputs, on_feed
 from ..models.anatomy import decoder_layers, effective_weight, unwrapped, vocabulary_size
 from ..models.masks import sees_both_sides
 from .contract import RepresentMethod
-from .text.prompt_embedder import PromptEmbedder, last_tokens, read_prompt
+from .text.prompt_embedder import PromptEmbedder, read_prompt
 
 __all__ = ["Prepending", "TokenPrepending"]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...learned.hyper_probe import Codebook
-from ...read.hyper.states import compress_states, last_states
+from ...read.hyper.states import compress_states, read_states
 from ...read.hyperdimensional_probe import HyperdimensionalProbe
 from ..task import Arm, Metric, Outcome, Sample
 
@@ -77,7 +77,7 @@ class AnalogyTask:
     def hidden(self) -> dict[Words, Tensor]:
         """The states (layers, width) of every string."""
         strings = [*self.train, *self.known, *self.new]
-        states = last_states(self.model, self.tokenizer, [_prompt(words) for words in strings], 64)
+        states = read_states(self.model, self.tokenizer, [_prompt(words) for words in strings], 64)
         return dict(zip(strings, states))
 
     def states(self, strings: Sequence[Words], mean: bool = False) -> Tensor:

@@ -132,11 +132,9 @@ class RefusalTask:
         if how in ("trained", "shuffled labels"):
             return method.probe(self.model, self.tokenizer, texts, labels)
         states, layer = self._states(texts, how, seed)
-        probe = LinearProbe(states.shape[1], layer)
         if how == "means":
-            return probe.fit_means(states, labels).bind(self.model)
-        options = {name: getattr(method, name) for name in ("learning_rate", "epochs", "batch_size", "seed")}
-        return probe.fit(states, labels, **options).bind(self.model)
+            return LinearProbe(states.shape[1], layer).fit_means(states, labels).bind(self.model)
+        return method.train(states, labels, layer).bind(self.model)
 
     def _states(self, texts: Sequence[str], how: str, seed: int) -> tuple[Tensor, int]:
         """The states at the last token, or at a random one of the thinking, and which layer they are of."""
@@ -149,7 +147,8 @@ class RefusalTask:
     def _blame(self, how: str, seed: int) -> Tensor:
         """Contributions (layers, heads) at the last token before the answer of triggered requests of "dev"."""
         own = self._own(requests(BLAMED, "dev", *KINDS["triggered"]), seed)
-        rows = [self.tokenizer.encode(text_of(self.tokenizer, one.prompt, one.thinking)) for one in own]
+        texts = [text_of(self.tokenizer, one.prompt, one.thinking) for one in own]
+        rows = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
         ids, mask = left_padded(rows, self.model.device, pad_id(self.tokenizer))
         batch = {"input_ids": ids, "attention_mask": mask}
         return head_contributions(self.model, batch, self.probe(how, seed).direction)

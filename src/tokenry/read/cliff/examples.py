@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...core.errors import InputError
 from ...core.files import records_of
-from ...learned.linear_probe import LEAST
+from ...hooks.last_states import last_states
+from ...learned.linear_probe import LEAST, state_number
 from ...models.batch import left_padded, pad_id, position_arguments
 from ...models.positions import check_prompt_fits
 from ...models.prompts import rendered
@@ -25,14 +26,15 @@ __all__ = [
     "REFUSALS",
     "Example",
     "balanced",
+    "end_states",
     "examples_in",
     "is_refusal",
-    "last_states",
     "text_of",
     "traced",
 ]
 
 MARKERS = ("<think>", "</think>")
+BATCH = 16  # texts at a time
 SHORTEST = 10  # characters of thinking
 BEGINNING = 32  # characters of a response in which a refusal shows
 REFUSALS = (  # no "however", "safe" or "legal", which helpful answers have as well
@@ -133,21 +135,32 @@ def traced(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     layer: int,
-    batch_size: int = 16,
+    batch_size: int = BATCH,
 ) -> Iterator[Trace]:
     """A trace with the hidden state `layer` of each text, which is read as it stands."""
-    texts = listed(texts, "text")
-    for start in range(0, len(texts), batch_size):
-        rows = [tokenizer.encode(text, add_special_tokens=False) for text in texts[start : start + batch_size]]
-        if not all(rows):
-            raise InputError("a text has no tokens; give some text to read")
-        check_prompt_fits(model, max(map(len, rows)))
-        ids, mask = left_padded(rows, model.device, pad_id(tokenizer))
+    for ids, mask in _batches(model, tokenizer, texts, batch_size):
         with capture(model, tokenizer, hidden=[layer]) as cap:
             model(ids, attention_mask=mask.long(), use_cache=False, logits_to_keep=1, **position_arguments(model, mask))
         yield from cap.traces
 
 
-def last_states(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], layer: int) -> Tensor:
-    """The hidden states `layer` (texts, width) at the last token of each text, float32."""
-    return torch.stack([trace.hidden(layer)[-1].float() for trace in traced(model, tokenizer, texts, layer)])
+@torch.no_grad()
+def end_states(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], layer: int) -> Tensor:
+    """The hidden states `layer` (texts, width) at the last token of each text, float32 on the CPU."""
+    wanted, found = [state_number(model, layer)], []
+    for ids, mask in _batches(model, tokenizer, texts, BATCH):
+        found.append(last_states(model, ids, mask, wanted, final_norm=False)[:, 0].float().cpu())
+    return torch.cat(found)
+
+
+def _batches(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Left-padded ids and mask (batch, time)."""
+    texts = listed(texts, "text")
+    for start in range(0, len(texts), size):
+        rows = [tokenizer.encode(text, add_special_tokens=False) for text in texts[start : start + size]]
+        if not all(rows):
+            raise InputError("a text has no tokens; give some text to read")
+        check_prompt_fits(model, max(map(len, rows)))
+        yield left_padded(rows, model.device, pad_id(tokenizer))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,13 +10,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...core.errors import InputError
 from ...core.progress import Progress
-from ...hooks.residual import edit_residual
-from ...models.anatomy import decoder_body, decoder_layers
-from ...models.batch import left_padded, pad_id, position_arguments
+from ...hooks.last_states import last_states
+from ...models.anatomy import decoder_layers
+from ...models.batch import left_padded, pad_id
 from ...models.positions import check_prompt_fits
 from ...trace.trace import Trace
 
-__all__ = ["compress_states", "last_states", "trace_states"]
+__all__ = ["compress_states", "read_states", "trace_states"]
 
 ROUNDS = 1000  # of k-means, at most
 SEED = 101  # of its first centroids
@@ -66,7 +66,7 @@ def _centroids(points: Tensor, k: int, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def last_states(
+def read_states(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
@@ -79,28 +79,13 @@ def last_states(
     if not rows or not all(rows):
         raise InputError("there is no text to read; give at least one, each with some text")
     check_prompt_fits(model, max(map(len, rows)))
-    parts = []
+    depth, parts = len(decoder_layers(model)), []
     for start in range(0, len(rows), batch_size):
-        parts.append(_batch(model, rows[start : start + batch_size], pad_id(tokenizer)))
+        ids, mask = left_padded(rows[start : start + batch_size], model.device, pad_id(tokenizer))
+        parts.append(last_states(model, ids, mask, range(max(1, depth // 2), depth + 1)).float().cpu())
         if progress is not None:
             progress(min(start + batch_size, len(rows)), len(rows))
     return torch.cat(parts)
-
-
-def _batch(model: PreTrainedModel, rows: list[list[int]], pad: int) -> Tensor:
-    depth, body, caught = len(decoder_layers(model)), decoder_body(model), {}
-    ids, mask = left_padded(rows, model.device, pad)
-
-    def keep(index: int) -> Callable[[Tensor], Tensor]:
-        def edit(hidden: Tensor) -> Tensor:
-            caught[index] = hidden[:, -1].float().cpu()
-            return hidden
-
-        return edit
-
-    with edit_residual(model, {i - 1: keep(i) for i in range(max(1, depth // 2), depth)}):
-        output = body(input_ids=ids, attention_mask=mask, use_cache=False, **position_arguments(body, mask))
-    return torch.stack([*(caught[i] for i in sorted(caught)), output[0][:, -1].float().cpu()], 1)
 
 
 def trace_states(trace: Trace, position: int) -> Tensor:

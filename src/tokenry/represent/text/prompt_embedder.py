@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, cast
 
 import torch
@@ -16,14 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...core.errors import InputError
 from ...core.progress import Progress
-from ...hooks.layers import skip_layers
-from ...hooks.residual import edit_inputs
-from ...models.anatomy import decoder_body, decoder_layers
-from ...models.batch import left_padded, pad_id, position_arguments
+from ...hooks.last_states import last_states
+from ...models.anatomy import decoder_layers
+from ...models.batch import left_padded, pad_id
 from ...models.positions import context_window
 from ...text.token_text import check_encodable
 
-__all__ = ["PROMPTS", "PromptEmbedder", "clean_up", "last_states", "last_tokens", "leads_with_bos", "read_prompt"]
+__all__ = ["PROMPTS", "PromptEmbedder", "clean_up", "leads_with_bos", "read_prompt"]
 
 SLOT, TEXT = "{slot}", "{text}"
 END = f'{SLOT} "{TEXT}" means in one word:"'
@@ -97,46 +96,6 @@ def clean_up(text: str) -> str:
         text += "."
     text = text.replace('"', "'")
     return text[:-1] + "." if text[-1] == "?" else text
-
-
-def last_tokens(mask: Tensor) -> Tensor:
-    """(batch,) index of the last real token of a (batch, time) mask, padded on either side."""
-    return mask.shape[1] - 1 - mask.flip(1).long().argmax(1)
-
-
-def last_states(model: PreTrainedModel, ids: Tensor, mask: Tensor, wanted: Sequence[int]) -> Tensor:
-    """The residual state of every row's last real token after `wanted` numbers of layers.
-
-    Args:
-        ids, mask: (batch, time), padded on either side.
-        wanted: 0 is the input of the first layer, k the output of layer k - 1, and the number of layers the output
-            after the final norm, as `hidden_states` counts in transformers. Layers behind the last one do not run.
-
-    Returns:
-        (batch, len(wanted), width).
-    """
-    layers, body, caught = decoder_layers(model), decoder_body(model), {}
-    count, deepest = len(layers), max(wanted)
-    rows = torch.arange(len(ids), device=ids.device)
-    last = last_tokens(mask)
-
-    def keep(index: int) -> Callable[[Tensor], Tensor]:
-        def look(hidden: Tensor) -> Tensor:
-            caught[index] = hidden[rows.to(hidden.device), last.to(hidden.device)]
-            return hidden
-
-        return look
-
-    with ExitStack() as stack:
-        if deepest < count:
-            stack.enter_context(skip_layers(model, range(deepest)))
-        stack.enter_context(edit_inputs(model, {layers[k]: keep(k) for k in wanted if k < count}))
-        final = body(
-            input_ids=ids, attention_mask=mask, use_cache=False, **position_arguments(body, mask)
-        ).last_hidden_state
-    keep(count)(final)
-    device = final.device
-    return torch.stack([caught[k].to(device) for k in wanted], 1)
 
 
 class PromptEmbedder(nn.Module):
