@@ -1,5 +1,6 @@
 """CompressKV: scores, budgets, calibration and the method, each against its definition."""
 
+import gc
 import json
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from tokenry import decode
 from tokenry.catalog import load as load_method
 from tokenry.core.errors import InputError
-from tokenry.hooks.attention import observe
+from tokenry.hooks.attention import AttentionCall, observe
 from tokenry.models.anatomy import fingerprint, shape_of
 from tokenry.models.kv_cache import layer_lengths
 from tokenry.select import (
@@ -363,6 +364,18 @@ def test_sdpa_and_eager_keep_the_same_tokens(llama, profile):
         kept.append({layer: c.tolist() for layer, c in run.trace.columns.items()})
     llama.set_attn_implementation("sdpa")
     assert kept[0] == kept[1]
+
+
+def test_attention_that_was_read_is_not_kept(llama, profile):
+    """Its queries and keys would hold the whole prompt in memory."""
+
+    def calls():
+        return sum(type(thing) is AttentionCall for thing in gc.get_objects())
+
+    assert llama.config._attn_implementation == "sdpa"
+    with torch.no_grad(), CompressKV(profile=profile, budget=20, top_heads=2)(llama):
+        llama(ids(1, 70))
+        assert calls() == 0
 
 
 def test_works_in_the_decode_loop_with_a_ban(llama, tokenizer, profile):

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.families import own_hooks
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 from tokenry import decode
 from tokenry.core.errors import InputError
@@ -219,6 +220,73 @@ def test_every_new_cache_is_compressed_and_older_ones_stay_usable(llama):
         assert run.trace.length == 50
         torch.testing.assert_close(llama(step, past_key_values=first).logits, expected)
     assert layer_lengths(first) == [13] * 4 and layer_lengths(second) == [12] * 4
+
+
+@torch.no_grad()
+def test_several_tokens_at_once_see_what_each_row_kept(llama, implementation):
+    x, mask = padded([60, 44], 60, seed=7)
+    more = ids(2, 5, seed=8)
+    longer = torch.cat([mask, torch.ones_like(more)], 1)
+    with CacheCutter(llama, FirstLast(), UNEQUAL):
+        both, alone = DynamicCache(config=llama.config), DynamicCache(config=llama.config)
+        llama(x, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=both)
+        places = longer.cumsum(1)[:, 60:] - 1
+        batch = llama(more, attention_mask=longer, position_ids=places, past_key_values=both).logits
+        llama(x[1:, 16:], past_key_values=alone)
+        single = llama(more[1:], past_key_values=alone).logits
+    torch.testing.assert_close(batch[1:], single, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("count", [1, 4])
+def test_padding_stays_hidden_whatever_a_later_mask_says(llama, count):
+    x, mask = padded([60, 44], 60, seed=9)
+    more = ids(2, count, seed=10)
+    right = torch.cat([mask, torch.ones_like(more)], 1)
+    found = []
+    with CacheCutter(llama, FirstLast(), UNEQUAL):
+        for later in (right, torch.ones_like(right)):
+            cache = DynamicCache(config=llama.config)
+            llama(x, attention_mask=mask, past_key_values=cache)
+            places = torch.arange(60, 60 + count)[None]
+            found.append(llama(more, attention_mask=later, position_ids=places, past_key_values=cache).logits)
+    torch.testing.assert_close(*found)
+
+
+@torch.no_grad()
+def test_a_prompt_as_long_as_the_budget_leaves_the_cache_as_it_was(llama):
+    cache, budgets = DynamicCache(config=llama.config), dict.fromkeys(range(4), 40)
+    with CacheCutter(llama, FirstLast(), budgets) as run:
+        llama(ids(1, 40), past_key_values=cache)
+    assert {type(layer) for layer in cache.layers} == {DynamicLayer} and run.trace.counts() == budgets
+    llama(ids(1, 1), past_key_values=cache)  # outside too
+
+
+@torch.no_grad()
+def test_one_token_of_the_prompt_taken_back_is_refused(llama):
+    cache = DynamicCache(config=llama.config)
+    with CacheCutter(llama, FirstLast(), dict.fromkeys(range(4), 12)):
+        llama(ids(1, 50), past_key_values=cache)
+        cache.crop(-1)
+        with pytest.raises(InputError, match="cropped into the compressed prompt"):
+            llama(ids(1, 1), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_positions_count_from_the_layer_that_has_seen_most(llama):
+    """As after a step that a layer was skipped in."""
+    found = []
+    with CacheCutter(llama, FirstLast(), dict.fromkeys(range(4), 12)):
+        for options in ({}, {"position_ids": torch.tensor([[51]])}):
+            cache = DynamicCache(config=llama.config)
+            llama(ids(1, 50), past_key_values=cache)
+            llama(ids(1, 1, seed=2), past_key_values=cache)
+            cache.layers[0].crop(-1)
+            found.append(llama(ids(1, 1, seed=3), past_key_values=cache, **options).logits)
+        mask = torch.ones(1, 53, 53)
+        with pytest.raises(InputError, match="give a 2-D mask"):
+            llama(ids(1, 1), attention_mask=mask, past_key_values=cache)
+    torch.testing.assert_close(*found)
 
 
 @torch.no_grad()
