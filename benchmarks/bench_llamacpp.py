@@ -29,6 +29,7 @@ from tokenry.models.conversions import cache_folder
 from tokenry.models.llamacpp.bindings import library
 
 NEW_TOKENS = 64
+COPIED = 40  # tokens: then the copy is complete
 PROMPT = "Write a story about a lighthouse."
 COPYING = (
     "Copy this text: The old lighthouse stood on the cliff, and every evening the keeper climbed the stairs to light "
@@ -110,11 +111,12 @@ def main() -> None:
     full = tokenry.load(as_f32(_embedded_gguf()), threads=1)
     torch_model, tokenizer = tokenry.load()
     ids = encode_prompts(tokenizer, PROMPT)["input_ids"][0].tolist()
-    options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
     bans = [Antislop(phrases=phrases(8000))]
 
-    def write(model: Any, prompt: str = PROMPT, methods: Any = bans) -> Any:
-        return tokenry.generate(model, tokenizer, prompt, methods=methods, **options)
+    def write(model: Any, prompt: str = PROMPT, methods: Any = bans, count: int = NEW_TOKENS) -> Any:
+        output = tokenry.generate(model, tokenizer, prompt, methods=methods, max_new_tokens=count)
+        assert len(output.new_ids[0]) == count  # with no processor that would keep the end away
+        return output
 
     drafts = [Spectr(num_drafts=1, verifier="single", draft_length=8)]
     heading(f"llama.cpp engine, SmolLM2-135M, {NEW_TOKENS} new tokens, processor seconds")
@@ -124,8 +126,8 @@ def main() -> None:
                 "own": lambda model=model: own_loop(model, ids),
                 "loop": lambda model=model: write(model),
                 "transformers": lambda: write(torch_model),
-                "plain": lambda model=model: write(model, COPYING, ()),
-                "lookup": lambda model=model: write(model, COPYING, drafts),
+                "plain": lambda model=model: write(model, COPYING, (), COPIED),
+                "lookup": lambda model=model: write(model, COPYING, drafts, COPIED),
             },
             3,
         )

@@ -1,10 +1,13 @@
 """The engine contract, on transformers and on llama.cpp with the same F32 weights, and what both write."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
-from support.families import TEXT, build
+from support.families import SIZES, TEXT, build
 from support.gguf_files import dropping, logits_of, save_gguf
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 import tokenry
 from tokenry import InputError
@@ -19,6 +22,7 @@ from tokenry.decode import (
 )
 from tokenry.decode.engines.choice import open_engine
 from tokenry.decode.engines.llamacpp import BLOCK, Sequences
+from tokenry.models.llamacpp.model import LlamaCppModel, Weights
 
 PROMPTS = ["the the the the old light old the", "a keeper"]
 
@@ -205,6 +209,30 @@ def test_prompts_longer_than_a_block(loaded, torch_model, tokenizer):
     found = pool.forward({pool.join(): ids, pool.join(): ids[1:]})
     torch.testing.assert_close(found[0], logits_of(torch_model, ids)[-1])
     torch.testing.assert_close(found[1], logits_of(torch_model, ids[1:])[-1])
+
+
+def test_positions_beyond_a_sliding_window(tokenizer, tmp_path):
+    """Five layers of six see the last 16 tokens: fed at once, one by one, and again after some were taken back."""
+    torch.manual_seed(0)
+    sizes = {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8}
+    layers = ["sliding_attention"] * 5 + ["full_attention"]
+    gemma = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, num_hidden_layers=6, layer_types=layers, sliding_window=16))
+    with torch.no_grad():
+        for parameter in gemma.eval().parameters():
+            parameter.mul_(3.0) if parameter.dim() > 1 else parameter.normal_(std=0.3)
+    weights = Weights(save_gguf(gemma, tokenizer, tmp_path / "gemma.gguf", "gemma3"), threads=1)
+    pool, ids = Sequences(LlamaCppModel(gemma.config, weights)), (tokenizer.encode(TEXT) * 2)[:120]
+    wanted, slot = logits_of(gemma, ids), pool.join()
+    same = partial(torch.testing.assert_close, atol=5e-3, rtol=0)  # llama.cpp has a table of halves for GELU
+    same(pool.forward({slot: ids[:90]})[slot], wanted[89])
+    for place in range(90, 120):
+        same(pool.forward({slot: ids[place : place + 1]})[slot], wanted[place])
+    pool.rollback(slot, 40)
+    same(pool.forward({slot: ids[80:100]})[slot], wanted[99])
+    seen = Gemma3ForCausalLM(Gemma3TextConfig(**{**gemma.config.to_dict(), "sliding_window": 512})).eval()
+    seen.load_state_dict(gemma.state_dict())
+    difference = (logits_of(seen, ids) - wanted).abs().amax(-1)
+    assert difference[:16].max() < 1e-3 and difference[20:].min() > 0.05  # the window is felt
 
 
 def test_a_text_ends_with_the_context(loaded):

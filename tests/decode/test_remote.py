@@ -16,6 +16,7 @@ from tokenry.cli import main
 from tokenry.decode import Antislop, BudgetForcing, CyclicReflex, RemoteServer, generate, remote
 from tokenry.decode.engines.remote import client
 from tokenry.decode.engines.remote.dialects import TextOnly, _placed
+from tokenry.decode.engines.remote.loop import STREAMED
 
 PROMPTS = ["the old lighthouse", "The keeper", "It was not"]
 BANS = Antislop(
@@ -43,6 +44,20 @@ def served(model, tokenizer):
     with completions_server(model, tokenizer) as server, RemoteServer(server.url, timeout=5, retries=2) as seen:
         seen.dialect(tokenizer)
         server.requests.clear()
+        yield server, seen
+
+
+@pytest.fixture
+def streaming(model, tokenizer):
+    """As `served`, with a server that tells each token as it is written."""
+    with (
+        completions_server(model, tokenizer, streams=True) as server,
+        RemoteServer(server.url, timeout=5, retries=2) as seen,
+    ):
+        seen.dialect(tokenizer)
+        assert seen.streams
+        server.requests.clear()
+        server.sent = 0
         yield server, seen
 
 
@@ -74,13 +89,13 @@ def test_greedy_texts_and_repairs_are_those_of_the_local_loop(servers, model, to
     assert len(here.events) >= 8 and any(len(event.rejected) > 1 for event in here.events)
     with RemoteServer(servers[name]) as server:
         there = remote(server, tokenizer, PROMPTS, chunk=chunk, repair=repair, **CALL)
-        assert server.dialect(tokenizer).name == name
+        assert server.dialect(tokenizer).name == name and server.streams == (name == "llama.cpp")
     assert there.new_ids == here.new_ids and there.texts == here.texts
     assert repairs(there) == repairs(here) and there.stop_reasons == here.stop_reasons
     new = sum(map(len, there.new_ids))
     asked = len(there.events) if repair == "ask" else 0
     assert there.stats.written - there.stats.wasted + (len(there.events) - asked) == new
-    assert there.stats.requests >= new / (chunk or 10) + asked
+    assert there.stats.requests >= new / (chunk or (STREAMED if server.streams else 10)) + asked
 
 
 @pytest.mark.parametrize("name", ["vllm", "llama.cpp"])
@@ -212,6 +227,81 @@ def test_chunks_are_short_where_something_was_found(served, tokenizer):
     assert [body["max_tokens"] for body in server.requests] == [6, 6, 10, 10, 10, 6]
 
 
+# --- requests that are closed ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("repair", ["ask", "local"])
+def test_a_request_is_closed_at_the_first_violation(streaming, model, tokenizer, repair):
+    """One request for each stretch without one, of which the server writes hardly more than is kept."""
+    server, seen = streaming
+    server.pause = 0.02
+    here = generate(model, tokenizer, PROMPTS[0], **CALL)
+    there = remote(seen, tokenizer, PROMPTS[0], repair=repair, **CALL)
+    assert there.new_ids == here.new_ids and repairs(there) == repairs(here) and len(here.events) > 2
+    asked = len(here.events) if repair == "ask" else 0
+    assert there.stats.requests == len(server.requests) <= 1 + len(here.events) + asked
+    gone, new = sum(len(event.rejected) for event in here.events), len(here.new_ids[0])
+    assert server.gone >= len(here.events) - 1 and server.sent <= new + gone + 4 * len(here.events)
+    assert server.requests[0]["stream"] and server.requests[0]["max_tokens"] == 48
+    assert there.stats.written - there.stats.wasted + len(here.events) - asked == new
+
+
+def test_a_soft_ban_that_changes_nothing_leaves_the_stream_open(streaming, model, tokenizer):
+    _, seen = streaming
+    soft = Antislop(phrases=["the sea", "a whisper", "stood on"], strength=0.01)
+    here = generate(model, tokenizer, PROMPTS[0], methods=[soft], max_new_tokens=40)
+    for repair, asked in (("local", 0), ("ask", len(here.events))):
+        there = remote(seen, tokenizer, PROMPTS[0], methods=[soft], max_new_tokens=40, repair=repair)
+        assert there.new_ids == here.new_ids and repairs(there) == repairs(here)
+        assert there.stats.requests == 1 + asked and there.stats.wasted == 0
+
+
+def test_a_stream_that_breaks_off_is_taken_up_again(streaming, model, tokenizer, monkeypatch):
+    """What has come is kept, and the next request goes on from there."""
+    server, seen = streaming
+    whole = server.completion
+
+    def shorter(body):
+        answer = whole(body)
+        answer["choices"][0]["token_ids"][9:] = []
+        answer["choices"][0]["finish_reason"] = None
+        return answer
+
+    monkeypatch.setattr(server, "completion", shorter)
+    there = remote(seen, tokenizer, PROMPTS[0], max_new_tokens=40)
+    assert there.new_ids == generate(model, tokenizer, PROMPTS[0], max_new_tokens=40).new_ids
+    assert [body["max_tokens"] for body in server.requests] == [40, 31, 22, 13, 4]
+
+
+def test_an_error_in_a_stream_is_said_in_a_sentence(streaming, tokenizer):
+    server, seen = streaming
+    head = {"content-type": "text/event-stream"}
+    for text, said in (
+        ('data: {"error": {"message": "no\\nroom", "code": 500}}\n\n', "broke off: no room"),
+        ("data: {\n\n", "answered no completion"),
+        ("data: 3\n\n", "answered no completion"),
+        ("", "wrote nothing"),
+    ):
+        server.faults += [(200, head, text)]
+        with pytest.raises(InputError, match=said):
+            remote(seen, tokenizer, PROMPTS[0], **CALL)
+
+
+def test_a_cancelled_row_closes_its_stream(streaming, tokenizer):
+    server, seen = streaming
+    server.pause = 0.05
+    loop = opened(seen, tokenizer, PROMPTS[:1])
+    for settled in loop.steps():
+        if settled[0]:
+            loop.cancel(0)
+    assert loop.output().stop_reasons == ["cancelled"] and len(loop.output().new_ids[0]) >= 1
+    for _ in range(100):
+        if server.gone:
+            break
+        time.sleep(0.02)
+    assert server.gone == 1 and server.sent < 40
+
+
 # --- streams and cancelling ------------------------------------------------------------------------------------------
 
 
@@ -329,6 +419,15 @@ def test_what_a_server_does_wrong_is_said_in_a_sentence(served, tokenizer, fault
     with pytest.raises(InputError, match=said) as caught:
         remote(seen, tokenizer, PROMPTS[0], streamers=[reader], **CALL)
     assert "\n" not in str(caught.value) and reader.ended == 1
+
+
+def test_when_the_thread_of_the_requests_ends_nobody_waits(served, tokenizer):
+    server, seen = served
+    server.faults += [None, 20.0]
+    threading.Timer(0.3, seen.events.call_soon_threadsafe, [exit]).start()
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"can be asked no more, .* ended \(SystemExit\); open it again"):
+            remote(seen, tokenizer, PROMPTS[0], **CALL)
 
 
 def test_a_server_without_logit_bias_is_found_out(served, tokenizer, monkeypatch):

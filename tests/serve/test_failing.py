@@ -1,6 +1,7 @@
 """What goes wrong while a text is written: its client is told in one sentence, and the others go on."""
 
 import asyncio
+import functools
 import json
 import logging
 import time
@@ -8,6 +9,7 @@ from typing import ClassVar
 
 import httpx
 import pytest
+import torch
 from support.families import build
 from transformers import LogitsProcessor
 
@@ -115,3 +117,53 @@ def test_an_expression_that_takes_too_long_ends_its_own_text(worker):
     assert "(a|aa)+[bc]" in error["message"] and "takes more than 1 s" in error["message"]
     assert other.json()["choices"][0]["text"] == "a" * 80
     assert not worker.running and worker.numbers()["failed"] == 1
+
+
+def ends(worker, where, error):
+    """Let what the worker's thread does there raise an error once some tokens are written."""
+    place = worker.loaded.model if where == "forward" else worker.engine
+    whole = getattr(place, where)
+
+    @functools.wraps(whole)
+    def ending(*given, **named):
+        if worker.counts["tokens_written"] > 5:
+            raise error
+        return whole(*given, **named)
+
+    setattr(place, where, ending)
+
+
+FATAL = [
+    ("forward", torch.AcceleratorError("a secret of the device")),
+    ("forward", SystemExit("a secret")),
+    ("cache_bytes", KeyError("a secret, and no row is to blame")),
+]
+
+
+@pytest.mark.parametrize(("where", "error"), FATAL, ids=["device", "exit", "outside"])
+def test_when_the_thread_of_the_model_ends_nobody_waits(chat_tokenizer, caplog, where, error):
+    """Two texts are being written, one waits, one comes later: all end, and health and metrics say so."""
+    worker = Worker(Loaded(build("llama"), chat_tokenizer), name="tiny", rows=2)
+    ends(worker, where, error)
+    transport = httpx.ASGITransport(create_app(worker), raise_app_exceptions=False)
+    body = ASKED | {"prompt": [7, 5, 6], "max_tokens": 300}
+
+    async def ask():
+        async with httpx.AsyncClient(transport=transport, base_url="http://testserver") as client:
+            before = await client.get("/health"), await client.get("/metrics")
+            bodies = (body | {"stream": True}, body, body)
+            answers = await asyncio.gather(*(client.post("/v1/completions", json=one) for one in bodies))
+            later = [await client.post("/v1/completions", json=body | {"stream": stream}) for stream in (False, True)]
+            return before, answers, later, await client.get("/health"), await client.get("/metrics")
+
+    before, (stream, *answers), later, health, metrics = asyncio.run(asyncio.wait_for(ask(), 60))
+    assert before[0].status_code == 200 and "tokenry_up 1.0" in before[1].text
+    *pieces, last, done = events(stream)
+    assert len(pieces) >= 2 and done == "[DONE]" and told(json.loads(last)["error"])
+    for answer in (*answers, *later, health):
+        assert answer.status_code == 503 and told(answer.json()["error"])
+        assert answer.json()["error"]["code"] == "server_broken" and type(error).__name__ in answer.text
+    for line in ("tokenry_up 0.0", "tokenry_failed 3.0", "tokenry_running 0.0", "tokenry_waiting 0.0"):
+        assert line in metrics.text
+    assert [record.exc_info[1] for record in caplog.records if record.levelname == "CRITICAL"] == [error]
+    asyncio.run(worker.close(1.0))

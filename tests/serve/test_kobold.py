@@ -14,6 +14,7 @@ from tokenry.serve import Limits, create_app
 BODIES = Path(__file__).parent / "bodies"
 ASKED = {"prompt": "the old lighthouse", "max_length": 12, "temperature": 0}
 WHOLE, STREAM, ABORT = "/api/v1/generate", "/api/extra/generate/stream", "/api/extra/abort"
+CHECK = "/api/extra/generate/check"
 
 
 def recorded(name):
@@ -62,7 +63,9 @@ def test_what_clients_ask_first(client, backend):
     assert client.get("/api/v1/model").json() == {"result": "koboldcpp/tiny"}
     version = client.get("/api/extra/version").json()
     assert version["result"] == "KoboldCpp" and tuple(map(int, version["version"].split("."))) >= (1, 76)
-    assert client.get("/api/v1/config/max_context_length").json() == {"value": backend.window}
+    assert client.get("/api/v1/info/version").json() == {"result": "1.2.5"}
+    for path in ("/api/v1/config/max_context_length", "/api/extra/true_max_context_length"):
+        assert client.get(path).json() == {"value": backend.window}
 
 
 @pytest.mark.parametrize("path", [WHOLE, STREAM])
@@ -85,7 +88,7 @@ def test_what_cannot_be_done_is_refused_in_one_sentence(client, path, fields, sa
 
 def test_the_api_key_is_asked_for_here_too(backend):
     client = TestClient(create_app(backend, api_key="right"), base_url="http://testserver")
-    for path in (WHOLE, STREAM, ABORT):
+    for path in (WHOLE, STREAM, ABORT, CHECK):
         assert client.post(path, json=ASKED).status_code == 401
     right = {"Authorization": "Bearer right"}
     assert client.post(WHOLE, json=ASKED, headers=right).status_code == 200
@@ -123,3 +126,30 @@ def test_an_aborted_text_ends_as_it_is_and_no_other_does(backend, path):
     while backend.now and time.monotonic() < began + 5:
         time.sleep(0.01)
     assert backend.left == 1 and backend.now is None
+
+
+@pytest.mark.parametrize("path", [WHOLE, STREAM])
+@pytest.mark.parametrize("key", ["", "mine"])
+def test_what_there_is_of_a_text_can_be_asked_for(backend, path, key):
+    """By its key alone, while it is written: more and more of it, and nothing once it has ended."""
+    backend.pause = 0.02
+    asked = ASKED | {"max_length": 40, "ignore_eos": True, "logit_bias": {str(backend.tokenizer.encode("a")[0]): 60}}
+
+    async def ask():
+        transport = httpx.ASGITransport(create_app(backend, limits=Limits(tokens=64)))
+        async with httpx.AsyncClient(transport=transport, base_url="http://testserver") as client:
+
+            async def check(genkey):
+                answers = [await client.post(CHECK, json={"genkey": genkey})]
+                answers += [await client.post(CHECK), await client.get(CHECK)] if not genkey else []
+                return [answer.json()["results"][0]["text"] for answer in answers]
+
+            writing, seen = asyncio.create_task(client.post(path, json=asked | {"genkey": key})), []
+            while not writing.done():
+                seen += await check(key)
+                assert await check("other") == [""]
+                await asyncio.sleep(0.05)
+            return seen, await check(key)
+
+    seen, after = asyncio.run(ask())
+    assert seen == sorted(seen) and set("".join(seen)) == {"a"} and len(set(seen)) > 3 and set(after) == {""}

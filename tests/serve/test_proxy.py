@@ -195,9 +195,12 @@ def test_what_the_server_refuses_comes_out_of_the_stream(server, tokenizer):
 class Stumbles:
     """A monitor that goes wrong where the text is long enough."""
 
+    def __init__(self, error):
+        self.error = error
+
     def check(self, row):
         if len(row.ids) > 12:
-            raise ZeroDivisionError("a method went wrong")
+            raise self.error("a method went wrong")
 
     def hold(self, row):
         return 0
@@ -207,12 +210,14 @@ class Stumbling(MonitorMethod):
     """Watches, and fails."""
 
     slug: ClassVar[str] = "stumbling"
+    error: type[BaseException]
 
     def monitors(self, tokenizer):
-        return [Stumbles()]
+        return [Stumbles(self.error)]
 
 
-def test_a_method_that_fails_ends_its_own_text(server, tokenizer):
+@pytest.mark.parametrize("kind", [ZeroDivisionError, SystemExit])
+def test_a_method_that_fails_ends_its_own_text(server, tokenizer, kind):
     """The client is told in a last event; nothing is left, and another text is written whole."""
     body = {"prompt": PROMPTS[0], "max_tokens": 20, "temperature": 0, "ignore_eos": True, "stream": True}
 
@@ -222,7 +227,7 @@ def test_a_method_that_fails_ends_its_own_text(server, tokenizer):
             async with httpx.AsyncClient(transport=transport, base_url="http://testserver") as client:
                 return (await client.post("/v1/completions", json=body)).text
 
-        texts = await asyncio.gather(one(methods=[Stumbling()]), one(methods=[BANS]))
+        texts = await asyncio.gather(one(methods=[Stumbling(error=kind)]), one(methods=[BANS]))
         return texts, dict(proxy.numbers())
 
     (failing, other), numbers = served(server, tokenizer, ask)
@@ -230,3 +235,28 @@ def test_a_method_that_fails_ends_its_own_text(server, tokenizer):
     assert pieces and '"type":"server_error"' in error and "its log says where" in error and done == "data: [DONE]"
     assert "went wrong" not in failing and '"error"' not in other and '"finish_reason":"length"' in other
     assert (numbers["failed"], numbers["finished"], numbers["running"], numbers["waiting"]) == (1, 1, 0, 0)
+
+
+def test_when_the_thread_of_the_requests_ends_nobody_waits(server, tokenizer):
+    """One text is being written, one waits, one comes later: all end, and health says so."""
+
+    async def body(proxy):
+        server.faults[:] = [None, 20.0]
+        transport = httpx.ASGITransport(create_app(proxy), raise_app_exceptions=False)
+        asked = {"prompt": PROMPTS[0], "max_tokens": 40, "temperature": 0, "ignore_eos": True}
+        async with httpx.AsyncClient(transport=transport, base_url="http://testserver") as client:
+            texts = [asyncio.create_task(client.post("/v1/completions", json=asked)) for _ in range(2)]
+            while len(server.requests) < 2:
+                await asyncio.sleep(0.01)
+            assert (await client.get("/health")).status_code == 200
+            proxy.server.events.call_soon_threadsafe(exit)
+            answers = await asyncio.wait_for(asyncio.gather(*texts), 10)
+            answers += [await client.post("/v1/completions", json=asked), await client.get("/health")]
+            return answers, (await client.get("/metrics")).text
+
+    answers, metrics = served(server, tokenizer, body, rows=1)
+    for answer in answers:
+        error = answer.json()["error"]
+        assert answer.status_code == 503 and error["code"] == "server_broken" and "(SystemExit)" in error["message"]
+    assert "tokenry_up 0.0" in metrics and "tokenry_failed 2.0" in metrics
+    assert "tokenry_running 0.0" in metrics and "tokenry_waiting 0.0" in metrics

@@ -6,6 +6,8 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -17,6 +19,7 @@ from support.gguf_files import save_gguf
 import tokenry
 from tokenry.models.load import Loaded
 from tokenry.serve import Worker, create_app
+from tokenry.serve.running import DRAIN
 
 PROMPTS = ("the old lighthouse", "Elara", "It was a")
 
@@ -70,6 +73,50 @@ def test_the_command_line_serves_until_it_is_told_to_stop(llama, tokenizer, tmp_
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]" and '"finish_reason":"length"' in rest[-2]
         assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+SHORT_GRACE = """
+import importlib
+serving = importlib.import_module("tokenry.cli.serve")
+serving.GRACE = 1.0
+serving.serve()
+"""
+
+
+def test_it_ends_within_the_grace_while_streams_run(llama, tokenizer, tmp_path):
+    """Streams that would take minutes are told that the server closes, and it is gone."""
+    llama.config.max_position_embeddings = 60_000
+    llama.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    command = [sys.executable, "-c", SHORT_GRACE, "--model", str(tmp_path / "model"), "--port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, "--max-tokens", "50000"], stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        url = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())[0]
+        body = {"prompt": "the old", "max_tokens": 50_000, "temperature": 0, "stream": True, "ignore_eos": True}
+        begun = threading.Semaphore(0)
+
+        def read():
+            with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+                lines = answer.iter_lines()
+                assert next(lines).startswith("data: ")
+                begun.release()
+                return [line for line in lines if line]
+
+        with ThreadPoolExecutor(3) as pool:
+            streams = [pool.submit(read) for _ in range(3)]
+            for _ in streams:
+                assert begun.acquire(timeout=60)
+            process.send_signal(signal.SIGTERM)
+            told = time.monotonic()
+            for stream in streams:
+                *_, error, done = stream.result(60)
+                assert '"code":"server_closing"' in error and done == "data: [DONE]"
+        assert process.wait(60) == -signal.SIGTERM
+        assert 1.0 <= time.monotonic() - told < 1.0 + 3 * DRAIN  # of a busy machine
     finally:
         process.kill()
         process.wait()

@@ -13,14 +13,16 @@ from tokenry.decode import DecodeLoop, Job, TransformersEngine
 
 class CompletionsServer(ThreadingHTTPServer):
     """`faults` are answered first, one a request to /v1/completions: (status, headers, body), "drop", or seconds of
-    sleep before the true answer. `requests` holds the bodies that came, `gone` counts clients that left early."""
+    sleep before the true answer. `requests` holds the bodies that came, `gone` counts clients that left early. Where it
+    streams, it waits `pause` seconds before each token, and `sent` counts tokens."""
 
     daemon_threads = True
 
-    def __init__(self, model, tokenizer, tells_ids=True, key=None, window=None):
+    def __init__(self, model, tokenizer, tells_ids=True, key=None, window=None, streams=False):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.model, self.tokenizer, self.tells_ids, self.key, self.window = model, tokenizer, tells_ids, key, window
         self.faults, self.requests, self.gone, self.lock = [], [], 0, threading.Lock()
+        self.streams, self.pause, self.sent = streams, 0.0, 0
 
     @property
     def url(self):
@@ -92,7 +94,28 @@ class _Handler(BaseHTTPRequestHandler):
         elif not self.server.tells_ids and not isinstance(body["prompt"], str):
             self._refuse(400, "prompt must be a text")
         elif fault is None or self._stays(fault):
-            self._answer(self.server.completion(body))
+            answer = self.server.completion(body)
+            if self.server.streams and body.get("stream"):
+                self._stream(answer["choices"][0])
+            else:
+                self._answer(answer)
+
+    def _stream(self, whole):
+        """The tokens one by one, and how it has ended, until the client has gone."""
+        self._send(200, {"content-type": "text/event-stream", "content-length": None, "connection": "close"}, "")
+        told = whole["logprobs"] or {}
+        for place, token in enumerate(whole["token_ids"]):
+            if not self._stays(self.server.pause):
+                return
+            logprobs = {name: values[place : place + 1] for name, values in told.items()} or None
+            self._event({"token_ids": [token], "logprobs": logprobs, "finish_reason": None})
+            self.server.sent += 1
+        self._event({"text": "", "finish_reason": whole["finish_reason"]})
+        self.wfile.write(b"data: [DONE]\n\n")
+        self.close_connection = True
+
+    def _event(self, choice):
+        self.wfile.write(f"data: {json.dumps({'choices': [choice]})}\n\n".encode())
 
     def _stays(self, seconds):
         """Wait; whether the client is still there."""
@@ -122,7 +145,8 @@ class _Handler(BaseHTTPRequestHandler):
         data = text.encode()
         self.send_response(status)
         for name, value in {"content-type": "application/json", "content-length": str(len(data)), **headers}.items():
-            self.send_header(name, value)
+            if value is not None:
+                self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)
 

@@ -19,10 +19,17 @@ FROM_LLAMA = {
     "norm": "output_norm",
     "lm_head": "output",
 }
+FROM_GEMMA = FROM_LLAMA | {
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 
 
 def save_gguf(model, tokenizer, path, architecture="llama"):
-    """A Llama and its byte-level BPE tokenizer as a GGUF file."""
+    """A Llama or a Gemma 3, and its byte-level BPE tokenizer, as a GGUF file."""
     config, writer = model.config, gguf.GGUFWriter(str(path), architecture)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.add_context_length(config.max_position_embeddings)
@@ -32,13 +39,23 @@ def save_gguf(model, tokenizer, path, architecture="llama"):
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    gemma = config.model_type == "gemma3_text"
+    rope = config.rope_parameters["full_attention"] if gemma else config.rope_parameters
+    writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_rope_dimension_count(config.head_dim)
+    if gemma:
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+        writer.add_sliding_window(config.sliding_window)
     writer.add_vocab_size(config.vocab_size)
     _add_tokenizer(writer, tokenizer)
     for name, tensor in model.state_dict().items():
-        layer, part = _place(name)
+        layer, part = _place(name, FROM_GEMMA if gemma else FROM_LLAMA)
         heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(part)
+        if gemma:
+            if part == "output":  # which is the embedding
+                continue
+            heads, tensor = None, tensor + 1 if "norm" in part else tensor  # transformers multiplies by 1 + weight
         writer.add_tensor(
             f"blk.{layer}.{part}.weight" if layer else f"{part}.weight",
             (tensor if heads is None else _permuted(tensor, heads)).float().numpy(),
@@ -50,11 +67,11 @@ def save_gguf(model, tokenizer, path, architecture="llama"):
     return path
 
 
-def _place(name):
+def _place(name, names):
     """The layer, or None, and llama.cpp's name of a weight of transformers."""
     parts = name.removeprefix("model.").removesuffix(".weight").split(".")
     layer = parts[1] if parts[0] == "layers" else None
-    return layer, FROM_LLAMA[".".join(parts[2:] if layer else parts)]
+    return layer, names[".".join(parts[2:] if layer else parts)]
 
 
 def _permuted(weight, heads):

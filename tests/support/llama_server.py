@@ -8,6 +8,7 @@ CODE = """
 import sys, time, xllamacpp
 params = xllamacpp.CommonParams()
 params.model.path, params.n_ctx, params.n_parallel = sys.argv[1], int(sys.argv[2]), 2
+params.endpoint_metrics = True
 params.port, params.hostnames, params.ui, params.warmup, params.verbosity = 0, ["127.0.0.1"], False, False, -1
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
 server = xllamacpp.Server(params)

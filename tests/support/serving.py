@@ -99,6 +99,8 @@ class OneByOne:
                 self.left += 1
                 order.left = "cancelled"
 
+    broken = None
+
     def numbers(self):
         running = int(self.now is not None)
         return {"rows_running": running, "rows_waiting": self.orders.qsize(), "cache_bytes": 1024.0 * running}

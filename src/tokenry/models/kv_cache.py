@@ -212,15 +212,18 @@ def row_of(cache: Cache, row: int) -> Cache:
     return one
 
 
-def join_rows(cache: Cache, other: Cache, before: tuple[int, int]) -> None:
-    """Put the rows of another cache under those of `cache`, each behind so many empty columns, which make all equally
-    long. Not for layers with a window."""
-    for layer, added in zip(key_layers(cache), key_layers(other), strict=True):
-        if layer.keys is None:
+def join_rows(cache: Cache, other: Cache) -> None:
+    """Put the rows of another cache under those of `cache`, the shorter ones behind empty columns, so that all end in
+    the same column."""
+    for layers in zip(key_layers(cache), key_layers(other), strict=True):
+        layer, held = layers[0], [0 if one.keys is None else one.keys.shape[-2] for one in layers]
+        if not all(held):
             continue
         for name in ("keys", "values"):
-            parts = [pad(getattr(one, name), (0, 0, count, 0)) for one, count in zip((layer, added), before)]
+            parts = [pad(getattr(one, name), (0, 0, max(held) - count, 0)) for one, count in zip(layers, held)]
             setattr(layer, name, torch.cat(parts))
+        if hasattr(layer, "cumulative_length"):
+            layer.cumulative_length = max(one.cumulative_length for one in layers)
 
 
 class ShortLayer(DynamicLayer):

@@ -17,7 +17,7 @@ from starlette.routing import Route
 from .. import __version__
 from ..decode.contract import DecodeMethod
 from .answers import EVENTS, Chat, Completion, Model, Models
-from .backend import Backend
+from .backend import Backend, Broken
 from .errors import ERRORS, Refused, answer_errors
 from .gate import Gate, State
 from .kobold import add_kobold
@@ -75,7 +75,7 @@ def create_app(
     _add_texts(app, service, secured)
     add_kobold(app, service, secured)
     _add_models(app, backend, secured)
-    _add_watching(app, metrics, secured)
+    _add_watching(app, backend, metrics, secured)
     routes = [route.path for route in app.routes if isinstance(route, Route)]
     app.add_middleware(
         Gate, metrics=metrics, state=state, routes=routes, most=limits.body, api_key=api_key, hosts=hosts
@@ -128,10 +128,12 @@ def _add_models(app: FastAPI, backend: Backend, secured: list[Any]) -> None:
         return one
 
 
-def _add_watching(app: FastAPI, metrics: Metrics, secured: list[Any]) -> None:
+def _add_watching(app: FastAPI, backend: Backend, metrics: Metrics, secured: list[Any]) -> None:
     @app.get("/health", responses=ERRORS)
     async def health() -> Health:
-        """Whether the server takes requests."""
+        """Whether the server takes requests, and can write."""
+        if backend.broken is not None:
+            raise Broken(backend.broken)
         return Health()
 
     @app.get("/metrics", response_class=PlainTextResponse, responses=ERRORS, dependencies=secured)

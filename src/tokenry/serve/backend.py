@@ -13,7 +13,7 @@ from ..decode.contract import DecodeMethod
 from ..decode.generation.logprobs import Ranked
 from ..models.prompts import Prompt
 
-__all__ = ["Backend", "Busy", "FinishReason", "Piece", "Ranked", "Work"]
+__all__ = ["Backend", "Broken", "Busy", "FinishReason", "Piece", "Ranked", "Work"]
 
 FinishReason = Literal["stop", "length", "cancelled", "timeout"]
 
@@ -24,6 +24,10 @@ class Busy(InputError):
     def __init__(self, message: str, retry_after: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class Broken(InputError):
+    """No text can be written any more."""
 
 
 @dataclass(frozen=True)
@@ -78,17 +82,22 @@ class Backend(Protocol):
         name: of the model, as clients say it.
         tokenizer: of the model.
         window: the most tokens of prompt and text together, where that is known.
+        broken: why no text can be written any more; None while there is no such reason.
     """
 
     name: str
     tokenizer: PreTrainedTokenizerBase
     window: int | None
 
+    @property
+    def broken(self) -> str | None: ...
+
     def stream(self, work: Work) -> AsyncIterator[Piece]:
         """The pieces of one text. Leaving the iteration frees what it holds.
 
         Raises:
-            InputError: what cannot be done, before the first piece; `Busy` where only the time is wrong.
+            InputError: what cannot be done, before the first piece; `Busy` where only the time is wrong, and
+                `Broken`, also between pieces, where nothing can be written any more.
         """
         ...
 

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 
 from ..core.errors import InputError
 from ..core.fields import shown
-from .backend import Busy
+from .backend import Broken, Busy
 
 __all__ = ["ERRORS", "ErrorAnswer", "Refused", "answer_errors", "error_body", "refusal"]
 
@@ -70,11 +70,22 @@ def refusal(
 
 def refused(error: InputError) -> JSONResponse:
     """The answer to what an `InputError` says."""
-    if isinstance(error, Busy):
-        return refusal(str(error), 429, headers={"Retry-After": str(max(1, math.ceil(error.retry_after)))})
+    headers = {"Retry-After": str(max(1, math.ceil(error.retry_after)))} if isinstance(error, Busy) else {}
+    return JSONResponse(told(error), status_of(error), headers)
+
+
+def told(error: InputError) -> dict[str, Any]:
+    """The JSON of an `InputError`."""
     if isinstance(error, Refused):
-        return refusal(str(error), error.status, error.param, error.code)
-    return refusal(str(error), 400)
+        return error_body(str(error), error.status, error.param, error.code)
+    return error_body(str(error), status_of(error), code="server_broken" if isinstance(error, Broken) else None)
+
+
+def status_of(error: InputError) -> int:
+    """The status of HTTP that says what an `InputError` says."""
+    if isinstance(error, Refused):
+        return error.status
+    return 429 if isinstance(error, Busy) else 503 if isinstance(error, Broken) else 400
 
 
 def answer_errors(app: FastAPI) -> None:

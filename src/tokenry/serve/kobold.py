@@ -17,6 +17,7 @@ from .service import Service
 
 __all__ = ["add_kobold"]
 
+API = "1.2.5"  # the version of KoboldAI's routes that KoboldCpp names
 SPOKEN = "1.76"  # the version of KoboldCpp whose requests are understood: the first that bans texts
 
 
@@ -36,8 +37,20 @@ class KoboldTexts(BaseModel):
     results: list[KoboldText]
 
 
+class Written(BaseModel):
+    """What there is of a text."""
+
+    text: str
+
+
+class WrittenTexts(BaseModel):
+    """The text that is being written; empty where there is none."""
+
+    results: list[Written]
+
+
 class Name(BaseModel):
-    """The model of this server."""
+    """The model of this server, or the version of its routes."""
 
     result: str
 
@@ -55,8 +68,8 @@ class Window(BaseModel):
     value: int | None
 
 
-class Abort(BaseModel):
-    """Whose texts shall end."""
+class Whose(BaseModel):
+    """Whose texts are meant."""
 
     model_config = ConfigDict(strict=True)
 
@@ -118,9 +131,19 @@ def _add_texts(app: FastAPI, service: Service, secured: list[Any]) -> None:
         return await service.continue_one(http, asked, KoboldAnswers, stream=True)
 
     @app.post("/api/extra/abort", responses=ERRORS, dependencies=secured, tags=["koboldcpp"])
-    async def abort(whose: Abort | None = None) -> Aborted:
+    async def abort(whose: Whose | None = None) -> Aborted:
         """End texts as they are."""
         return Aborted(success="true" if service.abort(whose.genkey if whose else "") else "false")
+
+    @app.post("/api/extra/generate/check", responses=ERRORS, dependencies=secured, tags=["koboldcpp"])
+    async def check(whose: Whose | None = None) -> WrittenTexts:
+        """What there is of the newest text that is being written."""
+        return WrittenTexts(results=[Written(text=service.written(whose.genkey if whose else ""))])
+
+    @app.get("/api/extra/generate/check", responses=ERRORS, dependencies=secured, tags=["koboldcpp"])
+    async def check_without_key() -> WrittenTexts:
+        """The same of requests that have no key."""
+        return await check()
 
 
 def _add_questions(app: FastAPI, backend: Backend, secured: list[Any]) -> None:
@@ -129,11 +152,17 @@ def _add_questions(app: FastAPI, backend: Backend, secured: list[Any]) -> None:
         """The model."""
         return Name(result=f"koboldcpp/{backend.name}")
 
+    @app.get("/api/v1/info/version", responses=ERRORS, dependencies=secured, tags=["koboldcpp"])
+    async def api_version() -> Name:
+        """The version of KoboldAI's routes."""
+        return Name(result=API)
+
     @app.get("/api/extra/version", responses=ERRORS, dependencies=secured, tags=["koboldcpp"])
     async def version() -> Version:
         """The version of KoboldCpp whose requests are understood."""
         return Version()
 
+    @app.get("/api/extra/true_max_context_length", responses=ERRORS, dependencies=secured, tags=["koboldcpp"])
     @app.get("/api/v1/config/max_context_length", responses=ERRORS, dependencies=secured, tags=["koboldcpp"])
     async def max_context_length() -> Window:
         """The window of the model."""

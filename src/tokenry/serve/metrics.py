@@ -25,6 +25,7 @@ class Backends(Collector):
         self.backend = backend
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
+        yield GaugeMetricFamily("tokenry_up", "whether texts can be written", float(self.backend.broken is None))
         for name, value in self.backend.numbers().items():
             yield GaugeMetricFamily(f"tokenry_{name}", f"{name.replace('_', ' ')} of the backend", value)
 

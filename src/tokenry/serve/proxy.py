@@ -21,7 +21,7 @@ from ..decode.engines.remote.client import RemoteServer
 from ..decode.engines.remote.loop import RemoteLoop, RemoteOptions, RemoteRow
 from ..decode.generation.logprobs import UNKNOWN
 from ..decode.generation.plugins import Plugins
-from .backend import Busy, FinishReason, Piece, Ranked, Work
+from .backend import Broken, Busy, FinishReason, Piece, Ranked, Work
 from .words import Words
 
 __all__ = ["Proxy"]
@@ -73,12 +73,14 @@ class Proxy:
         """See `Backend.stream`."""
         if self.closing:
             raise Busy("the server is closing; ask another one")
+        if self.broken:
+            raise Broken(self.broken)
         if len(self.texts) >= self.rows + self.waiting:
             raise Busy(f"{len(self.texts)} texts are being written or wait; try again in a moment")
         text = _Text(self._loop(work), work, self.tokenizer)
-        self.texts.add(text)
         running = asyncio.get_running_loop().run_in_executor(self.threads, text.write)
         running.add_done_callback(lambda written: self._end(text, written))
+        self.texts.add(text)
         try:
             async for piece in text.pieces():
                 yield piece
@@ -95,7 +97,16 @@ class Proxy:
         error = None if written.cancelled() else written.exception()
         if error is not None:
             self.counts["failed"] += 1
+            if self.broken:
+                error = Broken(self.broken)
+            elif not isinstance(error, Exception):  # which would end the event loop, too
+                error = RuntimeError(f"the thread of a text has ended ({error!r})")
             text.outbox.put_nowait(error)
+
+    @property
+    def broken(self) -> str | None:
+        """See `Backend.broken`."""
+        return self.server.broken
 
     def numbers(self) -> Mapping[str, float]:
         """See `Backend.numbers`."""
@@ -127,7 +138,7 @@ class _Text:
     def __init__(self, loop: RemoteLoop, work: Work, tokenizer: PreTrainedTokenizerBase) -> None:
         self.loop, self.work = loop, work
         self.home = asyncio.get_running_loop()
-        self.outbox: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
+        self.outbox: asyncio.Queue[Piece | Exception] = asyncio.Queue()
         self.words = Words(tokenizer, work.prompt_ids, work.stop)
         self.told = 0  # tokens
         self.late = False
@@ -140,7 +151,7 @@ class _Text:
         try:
             while True:
                 piece = await self.outbox.get()
-                if isinstance(piece, BaseException):
+                if isinstance(piece, Exception):
                     raise piece
                 yield piece
                 if piece.finish is not None:

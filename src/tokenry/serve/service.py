@@ -23,7 +23,7 @@ from ..models.prompts import Prompt, rendered
 from ..text.token_text import check_encodable, special_tokens
 from .answers import Answers, ChatAnswers, CompletionAnswers, Text
 from .backend import Backend, Piece, Work
-from .errors import Refused, error_body
+from .errors import Refused, told
 from .metrics import Metrics, Watch
 from .protocol import ChatRequest, CompletionRequest, KoboldRequest, Sampling
 
@@ -77,7 +77,7 @@ class Service:
         self.backend, self.metrics, self.methods, self.limits = backend, metrics, methods, limits
         self.log_texts = log_texts
         self.reading = asyncio.Lock()  # a tokenizer is for one thread at a time
-        self.aborts: dict[str, set[asyncio.Event]] = {}  # by the key of the request
+        self.keyed: dict[str, list[Keyed]] = {}  # by the key of the request, the oldest first
 
     async def complete(self, http: Request, asked: CompletionRequest) -> Response:
         """Answer /v1/completions."""
@@ -106,10 +106,14 @@ class Service:
 
     def abort(self, key: str) -> bool:
         """End the texts of this key as they are; whether there was one."""
-        found = self.aborts.get(key, ())
-        for event in found:
-            event.set()
+        found = self.keyed.get(key, ())
+        for one in found:
+            one.aborted.set()
         return bool(found)
+
+    def written(self, key: str) -> str:
+        """What there is of the newest text of this key; nothing where none is being written."""
+        return self.keyed[key][-1].text if key in self.keyed else ""
 
     # --- what is to be written ---------------------------------------------------------------------------------
 
@@ -232,8 +236,7 @@ class Service:
             if counts:
                 yield answers.event(answers.counted(texts))
         except InputError as error:
-            told = error if isinstance(error, Refused) else Refused(str(error))
-            yield answers.event(error_body(str(told), told.status, told.param, told.code))
+            yield answers.event(told(error))
         yield answers.done
 
     async def _watched(self, works: Sequence[Work]) -> Pieces:
@@ -247,23 +250,31 @@ class Service:
 
     async def _abortable(self, key: str, pieces: Pieces) -> Pieces:
         """Pieces of one text, until it is aborted: then it has stopped."""
-        aborted = asyncio.Event()
-        self.aborts.setdefault(key, set()).add(aborted)
+        mine = Keyed()
+        self.keyed.setdefault(key, []).append(mine)
         try:
             async with aclosing(pieces):
-                while (one := await _unless(aborted.wait(), _next(pieces))) is not None:
+                while (one := await _unless(mine.aborted.wait(), _next(pieces))) is not None:
+                    mine.text += one[1].text
                     yield one
         except Gone:
             yield 0, Piece((), "", finish="stop")
         finally:
-            self.aborts[key].discard(aborted)
-            if not self.aborts[key]:
-                del self.aborts[key]
+            self.keyed[key].remove(mine)
+            if not self.keyed[key]:
+                del self.keyed[key]
 
     def _log(self, texts: Sequence[Text]) -> None:
         for text in texts if self.log_texts else ():
             prompt = self.backend.tokenizer.decode(list(text.work.prompt_ids))
             logger.info("%s", json.dumps({"prompt": prompt, "text": text.text}, ensure_ascii=False))
+
+
+class Keyed:
+    """A text that is being written, for those who know the key of its request."""
+
+    def __init__(self) -> None:
+        self.text, self.aborted = "", asyncio.Event()
 
 
 class Gone(Exception):

@@ -4,14 +4,15 @@ One thread does all that touches the model. In each turn it takes in what waits,
 in one forward, lets every other take one step, and hands out what has settled. So a short answer never waits for a
 long one. A long prompt is read in chunks between the steps of the others.
 
-A text does not share the engine if the model's cache cannot be put together (windows, recurrent states), or where a
-method drafts, skips layers, or has read the prompt into a cache; then it has an engine of its own. A method that writes
-the whole text itself (denoising, specreason) keeps the others waiting.
+A text does not share the engine if the model's cache cannot be put together (recurrent states, positions by columns),
+or where a method drafts, skips layers, or has read the prompt into a cache; then it has an engine of its own. A method
+that writes the whole text itself (denoising, specreason) keeps the others waiting.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
@@ -29,10 +30,12 @@ from ..decode.engines.shared import CountsBytes, Slot
 from ..models.anatomy import vocabulary_size
 from ..models.load import Loaded
 from ..models.positions import context_window
-from .backend import Busy, FinishReason, Piece, Work
+from .backend import Broken, Busy, FinishReason, Piece, Work
 from .writing import CHUNK, Alone, Guard, Shared, Whole, Writing, begun
 
 __all__ = ["Worker"]
+
+logger = logging.getLogger("tokenry.serve")
 
 AT_ONCE = 1024  # tokens of prompts that are read in one turn while nobody writes
 FORGET = 0.1  # share of the newest text in the mean time of one
@@ -67,6 +70,7 @@ class Worker:
         self.engine = open_shared(loaded.model, rows)
         self.queue: deque[Writing] = deque()
         self.running: list[Writing] = []
+        self.broken: str | None = None  # why its thread has ended before its time
         self.closing: FinishReason | None = None  # "stop": let what runs end; "cancelled": end it
         self.changed = threading.Condition()
         self.counts = dict.fromkeys(("finished", "failed", "tokens_read", "tokens_written", "cache_bytes"), 0.0)
@@ -107,6 +111,8 @@ class Worker:
         work = self._checked(work)
         writing = Writing(work, asyncio.get_running_loop())
         with self.changed:
+            if self.broken:
+                raise Broken(self.broken)
             if self.closing:
                 raise Busy("the server is about to end; ask another one, or later", self.mean_seconds)
             ahead = len(self.running) + len(self.queue)
@@ -148,12 +154,19 @@ class Worker:
         try:
             while self._has_work():
                 self._turn()
-        finally:  # if it was an error, nobody shall wait for ever
-            self._notify("cancelled")
-            for writing in (*self.running, *self.queue):
-                writing.fail(RuntimeError(f"the worker of {self.name} has ended"))
+        except BaseException as error:  # whatever it was, nobody shall wait for ever
+            logger.critical("the worker of %s has ended", self.name, exc_info=error)
+            self._break(type(error).__name__)
+
+    def _break(self, error: str) -> None:
+        """Say to whoever waits, and whoever comes, that nothing more is written. The model is left as it is."""
+        with self.changed:
+            self.broken = f"the worker of {self.name} has ended ({error}), as its log says; start the server again"
             self.running += self.queue
-            self._hand_out()
+            self.queue.clear()
+        for writing in self.running:
+            writing.abandon(Broken(self.broken))
+        self._hand_out()
 
     def _has_work(self) -> bool:
         """Wait for something to do; False: nothing will come."""
@@ -169,6 +182,7 @@ class Worker:
             if isinstance(writing.progress, Alone | Whole):
                 with Guard(writing):
                     writing.progress.step()
+        self.counts["cache_bytes"] = self.engine.cache_bytes() if isinstance(self.engine, CountsBytes) else 0
         self._hand_out()
 
     def _dismiss(self) -> None:
@@ -255,7 +269,6 @@ class Worker:
                 failed = isinstance(writing.outbox[-1], Exception)
                 self.counts["failed" if failed else "finished"] += 1
                 self.mean_seconds += FORGET * (time.monotonic() - writing.since - self.mean_seconds)
-        self.counts["cache_bytes"] = self.engine.cache_bytes() if isinstance(self.engine, CountsBytes) else 0
 
 
 def _deliver(letters: Iterable[tuple[Writing, Piece | Exception]]) -> None:

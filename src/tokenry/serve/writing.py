@@ -11,6 +11,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
@@ -30,6 +31,7 @@ __all__ = ["CHUNK", "Alone", "Guard", "Shared", "Whole", "Writing", "begun"]
 logger = logging.getLogger("tokenry.serve")
 
 CHUNK = 256  # tokens of prompts that are read in one turn while others write
+LASTING = getattr(torch, "AcceleratorError", ())  # older versions of torch have none of its own
 REASONS: dict[str, FinishReason] = {"finished": "stop", "budget": "length", "context": "length"}
 
 
@@ -77,6 +79,12 @@ class Writing:
         else:
             self._close(error)
 
+    def abandon(self, error: Exception) -> None:
+        """It ends in an error, and what it holds is not given back: nobody can use that any more."""
+        self.progress = None
+        if not self.over:
+            self._close(error)
+
     def _close(self, last: Piece | Exception) -> None:
         self.over = True
         self.outbox.append(last)
@@ -87,7 +95,8 @@ class Writing:
 
 
 class Guard:
-    """An error within the block is handed to those who wait for these texts, and ends no other."""
+    """An error within the block is handed to those who wait for these texts, and ends no other. One of the accelerator
+    goes on: after that nothing works there."""
 
     def __init__(self, *writings: Writing) -> None:
         self.writings = writings
@@ -96,7 +105,7 @@ class Guard:
         pass
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:
-        if not isinstance(error, Exception):
+        if not isinstance(error, Exception) or isinstance(error, LASTING):
             return False
         for writing in self.writings:
             writing.fail(error)

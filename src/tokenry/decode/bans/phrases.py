@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import ahocorasick
 from transformers import PreTrainedTokenizerBase
@@ -42,29 +42,18 @@ class PhraseBan(Ban):
         if prefer not in ("longest", "shortest"):
             raise InputError(f"prefer={prefer!r} is unknown; use 'longest' or 'shortest'")
         self.written = listed(phrases, "phrase")
-        for number, phrase in enumerate(self.written, 1):
-            if not bare(fold(phrase)).strip():
-                raise InputError(f"phrase {number} ({phrase!r}) is empty and would match everywhere; remove it")
+        self.known = known(tuple(self.written))
         self.sign = -1 if prefer == "longest" else 1
         self.start_tokens = start_tokens
         self.active = self.active and bool(self.written)
-        self.longest = 0
-        self.automaton, self.beginnings = ahocorasick.Automaton(), ahocorasick.Automaton()
-        for phrase in self.written:
-            folded = fold(phrase)
-            self.longest = max(self.longest, len(folded))
-            self.automaton.add_word(folded, (len(folded), phrase))
-            self.beginnings.add_word(bare(folded), True)
-        if self.written:
-            self.automaton.make_automaton()
 
     def check(self, row: SequenceState) -> Violation | None:
         if not self.active or len(row.text) <= row.checked:
             return None
         folded = folded_text(row)
-        base = max(0, folded.index(row.checked) - self.longest)
+        base = max(0, folded.index(row.checked) - self.known.longest)
         best: tuple[int, int, str, int] | None = None
-        for last, (size, phrase) in self.automaton.iter(folded.text[base:]):
+        for last, (size, phrase) in self.known.automaton.iter(folded.text[base:]):
             end = base + last + 1
             span = folded.span(end - size, end)
             if span is None or span[1] <= row.checked or not _bounded(folded.text, end - size, end):
@@ -84,16 +73,44 @@ class PhraseBan(Ban):
         if not self.active:
             return 0
         folded = folded_text(row)
-        base = max(0, len(folded.text) - self.longest)
+        base = max(0, len(folded.text) - self.known.longest)
         tail = folded.text[base:]
         letters = tail if tail.isascii() else [bare(c) for c in tail]
         for offset in range(len(tail)):
             start = base + offset
             if start and folded.starts[start] == folded.starts[start - 1]:
                 continue
-            if not inside_word(folded.text, start) and self.beginnings.match("".join(letters[offset:])):
+            if not inside_word(folded.text, start) and self.known.beginnings.match("".join(letters[offset:])):
                 return self.tokens_from(row, folded.starts[start])
         return self.tokens_from(row, None)
+
+
+class Known(NamedTuple):
+    """What phrases are looked up in. `longest`: characters of the longest one, folded."""
+
+    automaton: ahocorasick.Automaton
+    beginnings: ahocorasick.Automaton
+    longest: int
+
+
+@lru_cache(maxsize=8)
+def known(phrases: tuple[str, ...]) -> Known:
+    """Made once for the texts that share a list, of which it is never changed.
+
+    Raises:
+        InputError: an empty phrase.
+    """
+    automaton, beginnings, longest = ahocorasick.Automaton(), ahocorasick.Automaton(), 0
+    for number, phrase in enumerate(phrases, 1):
+        folded = fold(phrase)
+        if not bare(folded).strip():
+            raise InputError(f"phrase {number} ({phrase!r}) is empty and would match everywhere; remove it")
+        longest = max(longest, len(folded))
+        automaton.add_word(folded, (len(folded), phrase))
+        beginnings.add_word(bare(folded), True)
+    if phrases:
+        automaton.make_automaton()
+    return Known(automaton, beginnings, longest)
 
 
 def _bounded(text: str, start: int, stop: int) -> bool:

@@ -105,7 +105,11 @@ class Sequences:
         return slot
 
     def forward(self, blocks: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
-        """Feed the new tokens of each sequence; float32 logits (vocabulary,) after the last one of each.
+        """As `forward_all`, by sequence."""
+        return dict(zip(blocks, self.forward_all(blocks)))
+
+    def forward_all(self, blocks: Mapping[int, Sequence[int]]) -> Tensor:
+        """Feed the new tokens of each sequence; float32 logits (blocks, vocabulary) after the last one of each.
 
         Raises:
             InputError: no such sequence, no such token, or too many of them; then nothing has been fed.
@@ -118,7 +122,7 @@ class Sequences:
         logits = self.feed(entries)
         for slot, tokens in blocks.items():
             self.lengths[slot] += len(tokens)
-        return dict(zip(blocks, logits))
+        return logits
 
     def rollback(self, slot: int, count: int) -> None:
         """Take back the last `count` tokens of a sequence."""
@@ -320,11 +324,11 @@ class LlamaCppEngine:
         blocks = {row: ids for row, ids in enumerate(rows) if ids and row in self.pool.lengths}
         count = sum(map(len, blocks.values()))
         self.pool = self.pool.with_room(count)
-        logits = torch.zeros(len(rows), self.pool.vocabulary)
-        for row, found in self.pool.forward(blocks).items():
-            logits[row] = found
+        found = self.pool.forward_all(blocks)
         self._count(count)
-        return logits
+        if len(blocks) == len(rows):
+            return found
+        return found.new_zeros(len(rows), self.pool.vocabulary).index_copy_(0, torch.tensor([*blocks]), found)
 
     def rollback(self, row: int, count: int) -> None:
         if count:
@@ -362,12 +366,13 @@ class LlamaCppEngine:
             return self._fed_again(tokens, mask, parents, count, sequences)
         self.trees |= trees
         self.blocks.append((tokens, mask, parents))
-        found = iter(self.pool.feed([entry for row, tree in trees.items() for entry in tree.add(blocks[row])]))
-        logits = torch.zeros(*tokens.shape, self.pool.vocabulary)
-        for row, block in blocks.items():
-            for token in block:
-                logits[row, token.column - first] = next(found)
+        found = self.pool.feed([entry for row, tree in trees.items() for entry in tree.add(blocks[row])])
         self._count(count)
+        places = [(row, token.column - first) for row, block in blocks.items() for token in block]
+        if len(places) == tokens.numel():
+            return found.view(*tokens.shape, -1)
+        logits = found.new_zeros(*tokens.shape, self.pool.vocabulary)
+        logits[tuple(torch.tensor(places).T)] = found
         return logits
 
     def commit(self, kept: Sequence[Sequence[int]]) -> None:

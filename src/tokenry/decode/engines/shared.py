@@ -109,8 +109,8 @@ def sharing_obstacle(model: PreTrainedModel) -> str | None:
         cache = new_cache(model)
         if cache is None:
             return f"{name} makes a cache of its own"
-        if is_sliding(cache):
-            return f"{name} has layers with a sliding window, which count the columns of a batch"
+        if getattr(model.config.get_text_config(), "attention_chunk_size", None):
+            return f"{name} cuts the columns of a batch into chunks"
         if stretched_positions(model):
             return f"the positions of {name} depend on the longest text of a batch"
         why = rewind_obstacle(cache) or position_obstacle(model)
@@ -223,6 +223,7 @@ class _Batch:
         self.leaving: list[int] = []  # they go with the next forward, all at once
         self.changed = False  # columns may be dead that were not
         self.steady = False  # all are fed single tokens
+        self.sliding = is_sliding(cache)
 
     @classmethod
     def empty(cls, model: PreTrainedModel, slots: Sequence[int]) -> _Batch:
@@ -238,14 +239,18 @@ class _Batch:
 
     def forward(self, blocks: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
         """Feed these; the others get padding."""
-        grid = self.grid
+        grid, start = self.grid, self.grid.columns
         rows = [blocks.get(slot, ()) for slot in grid.places]
         tokens, mask = left_padded(rows, grid.tokens.device)
-        positions, _ = grid.add(tokens, None if len({*map(len, rows)}) == 1 else mask)
+        even = len({*map(len, rows)}) == 1
+        positions, _ = grid.add(tokens, None if even else mask)
         inputs = {"input_ids": tokens, "position_ids": positions, "past_key_values": self.cache, "use_cache": True}
         if grid.padded:
             inputs["attention_mask"] = grid.mask[:, : grid.columns].long()
         logits = self.model(**inputs, **self.last_only, return_dict=True).logits[:, -1]
+        if start == 0:
+            self.cache.activate_past_recording()  # windows must keep what a rollback may need
+        self.changed = self.changed or (start > 0 and not even)
         # copies: one text that keeps its scores would keep those of all
         return {slot: logits[grid.places[slot]].to(dtype=torch.float32, copy=True) for slot in blocks}
 
@@ -272,10 +277,12 @@ class _Batch:
 
     def join(self, other: _Batch) -> None:
         """Take the texts of another batch in."""
-        join_rows(self.cache, other.cache, self.grid.join(other.grid))
+        self.grid.join(other.grid)
+        join_rows(self.cache, other.cache)
 
     def tidy(self) -> None:
-        """Let those go who are leaving, and columns that hold much less than they could."""
+        """Let those go who are leaving, and columns that hold much less than they could; none may be empty between
+        tokens where a window counts them."""
         grid, rest = self.grid, None
         for slot in self.leaving:
             stay = grid.free(slot)
@@ -284,8 +291,8 @@ class _Batch:
             self.cache.batch_select_indices(rest)
         if not self.leaving and not self.changed:
             return
-        self.leaving, self.changed = [], False
+        between, self.leaving, self.changed = self.changed, [], False
         dead = grid.dead()
-        if dead > COMPACT_ABOVE * grid.columns or (dead and grid.batch == 1):
+        if dead > COMPACT_ABOVE * grid.columns or (dead and grid.batch == 1) or (between and self.sliding):
             gather_columns(self.cache, grid.pack(dead))
         grid.padded = not bool(grid.mask[:, : grid.columns].all())

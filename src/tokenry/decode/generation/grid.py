@@ -63,9 +63,9 @@ class Grid:
         one.places, one.held = {row: 0}, None
         return one
 
-    def join(self, other: Grid) -> tuple[int, int]:
-        """Put the rows of another grid under these, so that all end in the same column; returns how many empty columns
-        that puts before the rows of each."""
+    def join(self, other: Grid) -> None:
+        """Put the rows of another grid under these, the shorter ones behind empty columns, so that all end in the same
+        one."""
         grids, width = (self, other), max(self.columns, other.columns)
         before = (width - self.columns, width - other.columns)
         for name in ("mask", "tokens"):
@@ -74,7 +74,6 @@ class Grid:
         self.live, self.columns = torch.cat([self.live, other.live]), width
         self.places |= {row: self.batch + place for row, place in other.places.items()}
         self.padded = self.padded or other.padded or any(before)
-        return before
 
     def here(self, values: Tensor) -> Tensor:
         """Of values for all rows, those of the rows that are here."""

@@ -62,7 +62,8 @@ def remote(
         methods: those that watch the text, such as Antislop.
         seed: makes the requests repeatable; None lets the server choose.
         chat: put each prompt through the chat template of the tokenizer where it has one.
-        chunk: tokens of a request; None: few after something was found, more when nothing was found for a while.
+        chunk: tokens of a request. None: 64 where the server streams, as a request is closed where something is found;
+            otherwise few after something was found, and more when nothing was found for a while.
         repair: how a rejected token is replaced: "ask" the server for one token, or "local", from the likeliest tokens
             that it has told. None: local for greedy decoding, ask for sampling.
         logit_bias: {token: what is added to its score}, everywhere.

@@ -7,12 +7,13 @@ by which servers know that nobody waits any more.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import warnings
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from concurrent.futures import Future
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 from transformers import PreTrainedTokenizerBase
@@ -22,11 +23,15 @@ from ....core.fields import shown
 from ....core.files import parse_json, refusing
 from ....text.token_text import REPLACEMENT
 from .dialects import VLLM, Continuation, Dialect, LlamaServer, Request, TextOnly
+from .streams import EVENTS, Stream, Teller, events_of, message_of, read_events
 
 if TYPE_CHECKING:
     import httpx
 
 __all__ = ["RemoteServer"]
+
+T = TypeVar("T")
+logger = logging.getLogger("tokenry.remote")
 
 AGAIN = (429, 500, 502, 503, 504)  # a later try may do better
 FIRST_WAIT, LONGEST_WAIT = 0.25, 30.0  # seconds
@@ -53,6 +58,8 @@ class RemoteServer:
 
     Attributes:
         window: the most tokens of prompt and text together, where the server says so.
+        streams: whether it tells tokens while it writes, so that a request can be closed in the middle.
+        broken: why no request can be made any more; None while there is no such reason.
 
     Raises:
         InputError: no address; httpx is not installed.
@@ -74,6 +81,7 @@ class RemoteServer:
             raise InputError(f"timeout={timeout}, retries={retries} are not allowed; give both a number > 0")
         self.wanted, self.timeout, self.retries = dialect, timeout, retries
         self.window: int | None = None
+        self.streams = False
         self._known: Dialect | None = None
         self._learning = threading.Lock()
         self.http = self.httpx.AsyncClient(
@@ -83,7 +91,9 @@ class RemoteServer:
             limits=self.httpx.Limits(max_connections=None, max_keepalive_connections=64),
         )
         self.events = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.events.run_forever, name=f"tokenry {url}", daemon=True)
+        self.broken: str | None = None
+        self._breaking = threading.Lock()
+        self.thread = threading.Thread(target=self._work, name=f"tokenry {url}", daemon=True)
         self.thread.start()
 
     def __enter__(self) -> RemoteServer:
@@ -95,10 +105,26 @@ class RemoteServer:
     def close(self) -> None:
         """Close all connections."""
         if self.thread.is_alive():
-            self._run(self._end()).result()
+            with self._breaking:
+                self.broken = f"{self._where} is closed; open it again"
+                ending = asyncio.run_coroutine_threadsafe(self._end(), self.events)
+            ending.result()
             self.events.call_soon_threadsafe(self.events.stop)
             self.thread.join()
-            self.events.close()
+        self.events.close()
+
+    def _work(self) -> None:
+        """The thread of the requests. If it fails, they do: nobody shall wait for ever."""
+        try:
+            self.events.run_forever()
+        except BaseException as error:
+            with self._breaking:
+                self.broken = (
+                    f"{self._where} can be asked no more, as the thread of its requests has ended "
+                    f"({type(error).__name__}); open it again"
+                )
+            logger.critical("%s", self.broken, exc_info=error)
+            self.events.run_until_complete(self._end())
 
     async def _end(self) -> None:
         rest = asyncio.all_tasks() - {asyncio.current_task()}
@@ -161,9 +187,17 @@ class RemoteServer:
             if error.status != 404:
                 raise
             return text_only  # of llama-server, something passes on what is OpenAI's alone
-        if kind.tells:
+        if isinstance(kind, Teller):
             self._check_tokens(tokenizer, wrote, choice.get("text"))
+            self.streams = self._run(self._streamed(kind, request)).result() == wrote
         return kind
+
+    async def _streamed(self, dialect: Teller, request: Request) -> list[int] | None:
+        """The tokens that the server tells while it writes; None if it does not, or as nobody can read."""
+        try:
+            return [token async for came in self._parts(dialect, request) for token in came.ids]
+        except InputError:
+            return None
 
     def _check_tokens(self, tokenizer: PreTrainedTokenizerBase, ids: list[int], text: Any) -> None:
         mine = cast(str, tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
@@ -196,24 +230,62 @@ class RemoteServer:
         """
         return self._run(self._completion(dialect, request))
 
+    def stream(self, dialect: Dialect, request: Request, along: bool) -> Stream:
+        """Ask for a continuation, and take it as it comes, or in one piece if not `along`."""
+        if along and isinstance(dialect, Teller) and request.count > 1:
+            return Stream(self._run, self._parts(dialect, request))
+        return Stream(self._run, self._whole(dialect, request))
+
+    async def _whole(self, dialect: Dialect, request: Request) -> AsyncGenerator[Continuation, None]:
+        yield await self._completion(dialect, request)
+
+    async def _parts(self, dialect: Teller, request: Request) -> AsyncGenerator[Continuation, None]:
+        """What comes, as it comes. A connection that breaks ends it, unless nothing has come."""
+        response = await self._sent("POST", dialect.path, self._body(dialect, request) | {"stream": True}, True)
+        came, count = None, 0
+        try:
+            if EVENTS not in response.headers.get("content-type", ""):
+                raise InputError(f"{self._where} does not stream")
+            async for events in events_of(response):
+                with self._reading():
+                    came = read_events(dialect, events, request, count)
+                count += len(came.ids)
+                yield came
+        except self.httpx.TransportError as error:
+            if not count:
+                raise InputError(f"{self._where} broke off ({type(error).__name__}); try again later") from None
+        finally:
+            await response.aclose()
+
     async def _completion(self, dialect: Dialect, request: Request) -> Continuation:
         answer = await self._ask(dialect, request)
         with self._reading():
             return dialect.read(answer, request)
 
     async def _ask(self, dialect: Dialect, request: Request) -> dict[str, Any]:
-        named = {"model": self.model} if self.model else {}
-        return await self._answer("POST", dialect.path, named | dialect.body(request))
+        return await self._answer("POST", dialect.path, self._body(dialect, request))
+
+    def _body(self, dialect: Dialect, request: Request) -> dict[str, Any]:
+        return ({"model": self.model} if self.model else {}) | dialect.body(request)
 
     def _reading(self) -> Any:
         return refusing(lambda error: f"{self._where} answered no completion ({type(error).__name__}); {REMEDY}")
 
     async def _answer(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """The JSON object that the server answers, sooner or later."""
+        return self._read(await self._sent(method, path, body))
+
+    async def _sent(
+        self, method: str, path: str, body: dict[str, Any] | None = None, stream: bool = False
+    ) -> httpx.Response:
+        """What the server answers, sooner or later; of a stream, its beginning."""
+        request = self.http.build_request(method, path, json=body)
         for attempt in range(self.retries + 1):
             wait = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT)
             try:
-                response = await self.http.request(method, path, json=body)
+                response = await self.http.send(request, stream=stream)
+                if stream and not response.is_success:
+                    await response.aread()
             except self.httpx.ReadTimeout:
                 raise InputError(
                     f"{self._where} gave no answer within {self.timeout:g} seconds; ask for fewer tokens at a time, or "
@@ -223,7 +295,7 @@ class RemoteServer:
                 problem = f"cannot be reached ({str(error) or type(error).__name__}); check that it runs there"
             else:
                 if response.status_code not in AGAIN:
-                    return self._read(response)
+                    return response
                 problem = f"answers {response.status_code} ({_message(response)}); try again later"
                 wait = _asked_wait(response) or wait
             if attempt < self.retries:
@@ -248,8 +320,20 @@ class RemoteServer:
     def _where(self) -> str:
         return f"the server at {self.url!r}"
 
-    def _run(self, request: Coroutine[Any, Any, Any]) -> Future[Any]:
-        return asyncio.run_coroutine_threadsafe(request, self.events)
+    def _run(self, request: Coroutine[Any, Any, T]) -> Future[T]:
+        with self._breaking:
+            if not self.broken:
+                return asyncio.run_coroutine_threadsafe(self._unless_broken(request), self.events)
+        request.close()
+        raise InputError(self.broken)
+
+    async def _unless_broken(self, request: Coroutine[Any, Any, T]) -> T:
+        try:
+            return await request
+        except asyncio.CancelledError:
+            if self.broken:
+                raise InputError(self.broken) from None
+            raise
 
     def _address(self, url: str) -> httpx.URL:
         try:
@@ -296,11 +380,7 @@ def _message(response: httpx.Response) -> str:
         said = parse_json(response.text)
     except ValueError:
         said = response.text
-    if isinstance(said, dict):
-        said = next((said[name] for name in ("error", "detail", "message") if said.get(name)), said)
-    if isinstance(said, dict):
-        said = said.get("message", said)
-    return " ".join(str(said).split())[:300] or response.reason_phrase
+    return message_of(said) or response.reason_phrase
 
 
 def _asked_wait(response: httpx.Response) -> float | None:

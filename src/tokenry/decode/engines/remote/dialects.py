@@ -104,12 +104,14 @@ class Continuation:
         tops: the likeliest tokens at the place of each token, and that token itself; empty where that is not told.
         ended: whether the text ended, by a token or because there is no more room.
         by_token: whether a token ended it.
+        lost: whether tokens are missing behind these, so that the rest of the stream is of no use.
     """
 
     ids: list[int]
     tops: Sequence[Likeliest]
     ended: bool
     by_token: bool
+    lost: bool = False
 
 
 class Dialect(Protocol):
@@ -158,9 +160,14 @@ class VLLM:
             tops = [{**top, token: float(value)} for token, top, value in zip(ids, tops, taken, strict=True)]
         return Continuation(ids, tops, *_ended(choice))
 
+    def part(self, event: Mapping[str, Any], request: Request, count: int) -> Continuation:
+        """What an event of a stream adds to the `count` tokens before."""
+        choice = event["choices"][0] if event["choices"] else {}  # the last event may count alone
+        return self.read({"choices": [{**choice, "token_ids": choice.get("token_ids") or []}]}, request)
+
 
 class LlamaServer:
-    """The server of llama.cpp."""
+    """The server of llama.cpp. Its streams leave out the tokens that end in the middle of a character."""
 
     name: ClassVar[str] = "llama.cpp"
     path: ClassVar[str] = "completion"
@@ -184,6 +191,12 @@ class LlamaServer:
         ]
         by_token = answer["stop_type"] in ("eos", "word")
         return Continuation(ids, _placed(ids, told), by_token or bool(answer.get("truncated")), by_token)
+
+    def part(self, event: Mapping[str, Any], request: Request, count: int) -> Continuation:
+        """As `VLLM.part`."""
+        if event["tokens_predicted"] != count + len(event["tokens"]):
+            return Continuation([], [], False, False, lost=True)
+        return self.read({"stop_type": "none", **event}, request)
 
     def wrote(self, choice: Mapping[str, Any]) -> bool:
         """Whether a choice of `/v1/completions` is this server's, when log-probabilities were asked for."""

@@ -1,6 +1,7 @@
 """The decode loop over another server: it writes a few tokens at a time, and here they are checked and repaired.
 
-A request asks for a chunk. Its tokens are appended one by one, and after each one the monitors look. At a violation
+A request asks for a chunk, which is read while the server writes it, where it streams. The tokens are appended one by
+one, and after each one the monitors look. At a violation the request is closed, so that the server writes no further,
 the rest of the chunk is dropped, and the token at its place is replaced in one of two ways:
 
 * ask: the server writes one token there, with what the monitors have lowered as `logit_bias`;
@@ -13,9 +14,10 @@ promised: see `tokenry.decode.remote`.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -34,14 +36,17 @@ from ...generation.sampler import row_seed
 from ...generation.sequence import SequenceState
 from .client import RemoteServer
 from .dialects import TOP, Continuation, Likeliest, Request, Sampling
+from .streams import Stream
 
 __all__ = ["RemoteLoop", "RemoteOptions", "RemoteStats"]
 
-SHORT, LONG = 6, 10  # tokens of adaptive chunks: violations come in groups
-CALM = 2  # chunks without a violation after which they are long
+STREAMED = 64  # tokens of adaptive chunks that can be closed; no more, as not every server looks whether it was
+SHORT, LONG = 6, 10  # of those that are read whole: violations come in groups
+CALM = 2  # of these chunks without a violation, after which they are long
 PATIENCE = 32  # tokens without a whole character
 
-Asking = Generator[Request, Continuation, bool]  # yields requests, is sent what came; whether the text changed
+# Yields how to ask, and is sent what came; what it returns says whether the text was changed.
+Asking = Generator[Callable[[], Future[Any]], Any, Any]
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,8 @@ class RemoteOptions:
 
     Attributes:
         sampling: how it draws; the job says whether.
-        chunk: tokens of a request; None asks for 6 at first and after a violation, and for 10 after two chunks without
-            one.
+        chunk: tokens of a request; None asks for 64 where the server streams, otherwise for 6 at first and after a
+            violation, and for 10 after two chunks without one.
         repair: "ask" or "local"; None is local for greedy decoding and ask for sampling, for which local only knows the
             likeliest tokens.
         logit_bias: {token: what is added to its score everywhere}.
@@ -100,13 +105,10 @@ class RemoteRow(SequenceState):
         self.chunk = chunk  # None: adaptive
         self.clean = 0  # chunks since the last violation
         self.requests = 0
+        self.streams = True  # until its stream has lost something
+        self.stream: Stream | None = None  # what is being read
         self.tops: dict[int, Likeliest] = {}
         self.lowered: dict[int, dict[int, float]] = {}
-
-    @property
-    def next_chunk(self) -> int:
-        """How many tokens are asked for next."""
-        return self.chunk or (LONG if self.clean >= CALM else SHORT)
 
     def truncate(self, count: int) -> None:
         for store in (self.tops, self.lowered):
@@ -155,7 +157,7 @@ class RemoteLoop(DecodeLoop):
         self.vocabulary = len(tokenizer)
         self.end_id = cast("int | None", tokenizer.eos_token_id)
         self.ends = {*self.eos, *tokenizer.all_special_ids}
-        self.asked: dict[Future[Continuation], RemoteRow] = {}
+        self.asked: dict[Future[Any], RemoteRow] = {}
         self.writers = {row.number: self._writing(row) for row in self.rows}
 
     # --- from outside --------------------------------------------------------------------------------------
@@ -173,12 +175,16 @@ class RemoteLoop(DecodeLoop):
                 done, _ = wait(self.asked, return_when=FIRST_COMPLETED)
                 for future in sorted(done, key=lambda future: self.asked[future].number):
                     row = self.asked.pop(future)
-                    if not row.cancelled:
+                    if row.cancelled:
+                        self.writers[row.number].close()
+                    else:
                         self._pass_on(row, future.result())
                 yield self._fresh_ids()
         finally:
             for future in self.asked:
                 future.cancel()
+            for writer in self.writers.values():
+                writer.close()
 
     def cancel(self, row: int) -> None:
         """End a row. It stays as it was yielded, and its request is given up; a row that has ended stays as it is.
@@ -212,36 +218,62 @@ class RemoteLoop(DecodeLoop):
         return RemoteRow(number, prompt, cast(Any, self.tokenizer), self.options.chunk)
 
     def _pass_on(self, row: RemoteRow, came: Continuation | None) -> None:
-        """Hand a row what came for it, and make its next request."""
+        """Hand a row what came for it, and ask for what it needs next."""
         writer = self.writers[row.number]
         try:
-            request = next(writer) if came is None else writer.send(came)
+            ask = writer.send(came)  # a new writer is sent None
         except StopIteration:
             return
-        if not row.cancelled:
-            row.requests += 1
-            self.stats.requests += 1
-            future = self.server.complete(self.dialect, request)
-            self.asked[future] = row
-            if row.cancelled:  # from another thread, just now
-                future.cancel()
+        if row.cancelled:
+            writer.close()
+            return
+        future = ask()
+        self.asked[future] = row
+        if row.cancelled:  # from another thread, just now
+            future.cancel()
+
+    def _next_chunk(self, row: RemoteRow) -> int:
+        """How many tokens are asked for next."""
+        if row.chunk is not None:
+            return row.chunk
+        return STREAMED if self._streams(row) else LONG if row.clean >= CALM else SHORT
+
+    def _streams(self, row: RemoteRow) -> bool:
+        return self.server.streams and row.streams
 
     def _writing(self, row: RemoteRow) -> Asking:
         """Write a row to its end."""
-        count = row.next_chunk
+        count = self._next_chunk(row)
         while not row.finished:
-            came = yield self._request(row, len(row.ids), min(count, self.limits[row.number] - len(row.ids)))
-            came = self._counted(came)
-            if not came.ids and not came.ended:
+            request = self._request(row, len(row.ids), min(count, self.limits[row.number] - len(row.ids)))
+            changed = yield from self._read(row, request)
+            if changed is None:
                 if count >= PATIENCE:
                     raise InputError(f"the server wrote nothing {count} tokens long; look at what it says of it itself")
                 count *= 2  # text that is not whole yet
                 continue
-            changed = yield from self._take(row, came)
             row.clean = 0 if changed else row.clean + 1
-            count = row.next_chunk
-            self._emit(row)
-        return True
+            count = self._next_chunk(row)
+
+    def _read(self, row: RemoteRow, request: Request) -> Asking:
+        """Take what comes for a request, until the text was changed: whether it was, or None where nothing came."""
+        stream = row.stream = self.server.stream(self.dialect, request, self._streams(row))
+        last, changed = None, None
+        try:
+            while not row.finished and (came := (yield stream.next)) is not None:
+                came = self._counted(came, last)
+                last = came.ids[-1] if came.ids else last
+                if last is not None or came.ended or came.lost:
+                    changed = False
+                changed = (yield from self._take(row, came)) or changed
+                self._emit(row)
+                row.streams = row.streams and not came.lost
+                if changed or came.lost:
+                    break
+        finally:
+            row.stream = None
+            stream.close()
+        return changed
 
     def _request(self, row: RemoteRow, index: int, count: int, level: int = 0) -> Request:
         """Ask for tokens from `index` on; what was lowered there holds for that position, and so for one token."""
@@ -254,11 +286,13 @@ class RemoteLoop(DecodeLoop):
             seed = (row_seed(seed, row.number) + 0x632BE59B * row.requests) % 2**31
         top = TOP if self.repairs_here or (lowered and self.dialect.tells) else self.options.top
         sampling = self.options.sampling.relaxed(level)
+        row.requests += 1
+        self.stats.requests += 1
         return Request(row.prompt, row.ids[:index], count, sampling, bias, seed, top)
 
-    def _counted(self, came: Continuation) -> Continuation:
-        """What came, with the token that ended it if the server does not tell that."""
-        ends = came.by_token and not (came.ids and came.ids[-1] in self.ends)
+    def _counted(self, came: Continuation, last: int | None = None) -> Continuation:
+        """What came after `last`, with the token that ended it if the server does not tell that."""
+        ends = came.by_token and (came.ids[-1] if came.ids else last) not in self.ends
         ids = [*came.ids, *([self.end_id] if ends and self.end_id is not None else [])]
         self.stats.written += len(ids)
         return replace(came, ids=ids)
@@ -310,8 +344,10 @@ class RemoteLoop(DecodeLoop):
             lowered[token] = lowered.get(token, 0.0) + float(torch.tensor(factor).log())
         ids, probabilities = self._chosen_here(row, violation, level) if self.repairs_here else ([], None)
         if not ids:
-            came = yield self._request(row, index, 1, level)
-            came = self._counted(came)
+            if row.stream is not None and not violation.soft:
+                row.stream.close()
+            request = self._request(row, index, 1, level)
+            came = self._counted((yield partial(self.server.complete, self.dialect, request)))
             ids, probabilities = self._chosen_there(row, violation, level, came)
         if violation.soft and self._stays(row, index, ids):
             self._ignore(row, violation, "kept")
