@@ -157,6 +157,13 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.evidence.specreason",
     ),
     Entry(
+        "tvm-search",
+        "decode",
+        "tokenry.decode.tvm_search:TVMSearch",
+        "write several next steps, and go on with those that a token value model trusts most",
+        "reasoning tree beam search verifier process reward value guided rebase test-time compute math",
+    ),
+    Entry(
         "masked-diffusion",
         "decode",
         "tokenry.decode.masked_diffusion:MaskedDiffusion",
@@ -251,6 +258,14 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.evidence.arise",
     ),
     Entry(
+        "tvm",
+        "judge",
+        "tokenry.judge.tvm:TVM",
+        "score a solution, and every prefix of it, by a model that learned from shared prefixes which end right",
+        "verifier value model reward process outcome orm prm best-of-n vote math token",
+        "tokenry.evidence.tvm",
+    ),
+    Entry(
         "ftpo",
         "train",
         "tokenry.train.ftpo:FTPO",
@@ -264,6 +279,13 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.train.rectifier:Rectifier",
         "train the small model that rectification reads, from texts labeled desired or undesired",
         "safety dead end value function sarsa offline reinforcement risk toxic",
+    ),
+    Entry(
+        "tvm",
+        "train",
+        "tokenry.train.tvm:TVMTraining",
+        "train the token value model that tvm and tvm-search read, from graded solutions",
+        "verifier value reward process supervision labels prefix trie math reasoning",
     ),
     Entry(
         "learn2pd",

@@ -11,6 +11,7 @@ from tokenry.decode.denoising.loop import sampling_warpers
 from tokenry.decode.denoising.unmask import Factor, FixedCount, RandomUnmask
 from tokenry.learned.confidence_filter import ConfidenceFilter
 from tokenry.learned.dead_end_values import DeadEndValueModel
+from tokenry.learned.token_values import TokenValueModel
 
 ENTRIES = [pytest.param(entry, id=f"{entry.stage}-{entry.slug}") for entry in catalog.METHODS]
 UNBOUNDED = {"windows"}  # START:END, compared with a position and nothing else
@@ -35,12 +36,14 @@ def numbers_of(entry):
 
 
 @pytest.fixture
-def build(tmp_path, llama):
+def build(tmp_path, llama, tokenizer):
     """A method with some options; one that cannot do without a folder gets one."""
     ConfidenceFilter(32).bind(llama).save(tmp_path)
     required = {
         ("decode", "rectification"): {"rectifier": DeadEndValueModel(llama)},
         ("decode", "learn2pd"): {"filter": str(tmp_path)},
+        ("decode", "tvm-search"): {"values": TokenValueModel.from_language_model(llama, tokenizer)},
+        ("judge", "tvm"): {"values": TokenValueModel.from_language_model(llama, tokenizer)},
     }
 
     def made(entry, **values):

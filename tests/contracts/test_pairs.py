@@ -17,6 +17,7 @@ from tokenry.decode.reasoning.strategies import Strategy
 from tokenry.learned.confidence_filter import ConfidenceFilter
 from tokenry.learned.dead_end_values import DeadEndValueModel
 from tokenry.learned.difficulty_probe import CLASSES, DifficultyProbe
+from tokenry.learned.token_values import TokenValueModel
 from tokenry.models.anatomy import decoder_layers
 from tokenry.models.load import Loaded
 from tokenry.models.masks import make_bidirectional
@@ -86,6 +87,7 @@ USES = {
         "specreason",
         {"small": "small"},
     ),
+    "tvm-search": Use({"beams": 2, "candidates": 6, "max_step_tokens": 3}, None, "tvm-search", {"values": "values"}),
     "masked-diffusion": Use({"block_length": 4, "guidance": 2.0}, {"block_length": 4}, "masked-diffusion"),
     "creditdecoding": Use({"block_length": 4, "alpha": 9.0}, {"block_length": 4, "alpha": 0}, "creditdecoding"),
     "daedal": Use(
@@ -147,8 +149,12 @@ def learned(models, tokenizer):
     with torch.no_grad():
         for parameter in random_filter.parameters():
             parameter.mul_(6.0)
+    values = TokenValueModel.from_language_model(build("qwen2"), tokenizer).eval()
+    with torch.no_grad():
+        values.head.weight.normal_()
     return {
         "rectifier": rectifier,
+        "values": values,
         "filter": random_filter.bind(models[True]),
         "probe": DifficultyProbe(32, 8).bind(models[False], tokenizer),
         "small": Loaded(build("qwen2"), tokenizer),

@@ -37,6 +37,7 @@ from tokenry.learned.confidence_filter import ConfidenceFilter, TraceDataset
 from tokenry.learned.dead_end_values import DeadEndValueModel
 from tokenry.learned.difficulty_probe import DifficultyProbe
 from tokenry.learned.filter_traces import TraceWriter
+from tokenry.learned.token_values import TokenValueModel
 from tokenry.measure.store import RunStore
 from tokenry.measure.task import Outcome
 from tokenry.read import DifficultyProbeMethod, LMHeadNeurons, NeuronMap
@@ -47,6 +48,8 @@ from tokenry.train.ftpo import FTPO
 from tokenry.train.learn2pd import Learn2PDTraining
 from tokenry.train.preference.pairs import check_pairs
 from tokenry.train.rectifier import Rectifier
+from tokenry.train.token_values.solutions import value_examples
+from tokenry.train.tvm import TVMTraining
 from tokenry.train.values.collator import RectifierCollator
 from tokenry.train.values.episodes import check_episodes
 from tokenry.zoo import recipes
@@ -55,6 +58,7 @@ EXAMPLES = int(os.environ.get("TOKENRY_FUZZ", "60"))  # damaged files for each r
 SETTINGS = settings(
     max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
+GRADED_IDS = {"prompt_ids": [5], "solution_ids": [[6, 7], [6]], "correct": [1, 0]}
 TEXTS = ["the old lighthouse", "café “quotes”", "a testament to the sea"]
 
 
@@ -189,6 +193,16 @@ def use_rectifier(kit, path):
         model(torch.tensor([[3, 4, 5]]))
 
 
+def use_token_values(kit, path):
+    model = TokenValueModel.opened(path)
+    if model.config.get_text_config().vocab_size > 20:
+        assert 0 <= float(model.score(torch.tensor([[3, 4, 5]]))[0, -1]) <= 1
+
+
+def use_graded(kit, path):
+    value_examples(TVMTraining().read(path, kit.tokenizer))
+
+
 def use_probe(kit, path):
     DifficultyProbe.load(path).probabilities(torch.zeros(1, 4))
 
@@ -274,6 +288,14 @@ READERS = {
     "dead-end values": (
         lambda kit, path: DeadEndValueModel(copy.deepcopy(kit.small)).bind(kit.tokenizer).save(path),
         use_rectifier,
+    ),
+    "token values": (
+        lambda kit, path: TokenValueModel.from_language_model(kit.small, kit.tokenizer).save_pretrained(path),
+        use_token_values,
+    ),
+    "graded solutions": (
+        lines({"prompt": "a", "solutions": ["b", "c"], "correct": [True, 0.5]}, GRADED_IDS),
+        use_graded,
     ),
     "zoo record": (text('{"recipe": "reasoner", "measures": {"accuracy": 0.8}}'), use_record),
     "run store": (write_store, use_store),

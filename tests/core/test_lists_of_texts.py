@@ -22,7 +22,7 @@ from tokenry.decode import (
 )
 from tokenry.decode.reasoning.step_prompts import StepPrompts
 from tokenry.decode.reasoning.steps import StepModel
-from tokenry.judge import CRewScorer, Reference, Results, SlopProfile, overused
+from tokenry.judge import CRewScorer, Reference, Results, SlopProfile, TokenValueModel, TVMScorer, overused
 from tokenry.judge.text.slop import Pattern
 from tokenry.learned.difficulty_probe import read_questions
 from tokenry.learned.hyper_probe import Codebook, HyperProbe
@@ -40,6 +40,7 @@ from tokenry.tokenize.text.measures import boundary_stability, term_lengths, tok
 TEXT = "the old lighthouse"
 BOOK = Codebook([TEXT, "a"], 256)
 PROBE = HyperProbe(BOOK, 4, 0)
+VALUING = TokenValueModel.from_language_model
 PROFILE = SlopProfile(words=[Pattern(TEXT, 3, 1.0), Pattern("t", 3, 1.0)])
 
 
@@ -66,6 +67,7 @@ ONE = {  # a single text is a list of one
     "question_states.prompts": lambda m, t, x: question_states(m, t, x),
     "clamp_effect.prompts": lambda m, t, x: [row["prompt"] for row in clamp_effect(m, t, x, (0, 0), [0.0]).rows],
     "CRewScorer.read": lambda m, t, x: [s.text for s in CRewScorer(m, t).read(x, x)],
+    "TVMScorer.token_values": lambda m, t, x: TVMScorer(VALUING(m, t), t).token_values(x, x),
     "StepPrompts.judging": lambda m, t, x: StepPrompts(chat=False, think="").judging(t, TEXT, x, "so"),
     "StepModel.starts": lambda m, t, x: StepModel(Loaded(m, t), x).starts,
     "Reference.count": lambda m, t, x: Reference.count("x", x),
@@ -166,6 +168,7 @@ KNOWN = {  # function: parameters; those without a case above hand on to one tha
     "CRew.judge": {"gold"},
     "CRewScorer.score_batch": {"prompts", "solutions"},
     "CRewScorer.read": {"prompts", "solutions"},
+    "TVMScorer.token_values": {"prompts", "solutions"},
     "Reference.count": {"texts"},
     "SlopProfile.fit": {"texts"},
     "SlopProfile.ban_list": {"whitelist"},

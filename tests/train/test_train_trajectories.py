@@ -19,6 +19,7 @@ from tokenry.train import (
     FinalTokenDPOTrainer,
     FTPOConfig,
     FTPOTrainer,
+    GradedQuestion,
     MaskedDiffusionTrainer,
     Rectifier,
     RectifierConfig,
@@ -26,8 +27,12 @@ from tokenry.train import (
     SkipDecodeConfig,
     SkipDecodeTrainer,
     TiDARTrainer,
+    TokenValueModel,
+    ValueConfig,
+    ValueTrainer,
     lora_last_layers,
     train_filter,
+    value_examples,
 )
 
 STORED = Path(__file__).with_name("train_trajectories.json")
@@ -89,6 +94,16 @@ def rectifier_method(folder, words):
     return [mean, *method.score(trainer, EPISODES).values()]
 
 
+def token_values(folder, words, **options):
+    torch.manual_seed(0)
+    model = TokenValueModel.from_language_model(build("llama"), words)
+    rows = value_examples(
+        [GradedQuestion([9, n], [[50, 60 + n], [50, 61], [50, 60 + n, 7]], [1.0, 0.0, n % 2]) for n in range(2, 8)]
+    )
+    config = ValueConfig(**arguments(folder, warmup_steps=0, **options))
+    return losses(ValueTrainer(model, config, rows, processing_class=words))
+
+
 def learn2pd(folder, words, **options):
     draw = torch.Generator().manual_seed(0)
     conf, mask = torch.rand(400, 4, generator=draw), torch.rand(400, 4, generator=draw) > 0.3
@@ -135,6 +150,8 @@ RUNS = {
     "rectifier": rectifier,
     "rectifier, discounted": lambda folder, words: rectifier(folder, words, gamma=0.9, target_update=0.5, max_length=4),
     "rectifier, the method": rectifier_method,
+    "token values": token_values,
+    "token values, bce": lambda folder, words: token_values(folder, words, loss="bce"),
     "learn2pd": learn2pd,
     "learn2pd, masked positions": lambda folder, words: learn2pd(
         folder, words, mask_loss=True, hidden=8, split_by="step"

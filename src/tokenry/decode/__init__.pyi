@@ -75,6 +75,10 @@ from .reasoning.speculative import SpeculativeReasoner as SpeculativeReasoner
 from .reasoning.speculative import step_speedup as step_speedup
 from .reasoning.step_prompts import StepPrompts as StepPrompts
 from .reasoning.strategies import Strategy as Strategy
+from .reasoning.tree_search import Beam as Beam
+from .reasoning.tree_search import SearchResult as SearchResult
+from .reasoning.tree_search import TreeShape as TreeShape
+from .reasoning.tree_search import step_beam_search as step_beam_search
 from .rectification import Rectification as Rectification
 from .rectification import RectifierLogitsProcessor as RectifierLogitsProcessor
 from .skipdecode import SkipDecode as SkipDecode
@@ -108,3 +112,5 @@ from .speculation.verifiers import sample_drafts as sample_drafts
 from .tidar import TiDAR as TiDAR
 from .tip import ThoughtSwitchPenalty as ThoughtSwitchPenalty
 from .tip import ThoughtSwitchPenaltyLogitsProcessor as ThoughtSwitchPenaltyLogitsProcessor
+from .tvm_search import TVMSearch as TVMSearch
+from .tvm_search import TVMSearchOutput as TVMSearchOutput

@@ -1,3 +1,5 @@
+from ..learned.token_values import TokenValueModel as TokenValueModel
+from ..learned.value_labels import token_value_labels as token_value_labels
 from ..text.answers import find_answer as find_answer
 from ..text.answers import normalise_answer as normalise_answer
 from .answers.choice import best_of_n as best_of_n
@@ -27,3 +29,6 @@ from .text.overused import overused as overused
 from .text.slop import Reference as Reference
 from .text.slop import SlopProfile as SlopProfile
 from .text.slop import human_reference as human_reference
+from .tvm import TVM as TVM
+from .tvm import TokenValues as TokenValues
+from .tvm import TVMScorer as TVMScorer

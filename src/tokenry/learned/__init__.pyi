@@ -13,3 +13,8 @@ from .filter_traces import read_traces as read_traces
 from .hyper_probe import Codebook as Codebook
 from .hyper_probe import HyperProbe as HyperProbe
 from .linear_probe import LinearProbe as LinearProbe
+from .token_values import TokenValueConfig as TokenValueConfig
+from .token_values import TokenValueModel as TokenValueModel
+from .value_labels import PrefixValues as PrefixValues
+from .value_labels import prefix_values as prefix_values
+from .value_labels import token_value_labels as token_value_labels

@@ -165,7 +165,7 @@ class DeadEndValueModel(Artifact, nn.Module):
 
     @classmethod
     def restored(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> DeadEndValueModel:
-        _check_sizes(header["trunk"], len(tensors))
+        check_sizes(header["trunk"], len(tensors))
         model = with_weights(lambda: cls(_trunk(header["trunk"]), header["hidden_mult"]), tensors).eval()
         model(torch.zeros(1, 1, dtype=torch.long))  # a config may be taken and still not work
         model.vocabulary, model.special_ids = header["vocabulary"], header["special_ids"]
@@ -176,7 +176,7 @@ def _trunk(config: dict[str, Any]) -> PreTrainedModel:
     return AutoModel.from_config(AutoConfig.for_model(**config), trust_remote_code=False)
 
 
-def _check_sizes(config: dict[str, Any], tensors: int) -> None:
+def check_sizes(config: dict[str, Any], tensors: int) -> None:
     """Refuse a config of more layers than there are tensors, or other absurd sizes, before a model is made of it.
 
     Raises:

@@ -2,6 +2,7 @@ from ..learned.confidence_filter import ConfidenceFilter as ConfidenceFilter
 from ..learned.confidence_filter import TraceDataset as TraceDataset
 from ..learned.dead_end_values import DeadEndValueModel as DeadEndValueModel
 from ..learned.filter_traces import read_traces as read_traces
+from ..learned.token_values import TokenValueModel as TokenValueModel
 from .adapters import lora_last_layers as lora_last_layers
 from .adapters import merged as merged
 from .adapters import save_adapter as save_adapter
@@ -31,6 +32,15 @@ from .skipdecode import SkipDecodeTrainer as SkipDecodeTrainer
 from .tidar import TiDARLoss as TiDARLoss
 from .tidar import TiDARTrainer as TiDARTrainer
 from .tidar import tidar_loss as tidar_loss
+from .token_values.loss import token_value_loss as token_value_loss
+from .token_values.solutions import GradedQuestion as GradedQuestion
+from .token_values.solutions import read_solutions as read_solutions
+from .token_values.solutions import shared_tokens as shared_tokens
+from .token_values.solutions import value_examples as value_examples
+from .token_values.trainer import ValueCollator as ValueCollator
+from .token_values.trainer import ValueConfig as ValueConfig
+from .token_values.trainer import ValueTrainer as ValueTrainer
+from .tvm import TVMTraining as TVMTraining
 from .values.collator import RectifierCollator as RectifierCollator
 from .values.episodes import keep_extremes as keep_extremes
 from .values.episodes import read_episodes as read_episodes

@@ -261,6 +261,20 @@ class TransformersEngine:
         if self.open is not None:
             self.open.take(rest, self.grid.live)
 
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with copies of these rows, numbered anew: what they have read is not read again.
+
+        Raises:
+            InputError: a model whose state cannot be copied row by row.
+        """
+        why = self._rewind_obstacle()
+        if why:
+            raise InputError(f"rows cannot be copied: {why}; use a model with a dynamic cache of keys and values alone")
+        index = torch.tensor(list(rows), dtype=torch.long)
+        self.cache.batch_select_indices(index)
+        self.grid.select(index)
+        self._compact()
+
     def _crop(self, count: int) -> None:
         new, layers = self.columns - count, len(self.cache.layers)
         columns = range(new, self.columns)

@@ -55,6 +55,12 @@ class Grid:
         self.places = {number: place for place, number in enumerate(self.places)}
         return index
 
+    def select(self, rows: Tensor) -> None:
+        """Go on with copies of these rows, numbered anew; a row may come several times."""
+        rows = rows.to(self.tokens.device)
+        self.mask, self.tokens, self.live = self.mask[rows], self.tokens[rows], self.live[rows]
+        self.rows, self.places, self.held = len(rows), {row: row for row in range(len(rows))}, None
+
     def only(self, row: int) -> Grid:
         """A grid with a copy of one row."""
         one, place = copy(self), self.places[row]
