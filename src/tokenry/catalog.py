@@ -266,6 +266,14 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.evidence.tvm",
     ),
     Entry(
+        "coin",
+        "judge",
+        "tokenry.judge.coin:Coin",
+        "audit a bill for hidden reasoning tokens: receipts from a hash tree, and a few blocks that are opened",
+        "hidden reasoning tokens billing audit receipt merkle hash tree commitment inflation provider api trust",
+        "tokenry.evidence.coin",
+    ),
+    Entry(
         "ftpo",
         "train",
         "tokenry.train.ftpo:FTPO",

@@ -16,12 +16,15 @@ from transformers import LlamaConfig, LlamaModel
 from tokenry import InputError, catalog
 from tokenry.core.artifact import Artifact, ArtifactField, Folder
 from tokenry.core.method import Method
+from tokenry.judge.receipts.heads import MatchingHeads
+from tokenry.judge.receipts.receipt import AuditSetting
 from tokenry.learned.confidence_filter import ConfidenceFilter
 from tokenry.learned.dead_end_values import DeadEndValueModel
 from tokenry.learned.difficulty_probe import DifficultyProbe
 from tokenry.learned.hyper_probe import Codebook, HyperProbe
 from tokenry.learned.linear_probe import LinearProbe
 from tokenry.models.anatomy import fingerprint, shape_of
+from tokenry.models.embedders import Embedder
 from tokenry.read import LMHeadNeurons, NeuronMap
 from tokenry.select.heads.profile import SHIPPED, HeadProfile, shipped_profile
 from tokenry.zoo import storyteller
@@ -85,6 +88,15 @@ def make_profile(kit):
     )
 
 
+def make_heads(kit):
+    """Bound to an embedder, whose revision stands for the model's fingerprint."""
+    setting = AuditSetting(block_size=16, samples=4, exposure_budget=0.4, token_budget=0.04, certain=0.95)
+    heads = MatchingHeads(4, setting, honest=3)
+    heads.calibration.uniform_()
+    heads.rates = {"random": 0.9}
+    return heads.bind(Embedder("m", fingerprint(kit.model), lambda texts: None))
+
+
 @dataclass
 class Case:
     """An artifact: how it is made, and how it meets a model."""
@@ -101,6 +113,7 @@ CASES = {
     "hyperdimensional probe": Case(
         HyperProbe, make_hyper, lambda one, model, _: one.check_made_for(fingerprint(model))
     ),
+    "matching heads": Case(MatchingHeads, make_heads, lambda one, model, _: one.check_made_for(fingerprint(model))),
     "rectifier": Case(DeadEndValueModel, make_rectifier, lambda one, _, tokenizer: one.check(tokenizer)),
     "map": Case(NeuronMap, make_map, lambda one, model, _: one.check_made_for(fingerprint(model))),
     "head profile": Case(HeadProfile, make_profile, lambda one, model, _: one.check(model)),

@@ -23,9 +23,11 @@ from tokenry.decode import (
 from tokenry.decode.reasoning.step_prompts import StepPrompts
 from tokenry.decode.reasoning.steps import StepModel
 from tokenry.judge import CRewScorer, Reference, Results, SlopProfile, TokenValueModel, TVMScorer, overused
+from tokenry.judge import CRewScorer, Fingerprinter, Reference, Results, SlopProfile, overused
 from tokenry.judge.text.slop import Pattern
 from tokenry.learned.difficulty_probe import read_questions
 from tokenry.learned.hyper_probe import Codebook, HyperProbe
+from tokenry.models.embedders import input_embedder
 from tokenry.models.load import Loaded
 from tokenry.read.anchors.rollouts import Rollouts
 from tokenry.read.cliff.examples import end_states, traced
@@ -74,6 +76,7 @@ ONE = {  # a single text is a list of one
     "SlopProfile.fit": lambda m, t, x: SlopProfile.fit(x, Reference("x", 1, {}, {}), 1),
     "SlopProfile.ban_list": lambda m, t, x: PROFILE.ban_list(whitelist=x),
     "overused": lambda m, t, x: overused(x, x, 5, 5),
+    "Fingerprinter.texts": lambda m, t, x: Fingerprinter(input_embedder(m, t), t).texts(x).tolist(),
     "PromptEmbedder.rows": lambda m, t, x: PromptEmbedder(m, t).rows(x),
     "PromptEmbedder.tokenize": lambda m, t, x: PromptEmbedder(m, t).tokenize(x)["input_ids"],
     "preprocess": lambda m, t, x: TokenPrependingTransformer(PromptEmbedder(m, t)).preprocess(x)["input_ids"],
@@ -173,6 +176,7 @@ KNOWN = {  # function: parameters; those without a case above hand on to one tha
     "SlopProfile.fit": {"texts"},
     "SlopProfile.ban_list": {"whitelist"},
     "overused": {"prompts", "texts"},
+    "Fingerprinter.texts": {"texts"},
     "Method.from_strings": {"pairs"},
     "DifficultyProbeMethod.profile": {"prompts"},
     "DifficultyProbeMethod.probe": {"prompts"},

@@ -100,7 +100,7 @@ KNOWN_AS_OURS = ("tokenize report --html", "read --report", "judge --report", "f
 MEASURED_ELSEWHERE = {"compare --report", "compare --picture", "compare --store"}  # need an experiment, see below
 PROFILED_ELSEWHERE = {"profile --output", "profile --save-texts"}  # see test_overused.py
 TRACED_ELSEWHERE = {"decode --save-traces"}  # needs a masked-diffusion model, see test_train_learn2pd.py
-FOLDERS = {"tokenize train --output", "train --output", "zoo build --output"}
+FOLDERS = {"judge --save", "tokenize train --output", "train --output", "zoo build --output"}
 
 
 def test_every_option_that_names_an_output_is_tried_here():

@@ -17,7 +17,7 @@ from tokenry.data.problems import Arithmetic, draw_problems
 from tokenry.data.puzzles import Sorting
 from tokenry.decode.denoising.loop import MaskedDiffusionModel
 from tokenry.measure import compare as measured
-from tokenry.measure.build_cache import kept_folder, tokenizer_hash
+from tokenry.measure.build_cache import kept_folder
 from tokenry.measure.compare import compare, identity, made_of
 from tokenry.measure.ledger import evidence
 from tokenry.measure.store import RunStore, signature
@@ -30,6 +30,7 @@ from tokenry.measure.tasks.stories import StoriesTask
 from tokenry.measure.tasks.sts import Pair, STSTask
 from tokenry.measure.tasks.tokens import TokensTask
 from tokenry.models.anatomy import fingerprint
+from tokenry.models.prompts import tokenizer_hash
 
 
 class Set(Roots):

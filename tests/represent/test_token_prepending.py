@@ -34,8 +34,9 @@ from tokenry.hooks.residual import capture_residual
 from tokenry.measure.claims import verdict
 from tokenry.measure.compare import Comparison, compare
 from tokenry.measure.task import Outcome
-from tokenry.measure.tasks.sts import load_minilm, load_pairs, similarities, spread
+from tokenry.measure.tasks.sts import load_pairs, similarities, spread
 from tokenry.models.anatomy import decoder_layers
+from tokenry.models.embedders import load_minilm
 from tokenry.represent import PROMPTS, PromptEmbedder, TokenPrepending, clean_up
 
 FAMILIES = ("llama", "qwen2", "gemma3", "opt")
@@ -392,7 +393,7 @@ def test_spearman_has_ties_at_their_mean_rank():
 
 def check_minilm(count, expected, tolerance):
     pairs = spread(load_pairs("test"), count)
-    cosines = similarities(load_minilm(), pairs)
+    cosines = similarities(load_minilm().embed, pairs)
     assert 100 * spearman(cosines.numpy(), np.array([p.score for p in pairs])) == pytest.approx(expected, abs=tolerance)
 
 

@@ -1,8 +1,10 @@
-"""judge: score solutions, choose among them, and make preference pairs; or judge results over levels of effort."""
+"""judge: score solutions, choose among them, and make preference pairs; judge results over levels of effort; or commit
+to hidden reasoning and audit what is billed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -23,6 +25,7 @@ from .options import (
     read_text,
     refuse_unused,
 )
+from .receipts import judge_receipts
 
 if TYPE_CHECKING:
     from ..judge.answers.samples import Sample
@@ -44,6 +47,7 @@ MODEL_ALONE = ("--model", "--dtype", "--device", "--trust-remote-code")
 @click.option("--min-gap", type=Number(Probability), help="Smallest difference of scores in a pair; default: any.")
 @click.option("--raw", is_flag=True, help="Take the prompts as they are, without the chat template.")
 @click.option("--report", help="Write a picture of the results (SVG).")
+@click.option("--save", help="Write the receipts, or the heads that an audit needs, into this folder.")
 @force_option
 @model_options
 def judge(
@@ -56,6 +60,7 @@ def judge(
     min_gap: float | None,
     raw: bool,
     report: str | None,
+    save: str | None,
     force: bool,
     model_name: str,
     dtype: str | None,
@@ -70,10 +75,19 @@ def judge(
 
     A method that judges results over levels of effort, such as arise, needs no model. It takes lines {"question": ...,
     "level": ..., "accuracy": ..., "tokens": ...}, of one run each or of means, and draws them with --report.
+
+    A method of receipts, such as coin, is told first what to do: `fit` heads from, or `commit` to, lines {"reasoning":
+    ..., "answer": ..., "prompt": ...}, both with --save; `audit` receipts.jsonl records.jsonl.
     """
     (method,) = parse_methods([slug], options, "judge")
-    from ..judge.contract import ResultsMethod
+    from ..judge.contract import ReceiptMethod, ResultsMethod
 
+    if isinstance(method, ReceiptMethod):
+        refuse_unused((*SOLUTIONS_ALONE[1:], "--report"), f"with --method {slug}")
+        opening = partial(load_model, model_name, dtype, device, trust_remote_code)
+        judge_receipts(method, files, traces, save, force, json_output, opening)
+        return
+    refuse_unused(("--save",), f"with --method {slug}")
     if isinstance(method, ResultsMethod):
         refuse_unused((*SOLUTIONS_ALONE, *MODEL_ALONE), f"with --method {slug}")
         judge_results(method, files, report, force, json_output)

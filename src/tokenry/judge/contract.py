@@ -1,4 +1,5 @@
-"""What a judge method is: parameters, and either the scorer they make of a model, or what they say of results."""
+"""What a judge method is: parameters, and the scorer they make of a model, what they say of results, or the two sides
+of an audit."""
 
 from __future__ import annotations
 
@@ -15,12 +16,19 @@ from ..models.load import Loaded
 from ..trace.trace import Trace
 from .answers.samples import Sample
 from .answers.scores import ScoredPrompt, Scores
+from .receipts.auditor import Auditor, AuditReport
+from .receipts.heads import MatchingHeads
+from .receipts.provider import Provider
+from .receipts.receipt import HiddenReasoning
 from .scaling.results import ResultRow, Results
 
 __all__ = [
     "JudgeAnswer",
     "JudgeMethod",
     "JudgeRequest",
+    "ReceiptAnswer",
+    "ReceiptMethod",
+    "ReceiptRequest",
     "Report",
     "ResultsMethod",
     "ResultsRequest",
@@ -53,7 +61,7 @@ class Scorer(ABC):
 
 
 class JudgeMethod(Method):
-    """A method of the judge stage, of one of the two kinds below."""
+    """A method of the judge stage, of one of the three kinds below."""
 
     stage: ClassVar[str] = "judge"
 
@@ -112,4 +120,42 @@ class ResultsMethod(JudgeMethod):
         Raises:
             InputError: results that it cannot judge.
         """
+        raise NotImplementedError
+
+
+class ReceiptRequest(Exchanged):
+    """Hidden reasoning to commit to, or to learn from."""
+
+    traces: list[HiddenReasoning] = Field(min_length=1)
+
+
+class ReceiptAnswer(RootModel[list[AuditReport]]):
+    """What the audit of each receipt found."""
+
+
+class ReceiptMethod(JudgeMethod):
+    """A judge of bills for tokens that the user never sees: one side commits, the other one audits.
+
+    provider, auditor = method.provider(loaded), method.auditor(loaded)
+    receipt = provider.commit(trace)
+    print(auditor.audit(receipt, answer, provider.open).table())
+    """
+
+    input: ClassVar[type[BaseModel]] = ReceiptRequest
+    output: ClassVar[type[BaseModel]] = ReceiptAnswer
+
+    def provider(self, loaded: Loaded) -> Provider:
+        """Who commits to tokens of the model's tokenizer and opens what an audit draws."""
+        raise NotImplementedError
+
+    def auditor(self, loaded: Loaded) -> Auditor:
+        """Who audits receipts.
+
+        Raises:
+            InputError: what it needs was not learned yet.
+        """
+        raise NotImplementedError
+
+    def fit(self, loaded: Loaded, traces: Sequence[HiddenReasoning], progress: Progress | None = None) -> MatchingHeads:
+        """Learn from honest reasoning what an audit needs. `progress` is called with (steps done, all)."""
         raise NotImplementedError

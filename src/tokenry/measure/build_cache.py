@@ -16,8 +16,9 @@ from ..core.hashes import digest
 from ..core.outputs import write_file, write_folder
 from ..models.anatomy import fingerprint
 from ..models.load import cache_folder
+from ..models.prompts import tokenizer_hash
 
-__all__ = ["built_folder", "built_json", "built_once", "digest", "kept_folder", "read", "tokenizer_hash", "write"]
+__all__ = ["built_folder", "built_json", "built_once", "digest", "kept_folder", "read", "write"]
 
 T = TypeVar("T")
 
@@ -38,15 +39,6 @@ def kept_folder(
         / fingerprint(model)
         / digest([tokenizer_hash(tokenizer), version("tokenry"), revision, others])
     )
-
-
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A short hash of all that decides how a text becomes ids: vocabulary, merges, normalizer, template."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
-    for use in ("padding", "truncation") if backend is not None else ():
-        state.pop(use, None)  # of the last call
-    return digest([state, tokenizer.chat_template, tokenizer.special_tokens_map])
 
 
 def built_once(path: Path, make: Callable[[], T], save: Callable[[T, Path], Any], load: Callable[[Path], T]) -> T:

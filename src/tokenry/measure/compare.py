@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.progress import Progress
 from ..models.anatomy import fingerprint
-from .build_cache import tokenizer_hash
+from ..models.prompts import tokenizer_hash
 from .claims import Check, Contrast, above, all_of
 from .experiment import Experiment
 from .frontier import cost_ratio

