@@ -274,6 +274,14 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.evidence.coin",
     ),
     Entry(
+        "dcsqe",
+        "judge",
+        "tokenry.judge.dcsqe:DCSQE",
+        "mark wrong words of translations and score them, by an estimator that learns from synthetic errors",
+        "machine translation quality estimation qe mqm error spans synthetic data constrained beam search seq2seq",
+        "tokenry.evidence.dcsqe",
+    ),
+    Entry(
         "ftpo",
         "train",
         "tokenry.train.ftpo:FTPO",

@@ -336,3 +336,18 @@ def test_a_lone_surrogate_in_a_text_is_refused(text, llama, tokenizer):
     ):
         with pytest.raises(InputError, match="half a surrogate pair"):
             call()
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["decode", "the nama"],
+        ["represent", "--output", "x.npy", "TEXT"],
+        ["fit", "lm-head-neurons", "--save", "x"],
+        ["judge", "--method", "crew", "--raw", "SOLUTIONS"],
+    ],
+)
+def test_a_model_that_translates_is_refused_where_none_is_asked_for(args, place):
+    given = [{"TEXT": str(place / "text.txt"), "SOLUTIONS": str(place / "solutions.jsonl")}.get(a, a) for a in args]
+    result = CliRunner().invoke(main, [*given, "--model", "zoo/translator-a"])
+    assert result.exit_code == 2 and "the model 'zoo/translator-a' translates" in result.output, result.output

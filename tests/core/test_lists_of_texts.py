@@ -10,6 +10,7 @@ import torch
 
 import tokenry
 from tokenry import InputError
+from tokenry.data.translation import draw_sentences, errors_of, parse
 from tokenry.decode import (
     Antislop,
     NGramBan,
@@ -22,8 +23,22 @@ from tokenry.decode import (
 )
 from tokenry.decode.reasoning.step_prompts import StepPrompts
 from tokenry.decode.reasoning.steps import StepModel
-from tokenry.judge import CRewScorer, Reference, Results, SlopProfile, TokenValueModel, TVMScorer, overused
-from tokenry.judge import CRewScorer, Fingerprinter, Reference, Results, SlopProfile, overused
+from tokenry.judge import (
+    DCSQE,
+    CRewScorer,
+    Fingerprinter,
+    QualityEstimator,
+    Reference,
+    Results,
+    SlopProfile,
+    Tags,
+    TokenValueModel,
+    TVMScorer,
+    annotate_severity,
+    heads_of,
+    overused,
+    ter_tags,
+)
 from tokenry.judge.text.slop import Pattern
 from tokenry.learned.difficulty_probe import read_questions
 from tokenry.learned.hyper_probe import Codebook, HyperProbe
@@ -85,6 +100,15 @@ REFUSED = {  # one text cannot be what is meant
     "Rollouts": lambda m, t, x: Rollouts(x, [[]], None),
     "Results": lambda m, t, x: Results([[0, 1]], [[1, 2]], x, [1, 2]),
     "PromptEmbedder.encode": lambda m, t, x: PromptEmbedder(m, t).encode(x),
+    "DCSQE.translate": lambda m, t, x: DCSQE().translate(tokenry.load("zoo/translator-a"), x, x),
+    "annotate_severity": lambda m, t, x: annotate_severity(
+        tokenry.load("zoo/translator-b"), x, [list(x)], [Tags([True] * len(x), False)]
+    ),
+    "QualityEstimator.estimate": lambda m, t, x: QualityEstimator.estimate(m, t, x, x),
+    "heads_of": lambda m, t, x: heads_of([0, *[1] * (len(x) - 1)], x),
+    "ter_tags": lambda m, t, x: ter_tags(x, x),
+    "errors_of": lambda m, t, x: errors_of(draw_sentences(1, "dev")[0], x),
+    "parse": lambda m, t, x: parse(x),
     "KL3M.train": lambda m, t, x: KL3M().train(x),
     "KL3M.train, kind=char": lambda m, t, x: KL3M(kind="char").train(x),
     "KL3M.custom_tokens": lambda m, t, x: KL3M(custom_tokens=x),  # a path
@@ -172,6 +196,13 @@ KNOWN = {  # function: parameters; those without a case above hand on to one tha
     "CRewScorer.score_batch": {"prompts", "solutions"},
     "CRewScorer.read": {"prompts", "solutions"},
     "TVMScorer.token_values": {"prompts", "solutions"},
+    "DCSQE.translate": {"sources", "references"},
+    "QualityEstimator.estimate": {"sources", "translations"},
+    "annotate_severity": {"sources", "translations"},
+    "errors_of": {"translation"},
+    "heads_of": {"words"},
+    "parse": {"words"},
+    "ter_tags": {"translation", "reference"},
     "Reference.count": {"texts"},
     "SlopProfile.fit": {"texts"},
     "SlopProfile.ban_list": {"whitelist"},

@@ -20,6 +20,8 @@ from transformers import (
     T5ForConditionalGeneration,
     ViTConfig,
     ViTModel,
+    WhisperConfig,
+    WhisperModel,
 )
 from transformers.utils import is_vision_available
 
@@ -28,6 +30,9 @@ from tokenry.models.kinds import kind_of
 from tokenry.models.load import Loaded, shared
 from tokenry.models.masks import make_bidirectional
 
+TWO_SIDES = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1}
+TWO_SIDES |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "decoder_start_token_id": 0}
 WIDE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -87,13 +92,30 @@ def test_the_recurrent_models_are_those_without_a_cache_of_keys():
 @pytest.mark.parametrize(
     "make, said",
     [
-        (lambda: T5ForConditionalGeneration(T5Config(d_model=8, d_ff=8, num_layers=1, d_kv=4, num_heads=2)), "seq2seq"),
+        (lambda: WhisperModel(WhisperConfig(**TWO_SIDES, vocab_size=320, **TOKENS)), "seq2seq"),
         (lambda: ViTModel(ViTConfig(**WIDE, image_size=4, patch_size=2)), "vision"),
     ],
 )
 def test_kinds_that_no_method_takes_are_refused_by_name(make, said, saved):
     folder = saved(make())
     with pytest.raises(InputError, match=rf"model but of the kind {said} \(\w+\), which no method takes"):
+        load(folder)
+
+
+def test_a_model_that_translates_loads_whole(saved):
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(
+        T5Config(d_model=8, d_ff=8, num_layers=1, d_kv=4, num_heads=2, vocab_size=320, decoder_start_token_id=0)
+    ).eval()
+    folder = saved(model)
+    loaded = load(folder)
+    assert loaded.kind == "seq2seq"
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "decoder_input_ids": torch.tensor([[0, 9]])}
+    with torch.no_grad():
+        assert torch.equal(loaded.model(**inputs).logits, model(**inputs).logits)
+    del model.decoder.block[0].layer[1]
+    model.save_pretrained(folder)
+    with pytest.raises(InputError, match=r"the weights are not those of the T5ForConditionalGeneration .*it lacks"):
         load(folder)
 
 

@@ -1,5 +1,5 @@
-"""judge: score solutions, choose among them, and make preference pairs; judge results over levels of effort; or commit
-to hidden reasoning and audit what is billed."""
+"""judge: score solutions, choose among them, and make preference pairs; judge results, or translations; or commit to
+hidden reasoning and audit what is billed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import click
 from ..core.errors import InputError
 from ..core.fields import Count, Probability
 from ..core.files import records_of
-from ..core.outputs import LineWriter, check_file, write_text
+from ..core.outputs import LineWriter, check_file, check_folder, write_folder, write_text
 from .options import (
     Number,
     as_json,
@@ -30,7 +30,8 @@ from .receipts import judge_receipts
 if TYPE_CHECKING:
     from ..judge.answers.samples import Sample
     from ..judge.answers.scores import Scores
-    from ..judge.contract import ResultsMethod
+    from ..judge.contract import ResultsMethod, TranslationMethod
+    from ..judge.quality.answer import TranslationRow
     from ..judge.scaling.results import ResultRow
 
 SOLUTIONS_ALONE = ("--trace", "--pairs", "--top-k", "--min-gap", "--raw")
@@ -48,6 +49,7 @@ MODEL_ALONE = ("--model", "--dtype", "--device", "--trust-remote-code")
 @click.option("--raw", is_flag=True, help="Take the prompts as they are, without the chat template.")
 @click.option("--report", help="Write a picture of the results (SVG).")
 @click.option("--save", help="Write the receipts, or the heads that an audit needs, into this folder.")
+@click.option("--save", help="Train an estimator on the labeled translations and save it in this folder.")
 @force_option
 @model_options
 def judge(
@@ -81,6 +83,12 @@ def judge(
     """
     (method,) = parse_methods([slug], options, "judge")
     from ..judge.contract import ReceiptMethod, ResultsMethod
+    A method that judges translations, such as dcsqe, takes lines {"source": ..., "reference": ...}: --model translates,
+    and what it does wrong is labeled; with "translation", that is labeled, by its "heads" where its tree is known. With
+    --save an estimator learns from them. It then judges lines {"source": ..., "translation": ...}.
+    """
+    (method,) = parse_methods([slug], options, "judge")
+    from ..judge.contract import ResultsMethod, TranslationMethod
 
     if isinstance(method, ReceiptMethod):
         refuse_unused((*SOLUTIONS_ALONE[1:], "--report"), f"with --method {slug}")
@@ -89,10 +97,17 @@ def judge(
         return
     refuse_unused(("--save",), f"with --method {slug}")
     if isinstance(method, ResultsMethod):
-        refuse_unused((*SOLUTIONS_ALONE, *MODEL_ALONE), f"with --method {slug}")
+        refuse_unused((*SOLUTIONS_ALONE, *MODEL_ALONE, "--save"), f"with --method {slug}")
         judge_results(method, files, report, force, json_output)
         return
     refuse_unused(("--report",), f"with --method {slug}")
+    if isinstance(method, TranslationMethod):
+        refuse_unused(SOLUTIONS_ALONE, f"with --method {slug}")
+        if method.estimates:
+            refuse_unused((*MODEL_ALONE, "--save"), "where an estimator is given")
+        judge_translations(method, files, (model_name, dtype, device, trust_remote_code), save, force, json_output)
+        return
+    refuse_unused(("--save",), f"with --method {slug}")
     rows = [] if traces else [row for path in files for row in read_rows(path)]
     if pairs is None:
         refuse_unused(("--top-k", "--min-gap"), "without --pairs")
@@ -124,6 +139,47 @@ def judge_results(
         write_text(report, said.picture())
         click.echo(f"picture: {report}", err=True)
     as_json(said.to_json()) if json_output else click.echo(said.table())
+
+
+def judge_translations(
+    method: TranslationMethod,
+    files: Sequence[str],
+    model: tuple[str, str | None, str | None, bool],
+    save: str | None,
+    force: bool,
+    json_output: bool,
+) -> None:
+    """Label the translations of all files, and learn from them where that is asked for; or estimate them."""
+    from ..judge.quality.answer import JudgedTranslations
+
+    rows = [row for path in files for row in read_translations(path)]
+    if save:
+        check_folder(save, force)
+    method.check(rows, learns=bool(save))
+    if method.estimates:
+        judged = method.estimate(rows)
+    else:
+        missing = any(row.translation is None for row in rows)
+        judged = method.label(rows, load_model(*model, translates=True) if missing else None)
+    if save:
+        with progress("train", None) as update:
+            learned = method.fit(judged, lambda done, total, *_: update(completed=done, total=total))
+        write_folder(save, lambda folder: [part.save_pretrained(folder) for part in learned], force)
+        click.echo(f"estimator: {save}", err=True)
+    said = JudgedTranslations(judged)
+    as_json(said.to_json()) if json_output else click.echo(said.table())
+
+
+def read_translations(path: str) -> list[TranslationRow]:
+    """The translations of a file of JSON lines."""
+    from ..core.schemas import checked
+    from ..judge.quality.answer import TranslationRow
+
+    remedy = 'write lines like {"source": "...", "reference": "..."}'
+    text = read_text(path, "file of translations")
+    return records_of(
+        text, path, "translations", remedy, lambda row, where: checked(TranslationRow, row, where, remedy)
+    )
 
 
 def read_results(path: str) -> list[ResultRow]:

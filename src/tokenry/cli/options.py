@@ -163,13 +163,29 @@ def load_reader(name: str, trust_remote_code: bool) -> Any:
 
 
 def load_model(
-    name: str, dtype: str | None, device: str | None, trust_remote_code: bool = False, **opening: Any
+    name: str,
+    dtype: str | None,
+    device: str | None,
+    trust_remote_code: bool = False,
+    translates: bool = False,
+    **opening: Any,
 ) -> Any:
-    """Load quietly. `opening`: what `engine_options` has read."""
+    """Load quietly.
+
+    Args:
+        translates: whether a translation model is asked for; no other verb takes one.
+        opening: what `engine_options` has read.
+    """
     from ..models.load import load
 
     quiet()
-    return load(name, dtype, device, trust_remote_code, **opening)
+    loaded = load(name, dtype, device, trust_remote_code, **opening)
+    if loaded.kind == "seq2seq" and not translates:
+        raise InputError(
+            f"the model {name!r} translates: it has an encoder ({loaded.model.config.model_type}), which this method "
+            "does not take; choose a causal one"
+        )
+    return loaded
 
 
 def read_text(path: str, what: str) -> str:

@@ -1,5 +1,5 @@
-"""What a judge method is: parameters, and the scorer they make of a model, what they say of results, or the two sides
-of an audit."""
+"""What a judge method is: parameters, and the scorer they make of a model, what they say of results or of translations,
+or the two sides of an audit."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from .receipts.auditor import Auditor, AuditReport
 from .receipts.heads import MatchingHeads
 from .receipts.provider import Provider
 from .receipts.receipt import HiddenReasoning
+from .quality.answer import JudgedTranslation, TranslationAnswer, TranslationRow
 from .scaling.results import ResultRow, Results
 
 __all__ = [
@@ -34,6 +35,8 @@ __all__ = [
     "ResultsRequest",
     "Scorer",
     "ScorerMethod",
+    "TranslationMethod",
+    "TranslationRequest",
 ]
 
 
@@ -61,7 +64,7 @@ class Scorer(ABC):
 
 
 class JudgeMethod(Method):
-    """A method of the judge stage, of one of the three kinds below."""
+    """A method of the judge stage, of one of the kinds below."""
 
     stage: ClassVar[str] = "judge"
 
@@ -158,4 +161,44 @@ class ReceiptMethod(JudgeMethod):
 
     def fit(self, loaded: Loaded, traces: Sequence[HiddenReasoning], progress: Progress | None = None) -> MatchingHeads:
         """Learn from honest reasoning what an audit needs. `progress` is called with (steps done, all)."""
+        raise NotImplementedError
+
+
+class TranslationRequest(Exchanged):
+    """Translations to judge."""
+
+    rows: list[TranslationRow] = Field(min_length=1)
+
+
+class TranslationMethod(JudgeMethod):
+    """A judge of translations, sentence by sentence and word by word: it labels some by references, learns from these,
+    and then estimates others without.
+    """
+
+    input: ClassVar[type[BaseModel]] = TranslationRequest
+    output: ClassVar[type[BaseModel]] = TranslationAnswer
+
+    @property
+    def estimates(self) -> bool:
+        """Whether it has learned, so that it estimates."""
+        raise NotImplementedError
+
+    def check(self, rows: Sequence[TranslationRow], learns: bool = False) -> None:
+        """Refuse rows that cannot be judged, before a model is loaded; `learns`: whether `fit` follows.
+
+        Raises:
+            InputError: one of them, or an option that is missing.
+        """
+        raise NotImplementedError
+
+    def label(self, rows: Sequence[TranslationRow], generator: Loaded | None = None) -> list[JudgedTranslation]:
+        """Translations with their errors, by references; `generator` writes those that are missing."""
+        raise NotImplementedError
+
+    def fit(self, judged: Sequence[JudgedTranslation], progress: Progress | None = None) -> Loaded:
+        """A model that has learned from labeled translations, and its tokenizer, to save in one folder."""
+        raise NotImplementedError
+
+    def estimate(self, rows: Sequence[TranslationRow]) -> list[JudgedTranslation]:
+        """What is wrong with translations, without references."""
         raise NotImplementedError

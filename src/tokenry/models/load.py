@@ -23,9 +23,11 @@ import torch
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -55,7 +57,7 @@ ENGINES = ("transformers", "llamacpp")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Weights of another shape are refused by `check_weights`, by name.
 WATCHED = {"ignore_mismatched_sizes": True, "output_loading_info": True}
-UNREAD = ("seq2seq", "vision", "embedding")  # kinds that no method takes
+UNREAD = ("seq2seq", "vision", "embedding")  # kinds that no method takes, but for those that translate texts
 HELPERS = 2  # models that `shared` keeps for one model
 
 
@@ -111,7 +113,8 @@ def load(
     context: int | None = None,
     threads: int | None = None,
 ) -> Loaded:
-    """Load a language model for inference: a causal one, one that denoises (LLaDA, Dream), or one that sees images.
+    """Load a language model for inference: a causal one, one that denoises (LLaDA, Dream), one that sees images, or one
+    that translates.
 
     Args:
         name: "smollm2" (embedded), a model of the zoo such as "zoo/reasoner", a folder in Hugging Face format, a hub
@@ -221,8 +224,11 @@ def _load(folder: str, name: str, *, trust_remote_code: bool, dtype: torch.dtype
     """The model of a folder or hub id, of any kind that methods take; `read_config` has looked at its config."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     kind = kind_of(config)
-    if kind == "vision_language":
-        model, found = _watched(AutoModelForImageTextToText, folder, trust_remote_code=trust_remote_code, dtype=dtype)
+    whole = AutoModelForImageTextToText if kind == "vision_language" else None
+    if kind == "seq2seq" and type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        whole = AutoModelForSeq2SeqLM
+    if whole is not None:
+        model, found = _watched(whole, folder, trust_remote_code=trust_remote_code, dtype=dtype)
         check_weights(found, type(model).__name__)
         return model
     _check_kind(kind, config, name)

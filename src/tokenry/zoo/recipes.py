@@ -12,7 +12,7 @@ import importlib
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
@@ -42,6 +42,7 @@ class Recipe:
         minutes: what building takes on two cores.
         targets: the range (lowest, highest) of everything it must reach.
         module: where it is trained and measured, in this package; the name by default.
+        options: further arguments of its `train`, where several models share a module.
         needs: models of the zoo that must be there before.
     """
 
@@ -53,10 +54,24 @@ class Recipe:
     targets: Mapping[str, tuple[float, float]]
     module: str = ""
     needs: tuple[str, ...] = ()
+    options: Mapping[str, int] = field(default_factory=dict)
 
     def load(self) -> ModuleType:
         """Import where it is trained and measured."""
         return importlib.import_module(f".{self.module or self.name}", __package__)
+
+
+def _translator(letter: str, third: int) -> Recipe:
+    return Recipe(
+        f"translator-{letter}",
+        task="translates a small generated language into another, rare words not always right",
+        data=f"generated sentence pairs, the {('first', 'second', 'last')[third]} of three parts that share none",
+        size=0.34,
+        minutes=2,
+        targets={"right": (0.8, 0.98), "perfect": (0.2, 0.85), "score": (0.7, 0.98), "finished": (0.98, 1.0)},
+        module="translators",
+        options={"third": third},
+    )
 
 
 RECIPES: tuple[Recipe, ...] = (
@@ -139,6 +154,7 @@ RECIPES: tuple[Recipe, ...] = (
         module="tidar_twin",
         needs=("reasoner",),
     ),
+    *(_translator(letter, third) for third, letter in enumerate("abc")),
 )
 
 
@@ -197,7 +213,7 @@ def build(
     force = force or output is None
     target = check_folder(output or zoo_folders(recipe.name)[1], force)
     module, start = recipe.load(), time.perf_counter()
-    model, tokenizer = module.train(seed, progress)
+    model, tokenizer = module.train(seed, progress, **recipe.options)
     seconds = time.perf_counter() - start
 
     def fill(work: Path) -> None:
