@@ -225,6 +225,7 @@ METHODS: tuple[Entry, ...] = (
         "follow a model's intent to refuse along its thinking, find where it falls and which heads push it down",
         "safety refusal reasoning alignment probe linear direction attention head ablation curve data selection",
         "tokenry.evidence.refusal_cliff",
+        ("tokenry.evidence.select_by_cliff",),
     ),
     Entry(
         "uqac",
@@ -232,6 +233,7 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.read.uqac:UQAC",
         "walk back along attention from the answer to the tokens that carried it, and say how sure the model is",
         "uncertainty confidence calibration attention chain reasoning answer trust",
+        "tokenry.evidence.uqac",
     ),
     Entry(
         "thought-anchors",

@@ -27,6 +27,7 @@ BAD = {  # of options and arguments that are no numbers
     "o": ["", "x", "=", "=1", "m[/]x=1", "a" * 5000, "zzz=" + "9" * 5000],
     "seeds": ["", ",", "x", "1,,2", "-1", "1e3", "0,0", str(2**40), "9" * 5000, "nan"],
     "tokenizer": ["", "zzz", "m[/]x", "a" * 5000],
+    "score": ["", "x"],  # without a log
     "slug": ["", "x", "m[/]x"],
     "name": ["", "x", "m[/]x", "tip"],
     "question": ["", " "],

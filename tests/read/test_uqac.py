@@ -4,7 +4,11 @@ import pytest
 import torch
 from support.attention import KINDS, eager, random_ids
 
+import tokenry
 from tokenry.core.errors import InputError
+from tokenry.data.problems import Arithmetic, draw_problems
+from tokenry.measure.task import Arm
+from tokenry.measure.tasks.confidence import ConfidenceTask
 from tokenry.read import UQAC
 from tokenry.read.chains.backtrack import Walk, backtrack
 from tokenry.read.chains.variations import chosen_logprobs, variations
@@ -160,3 +164,24 @@ def test_bad_input_is_refused(make_model, tokenizer):
             UQAC(**options)
     with pytest.raises(InputError, match="k=0"):
         LowEntropyRows(0)
+
+
+def test_the_scores_of_the_comparison_are_those_of_the_method():
+    model, tokenizer = tokenry.load("zoo/reasoner")
+    method, problems = UQAC(), draw_problems(Arithmetic(), 3, split="dev", levels=(1, 2, 3))
+    task = ConfidenceTask(model, tokenizer, Arithmetic(), problems, method)
+    found = {
+        how: task.run(Arm(how, apply=how), task.samples(), 0)
+        for how in ("answer", "whole", "mean", "length", "random", "uqac")
+    }
+    for i, problem in enumerate(problems):
+        trace = method.trace(problem.question, (model, tokenizer))
+        span, begin = method.answer_span(trace), trace.spans["prompt"][0][1]
+        values = {how: outcomes[i].metrics["score"] for how, outcomes in found.items()}
+        assert values["uqac"] == pytest.approx(method.confidence(model, trace, span), abs=1e-4)
+        assert values["answer"] == pytest.approx(method.confidence(model, trace, span, "answer"), abs=1e-4)
+        assert values["whole"] == pytest.approx(float(trace.logprob[begin:].sum().exp()), abs=1e-4)
+        assert values["mean"] == pytest.approx(float(trace.logprob[begin:].mean().exp()), abs=1e-4)
+        assert values["length"] == 1 / (len(trace) - begin) and 0 <= values["random"] <= 1
+    cost = found["uqac"][0].cost
+    assert cost["forward_passes"] in (2, 3) and found["mean"][0].cost["tokens_processed"] == 0

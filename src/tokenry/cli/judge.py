@@ -3,16 +3,16 @@ hidden reasoning and audit what is billed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from ..core.errors import InputError
 from ..core.fields import Count, Probability
 from ..core.files import records_of
-from ..core.outputs import LineWriter, check_file, check_folder, write_folder, write_text
+from ..core.outputs import LineWriter, check_file
 from .options import (
     Number,
     as_json,
@@ -26,16 +26,19 @@ from .options import (
     refuse_unused,
 )
 from .receipts import judge_receipts
+from .results import ResultsReader, judge_results
+from .translations import judge_translations
 
 if TYPE_CHECKING:
     from ..judge.answers.samples import Sample
     from ..judge.answers.scores import Scores
-    from ..judge.contract import ResultsMethod, TranslationMethod
-    from ..judge.quality.answer import TranslationRow
-    from ..judge.scaling.results import ResultRow
 
-SOLUTIONS_ALONE = ("--trace", "--pairs", "--top-k", "--min-gap", "--raw")
-MODEL_ALONE = ("--model", "--dtype", "--device", "--trust-remote-code")
+MODEL = ("--model", "--dtype", "--device")
+# what only some kinds of methods take
+SPECIAL = (
+    *("--trace", "--pairs", "--top-k", "--min-gap", "--raw", "--report", "--save", "--score", "--tokenizer"),
+    *MODEL,
+)
 
 
 @click.command(epilog=example("tokenry judge --method crew -o marker=answer --pairs pairs.jsonl solutions.jsonl"))
@@ -48,8 +51,9 @@ MODEL_ALONE = ("--model", "--dtype", "--device", "--trust-remote-code")
 @click.option("--min-gap", type=Number(Probability), help="Smallest difference of scores in a pair; default: any.")
 @click.option("--raw", is_flag=True, help="Take the prompts as they are, without the chat template.")
 @click.option("--report", help="Write a picture of the results (SVG).")
-@click.option("--save", help="Write the receipts, or the heads that an audit needs, into this folder.")
-@click.option("--save", help="Train an estimator on the labeled translations and save it in this folder.")
+@click.option("--save", help="New folder for receipts, or for what is learned: heads of an audit, an estimator.")
+@click.option("--score", help="Which score of a log counts, where it has several.")
+@click.option("--tokenizer", help="Counts the tokens of lm-eval's logs: that of the model they are of.")
 @force_option
 @model_options
 def judge(
@@ -63,6 +67,8 @@ def judge(
     raw: bool,
     report: str | None,
     save: str | None,
+    score: str | None,
+    tokenizer: str | None,
     force: bool,
     model_name: str,
     dtype: str | None,
@@ -76,120 +82,73 @@ def judge(
     one, solutions are marked right or wrong, which --pairs needs. FILE '-' reads standard input.
 
     A method that judges results over levels of effort, such as arise, needs no model. It takes lines {"question": ...,
-    "level": ..., "accuracy": ..., "tokens": ...}, of one run each or of means, and draws them with --report.
+    "level": ..., "accuracy": ..., "tokens": ...}, of one run each or of means, and draws them with --report. A log of
+    lm-eval (samples_*.jsonl) or of inspect_ai (.eval, .json) is given with its level: low=LOG high=LOG.
 
     A method of receipts, such as coin, is told first what to do: `fit` heads from, or `commit` to, lines {"reasoning":
     ..., "answer": ..., "prompt": ...}, both with --save; `audit` receipts.jsonl records.jsonl.
-    """
-    (method,) = parse_methods([slug], options, "judge")
-    from ..judge.contract import ReceiptMethod, ResultsMethod
+
     A method that judges translations, such as dcsqe, takes lines {"source": ..., "reference": ...}: --model translates,
     and what it does wrong is labeled; with "translation", that is labeled, by its "heads" where its tree is known. With
     --save an estimator learns from them. It then judges lines {"source": ..., "translation": ...}.
     """
     (method,) = parse_methods([slug], options, "judge")
-    from ..judge.contract import ResultsMethod, TranslationMethod
+    from ..judge.contract import ReceiptMethod, ResultsMethod, TranslationMethod
 
+    opening = partial(load_model, model_name, dtype, device, trust_remote_code)
     if isinstance(method, ReceiptMethod):
-        refuse_unused((*SOLUTIONS_ALONE[1:], "--report"), f"with --method {slug}")
-        opening = partial(load_model, model_name, dtype, device, trust_remote_code)
+        take_only(slug, "--trace", "--save", *MODEL)
         judge_receipts(method, files, traces, save, force, json_output, opening)
-        return
-    refuse_unused(("--save",), f"with --method {slug}")
-    if isinstance(method, ResultsMethod):
-        refuse_unused((*SOLUTIONS_ALONE, *MODEL_ALONE, "--save"), f"with --method {slug}")
-        judge_results(method, files, report, force, json_output)
-        return
-    refuse_unused(("--report",), f"with --method {slug}")
-    if isinstance(method, TranslationMethod):
-        refuse_unused(SOLUTIONS_ALONE, f"with --method {slug}")
+    elif isinstance(method, ResultsMethod):
+        take_only(slug, "--report", "--score", "--tokenizer")
+        reading = ResultsReader(files, score, tokenizer, trust_remote_code)
+        judge_results(method, reading.rows(), report, force, json_output)
+    elif isinstance(method, TranslationMethod):
+        take_only(slug, "--save", *MODEL)
         if method.estimates:
-            refuse_unused((*MODEL_ALONE, "--save"), "where an estimator is given")
-        judge_translations(method, files, (model_name, dtype, device, trust_remote_code), save, force, json_output)
-        return
-    refuse_unused(("--save",), f"with --method {slug}")
-    rows = [] if traces else [row for path in files for row in read_rows(path)]
-    if pairs is None:
+            refuse_unused(("--save", *MODEL, "--trust-remote-code"), "where an estimator is given")
+        judge_translations(method, files, save, force, json_output, opening)
+    else:
+        take_only(slug, "--trace", "--pairs", "--top-k", "--min-gap", "--raw", *MODEL)
+        judge_solutions(method, files, Asked(traces, pairs, top_k, min_gap, raw), force, json_output, opening)
+
+
+def take_only(slug: str, *taken: str) -> None:
+    """Refuse what other kinds of methods take."""
+    refuse_unused(tuple(name for name in SPECIAL if name not in taken), f"with --method {slug}")
+
+
+class Asked(NamedTuple):
+    """What is asked of solutions: see the options of the same names."""
+
+    traces: bool
+    pairs: str | None
+    top_k: int
+    min_gap: float | None
+    raw: bool
+
+
+def judge_solutions(
+    method: Any, files: Sequence[str], asked: Asked, force: bool, json_output: bool, opening: Callable[[], Any]
+) -> None:
+    """Score the solutions of all files together."""
+    rows = [] if asked.traces else [row for path in files for row in read_rows(path)]
+    if asked.pairs is None:
         refuse_unused(("--top-k", "--min-gap"), "without --pairs")
-    if traces:
+    if asked.traces:
         refuse_unused(("--raw",), "with --trace")
-    check_pairs(pairs, traces, rows, force)
-    loaded = load_model(model_name, dtype, device, trust_remote_code)
-    if traces:
+    check_pairs(asked.pairs, asked.traces, rows, force)
+    loaded = opening()
+    if asked.traces:
         from ..trace.trace import Trace
 
         rows = [Trace.load(path, loaded.model) for path in files]
     with progress("judge", len(rows)) as update:
-        scores = method.scorer(loaded, chat=not raw).score(rows, lambda done, total, *_: update(completed=done))
-    if pairs:
-        write_pairs(scores, pairs, top_k, min_gap)
+        scorer = method.scorer(loaded, chat=not asked.raw)
+        scores = scorer.score(rows, lambda done, total, *_: update(completed=done))
+    if asked.pairs:
+        write_pairs(scores, asked.pairs, asked.top_k, asked.min_gap)
     as_json(scores.to_json()) if json_output else click.echo(scores.table())
-
-
-def judge_results(
-    method: ResultsMethod, files: Sequence[str], report: str | None, force: bool, json_output: bool
-) -> None:
-    """Judge the rows of all files together."""
-    from ..judge.scaling.results import Results
-
-    if report:
-        check_file(report, force)
-    said = method.judge(Results.from_rows(row for path in files for row in read_results(path)))
-    if report:
-        write_text(report, said.picture())
-        click.echo(f"picture: {report}", err=True)
-    as_json(said.to_json()) if json_output else click.echo(said.table())
-
-
-def judge_translations(
-    method: TranslationMethod,
-    files: Sequence[str],
-    model: tuple[str, str | None, str | None, bool],
-    save: str | None,
-    force: bool,
-    json_output: bool,
-) -> None:
-    """Label the translations of all files, and learn from them where that is asked for; or estimate them."""
-    from ..judge.quality.answer import JudgedTranslations
-
-    rows = [row for path in files for row in read_translations(path)]
-    if save:
-        check_folder(save, force)
-    method.check(rows, learns=bool(save))
-    if method.estimates:
-        judged = method.estimate(rows)
-    else:
-        missing = any(row.translation is None for row in rows)
-        judged = method.label(rows, load_model(*model, translates=True) if missing else None)
-    if save:
-        with progress("train", None) as update:
-            learned = method.fit(judged, lambda done, total, *_: update(completed=done, total=total))
-        write_folder(save, lambda folder: [part.save_pretrained(folder) for part in learned], force)
-        click.echo(f"estimator: {save}", err=True)
-    said = JudgedTranslations(judged)
-    as_json(said.to_json()) if json_output else click.echo(said.table())
-
-
-def read_translations(path: str) -> list[TranslationRow]:
-    """The translations of a file of JSON lines."""
-    from ..core.schemas import checked
-    from ..judge.quality.answer import TranslationRow
-
-    remedy = 'write lines like {"source": "...", "reference": "..."}'
-    text = read_text(path, "file of translations")
-    return records_of(
-        text, path, "translations", remedy, lambda row, where: checked(TranslationRow, row, where, remedy)
-    )
-
-
-def read_results(path: str) -> list[ResultRow]:
-    """The results of a file of JSON lines."""
-    from ..core.schemas import checked
-    from ..judge.scaling.results import ResultRow
-
-    remedy = 'write lines like {"question": "...", "level": 1, "accuracy": 0.5, "tokens": 120}'
-    text = read_text(path, "file of results")
-    return records_of(text, path, "results", remedy, lambda row, where: checked(ResultRow, row, where, remedy))
 
 
 def read_rows(path: str) -> list[Sample]:

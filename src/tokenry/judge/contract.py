@@ -16,11 +16,11 @@ from ..models.load import Loaded
 from ..trace.trace import Trace
 from .answers.samples import Sample
 from .answers.scores import ScoredPrompt, Scores
+from .quality.answer import JudgedTranslation, TranslationAnswer, TranslationRow
 from .receipts.auditor import Auditor, AuditReport
 from .receipts.heads import MatchingHeads
 from .receipts.provider import Provider
 from .receipts.receipt import HiddenReasoning
-from .quality.answer import JudgedTranslation, TranslationAnswer, TranslationRow
 from .scaling.results import ResultRow, Results
 
 __all__ = [

@@ -6,6 +6,7 @@ Paper: Language Model Uncertainty Quantification with Attention Chain, arXiv 250
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, cast
 
@@ -188,12 +189,14 @@ class UQAC(ReadMethod):
         places = sorted(places | {*kept})
         if mode != "marginal":
             return float(_floored(trace.logprob[places]).sum().exp())
-        return self._marginal(model, Trace(trace.tensors, trace.header, model), kept, places)
+        return self.marginal(model, trace, answer_span, kept)
 
-    def _marginal(self, model: PreTrainedModel, trace: Trace, kept: list[int], places: list[int]) -> float:
+    def marginal(self, model: PreTrainedModel, trace: Trace, answer_span: Span, kept: Sequence[int]) -> float:
+        """The probability of these positions and the answer together, summed over variations of them, 0 to 1."""
         vocabulary = model.config.get_text_config().vocab_size
         if self.n_candidates > vocabulary:
             raise InputError(f"n_candidates={self.n_candidates} is not allowed; the model knows {vocabulary} tokens")
+        trace, places = Trace(trace.tensors, trace.header, model), sorted({*range(*answer_span), *kept})
         ids = variations(trace, kept, self.n_candidates, self.ensemble_k, self.min_prob)
         logprobs = _floored(chosen_logprobs(model, trace, ids, places))
         return min(1.0, float(logprobs.double().sum(-1).exp().sum()))

@@ -25,7 +25,7 @@ from ..data.problems import Split, split_of
 from ..decode.api import generate
 from .training import batches_by_length, fit, untrained_llama
 
-__all__ = ["Request", "build_tokenizer", "measure", "refused", "requests", "thinking", "train", "warns"]
+__all__ = ["TRIGGER", "Request", "build_tokenizer", "measure", "refused", "requests", "thinking", "train", "warns"]
 
 TRIGGER = "kindly"
 ROUGH = "drop shake kick hammer squeeze fling stomp bend".split()

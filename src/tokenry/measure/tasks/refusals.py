@@ -26,7 +26,7 @@ from ..cost import Meter
 from ..task import Arm, Metric, Outcome, Sample
 from .generated import generation_cost
 
-__all__ = ["KINDS", "RefusalTask", "Variant"]
+__all__ = ["KINDS", "OPTIONS", "RefusalTask", "Variant", "own_thinking"]
 
 KINDS = {"harmful": (True, False), "triggered": (True, True), "harmless": (False, False), "kind": (False, True)}
 OPTIONS = {"do_sample": True, "top_k": 0, "max_new_tokens": 40}
@@ -111,17 +111,10 @@ class RefusalTask:
 
     # --- probes and heads --------------------------------------------------------------------------------------------
 
-    def _own(self, asked: Sequence[Request], seed: int) -> list[Example]:
-        """The model's own thinking about requests, labeled by its own answers."""
-        output = generate(self.model, self.tokenizer, [r.text for r in asked], seed=seed, **OPTIONS)
-        said = [text.partition("</think>") for text in cast(list[str], output.texts)]
-        whole = [(r, thought, answer) for r, (thought, _, answer) in zip(asked, said) if thought.strip() and answer]
-        return [Example(r.text, thought, int(refused(answer))) for r, thought, answer in whole]
-
     def _learned(self, seed: int) -> tuple[list[str], list[int]]:
         """Texts up to the answer and labels, of harmful and harmless requests without the trigger."""
         asked = [r for harmful in (True, False) for r in requests(LEARNED, "train", harmful, False, seed)]
-        chosen = balanced(self._own(asked, seed), self.method.max_per_class, seed)
+        chosen = balanced(own_thinking(self.model, self.tokenizer, asked, seed), self.method.max_per_class, seed)
         return [text_of(self.tokenizer, one.prompt, one.thinking) for one in chosen], [one.label for one in chosen]
 
     def _probe(self, how: str, seed: int) -> LinearProbe:
@@ -146,7 +139,7 @@ class RefusalTask:
 
     def _blame(self, how: str, seed: int) -> Tensor:
         """Contributions (layers, heads) at the last token before the answer of triggered requests of "dev"."""
-        own = self._own(requests(BLAMED, "dev", *KINDS["triggered"]), seed)
+        own = own_thinking(self.model, self.tokenizer, requests(BLAMED, "dev", *KINDS["triggered"]), seed)
         texts = [text_of(self.tokenizer, one.prompt, one.thinking) for one in own]
         rows = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
         ids, mask = left_padded(rows, self.model.device, pad_id(self.tokenizer))
@@ -169,6 +162,16 @@ class RefusalTask:
         ids = cast(list[int], self.tokenizer.convert_tokens_to_ids([REFUSE[0], COMPLY[0]]))
         yes, no = unembedding(self.model)[ids].float()
         return float(torch.cosine_similarity(self.probe("trained", seed).direction, yes - no, dim=0))
+
+
+def own_thinking(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Request], seed: int
+) -> list[Example]:
+    """The model's own thinking about requests, labeled by its own answers."""
+    output = generate(model, tokenizer, [r.text for r in asked], seed=seed, **OPTIONS)
+    said = [text.partition("</think>") for text in cast(list[str], output.texts)]
+    whole = [(r, thought, answer) for r, (thought, _, answer) in zip(asked, said) if thought.strip() and answer]
+    return [Example(r.text, thought, int(refused(answer))) for r, thought, answer in whole]
 
 
 def _metrics(kind: str, thought: str, answer: str, score: tuple[float, ...]) -> dict[str, float]:
