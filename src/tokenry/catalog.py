@@ -54,6 +54,21 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.evidence.kl3m",
     ),
     Entry(
+        "morphological",
+        "tokenize",
+        "tokenry.tokenize.morphological:Morphological",
+        "cut words into roots and suffixes of a dictionary, whose forms share an id, and lose no byte",
+        "morphology morpheme turkish agglutinative vowel harmony dictionary subword train tokenizer lossless",
+        "tokenry.evidence.morphological",
+    ),
+    Entry(
+        "linguistic-integrity",
+        "tokenize",
+        "tokenry.tokenize.linguistic_integrity:LinguisticIntegrity",
+        "score tokenizers by the share of their tokens that are words, morphemes and roots of a language",
+        "morphology turkish evaluate tokenizer benchmark purity boundary fertility compare correlation",
+    ),
+    Entry(
         "compresskv",
         "select",
         "tokenry.select.compresskv:CompressKV",

@@ -23,6 +23,8 @@ BAD = {  # of options and arguments that are no numbers
     "dtype": ["", "float8", "float8_e4m3fn", "int8", "complex64", "nn", "float32[/]"],
     "device": ["", "zzz", "cuda", "cuda:99", "meta", "cpu:7", "cpu[/]", "9" * 40],
     "stage": ["", "x", "m[/]x"],
+    "level": ["", "x", "type"],  # without --lexicon
+    "lexicon": ["", "x", "m[/]x", "words.json", "a" * 5000],
     "method": ["", "x", "m[/]x", "kl3m", "antislop", "ftpo", "a" * 5000],
     "o": ["", "x", "=", "=1", "m[/]x=1", "a" * 5000, "zzz=" + "9" * 5000],
     "seeds": ["", ",", "x", "1,,2", "-1", "1e3", "0,0", str(2**40), "9" * 5000, "nan"],

