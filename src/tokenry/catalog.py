@@ -211,6 +211,13 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.evidence.learn2pd",
     ),
     Entry(
+        "codefill",
+        "decode",
+        "tokenry.decode.codefill:CodeFillCompletion",
+        "complete names and statements of Python code, those first that are declared in the function, class or file",
+        "code completion autocomplete editor lsp python programming source rerank scope beam",
+    ),
+    Entry(
         "lm-head-neurons",
         "read",
         "tokenry.read.lm_head_neurons:LMHeadNeurons",
@@ -326,6 +333,14 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.train.learn2pd:Learn2PDTraining",
         "train the filter that learn2pd decodes with, from prompts alone",
         "diffusion masked llada dream parallel decoding filter confidence oracle traces",
+    ),
+    Entry(
+        "codefill",
+        "train",
+        "tokenry.train.codefill:CodeFill",
+        "train a small completion model of code on values, token types and statements in models drawn together",
+        "code completion python programming source multi-task soft parameter sharing ast syntax",
+        "tokenry.evidence.codefill",
     ),
 )
 

@@ -27,7 +27,7 @@ PROMPTS = ["the old lighthouse stood on the cliff and the sea was", "Elara walke
 REFLECT = {"token_ids": tuple(range(2, 320, 2)), "end_think": None}
 DIFFUSION = {"masked-diffusion", "creditdecoding", "daedal", "learn2pd"}
 DRAFTING = {"spectr", "optimal-mdsd", "tidar"}
-GREEDY = {*DRAFTING, "learn2pd"}  # drafts change what is drawn, and the filter takes the best tokens
+GREEDY = {*DRAFTING, "learn2pd", "codefill"}  # drafts change what is drawn, the others take the best tokens
 BLOCKS = {"block_length": 4}
 
 
@@ -96,6 +96,7 @@ USES = {
         "daedal|window",
     ),
     "learn2pd": Use({}, None, "learn2pd|window|commit", {"filter": "filter"}),
+    "codefill": Use({"statement_tokens": NEW}, None, "codefill"),
 }
 CONTEXTS = {
     "compresskv": Use({**KEEP, "budget": 5}, {**KEEP, "budget": 512}, "compress|both ways"),
@@ -190,7 +191,7 @@ class Bench:
         prompts = self.tokenizer(PROMPTS[-rows:])["input_ids"]
         if "token-prepending" in names:
             prompts = [[SLOT, *ids] for ids in prompts]
-        if {"diffadapt", "specreason"} & {*names}:  # which take texts
+        if {"diffadapt", "specreason", "codefill"} & {*names}:  # which take texts
             prompts = self.tokenizer.batch_decode(prompts)
         made = [(name in CONTEXTS, self.method(name, how)) for name, how in uses]
         try:

@@ -16,16 +16,19 @@ from tokenry.learned.dead_end_values import DeadEndValueModel
 from tokenry.models.masks import make_bidirectional
 from tokenry.train import (
     FTPO,
+    CodeFillConfig,
     FinalTokenDPOTrainer,
     FTPOConfig,
     FTPOTrainer,
     GradedQuestion,
     MaskedDiffusionTrainer,
+    MultiTaskTrainer,
     Rectifier,
     RectifierConfig,
     RectifierTrainer,
     SkipDecodeConfig,
     SkipDecodeTrainer,
+    SoftSharedLM,
     TiDARTrainer,
     TokenValueModel,
     ValueConfig,
@@ -139,6 +142,20 @@ def counting(folder, trainer, model, **options):
     return losses(trainer(model, args, train_dataset=rows, mask_token_id=MASK, **options))
 
 
+def codefill(folder, words, **options):
+    rows = [
+        {"task": task, "input_ids": row, "labels": row}
+        for task in ("ttp", "tvp", "sc")
+        for row in ([(start + i) % 10 for i in range(12)] for start in range(8))
+    ]
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    models = {}
+    for seed, task in enumerate(("ttp", "tvp", "sc")):
+        torch.manual_seed(seed)
+        models[task] = LlamaForCausalLM(LlamaConfig(vocab_size=24, **sizes))
+    return losses(MultiTaskTrainer(SoftSharedLM(models), CodeFillConfig(**arguments(folder, **options)), rows))
+
+
 RUNS = {
     "ftpo": ftpo,
     "ftpo, all terms": lambda folder, words: ftpo(
@@ -159,6 +176,8 @@ RUNS = {
     "skipdecode": lambda folder, words: skipdecode(folder, words, e_min=2, e_max=3, warmup=1),
     "skipdecode, drawn": lambda folder, words: skipdecode(folder, words, e_min=2, warmup=1, sample_e_min=True),
     "tidar": lambda folder, words: counting(folder, TiDARTrainer, small(), block_size=4),
+    "codefill": codefill,
+    "codefill, all tasks": lambda folder, words: codefill(folder, words, combine="sum"),
     "masked-diffusion": lambda folder, words: counting(folder, MaskedDiffusionTrainer, make_bidirectional(small())),
 }
 

@@ -12,7 +12,7 @@ import click
 
 from .. import catalog
 from ..core.errors import InputError
-from ..core.fields import Batch, Portion, Probability, Seed, Temperature, Times, Tokens
+from ..core.fields import Batch, Portion, Probability, Seed, Temperature, Times, Tokens, shown
 from ..core.outputs import LineWriter, check_file
 from .options import (
     Number,
@@ -32,6 +32,10 @@ from .options import (
 )
 
 DRAWING = ("--temperature", "--min-p", "--top-p", "--top-k")
+WRITING = (
+    *("--prompts", "--max-new-tokens", "--greedy", *DRAWING, "--seed", "--batch-size", "--raw", "--save-pairs"),
+    *("--save-traces", "--server", "--server-model", "--tokenizer", "--chunk", "--api-key"),
+)
 
 
 @click.command(
@@ -52,6 +56,8 @@ DRAWING = ("--temperature", "--min-p", "--top-p", "--top-k")
     "--batch-size", type=Number(Batch), default=16, show_default=True, help="Prompts at a time with --prompts."
 )
 @click.option("--raw", is_flag=True, help="Continue the prompt itself, without the chat template.")
+@click.option("--file", "place", metavar="FILE:LINE:COLUMN", help="Complete code there, with a method that can.")
+@click.option("--lsp", is_flag=True, help="Complete code for an editor, as a language server on standard input.")
 @click.option("--save-pairs", help="Write the rewinds as preference pairs (JSON lines).")
 @click.option("--save-traces", help="Write what the method's training reads (safetensors), and no texts.")
 @force_option
@@ -72,6 +78,8 @@ def decode(
     seed: int,
     batch_size: int,
     raw: bool,
+    place: str | None,
+    lsp: bool,
     save_pairs: str | None,
     save_traces: str | None,
     force: bool,
@@ -91,6 +99,12 @@ def decode(
 ) -> None:
     """Generate with decode methods; one prompt streams as it goes. PROMPT '-' reads standard input."""
     methods = parse_methods(slugs, options, "decode", *([tracer_of] if save_traces else []))
+    if place is not None or lsp:
+        refuse_unused(WRITING, "with --lsp" if lsp else "with --file")
+        runs_on = {"engine": engine, "context": context, "threads": threads}
+        opening = partial(load_model, model_name, dtype, device, trust_remote_code, **runs_on)
+        complete_code(methods, opening, None if lsp else place, json_output)
+        return
     prompts = read_prompts(prompt, prompts_path)
     if greedy:
         refuse_unused(DRAWING, "with --greedy")
@@ -151,6 +165,41 @@ def elsewhere(url: str, model: str | None, api_key: str | None, tokenizer: Any, 
 
     with RemoteServer(url, model, api_key) as server:
         yield Write(partial(remote, server, tokenizer, chunk=chunk), tokenizer)
+
+
+def complete_code(methods: list[Any], opening: Callable[[], Any], place: str | None, json_output: bool) -> None:
+    """Print what may stand at a place of a file; or, without one, complete for an editor until it says goodbye."""
+    from ..decode import CompletionMethod, offset_of
+
+    if len(methods) != 1 or not isinstance(methods[0], CompletionMethod):
+        able = [entry.slug for entry in catalog.by_stage("decode") if issubclass(entry.load(), CompletionMethod)]
+        raise InputError(f"--file and --lsp are for one method that completes code; give --method {' or '.join(able)}")
+    if place is None:
+        from ..serve import language_server
+
+        language_server(methods[0], opening).start_io()
+        return
+    path, line, column = parse_place(place)
+    source = read_text(path, "source file")
+    offset = offset_of(source, line, column, repr(path))
+    model, reader = opening()
+    found = methods[0].complete(model, reader, source, offset, path)
+    if json_output:
+        as_json({"file": path, "line": line, "column": column, "completions": [vars(one) for one in found]})
+        return
+    for rank, one in enumerate(found, 1):
+        where = f"re-ranked, {one.scope}" if one.source == "re-ranked" else one.source
+        click.echo(f"{rank:>2}  {one.score:8.4f}  {one.text}  ({one.kind}; {where})")
+    if not found:
+        click.echo("nothing is completed here, in a string or comment", err=True)
+
+
+def parse_place(place: str) -> tuple[str, int, int]:
+    """FILE:LINE:COLUMN, counted from 1."""
+    path, *numbers = place.rsplit(":", 2)
+    if not path or len(numbers) != 2 or not all(n.isascii() and n.isdigit() and len(n) < 10 for n in numbers):
+        raise InputError(f"--file {shown(place)} is not FILE:LINE:COLUMN; give a place such as x.py:12:5")
+    return path, int(numbers[0]), int(numbers[1])
 
 
 def read_prompts(prompt: str | None, path: str | None) -> list[str]:

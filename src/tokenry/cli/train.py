@@ -43,7 +43,7 @@ def train(
     if not force and Path(output).is_dir() and any(Path(output).iterdir()):
         raise InputError(f"the output {output!r} exists and is not an empty folder; give a new one, or add --force")
     check_folder(output, force)
-    if not Path(data).is_file():
+    if not (Path(data).is_file() or (method.takes_folder and Path(data).is_dir())):
         raise InputError(f"the {method.examples} {data!r} cannot be read (no such file); give {method.data}")
     model, tokenizer = load_model(model_name, dtype, device, trust_remote_code)
     kept, held = split(method.read(data, tokenizer), hold_out)

@@ -12,7 +12,16 @@ from pathlib import Path
 
 from ..core.errors import InputError
 
-__all__ = ["docstrings", "library_source", "license_texts", "overlap", "split", "up_to_bytes", "word_grams"]
+__all__ = [
+    "docstrings",
+    "library_files",
+    "library_source",
+    "license_texts",
+    "overlap",
+    "split",
+    "up_to_bytes",
+    "word_grams",
+]
 
 FRONT_MATTER = re.compile(r"\A---\n.*?^---[ \t]*$\n?", re.DOTALL | re.MULTILINE)
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
@@ -38,13 +47,17 @@ def license_texts() -> list[str]:
     return list(dict.fromkeys(text for text in texts if text))
 
 
+def library_files() -> dict[Path, str]:
+    """{file: its package} of Python's standard library, without tests, sorted by path. A module that stands alone is
+    a package of its own."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    parts = {path: path.relative_to(library).parts for path in sorted(library.rglob("*.py"))}
+    return {path: names[0].removesuffix(".py") for path, names in parts.items() if LEFT_OUT.isdisjoint(names)}
+
+
 def library_source() -> list[str]:
     """Every module of Python's standard library as code, without tests, sorted by path."""
-    library, texts = Path(sysconfig.get_paths()["stdlib"]), []
-    for path in sorted(library.rglob("*.py")):
-        if LEFT_OUT.isdisjoint(path.relative_to(library).parts):
-            texts.append(path.read_text(encoding="utf-8", errors="replace"))
-    return texts
+    return [path.read_text(encoding="utf-8", errors="replace") for path in library_files()]
 
 
 def docstrings() -> list[str]:

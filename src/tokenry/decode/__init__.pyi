@@ -10,7 +10,14 @@ from .bans.phrases import PhraseBan as PhraseBan
 from .budget_forcing import BudgetForcing as BudgetForcing
 from .budget_forcing import BudgetForcingLogitsProcessor as BudgetForcingLogitsProcessor
 from .budget_forcing import BudgetForcingMonitor as BudgetForcingMonitor
+from .codefill import CodeFillCompletion as CodeFillCompletion
+from .completion.context import offset_of as offset_of
+from .completion.offers import Completion as Completion
+from .completion.ranking import Candidate as Candidate
+from .completion.ranking import mrr_at_k as mrr_at_k
+from .completion.ranking import rerank as rerank
 from .contract import Call as Call
+from .contract import CompletionMethod as CompletionMethod
 from .contract import DecodeMethod as DecodeMethod
 from .contract import LogitsMethod as LogitsMethod
 from .contract import LoopMethod as LoopMethod

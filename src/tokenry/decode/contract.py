@@ -19,12 +19,14 @@ if TYPE_CHECKING:  # a method is imported in other engines, too, beside other ve
 
     from ..learned.confidence_filter import TraceDataset
     from ..models.prompts import Prompts
+    from .completion.offers import Completion
     from .generation.continuation import ContinuationLogitsProcessor
     from .generation.monitor import Monitor
     from .generation.output import DecodeOutput
 
 __all__ = [
     "Call",
+    "CompletionMethod",
     "DecodeMethod",
     "LogitsMethod",
     "LoopMethod",
@@ -130,6 +132,26 @@ class RunnerMethod(DecodeMethod):
     ) -> DecodeOutput:
         """Write with this method alone; `options` are those of `tokenry.generate`."""
         return self.run(model, tokenizer, prompts, Call.of(**options))
+
+
+class CompletionMethod(RunnerMethod):
+    """A `RunnerMethod` that also ranks what may stand at a place of a source file, for an editor."""
+
+    def complete(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        source: str,
+        offset: int | None = None,
+        name: str = "the source",
+    ) -> Sequence[Completion]:
+        """The completions at a character of the source, best first.
+
+        Args:
+            offset: by default behind the last character.
+            name: of the file, in refusals.
+        """
+        raise NotImplementedError
 
 
 def refuse_others(method: DecodeMethod, others: Sequence[DecodeMethod]) -> None:

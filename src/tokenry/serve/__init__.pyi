@@ -4,6 +4,7 @@ from .backend import Busy as Busy
 from .backend import Piece as Piece
 from .backend import Ranked as Ranked
 from .backend import Work as Work
+from .lsp import language_server as language_server
 from .proxy import Proxy as Proxy
 from .service import Limits as Limits
 from .worker import Worker as Worker

@@ -3,9 +3,17 @@ from ..learned.confidence_filter import TraceDataset as TraceDataset
 from ..learned.dead_end_values import DeadEndValueModel as DeadEndValueModel
 from ..learned.filter_traces import read_traces as read_traces
 from ..learned.token_values import TokenValueModel as TokenValueModel
+from ..text.code.cardinal import cardinal_points as cardinal_points
+from ..text.code.views import CodeViews as CodeViews
+from ..text.code.views import code_views as code_views
 from .adapters import lora_last_layers as lora_last_layers
 from .adapters import merged as merged
 from .adapters import save_adapter as save_adapter
+from .codefill import CodeFill as CodeFill
+from .completion.shared import SoftSharedLM as SoftSharedLM
+from .completion.tasks import statement_completion_examples as statement_completion_examples
+from .completion.trainer import CodeFillConfig as CodeFillConfig
+from .completion.trainer import MultiTaskTrainer as MultiTaskTrainer
 from .contract import TrainMethod as TrainMethod
 from .filters.loss import filter_report as filter_report
 from .filters.trainer import FilterTrainer as FilterTrainer

@@ -45,9 +45,9 @@ class TrainAnswer(Exchanged):
 class TrainMethod(Method):
     """A method of the train stage.
 
-    Class attributes: `examples` (what it learns from, in the plural), `data` (the file that holds them), `measures`
-    ({name: what `score` means by it}), `next_step` (the command that uses the result; {output} and {model} are filled
-    in).
+    Class attributes: `examples` (what it learns from, in the plural), `data` (the file that holds them), `takes_folder`
+    (whether it may be a folder, too), `measures` ({name: what `score` means by it}), `next_step` (the command that uses
+    the result; {output} and {model} are filled in).
     """
 
     stage: ClassVar[str] = "train"
@@ -55,6 +55,7 @@ class TrainMethod(Method):
     output: ClassVar[type[Exchanged]] = TrainAnswer
     examples: ClassVar[str]
     data: ClassVar[str] = "a file of JSON lines"
+    takes_folder: ClassVar[bool] = False
     measures: ClassVar[dict[str, str]]
     next_step: ClassVar[str]
 

@@ -1,0 +1,1 @@
+"""Training a model of code on values, types and statements at once."""
