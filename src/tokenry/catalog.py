@@ -314,6 +314,13 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.evidence.ftpo",
     ),
     Entry(
+        "personalized-code",
+        "train",
+        "tokenry.train.personalized_code:PersonalizedCode",
+        "tune a model to one software project: all weights, embeddings, the last block, a prefix, or LoRA",
+        "code completion project repository finetune prefix tuning lora peft last layer adaptation delta",
+    ),
+    Entry(
         "rectifier",
         "train",
         "tokenry.train.rectifier:Rectifier",

@@ -232,6 +232,11 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()[:16]
 
 
+def checkpoints_activations(model: PreTrainedModel) -> bool:
+    """Whether layers compute their activations again for gradients, and then keep no cache."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 def unembedding(model: PreTrainedModel) -> Tensor:
     """The weight (vocabulary, width) of the output head."""
     return effective_weight(output_head(model), "the output head")

@@ -22,6 +22,7 @@ from .ftpo import FTPO as FTPO
 from .learn2pd import Learn2PDTraining as Learn2PDTraining
 from .masked_diffusion import MaskedDiffusionTrainer as MaskedDiffusionTrainer
 from .masked_diffusion import masked_diffusion_loss as masked_diffusion_loss
+from .personalized_code import PersonalizedCode as PersonalizedCode
 from .preference.collator import FTPOCollator as FTPOCollator
 from .preference.evaluation import score_pairs as score_pairs
 from .preference.losses import FTPOOutput as FTPOOutput
@@ -34,6 +35,14 @@ from .preference.pairs import read_pairs as read_pairs
 from .preference.trainer import FinalTokenDPOTrainer as FinalTokenDPOTrainer
 from .preference.trainer import FTPOConfig as FTPOConfig
 from .preference.trainer import FTPOTrainer as FTPOTrainer
+from .projects.deltas import ProjectDelta as ProjectDelta
+from .projects.deltas import load_delta as load_delta
+from .projects.files import read_project as read_project
+from .projects.trainer import PersonalizedTrainer as PersonalizedTrainer
+from .projects.ways import Tuning as Tuning
+from .projects.ways import personalize as personalize
+from .projects.ways import text_prefix as text_prefix
+from .projects.ways import training_flops as training_flops
 from .rectifier import Rectifier as Rectifier
 from .skipdecode import SkipDecodeConfig as SkipDecodeConfig
 from .skipdecode import SkipDecodeTrainer as SkipDecodeTrainer

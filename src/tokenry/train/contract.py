@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from pydantic import ConfigDict, Field
@@ -46,8 +46,8 @@ class TrainMethod(Method):
     """A method of the train stage.
 
     Class attributes: `examples` (what it learns from, in the plural), `data` (the file that holds them), `takes_folder`
-    (whether it may be a folder, too), `measures` ({name: what `score` means by it}), `next_step` (the command that uses
-    the result; {output} and {model} are filled in).
+    (whether it may be a folder, too), `measures` ({name: what `score` means by it}), `costs_named` (what `costs`
+    tells), `next_step` (the command that uses the result; {output} and {model} are filled in).
     """
 
     stage: ClassVar[str] = "train"
@@ -57,7 +57,17 @@ class TrainMethod(Method):
     data: ClassVar[str] = "a file of JSON lines"
     takes_folder: ClassVar[bool] = False
     measures: ClassVar[dict[str, str]]
+    costs_named: ClassVar[tuple[str, ...]] = ()
     next_step: ClassVar[str]
+
+    def variants(self) -> list[Self]:
+        """What is trained with these options, each by itself and from the same model."""
+        return [self]
+
+    @property
+    def label(self) -> str:
+        """What tells it from the other variants."""
+        return self.slug
 
     def read(self, path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
         """The examples in a file, in random order, so that the first ones can be held out."""
@@ -81,6 +91,10 @@ class TrainMethod(Method):
     def score(self, trainer: Trainer, examples: Sequence[Any]) -> dict[str, float]:
         """The `measures` of what is being trained, at these examples."""
         raise NotImplementedError
+
+    def costs(self, trainer: Trainer) -> dict[str, float]:
+        """What training and its result cost beside seconds, by `costs_named`, once it is done."""
+        return {}
 
     def save(self, trainer: Trainer, folder: Path) -> None:
         """Write what was trained into a folder."""
