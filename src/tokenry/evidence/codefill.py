@@ -55,7 +55,7 @@ PROBS = {
 }
 
 
-@experiment("codefill", CodeFill, samples=40, seeds=(0, 1, 2), quick=4)
+@experiment("codefill", CodeFill, samples=40, seeds=(0, 1, 2), quick=4, revision=2)
 def build(run: Run) -> Design:
     """Trains four models for each seed, kept in the cache folder. Samples are packages that are held out; `method` sets
     sizes and what is trained.
