@@ -68,7 +68,7 @@ def build(run: Run) -> Design:
         tried="A verdict that summed over blocks told padded bills by their length, with traces of nearly one length "
         "(35 modules, some held out now); since then it averages, and lengths differ. With that, on modules "
         "that learn here, heads that began at random had an AUROC of 0.990 for random tokens and 0.747 for other "
-        "topics; since then they begin as plain cosines.",
+        "topics; since then they begin as plain cosines, with which it was 0.760.",
     )
 
 
