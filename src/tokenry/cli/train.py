@@ -124,7 +124,7 @@ def show(method: Any, summary: dict[str, Any], model: str) -> None:
     what, where = method.examples, "held-out" if summary["held_out"] else "training"
     name = "" if method.label == method.slug else f"{method.label}: "
     click.echo(f"{name}{summary[what]} {what}, {summary['steps']} steps, {summary['seconds']} s; at {where} {what}:")
-    for title, found in (("", summary), ("control, ", summary.get("control"))):
+    for title, found in (("", summary), ("control, ", summary.get("control", {}))):
         for name, meaning in method.measures.items() if found else ():
             click.echo(f"  {title + meaning:<46} {found['before'][name]:.3f} -> {found['after'][name]:.3f}")
     command = method.next_step.format(output=summary["output"], model=model)

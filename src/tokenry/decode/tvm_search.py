@@ -90,7 +90,8 @@ class TVMSearch(RunnerMethod):
         for name, given in {**vars(call.plugins), "stop": call.stop}.items():
             if given:
                 raise InputError(f"tvm-search writes many texts at once and takes no {name}; leave them out")
-        values = self.values.to(model.device).eval()
+        values = self.values.eval()
+        values.to(model.device)  # pyright: ignore[reportArgumentType]  # wrapped, it does not look like a method
         encoded = encode_prompts(tokenizer, prompts, call.chat)
         ids, mask = encoded["input_ids"], encoded.get("attention_mask")
         rows = [row.tolist() if mask is None else row[mask[b].bool()].tolist() for b, row in enumerate(ids)]

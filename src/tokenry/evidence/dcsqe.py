@@ -79,8 +79,9 @@ def build(run: Run) -> Design:
         "by words and 0.29 by sentences with plain beam search; the present one 0.28 and 0.30, constrained beam search "
         "0.24 and 0.31, random replacement 0.13 and 0.09, self-annotation 0.16 and 0.07. The encoder's steps then went "
         "from 1500 to 1000 and its rate from 2e-3 to 3e-3, for time. A run with one seed was stopped half way, when "
-        "constrained beam search was below plain beam by words; nothing was changed after it. That the translators learn from 500 sentences each was chosen by their measures "
-        "on test, so that they are wrong in some words: with 5000 they make no errors.",
+        "constrained beam search was below plain beam by words; nothing was changed after it. That the "
+        "translators learn from 500 sentences each was chosen by their measures on test, so that they are wrong in "
+        "some words: with 5000 they make no errors.",
     )
 
 

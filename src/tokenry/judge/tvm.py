@@ -66,7 +66,8 @@ class TVM(ScorerMethod):
         """Scores solutions of this model; only its tokenizer is used, to make tokens of texts."""
         model, tokenizer = loaded
         self.values.check(tokenizer)
-        return TVMScorer(self.values.to(model.device).eval(), tokenizer, self.marker, chat)
+        self.values.to(model.device)  # pyright: ignore[reportArgumentType]  # wrapped, it does not look like a method
+        return TVMScorer(self.values.eval(), tokenizer, self.marker, chat)
 
 
 class TokenValues(NamedTuple):

@@ -46,7 +46,7 @@ class TokenValueConfig(PreTrainedConfig):
     """The config of the backbone, and whose token ids it reads."""
 
     model_type = "token_values"
-    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012, as transformers declares it
+    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012  # pyright: ignore[reportAssignmentType]  # as in transformers
 
     text_config: dict[str, Any] | PreTrainedConfig | None = None
     vocabulary: str | None = None  # hash of the tokenizer's
@@ -108,7 +108,7 @@ class TokenValueModel(PreTrainedModel, GenerationMixin):
         nn.init.zeros_(made.head.weight)
         nn.init.zeros_(made.head.bias)
         made.backbone.to(body.dtype)
-        return made.to(body.device)
+        return cast(TokenValueModel, cast(nn.Module, made).to(body.device))
 
     @classmethod
     def opened(cls, value: Any) -> TokenValueModel:
@@ -127,7 +127,8 @@ class TokenValueModel(PreTrainedModel, GenerationMixin):
         )
         with explained(words, REMEDY, *further):
             _check_folder(Path(value))
-            model, info = cls.from_pretrained(value, output_loading_info=True, local_files_only=True)
+            opened: Any = cls.from_pretrained(value, output_loading_info=True, local_files_only=True)
+            model, info = opened
             for name in sorted(info["missing_keys"]):
                 raise ValueError(f"the tensor {name!r} is missing")
             for name, weight in model.named_parameters():

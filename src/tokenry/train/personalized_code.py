@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, Self, cast
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, cast
 
 from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,6 +20,9 @@ from .projects.deltas import ProjectDelta
 from .projects.files import SourceFile, read_project
 from .projects.trainer import PersonalConfig, PersonalizedTrainer, mean_loss
 from .projects.ways import RANDOM_PREFIX_RATE, RATES, WAYS, Tuning, report
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 __all__ = ["PersonalizedCode"]
 
@@ -123,4 +126,4 @@ class PersonalizedCode(TrainMethod):
         """The delta, and in peft's own format what peft can load."""
         ProjectDelta.of(trainer.model, trainer.tuning, trainer.made_for).save(folder)
         if trainer.tuning.way in ("prefix", "lora"):
-            trainer.model.save_pretrained(str(folder / "adapter"))
+            cast("PeftModel", trainer.model).save_pretrained(str(folder / "adapter"))

@@ -95,7 +95,8 @@ def shared_out(values: Sequence[float], total: int, balance: float) -> list[int]
 class StepValues(Protocol):
     """What rates beginnings. It follows the search row by row."""
 
-    tokens_processed: int
+    @property
+    def tokens_processed(self) -> int: ...
 
     def read(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """The value of each row after these new tokens, at least one each; the first row is the prompt's."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -50,6 +50,9 @@ class PersonalizedTrainer(MeanLossTrainer):
         InputError: too few files or tokens, or a model that cannot be tuned in this way.
     """
 
+    model: PreTrainedModel
+    args: PersonalConfig
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -63,14 +66,14 @@ class PersonalizedTrainer(MeanLossTrainer):
         pieces = windows(kept, config.window)
         check_sizes(model, config, tuning, kept, pieces)
         self.made_for = {"model": model.name_or_path, "fingerprint": fingerprint(model)}
-        self.tuning, self.pad = tuning, pad_id(tokenizer)
+        self.tuning, self.pad, self.tokens = tuning, pad_id(tokenizer), sum(map(len, pieces))
         start = text_prefix(model, tokens_of(kept, tuning.virtual_tokens)) if self._from_text(config) else None
         torch.manual_seed(config.seed)
         tuned = personalize(model, tuning, start)
         super().__init__(
             model=tuned,
             args=config,
-            train_dataset=[{"ids": piece} for piece in pieces],
+            train_dataset=cast(Any, [{"ids": piece} for piece in pieces]),
             data_collator=self.collate,
             processing_class=tokenizer,
             callbacks=[KeepBest(self, windows(held, config.window))],
@@ -99,17 +102,16 @@ class PersonalizedTrainer(MeanLossTrainer):
     def foretell(self, files: Sequence[SourceFile]) -> list[Foretold]:
         """What the model makes of the windows of files; before training, without its prefix."""
         untrained = self.tuning.way == "prefix" and not self.state.global_step
-        with self.model.disable_adapter() if untrained else nullcontext():
-            return self._foretold(windows(files, self.args.window))
+        with cast(Any, self.model).disable_adapter() if untrained else nullcontext():
+            return self.foretold(windows(files, self.args.window))
 
-    def _foretold(self, pieces: Sequence[Sequence[int]]) -> list[Foretold]:
+    def foretold(self, pieces: Sequence[Sequence[int]]) -> list[Foretold]:
         return foretell(self.model, pieces, self.ends, self.args.per_device_train_batch_size)
 
     @property
     def flops(self) -> float:
         """Operations of the training so far."""
-        seen = sum(len(row["ids"]) for row in self.train_dataset) * (self.state.epoch or 0)
-        return training_flops(self.model, self.tuning, round(seen))
+        return training_flops(self.model, self.tuning, round(self.tokens * (self.state.epoch or 0)))
 
 
 class KeepBest(TrainerCallback):
@@ -125,7 +127,7 @@ class KeepBest(TrainerCallback):
     def on_epoch_end(self, args, state, control, **kwargs):
         self._look()
         losses = self.trainer.losses
-        if len(losses) - 1 - losses.index(min(losses)) >= args.patience:
+        if len(losses) - 1 - losses.index(min(losses)) >= self.trainer.args.patience:
             control.should_training_stop = True
 
     @torch.no_grad()
@@ -136,7 +138,7 @@ class KeepBest(TrainerCallback):
 
     def _look(self) -> None:
         trainer = self.trainer
-        trainer.losses.append(mean_loss(trainer._foretold(self.pieces)))
+        trainer.losses.append(mean_loss(trainer.foretold(self.pieces)))
         if trainer.losses[-1] == min(trainer.losses):
             weights = trainer.model.named_parameters()
             self.best = {name: weight.detach().clone() for name, weight in weights if weight.requires_grad}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -170,9 +170,9 @@ def training_flops(model: PreTrainedModel, tuning: Tuning, tokens: int) -> float
     Args:
         model: before or after `personalize`.
     """
-    plain = cast(PreTrainedModel, model.get_base_model() if hasattr(model, "get_base_model") else model)
+    plain = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
     sizes = [matrix_weights(block) for block in decoder_layers(plain)]
-    head, blocks = output_head(plain).weight.numel(), sum(sizes)
+    head, blocks = matrix_weights(output_head(plain)), sum(sizes)
     forward, top = 2 * (blocks + head), sum(sizes[-tuning.last_n_blocks :])
     of_way = {
         "custom": 3 * forward,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from pydantic import model_validator
 from transformers import PreTrainedTokenizerBase
@@ -98,7 +98,7 @@ def _check_fit(solutions: Sequence[Sequence[Any]], correct: Sequence[float]) -> 
 
 
 def _encoded(row: TextSolutions, tokenizer: PreTrainedTokenizerBase, chat: bool) -> GradedQuestion:
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    end = [] if tokenizer.eos_token_id is None else [cast(int, tokenizer.eos_token_id)]
     ids = [tokenizer.encode(text, add_special_tokens=False) + end for text in row.solutions]
     return GradedQuestion(prompt_ids(tokenizer, row.prompt, chat=chat), ids, list(map(float, row.correct)))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
@@ -71,6 +71,7 @@ class ValueTrainer(MeanLossTrainer):
     """
 
     model: TokenValueModel
+    args: ValueConfig
     data_collator: ValueCollator
 
     def __init__(
@@ -96,7 +97,7 @@ class ValueTrainer(MeanLossTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         output = model(inputs["input_ids"], inputs["attention_mask"])
-        loss = token_value_loss(output.logits[..., 0], inputs["labels"], self.args.loss)
+        loss = token_value_loss(output.logits[..., 0], inputs["labels"], cast(ValueLoss, self.args.loss))
         return (loss, output) if return_outputs else loss
 
 
