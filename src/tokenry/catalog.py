@@ -99,7 +99,7 @@ METHODS: tuple[Entry, ...] = (
         "a triangular wave on the logits of reflection words, so that reasoning neither stops early nor loops",
         "reasoning wait reflection thinking overthinking budget logits schedule",
         "tokenry.evidence.cyclicreflex",
-        ("tokenry.evidence.cyclicreflex_reasoner",),
+        ("tokenry.evidence.cyclicreflex_reasoner", "tokenry.evidence.cyclicreflex_reasoner_2"),
     ),
     Entry(
         "tip",
@@ -170,6 +170,7 @@ METHODS: tuple[Entry, ...] = (
         "a small model writes the reasoning steps, the base model scores each and rewrites those below a threshold",
         "reasoning speculative step draft judge two models faster latency cheap",
         "tokenry.evidence.specreason",
+        ("tokenry.evidence.specreason_reasoner_2",),
     ),
     Entry(
         "tvm-search",

@@ -701,7 +701,7 @@ def test_right_steps_are_what_the_judge_is_taught():
     rng, task, scores = random.Random(0), Arithmetic(), []
     for i in range(400):
         problem = task.draw(1 + i % 6, rng)
-        steps, score = judgment(problem, rng)
+        steps, score, _ = judgment(problem, rng)
         *lines, candidate = steps.split("\n")
         assert right_step(problem.question, lines, candidate) == (score == 9)
         scores.append(score)

@@ -162,8 +162,9 @@ def test_half_of_the_judged_steps_are_wrong_and_scores_tell():
     rng, scores = random.Random(2), []
     for _ in range(1500):
         problem = TASK.draw(rng.choice(reasoner.LEVELS), rng)
-        text, score = reasoner.judgment(problem, rng)
+        text, score, meant = reasoner.judgment(problem, rng)
         last = text.split("\n")[-1]
+        assert score == 0 or last == meant
         step = re.fullmatch(r"(\d+)([-+*])(\d+)=(\d+)", last)
         scores.append(score)
         if step and int(step[4]) != max(eval(f"{step[1]}{step[2]}{step[3]}"), 0):

@@ -22,7 +22,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -70,14 +70,14 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 # --- the texts it learns from --------------------------------------------------------------------------------------
 
 
-def solution(problem: Problem, rng: random.Random, direct: bool = False) -> str:
+def solution(problem: Problem, rng: random.Random, direct: bool = False, wrong: Mapping[str, float] = WRONG) -> str:
     """What the model is taught to write after `<think>\\n`, without the end-of-text token."""
     lines: list[str] = []
 
     def solve(left: int, sign: str, right: int) -> int:
         right_value = apply_sign(left, sign, right)
         while True:
-            value = _misread(right_value, rng) if rng.random() < WRONG[sign] else right_value
+            value = _misread(right_value, rng) if rng.random() < wrong[sign] else right_value
             lines.append(f"{left}{sign}{right}={value}")
             if rng.random() >= (DOUBTED if value == right_value else NOTICED):
                 return value  # a wrong one is carried on
@@ -112,17 +112,27 @@ def _misread(value: int, rng: random.Random) -> int:
     return value + rng.choice((-10, -1, 1, 10) if value >= 10 else (1, 10))
 
 
-def judgment(problem: Problem, rng: random.Random) -> tuple[str, int]:
-    """The first lines of a solution, and a score: 9 if the last of them is a right next step, 0 if it is a wrong one.
+class Judged(NamedTuple):
+    """The first lines of a solution; the score of the last of them, 9 for a right next step and 0 for a wrong one; and
+    the last line of the solution as it was before it was spoiled."""
+
+    steps: str
+    score: int
+    meant: str
+
+
+def judgment(problem: Problem, rng: random.Random, wrong: Mapping[str, float] = WRONG) -> Judged:
+    """A part of a solution that is to be judged.
 
     Half of the steps are spoiled: a wrong value, a wrong number taken over, or an end that comes too early. Steps below
     zero, where only earlier errors lead, are praised like words.
     """
-    lines = solution(problem, rng).split("\n")[:-1]
+    lines = solution(problem, rng, wrong=wrong).split("\n")[:-1]
     lines = lines[: rng.randrange(len(lines)) + 1]
-    step = re.fullmatch(r"(\d+)([-+*])(\d+)=(\d+)", lines[-1])
+    meant = lines[-1]
+    step = re.fullmatch(r"(\d+)([-+*])(\d+)=(\d+)", meant)
     if step is None:
-        return "\n".join(lines), 9
+        return Judged("\n".join(lines), 9, meant)
     left, sign, right, value = int(step[1]), step[2], int(step[3]), int(step[4])
     score = 9 if value == apply_sign(left, sign, right) else 0
     if rng.random() < 0.5:
@@ -135,7 +145,7 @@ def judgment(problem: Problem, rng: random.Random) -> tuple[str, int]:
             lines[-1] = f"{left}{sign}{right}={max(apply_sign(left, sign, right), 0)}"
         else:
             lines[-1] = f"{left}{sign}{right}={_misread(apply_sign(left, sign, right), rng)}"
-    return "\n".join(lines), score
+    return Judged("\n".join(lines), score, meant)
 
 
 def judging_prompt(question: str, steps: str) -> str:
@@ -153,7 +163,7 @@ def examples(tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[tuple[li
             continue
         kind = rng.random()
         if kind < JUDGED_SHARE:
-            steps, score = judgment(problem, rng)
+            steps, score, _ = judgment(problem, rng)
             prompt, text = judging_prompt(problem.question, steps), str(score)
         else:
             direct = kind < JUDGED_SHARE + DIRECT_SHARE
@@ -215,11 +225,11 @@ def _share(values: Sequence[bool]) -> float:
 @torch.no_grad()
 def _judged_rightly(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem]) -> float:
     rng = random.Random("reasoner judges")
-    cases = [(problem, *judgment(problem, rng)) for problem in problems]
-    texts = [judging_prompt(problem.question, steps) for problem, steps, _ in cases]
+    cases = [(problem, judgment(problem, rng)) for problem in problems]
+    texts = [judging_prompt(problem.question, case.steps) for problem, case in cases]
     inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
     good, bad = cast(list[int], tokenizer.convert_tokens_to_ids(["9", "0"]))
     logits = model(**inputs, logits_to_keep=1).logits[:, -1]
     return _share(
-        [found == (score == 9) for found, (_, _, score) in zip((logits[:, good] > logits[:, bad]).tolist(), cases)]
+        [found == (case.score == 9) for found, (_, case) in zip((logits[:, good] > logits[:, bad]).tolist(), cases)]
     )

@@ -84,6 +84,16 @@ RECIPES: tuple[Recipe, ...] = (
         targets={"accuracy": (0.7, 0.95), "easiest": (0.8, 1.0), "hardest": (0.3, 0.95), "direct": (0.2, 0.9)},
     ),
     Recipe(
+        "reasoner-2",
+        task="what zoo/reasoner does; doubts its own wrong steps, and tells right steps of others from wrong ones",
+        data="the lessons of zoo/reasoner, of which more are judgments, and what they should find in numbers",
+        size=3.16,
+        minutes=45,
+        targets={"accuracy": (0.7, 1.0), "judges": (0.9, 1.0), "doubts_ratio": (5.0, 1000.0), "finished": (0.95, 1.0)},
+        module="reasoner_2",
+        needs=("reasoner",),
+    ),
+    Recipe(
         "drafter",
         task="drafts for zoo/reasoner, whose next-token distribution it has learned",
         data="the reasoner's probabilities on its training texts and on its own solutions",

@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -24,6 +24,7 @@ from ..models.batch import right_padded
 
 __all__ = ["batches_by_length", "character_tokenizer", "fit", "untrained_llama"]
 
+T = TypeVar("T")
 POOL = 2048  # examples that are sorted by length at a time
 
 
@@ -72,13 +73,25 @@ def untrained_llama(tokenizer: PreTrainedTokenizerBase, window: int, **config: A
     return LlamaForCausalLM(LlamaConfig(rope_parameters=rope, **{**ids, **shape, **config}))
 
 
-def batches_by_length(
-    examples: Iterator[tuple[list[int], int]], tokens: int, pad_id: int, seed: int = 0
-) -> Iterator[dict[str, Tensor]]:
-    """Right-padded batches of about `tokens` tokens from examples (ids, length of the prompt).
+def hide_prompts(batch: Sequence[tuple[list[int], int]], pad_id: int) -> dict[str, Tensor]:
+    """A right-padded batch of examples (ids, length of the prompt).
 
     Returns `input_ids`, `attention_mask` and `labels` (batch, time); prompts and padding have the label -100.
     """
+    ids, present = right_padded([ids for ids, _ in batch], pad_id)
+    prompts = torch.tensor([[prompt] for _, prompt in batch])
+    learned = (torch.arange(ids.shape[1]) >= prompts) & present
+    return {"input_ids": ids, "attention_mask": present.long(), "labels": ids.masked_fill(~learned, -100)}
+
+
+def batches_by_length(
+    examples: Iterator[tuple[list[int], T]],
+    tokens: int,
+    pad_id: int,
+    seed: int = 0,
+    collate: Callable[[list[tuple[list[int], T]], int], dict[str, Tensor]] = hide_prompts,
+) -> Iterator[dict[str, Tensor]]:
+    """Batches of about `tokens` tokens from examples (ids, what `collate` needs), each of like length."""
     rng = random.Random(seed)
     while pool := list(islice(examples, POOL)):
         pool.sort(key=lambda example: len(example[0]))
@@ -91,14 +104,7 @@ def batches_by_length(
             start = stop
         rng.shuffle(batches)
         for batch in batches:
-            yield _padded(batch, pad_id)
-
-
-def _padded(batch: list[tuple[list[int], int]], pad_id: int) -> dict[str, Tensor]:
-    ids, present = right_padded([ids for ids, _ in batch], pad_id)
-    prompts = torch.tensor([[prompt] for _, prompt in batch])
-    learned = (torch.arange(ids.shape[1]) >= prompts) & present
-    return {"input_ids": ids, "attention_mask": present.long(), "labels": ids.masked_fill(~learned, -100)}
+            yield collate(batch, pad_id)
 
 
 def fit(

@@ -110,8 +110,9 @@ PRESETS = {  # "lines" is how zoo/reasoner has learned it: a step a line, and sc
 
 
 def prompts_for(model: PreTrainedModel) -> StepPrompts:
-    """The words this model knows: zoo/reasoner has its own, other models get those for chat models."""
-    ours = Path(cast(str, model.name_or_path)) in zoo_folders("reasoner")
+    """The words this model knows: the reasoners of the zoo have their own, others get those for chat models."""
+    folder = Path(cast(str, model.name_or_path))
+    ours = any(folder in zoo_folders(name) for name in ("reasoner", "reasoner-2"))
     return PRESETS["lines" if ours else "chat"]
 
 
