@@ -4,25 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import jinja2
 from markupsafe import Markup
 
-if TYPE_CHECKING:
-    from ..contract import Reading
-
 __all__ = ["page"]
 
 
-def page(readings: Sequence[Reading]) -> str:
+class Drawn(Protocol):
+    """What a page shows of a reading: its title, rows of equal columns, and a picture (SVG, or "" without one)."""
+
+    @property
+    def title(self) -> str: ...
+
+    @property
+    def rows(self) -> Sequence[dict[str, Any]]: ...
+
+    def picture(self) -> str: ...
+
+
+def page(readings: Sequence[Drawn]) -> str:
     """A page with the picture of each reading above its rows; what the rows say is escaped."""
     source = files("tokenry.read.pages").joinpath("page.html").read_text("utf-8")
     template = jinja2.Environment(autoescape=True).from_string(source)
     return template.render(sections=[_section(reading) for reading in readings])
 
 
-def _section(reading: Reading) -> dict[str, Any]:
+def _section(reading: Drawn) -> dict[str, Any]:
     columns = list(reading.rows[0]) if reading.rows else []
     cells = [[_cell(row[name]) for name in columns] for row in reading.rows]
     return {"title": reading.title, "picture": Markup(reading.picture()), "columns": columns, "rows": cells}
