@@ -13,7 +13,7 @@ __all__ = ["page"]
 
 
 class Drawn(Protocol):
-    """What a page shows of a reading: its title, rows of equal columns, and a picture (SVG, or "" without one)."""
+    """What a page shows of a reading: its title, rows of equal columns, and the HTML above them, or ""."""
 
     @property
     def title(self) -> str: ...
