@@ -46,7 +46,7 @@ BAD = {  # of options and arguments that are no numbers
 STAGE = {"serve": "decode"}  # of whose methods a verb takes, where it is called otherwise
 FILES = {  # what is read and written: tests of readers and writers
     "prompts", "save-pairs", "save-traces", "data", "output", "context", "files", "file", "text", "html", "report",
-    "picture", "store", "trace", "artifact", "save", "pairs", "texts", "save-texts",
+    "picture", "store", "trace", "control", "artifact", "save", "pairs", "texts", "save-texts",
 }  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from tokenry.models.anatomy import fingerprint, shape_of
 from tokenry.models.embedders import Embedder
 from tokenry.read import LMHeadNeurons, NeuronMap
 from tokenry.select.heads.profile import SHIPPED, HeadProfile, shipped_profile
+from tokenry.train import ProjectDelta, Tuning
 from tokenry.zoo import storyteller
 
 SIZES = "hidden_size hidden n_classes"  # of a probe
@@ -97,6 +98,12 @@ def make_heads(kit):
     return heads.bind(Embedder("m", fingerprint(kit.model), lambda texts: None))
 
 
+def make_delta(kit):
+    tuning = Tuning("last_block", last_n_blocks=2)
+    weights = {"model.layers.3.mlp.up_proj.weight": torch.rand(4, 3)}
+    return ProjectDelta(tuning, weights, {"model": "m", "fingerprint": fingerprint(kit.model)})
+
+
 @dataclass
 class Case:
     """An artifact: how it is made, and how it meets a model."""
@@ -114,6 +121,7 @@ CASES = {
         HyperProbe, make_hyper, lambda one, model, _: one.check_made_for(fingerprint(model))
     ),
     "matching heads": Case(MatchingHeads, make_heads, lambda one, model, _: one.check_made_for(fingerprint(model))),
+    "delta": Case(ProjectDelta, make_delta, lambda one, model, _: one.check_made_for(fingerprint(model))),
     "rectifier": Case(DeadEndValueModel, make_rectifier, lambda one, _, tokenizer: one.check(tokenizer)),
     "map": Case(NeuronMap, make_map, lambda one, model, _: one.check_made_for(fingerprint(model))),
     "head profile": Case(HeadProfile, make_profile, lambda one, model, _: one.check(model)),

@@ -404,8 +404,7 @@ def damaged_tensors(raw: bytes, path: Path, draw) -> None:
             name = draw(st.sampled_from(sorted(tensors)))
             new = damaged_tensor(tensors.pop(name), draw)
             tensors |= {} if new is None else {name: new}
-        elif record:
-            (key,) = set(record) - {"format"}
+        elif key := next(iter(set(record or ()) - {"format"}), None):
             record[key] = retyped(record[key], draw)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=record)
 

@@ -201,6 +201,7 @@ KNOWN = {  # function: parameters; those without a case above hand on to one tha
     "CRewScorer.score_batch": {"prompts", "solutions"},
     "CRewScorer.read": {"prompts", "solutions"},
     "TVMScorer.token_values": {"prompts", "solutions"},
+    "Embedder.__init__": {"embed"},  # a function of such a list
     "DCSQE.translate": {"sources", "references"},
     "QualityEstimator.estimate": {"sources", "translations"},
     "annotate_severity": {"sources", "translations"},

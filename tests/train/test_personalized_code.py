@@ -282,7 +282,7 @@ def test_a_delta_is_bound_to_its_model(tmp_path):
     model = fresh()
     made_for = {"model": "mine", "fingerprint": "other"}
     ProjectDelta.of(personalize(model, Tuning("last_block")), Tuning("last_block"), made_for).save(tmp_path / "delta")
-    with pytest.raises(InputError, match="belongs to 'mine'"):
+    with pytest.raises(InputError, match="was trained for 'mine'"):
         load_delta(fresh(), tmp_path / "delta")
 
 

@@ -11,7 +11,6 @@ import click
 from ..core.errors import InputError
 from ..core.files import records_of
 from ..core.outputs import check_folder, write_folder, write_text
-from ..core.schemas import checked
 from .options import as_json, progress, read_text, refuse_unused
 
 if TYPE_CHECKING:
@@ -132,6 +131,7 @@ def read_lines(path: str, what: str, check: Callable[[dict[str, Any], str], Any]
 
 
 def read_bills(path: str) -> list[Bill]:
+    from ..core.schemas import checked
     from ..judge.receipts.receipt import Bill, Receipt
 
     def check(row: dict[str, Any], where: str) -> Bill:
@@ -143,6 +143,7 @@ def read_bills(path: str) -> list[Bill]:
 
 def read_hidden(path: str) -> list[HiddenReasoning]:
     """Hidden reasoning of a file of JSON lines."""
+    from ..core.schemas import checked
     from ..judge.receipts.receipt import HiddenReasoning
 
     remedy = 'write lines like {"reasoning": "...", "answer": "...", "prompt": "..."}'

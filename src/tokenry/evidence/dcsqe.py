@@ -56,7 +56,10 @@ def build(run: Run) -> Design:
     models = {"generator": Loaded(run.model, run.tokenizer), **others}
     steps = run.size(STEPS, 20)
     folder = built_folder(run.folder("dcsqe") / f"encoder-{steps}", partial(read_encoder, steps))
-    encoder = AutoModel.from_pretrained(folder, add_pooling_layer=False), AutoTokenizer.from_pretrained(folder)
+    encoder = (
+        AutoModel.from_pretrained(folder, add_pooling_layer=False, trust_remote_code=False),
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
+    )
     task = TranslationQualityTask(models, encoder, method, cast(int, run.samples), run.size(PAIRS, 64))
     setting = method.model_dump(mode="json")
     roles: dict[str, Any] = {PLAIN: "plain", METHOD: "method"}

@@ -15,7 +15,7 @@ from typing import Annotated, Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
+from pydantic import BeforeValidator, InstanceOf, PlainSerializer, WithJsonSchema
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,6 +31,7 @@ from transformers.utils.generic import ModelOutput
 
 from ..core.errors import InputError
 from ..core.files import explained, read_json
+from ..core.method import Local
 from ..core.tensors import tensor_file
 from ..models.anatomy import fingerprint
 from ..models.batch import position_ids as positions_of
@@ -84,7 +85,7 @@ class TokenValueModel(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: TokenValueConfig) -> None:
         super().__init__(config)
-        self.backbone = AutoModel.from_config(config.text_config)
+        self.backbone = AutoModel.from_config(config.text_config, trust_remote_code=False)
         self.head = nn.Linear(config.get_text_config().hidden_size, 1)
         self.takes_positions = "position_ids" in inspect.signature(self.backbone.forward).parameters
         self.post_init()
@@ -201,7 +202,8 @@ def _check_folder(folder: Path) -> None:
 
 
 TokenValueField = Annotated[
-    TokenValueModel,
+    InstanceOf[TokenValueModel],
+    Local(),
     BeforeValidator(TokenValueModel.opened),
     PlainSerializer(lambda one: f"TokenValueModel {fingerprint(one)}", return_type=str, when_used="json"),
     WithJsonSchema({"type": "string", "format": "path"}),

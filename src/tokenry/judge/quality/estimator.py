@@ -90,7 +90,7 @@ class QualityEstimator(PreTrainedModel):
     def __init__(self, config: QualityEstimatorConfig) -> None:
         super().__init__(config)
         width = config.encoder.hidden_size
-        self.encoder = AutoModel.from_config(config.encoder)
+        self.encoder = AutoModel.from_config(config.encoder, trust_remote_code=False)
         self.tagger, self.scorer = nn.Linear(width, 2), nn.Linear(2 * width, 1)
         self.post_init()
 
@@ -302,7 +302,7 @@ def _encoder(place: str | tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> tu
     if not isinstance(place, str):
         return place
     with reading(place, "encoder"):
-        model, found = AutoModel.from_pretrained(place, output_loading_info=True)
+        model, found = AutoModel.from_pretrained(place, output_loading_info=True, trust_remote_code=False)
         check_whole(place, found["missing_keys"])
         return model, read_tokenizer(place)
 

@@ -41,7 +41,6 @@ class ProjectDelta(Artifact):
     layout = Folder("delta.safetensors", "delta.json")
     fields: ClassVar[type[Header]] = DeltaHeader
     remedy = "give a folder that `tokenry train --method personalized-code` has written"
-    stranger = "the {kind} belongs to {model!r} (weights {fingerprint}), not to the weights {found}; take that one"
 
     def __init__(self, tuning: Tuning, weights: dict[str, Tensor], made_for: dict[str, Any]) -> None:
         self.tuning, self.weights, self.made_for = tuning, weights, made_for
