@@ -22,7 +22,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..core.progress import Progress
 from ..data.problems import Arithmetic, Problem, apply_sign, draw_problems, split_of
@@ -219,7 +219,7 @@ def untrained(seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             if name in old:
                 widen(weights, old[name])
                 weights *= wider if name.endswith("norm.weight") else 1  # it divides by the mean over more numbers now
-        tokens = model.get_input_embeddings().weight
+        tokens = cast(Tensor, model.get_input_embeddings().weight)
         size = tokens[:, :width].square().mean(-1).sqrt().mean()
         tokens[:, width:] = torch.randint(0, 2, (len(tokens), EXTRA)).float() * 2 - 1
         first = model.model.layers[0].input_layernorm.weight  # the one that sees nothing but tokens
@@ -252,7 +252,7 @@ def train(seed: int = 0, progress: Progress | None = None) -> tuple[PreTrainedMo
 def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
     """What zoo/reasoner is measured by, and `doubts` on test problems."""
     problems = draw_problems(Arithmetic(), PROBLEMS, levels=LEVELS)
-    return reasoner.measure(model, tokenizer) | doubts(model, tokenizer, problems)
+    return reasoner.measure(model, cast(PreTrainedTokenizerFast, tokenizer)) | doubts(model, tokenizer, problems)
 
 
 def doubts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]) -> dict[str, float]:

@@ -10,11 +10,10 @@ from typing import Any, TypeVar
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
@@ -25,6 +24,7 @@ from ..models.batch import right_padded
 __all__ = ["batches_by_length", "character_tokenizer", "fit", "untrained_llama"]
 
 T = TypeVar("T")
+Trained = TypeVar("Trained", bound=nn.Module)
 POOL = 2048  # examples that are sorted by length at a time
 
 
@@ -108,12 +108,12 @@ def batches_by_length(
 
 
 def fit(
-    model: PreTrainedModel,
+    model: Trained,
     batches: Iterator[dict[str, Tensor]],
     steps: int,
     learning_rate: float = 1e-3,
     warmup: int = 200,
-    loss: Callable[[PreTrainedModel, dict[str, Tensor]], Tensor] | None = None,
+    loss: Callable[[Trained, dict[str, Tensor]], Tensor] | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Train all weights with AdamW, a linear warm-up and a cosine down to a tenth; the model ends in eval mode.
