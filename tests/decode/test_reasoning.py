@@ -266,7 +266,7 @@ def test_an_experiment_has_the_name_of_its_module():
     entry, module = catalog.experiment("cyclicreflex-reasoner")
     assert entry.slug == "cyclicreflex" and module.endswith(".cyclicreflex_reasoner")
     assert catalog.experiment("cyclicreflex") == (entry, entry.experiment)
-    assert list(entry.experiments) == ["cyclicreflex", "cyclicreflex-reasoner"]
+    assert list(entry.experiments) == ["cyclicreflex", "cyclicreflex-reasoner", "cyclicreflex-reasoner-2"]
     assert catalog.get("tip").experiments == {}
     with pytest.raises(InputError, match="tip has no comparison of its own"):
         catalog.experiment("tip")

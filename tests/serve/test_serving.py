@@ -86,9 +86,9 @@ serving.serve()
 """
 
 
-def test_it_ends_within_the_grace_while_streams_run(llama, tokenizer, tmp_path):
+def test_it_ends_within_the_grace_while_streams_run(llama, tokenizer, tmp_path, monkeypatch):
     """Streams that would take minutes are told that the server closes, and it is gone."""
-    llama.config.max_position_embeddings = 60_000
+    monkeypatch.setattr(llama.config, "max_position_embeddings", 60_000)  # tests share the model
     llama.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     command = [sys.executable, "-c", SHORT_GRACE, "--model", str(tmp_path / "model"), "--port", "0"]
