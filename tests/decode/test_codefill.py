@@ -16,7 +16,7 @@ from tokenry.cli import main
 from tokenry.core.errors import InputError
 from tokenry.decode import Antislop, Candidate, CodeFillCompletion, CyclicReflex, mrr_at_k, offset_of, rerank
 from tokenry.decode.completion.context import left_of, rendered
-from tokenry.decode.completion.ranking import EVEN, WEIGHTS, weights_of
+from tokenry.decode.completion.ranking import WEIGHTS, weights_of
 from tokenry.decode.completion.search import next_values, rest_of_statement, vocabulary_of
 from tokenry.models.anatomy import vocabulary_size
 from tokenry.text.code.views import code_views
@@ -90,7 +90,7 @@ def test_scores_may_exceed_one_and_equal_ones_keep_their_order():
 def test_weights_of_one_are_the_identity(found):
     """But for the order by probability, in which a beam search gives them anyway."""
     candidates = sorted((Candidate(v, p, "variable") for v, p in found), key=lambda one: -one.probability)
-    ranked = rerank(candidates, {"a": "function", "b": "class"}, EVEN)
+    ranked = rerank(candidates, {"a": "function", "b": "class"}, weights_of([1.0] * 9))
     assert [one.candidate for one in ranked] == candidates[:10]
     assert [one.score for one in ranked] == [one.probability for one in candidates[:10]]
 

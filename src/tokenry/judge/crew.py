@@ -7,10 +7,10 @@ for a model's own solutions the probabilities are in the `Trace` of their genera
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import Field, WithJsonSchema, field_validator
+from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,11 +21,12 @@ from ..models.batch import left_padded, position_ids
 from ..models.load import Loaded
 from ..models.positions import context_window
 from ..models.prompts import listed_prompts, rendered
-from ..text.answers import Marker, answer_tokens, check_marker, find_answer, normalise_answer
+from ..text.answers import answer_tokens, find_answer, normalise_answer
 from ..text.spans import text_offsets
 from ..text.token_text import check_encodable
 from ..text.words import listed
 from ..trace.trace import Trace
+from .answers.marker import MarkerField
 from .answers.samples import Judged, Messages, Sample, Solution
 from .answers.scores import Scores
 from .contract import Scorer, ScorerMethod
@@ -50,16 +51,7 @@ class CRew(ScorerMethod):
     aggregate: Literal["mean_prob", "geo_mean", "product", "min", "top2_gap"] = Field(
         default="mean_prob", description="how the probabilities of the answer's tokens become one score"
     )
-    marker: Annotated[Marker, WithJsonSchema({"type": "string"})] = Field(
-        default="boxed",
-        description="where the answer is: boxed, answer (after 'A:', 'The answer is' or '####'), number (the last), "
-        "or a regex with one group",
-    )
-
-    @field_validator("marker")
-    @classmethod
-    def _is_marker(cls, marker: Marker) -> Marker:
-        return check_marker(marker)
+    marker: MarkerField = "boxed"
 
     def scorer(self, loaded: Loaded, chat: bool = True) -> CRewScorer:
         """Scores solutions given as text, too, by feeding them to a model."""

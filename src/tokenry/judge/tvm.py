@@ -7,9 +7,9 @@ arXiv 2407.12863, ICLR 2025. A whole solution is worth what its last token is: t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
-from pydantic import Field, WithJsonSchema, field_validator
+from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from ..core.errors import InputError
@@ -19,10 +19,11 @@ from ..models.batch import right_padded
 from ..models.load import Loaded
 from ..models.positions import context_window
 from ..models.prompts import listed_prompts, prompt_ids, rendered
-from ..text.answers import Marker, check_marker, find_answer, normalise_answer
+from ..text.answers import Marker, find_answer, normalise_answer
 from ..text.token_text import check_encodable
 from ..text.words import listed
 from ..trace.trace import Trace
+from .answers.marker import MarkerField
 from .answers.samples import Judged, Messages, Sample, Solution
 from .answers.scores import Scores
 from .contract import Scorer, ScorerMethod
@@ -51,16 +52,7 @@ class TVM(ScorerMethod):
         description="folder of a token value model, or in Python the model itself; `tokenry train --method tvm` makes "
         "one"
     )
-    marker: Annotated[Marker, WithJsonSchema({"type": "string"})] = Field(
-        default="boxed",
-        description="where the answer is: boxed, answer (after 'A:', 'The answer is' or '####'), number (the last), "
-        "or a regex with one group",
-    )
-
-    @field_validator("marker")
-    @classmethod
-    def _is_marker(cls, marker: Marker) -> Marker:
-        return check_marker(marker)
+    marker: MarkerField = "boxed"
 
     def scorer(self, loaded: Loaded, chat: bool = True) -> TVMScorer:
         """Scores solutions of this model; only its tokenizer is used, to make tokens of texts."""

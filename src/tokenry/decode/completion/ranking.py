@@ -15,7 +15,7 @@ from typing import get_args
 from ...core.errors import InputError
 from ...text.code.scopes import SCOPES, NameKind, Scope
 
-__all__ = ["EVEN", "WEIGHTS", "Candidate", "Ranked", "Weights", "mrr_at_k", "rerank", "weights_of"]
+__all__ = ["WEIGHTS", "Candidate", "Ranked", "Weights", "mrr_at_k", "rerank", "weights_of"]
 
 Weights = Mapping[NameKind, Mapping[Scope, float]]
 KINDS: tuple[NameKind, ...] = get_args(NameKind)
@@ -38,7 +38,6 @@ def weights_of(numbers: Sequence[float]) -> Weights:
 
 PUBLISHED = (1.625, 1.25, 1.125, 1.625, 1.125, 1.5, 1.125, 1.625, 1.5)
 WEIGHTS = weights_of(PUBLISHED)
-EVEN = weights_of((1.0,) * 9)
 
 
 @dataclass(frozen=True)
