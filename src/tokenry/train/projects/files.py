@@ -42,15 +42,16 @@ def read_project(folder: str | Path, tokenizer: PreTrainedTokenizerBase, seed: i
     """
     if not Path(folder).is_dir():
         raise InputError(f"there is no folder {str(folder)!r}; give the folder of a software project")
-    texts = dict.fromkeys(text for _, text in found(Path(folder)))  # of copies one is enough
-    if len(texts) < FEWEST:
+    names: dict[str, str] = {}
+    for name, text in found(Path(folder)):
+        names.setdefault(text, name)  # of copies one is enough
+    if len(names) < FEWEST:
         raise InputError(
-            f"{str(folder)!r} has {len(texts)} source files, of which some must be held out; give a project with at "
+            f"{str(folder)!r} has {len(names)} source files, of which some must be held out; give a project with at "
             f"least {FEWEST} ({', '.join(SUFFIXES[:6])}, ...)"
         )
-    names = {text: name for name, text in reversed(list(found(Path(folder))))}
-    ids = tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
-    files = [SourceFile(names[text], row) for text, row in zip(texts, ids)]
+    ids = tokenizer(list(names), add_special_tokens=False, verbose=False).input_ids
+    files = [SourceFile(name, row) for name, row in zip(names.values(), ids, strict=True)]
     random.Random(seed).shuffle(files)
     return files
 

@@ -135,8 +135,7 @@ def text_prefix(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
     Returns:
         (tokens, 2 * layers * key-value heads * head_dim): keys and values of the first layer, then of the second, ...
     """
-    with torch.inference_mode(False):
-        cache = model(torch.tensor([list(ids)], device=model.device), use_cache=True).past_key_values
+    cache = model(torch.tensor([list(ids)], device=model.device), use_cache=True).past_key_values
     rows = [kept[0] for layer in cache.layers for kept in (layer.keys, layer.values)]
     if len({row.shape for row in rows}) > 1:
         raise InputError("the layers of this model have keys of different sizes, which no prefix fits; use another way")
