@@ -430,6 +430,31 @@ def test_when_the_thread_of_the_requests_ends_nobody_waits(served, tokenizer):
             remote(seen, tokenizer, PROMPTS[0], **CALL)
 
 
+@pytest.mark.parametrize("moment", ["before", "at once", "while it ends"])
+def test_it_can_be_closed_whenever_its_thread_ends(served, tokenizer, monkeypatch, moment):
+    server, _ = served
+    ending = threading.Event()
+    with RemoteServer(server.url) as seen:
+        whole = seen._end
+
+        async def slowly():
+            ending.set()
+            time.sleep(0.1)
+            await whole()
+
+        monkeypatch.setattr(seen, "_end", slowly)
+        if moment != "before":
+            seen.events.call_soon_threadsafe(exit)
+        if moment == "while it ends":
+            assert ending.wait(5)
+        closing = threading.Thread(target=seen.close, daemon=True)
+        closing.start()
+        closing.join(5)
+        assert not closing.is_alive() and not seen.thread.is_alive() and seen.events.is_closed()
+    with pytest.raises(InputError, match="open it again"):
+        remote(seen, tokenizer, PROMPTS[0], **CALL)
+
+
 def test_a_server_without_logit_bias_is_found_out(served, tokenizer, monkeypatch):
     server, seen = served
     whole = server.completion

@@ -93,6 +93,7 @@ class RemoteServer:
         self.events = asyncio.new_event_loop()
         self.broken: str | None = None
         self._breaking = threading.Lock()
+        self._closing = asyncio.Event()
         self.thread = threading.Thread(target=self._work, name=f"tokenry {url}", daemon=True)
         self.thread.start()
 
@@ -104,29 +105,32 @@ class RemoteServer:
 
     def close(self) -> None:
         """Close all connections."""
-        if self.thread.is_alive():
-            with self._breaking:
-                self.broken = f"{self._where} is closed; open it again"
-                ending = asyncio.run_coroutine_threadsafe(self._end(), self.events)
-            ending.result()
-            self.events.call_soon_threadsafe(self.events.stop)
-            self.thread.join()
+        if self.events.is_closed():
+            return
+        self._break(f"{self._where} is closed; open it again")
+        self.events.call_soon_threadsafe(self._closing.set)
+        self.thread.join()
         self.events.close()
 
     def _work(self) -> None:
         """The thread of the requests. If it fails, they do: nobody shall wait for ever."""
         try:
-            self.events.run_forever()
+            self.events.run_until_complete(self._closing.wait())
         except BaseException as error:
-            with self._breaking:
-                self.broken = (
-                    f"{self._where} can be asked no more, as the thread of its requests has ended "
-                    f"({type(error).__name__}); open it again"
-                )
+            self._break(
+                f"{self._where} can be asked no more, as the thread of its requests has ended "
+                f"({type(error).__name__}); open it again"
+            )
             logger.critical("%s", self.broken, exc_info=error)
-            self.events.run_until_complete(self._end())
+        self.events.run_until_complete(self._end())
+
+    def _break(self, reason: str) -> None:
+        """From now on nobody can ask; the first reason stands."""
+        with self._breaking:
+            self.broken = self.broken or reason
 
     async def _end(self) -> None:
+        await asyncio.sleep(0)  # a request that came last begins, so that it can be told why it ends
         rest = asyncio.all_tasks() - {asyncio.current_task()}
         for task in rest:
             task.cancel()
