@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
+from numpy.typing import ArrayLike
 
 from .errors import InputError
 
 __all__ = ["auroc", "brier", "expected_calibration_error", "spearman"]
 
 
-def auroc(scores: Sequence[float], correct: Sequence[bool]) -> float:
+def auroc(scores: ArrayLike, correct: ArrayLike) -> float:
     """Probability that a right one scores above a wrong one, equal scores counted half; NaN without both."""
     values, right = np.asarray(scores, float), np.asarray(correct, bool)
     if right.all() or not right.any():
@@ -21,13 +20,13 @@ def auroc(scores: Sequence[float], correct: Sequence[bool]) -> float:
     return float(below.mean() / 2 / len(wrong))
 
 
-def brier(probabilities: Sequence[float], correct: Sequence[bool]) -> float:
+def brier(probabilities: ArrayLike, correct: ArrayLike) -> float:
     """Mean squared distance of probabilities from what happened, 0 to 1 (Brier 1950)."""
     values, right = _checked(probabilities, correct)
     return float(np.mean((values - right) ** 2))
 
 
-def expected_calibration_error(probabilities: Sequence[float], correct: Sequence[bool], bins: int = 20) -> float:
+def expected_calibration_error(probabilities: ArrayLike, correct: ArrayLike, bins: int = 20) -> float:
     """Mean distance between confidence and accuracy over equal bins, weighted by their size (Guo et al. 2017, eq. 3).
 
     A probability on the border of two bins belongs to the lower one, 0 to the first.
@@ -40,7 +39,7 @@ def expected_calibration_error(probabilities: Sequence[float], correct: Sequence
     return float(np.abs(gap).sum() / len(right))
 
 
-def spearman(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray) -> float:
+def spearman(first: ArrayLike, second: ArrayLike) -> float:
     """Rank correlation, ties at their mean rank; NaN where either side is constant."""
     a, b = _ranks(np.asarray(first, float)), _ranks(np.asarray(second, float))
     if a.std() == 0 or b.std() == 0:
@@ -53,7 +52,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
-def _checked(probabilities: Sequence[float], correct: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
+def _checked(probabilities: ArrayLike, correct: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     values, right = np.asarray(probabilities, float), np.asarray(correct, float)
     if values.shape != right.shape or values.ndim != 1 or not len(values):
         raise InputError(f"{values.shape} probabilities for {right.shape} outcomes; give one for each, at least one")

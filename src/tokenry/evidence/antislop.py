@@ -27,7 +27,7 @@ def default_phrases() -> list[str]:
 
 
 @experiment("antislop", Antislop, samples=64, seeds=(2, 3), batch=8, quick=2)
-def build(run: Run) -> Design:
+def build(run: Run[Antislop]) -> Design:
     """Plain sampling, two `bad_words_ids` controls and Antislop on the same prompts and seeds."""
     method = run.method
     if not method or not method.phrases:
@@ -35,7 +35,7 @@ def build(run: Run) -> Design:
     phrases = list(method.phrases)
     sequences, named = bad_word_ids(run.tokenizer, phrases), {"phrases": phrases}
     return Design(
-        task=StoriesTask(run.model, run.tokenizer, phrases, count=run.samples),
+        task=StoriesTask(run.model, run.tokenizer, phrases, count=run.count),
         arms=[
             Arm(PLAIN, role="plain"),
             Arm(SEQUENCES, role="control", setting=named, apply={"bad_words_ids": sequences}),

@@ -29,10 +29,10 @@ RISING, FLAT, FALLING, MIXED = "rising", "flat", "falling", "mixed"
 
 
 @experiment("arise", Arise, model="zoo/reasoner", samples=192, seeds=(0, 1), batch=24, quick=6, limit=384)
-def build(run: Run) -> Design:
+def build(run: Run[Arise]) -> Design:
     """Rules of sampling on the model's own solutions; the simulated families beforehand. `method` has no setting that
     changes a score."""
-    problems = draw_problems(Arithmetic(), run.samples, levels=LEVELS)
+    problems = draw_problems(Arithmetic(), run.count, levels=LEVELS)
     repeats = {name: simulated_repeats(sampler, run.size(REPEATS, 6)) for name, sampler in SAMPLERS.items()}
     return Design(
         task=EffortTask(run.model, run.tokenizer, Arithmetic(), problems, BUDGETS),

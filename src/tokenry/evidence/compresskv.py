@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from transformers import PreTrainedModel
 
@@ -36,18 +36,18 @@ ADAPTIVE, UNIFORM, SHUFFLED, ALL, RANDOM, LOWEST, RECENT = (
 
 
 @experiment("compresskv", CompressKV, samples=60, quick=2)
-def build(run: Run) -> Design:
+def build(run: Run[CompressKV]) -> Design:
     """Needle prompts of about 500 tokens; every choice of heads at three cache budgets.
 
     `method` has settings to compare as well; its profile is used for all arms.
     """
     shared = {} if run.method is None else {"profile": run.method.profile}
     arms = [Arm(FULL, role="plain"), *(arm for budget in BUDGETS for arm in _arms(budget, shared))]
-    if run.method is not None:
-        setting = run.method.model_dump(mode="json", exclude={"profile"})
-        arms.append(Arm("as given", setting=setting, apply=lambda model, draw: run.method(model)))
+    if (method := run.method) is not None:
+        setting = method.model_dump(mode="json", exclude={"profile"})
+        arms.append(Arm("as given", setting=setting, apply=lambda model, draw: method(model)))
     return Design(
-        task=NeedleTask(run.model, run.tokenizer, run.samples),
+        task=NeedleTask(run.model, run.tokenizer, run.count),
         arms=arms,
         baseline=FULL,
         notes="Five digits hidden in about 500 tokens of filler; the profile was made from other prompts. "
@@ -69,7 +69,8 @@ def _arms(budget: int, shared: dict[str, Any]) -> list[Arm]:
 
     def shuffled(model: PreTrainedModel, draw: int) -> CacheCutter:
         profile = shared.get("profile") or shipped_profile()
-        error = random.Random(draw).sample(profile.error, len(profile.error))
+        measured = cast(tuple[float, ...], profile.error)
+        error = random.Random(draw).sample(measured, len(measured))
         wrong = profile.model_copy(update={"error": tuple(error)})
         return CompressKV(budget=budget, profile=wrong)(model)
 

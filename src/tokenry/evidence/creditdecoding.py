@@ -53,17 +53,17 @@ WIDTH, BATCH = 16, 60
     claim="At equal exact match, decoding with trace credit takes fewer forward passes than decoding with a threshold "
     "alone, because of what it remembers.",
 )
-def build(run: Run) -> Design:
+def build(run: Run[CreditDecoding]) -> Design:
     """One token per step, and each of the thresholds alone, with the bonus of one step, and with credit.
 
     The threshold of `method` is not used; its window is filled as one block.
     """
     method = run.method or CreditDecoding()
-    dev = SudokuTask(run.model, run.tokenizer, (0,), min(run.samples, DEV), WIDTH, split="dev")
+    dev = SudokuTask(run.model, run.tokenizer, (0,), min(run.count, DEV), WIDTH, split="dev")
     ratios = _on_dev(dev, method)
     best = min(ratios, key=lambda name: ratios[name])
     return Design(
-        task=SudokuTask(run.model, run.tokenizer, run.seeds, run.samples, WIDTH),
+        task=SudokuTask(run.model, run.tokenizer, run.seeds, run.count, WIDTH),
         arms=arms(method, method.model_copy(update=OTHERS[best])),
         baseline=f"{ALONE} 0.9",
         notes=f"Each seed has problems of its own. Seconds are those of a batch of {BATCH}, shared by its rows. Where "

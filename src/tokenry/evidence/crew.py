@@ -13,7 +13,7 @@ import numpy as np
 from ..core.calibration import auroc
 from ..data.problems import Arithmetic, draw_problems
 from ..judge.answers.samples import Solution
-from ..judge.crew import CRew
+from ..judge.crew import Aggregate, CRew
 from ..measure.claims import Contrast, Finding, above, all_of, describe
 from ..measure.compare import Comparison, beats
 from ..measure.experiment import Design, Run, experiment
@@ -37,17 +37,17 @@ METHOD, GEOMETRIC, LEAST = "crew", "crew, geo_mean", "crew, min"
     claim="The probability a model gives its own final answer picks right solutions, more often than the likelihood of "
     "the whole solution does.",
 )
-def build(run: Run) -> Design:
+def build(run: Run[CRew]) -> Design:
     """Judges of the same 8 solutions to each problem: log-likelihood, length, chance, none, and CRew.
 
     `method` has settings to compare as well; where it sets no marker, the answer is the last number.
     """
-    settings = {METHOD: "mean_prob", GEOMETRIC: "geo_mean", LEAST: "min"}
+    settings: dict[str, Aggregate] = {METHOD: "mean_prob", GEOMETRIC: "geo_mean", LEAST: "min"}
     methods = {name: CRew(marker="number", aggregate=aggregate) for name, aggregate in settings.items()}
     if run.method is not None:
         methods["as given"] = run.settings(CRew, marker="number")
     return Design(
-        task=ArithmeticTask(run.model, run.tokenizer, draw_problems(Arithmetic(), run.samples, levels=LEVELS)),
+        task=ArithmeticTask(run.model, run.tokenizer, draw_problems(Arithmetic(), run.count, levels=LEVELS)),
         arms=[
             Arm(PLAIN, role="plain", apply=likelihood),
             Arm(LENGTH, role="control", apply=shortest),

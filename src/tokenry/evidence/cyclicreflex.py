@@ -36,14 +36,14 @@ RESAMPLES = 2000
     claim="Mechanism: the rate of reflection words follows exp(wave), at no large cost in fluency. Whether more "
     "problems are solved, which is the method's claim, is measured by cyclicreflex-reasoner.",
 )
-def build(run: Run) -> Design:
+def build(run: Run[CyclicReflex]) -> Design:
     """Plain sampling, a constant bias, TIP, the wave half a period later, and the wave, on the same prompts and seeds.
 
     What `method` sets replaces the defaults of this experiment: " but", " However", " and", amplitude 2, period 100.
     """
     method = run.settings(CyclicReflex, **DEFAULT)
     token_ids = method.token_ids or reflection_token_ids(run.tokenizer, method.words, method.leading_space)
-    task = ReflectionTask(run.model, run.tokenizer, token_ids, method.period, run.samples)
+    task = ReflectionTask(run.model, run.tokenizer, token_ids, method.period, run.count)
     shared = {"words": method.words, "token_ids": method.token_ids, "leading_space": method.leading_space}
     strength = constant_strength(method)
     constant = CyclicReflectionLogitsProcessor(token_ids, schedule=constant_schedule(strength))

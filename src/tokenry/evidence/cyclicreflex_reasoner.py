@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import chain, product
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -26,7 +26,7 @@ from ..measure.claims import Check, Contrast, Finding, above, all_of, at_most, l
 from ..measure.compare import Comparison, beats
 from ..measure.experiment import Design, Run, experiment
 from ..measure.statistics import paired_bootstrap
-from ..measure.task import Arm
+from ..measure.task import Arm, Task
 from ..measure.tasks.reasoning import END_THINK, ReasoningTask
 from ..zoo.reasoner import LEVELS
 
@@ -45,7 +45,7 @@ LONGER, LOST = 1.15, 0.02  # "about the same length": at most this many times th
 
 
 @experiment(NAME, CyclicReflex, model="zoo/reasoner", samples=320, seeds=(0, 1, 2), batch=BATCH, quick=3, limit=960)
-def build(run: Run) -> Design:
+def build(run: Run[CyclicReflex]) -> Design:
     """Choose the wave and the constants on dev problems, no more of them than test problems, then compare on test
     problems. What `method` sets is not chosen but taken.
     """
@@ -56,20 +56,20 @@ def build(run: Run) -> Design:
     counted = sorted({token for ids in sets.values() for token in ids})
 
     def task(count: int, split: Split) -> ReasoningTask:
-        problems = level_by_level(draw_problems(Arithmetic(), min(count, run.samples), 0, split, LEVELS))
+        problems = level_by_level(draw_problems(Arithmetic(), min(count, run.count), 0, split, LEVELS))
         return ReasoningTask(run.model, run.tokenizer, Arithmetic(), problems, counted, MAX_NEW_TOKENS, BUDGETS)
 
-    rounds = [Round(task(count, "dev"), seeds[: len(run.seeds)]) for count, seeds in (FIRST, AGAIN)]
-    test = task(run.samples, "test")
-    choice = choose(*rounds, sets, given)
+    first, again = (Round(task(count, "dev"), seeds[: len(run.seeds)]) for count, seeds in (FIRST, AGAIN))
+    test = task(run.count, "test")
+    choice = choose(first, again, sets, given)
     return Design(
-        task=test,
+        task=cast(Task, test),  # its metrics are those of its budgets
         arms=make_arms(choice, sets, given, test),
         baseline=PLAIN,
         facts={"choice": choice},
         notes="Periods fit these short solutions; the paper's is 600 tokens, for thousands.",
-        tried=f"Accuracy ± standard error (tokens) on {rounds[0]}: {choice.first}. The best ones again, on "
-        f"{rounds[1]}: {choice.again}.",
+        tried=f"Accuracy ± standard error (tokens) on {first}: {choice.first}. The best ones again, on "
+        f"{again}: {choice.again}.",
     )
 
 
@@ -83,9 +83,11 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 def token_sets(tokenizer: PreTrainedTokenizerBase, method: CyclicReflex | None) -> dict[str, tuple[int, ...]]:
     """The reflection tokens to try, by their words: those that the method sets, or those of the reasoner."""
     if method is None or not {"words", "token_ids"} & method.model_fields_set:
-        return {" ".join(words): tuple(tokenizer.convert_tokens_to_ids(words)) for words in WORD_SETS}
+        return {
+            " ".join(words): tuple(cast(list[int], tokenizer.convert_tokens_to_ids(list(words)))) for words in WORD_SETS
+        }
     ids = method.token_ids or reflection_token_ids(tokenizer, method.words, method.leading_space)
-    return {" ".join(tokenizer.convert_ids_to_tokens(ids)): tuple(ids)}
+    return {" ".join(tokenizer.convert_ids_to_tokens(list(ids))): tuple(ids)}
 
 
 def level_by_level(problems: Sequence[Problem]) -> list[Problem]:
@@ -187,7 +189,7 @@ def choose(first: Round, again: Round, sets: Mapping[str, Sequence[int]], given:
     axes = [(given[name],) if name in given else values for name, values in GRID.items()]
     applied = {
         "constants": {point: {"processors": [constant(point, sets, first.task)]} for point in product(sets, CONSTANTS)},
-        "waves": {point: {"methods": [wave(point, sets, given)]} for point in product(sets, *axes)},
+        "waves": {point: {"methods": [wave(cast(Wave, point), sets, given)]} for point in product(sets, *axes)},
         "forced": {word: {"methods": [forcing(word)]} for word in WORD_SETS[-1]},
     }
 
@@ -287,6 +289,6 @@ def findings(c: Comparison, choice: Choice) -> list[Finding]:
 def _by_level(c: Comparison) -> list[Check]:
     """The gain of each level, with its interval over the problems of the level."""
     method, plain = (c.values(name, "accuracy") for name in (METHOD, PLAIN))
-    levels = by_difficulty(c.experiment.task.problems)
+    levels = by_difficulty(cast(ReasoningTask, c.experiment.task).problems)
     gains = {level: paired_bootstrap(method[i], plain[i]) for level, i in levels.items()}
     return [loses_at_most(Contrast(gain, f"level {level}", "+.3f"), LOST) for level, gain in gains.items()]

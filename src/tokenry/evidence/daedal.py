@@ -81,15 +81,15 @@ def following(kind: str = "") -> Statistic:
     claim="A window that starts short and grows ends up as wide as the answer needs: exact match is that of the best "
     "fixed window, at less cost and with fewer useless tokens than in a wide one.",
 )
-def build(run: Run) -> Design:
+def build(run: Run[Daedal]) -> Design:
     """One token per step and a threshold, each in fixed windows and with DAEDAL, whole and in parts.
 
     What `method` sets is not chosen but taken.
     """
-    dev = WindowTask(run.model, run.tokenizer, (0,), min(run.samples, DEV), WIDEST, split="dev")
+    dev = WindowTask(run.model, run.tokenizer, (0,), min(run.count, DEV), WIDEST, split="dev")
     method, mean, tried = choose(dev, run.settings(Daedal, **DEFAULT), run.given)
     return Design(
-        task=WindowTask(run.model, run.tokenizer, run.seeds, run.samples, WIDEST),
+        task=WindowTask(run.model, run.tokenizer, run.seeds, run.count, WIDEST),
         arms=arms(method, mean),
         baseline=fixed(WIDEST),
         statistics=(following(), *map(following, VARIED)),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ from ..measure.compare import Comparison
 from ..measure.cost import Meter
 from ..measure.experiment import Design, Run, experiment
 from ..measure.statistics import Interval, bootstrap_statistic
-from ..measure.task import Arm
+from ..measure.task import Arm, Role
 from ..measure.tasks.difficulty import Answer, Answering, DifficultyTask, answers
 from ..read.difficulty_probe import DifficultyProbeMethod, question_states
 from ..read.samples.entropy import EntropyProfile
@@ -85,17 +85,16 @@ SAMPLING = {"do_sample": True, "top_k": 0}
 @experiment(
     "diffadapt", DiffAdapt, model="zoo/reasoner", samples=320, seeds=(0, 1), batch=64, quick=4, limit=960, revision=2
 )
-def build(run: Run) -> Design:
+def build(run: Run[DiffAdapt]) -> Design:
     """Profile the model on training problems, fit the probes, then compare on test problems.
 
     Strategies, threshold and probe that `method` sets replace those of this experiment.
     """
     model, tokenizer = run.model, run.tokenizer
     labeling, task = DifficultyProbeMethod(gamma=GAMMA), Arithmetic()
-    trained, held = (
-        profiled(model, tokenizer, labeling, run.size(count, 16), split, seed)
-        for count, split, seed in ((PROFILED, "train", 0), (HELD_OUT, "dev", HELD_OUT_SEED))
-    )
+    sizes = run.size(PROFILED, 16), run.size(HELD_OUT, 16)
+    trained = profiled(model, tokenizer, labeling, sizes[0], "train", 0)
+    held = profiled(model, tokenizer, labeling, sizes[1], "dev", HELD_OUT_SEED)
     labels = labeling.labels(trained.profile)
     probes = fit_probes(model, tokenizer, labeling, trained.questions, labels)
     length_probe = DifficultyProbe(1, labeling.hidden).fit(lengths(trained.questions), labels)
@@ -105,9 +104,9 @@ def build(run: Run) -> Design:
     beta = solved_limit(trained.profile, labeling)
     truth = labeling.model_copy(update={"beta": beta}).labels(held.profile)
     states = question_states(model, tokenizer, held.questions)
-    known = {name: right_classes(one.probe, states, truth) for name, one in routed.items()}
+    known = {name: right_classes(probe_of(one), states, truth) for name, one in routed.items()}
     known[LENGTH] = right_classes(length_probe, lengths(held.questions), truth)
-    difficulty = DifficultyTask(task, by_length(draw_problems(task, run.samples, TEST_SEED)))
+    difficulty = DifficultyTask(task, by_length(draw_problems(task, run.count, TEST_SEED)))
     return Design(
         task=difficulty,
         arms=make_arms(model, tokenizer, routed, length_probe, difficulty),
@@ -190,6 +189,11 @@ def solved_limit(profile: EntropyProfile, labeling: DifficultyProbeMethod) -> fl
     return float(profile.entropy[normal].max()) if normal.any() else 0.0
 
 
+def probe_of(method: DiffAdapt) -> DifficultyProbe:
+    """The probe that the method was given."""
+    return cast(DifficultyProbe, method.probe)
+
+
 def right_classes(probe: DifficultyProbe, features: Tensor, truth: np.ndarray) -> np.ndarray:
     """Whether the probe gives each question its class."""
     return probe.probabilities(features).argmax(-1).cpu().numpy() == truth
@@ -221,7 +225,7 @@ def make_arms(
     }
     shares = [s.name for s in choices(model, tokenizer, method, task.problems)]
     drawn = partial(by_strategy, model, tokenizer, random_choice(task.problems, shares, method.strategies))
-    runs: dict[str, tuple[str, Answering]] = {
+    runs: dict[str, tuple[Role, Answering]] = {
         PLAIN: ("plain", fixed["normal"]),
         CALM: ("control", partial(plainly, model, tokenizer, calm)),
         EASY: ("control", fixed["easy"]),
@@ -294,7 +298,7 @@ def by_probe(
     questions = [problem.question for problem in problems]
     with Meter() as meter:
         output = method.generate(model, tokenizer, questions, max_new_tokens=MAX_NEW_TOKENS, seed=seed, **SAMPLING)
-    return answers(output, meter, output.strategy, tokenizer)
+    return answers(output, meter, output.strategy or [], tokenizer)
 
 
 def by_oracle(
@@ -321,7 +325,7 @@ def choices(
 ) -> list[Strategy]:
     """What the method chooses for each problem."""
     states = question_states(model, tokenizer, [problem.question for problem in problems])
-    return method.choose(method.probe.probabilities(states))
+    return method.choose(probe_of(method).probabilities(states))
 
 
 def random_choice(

@@ -13,11 +13,10 @@ from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from ..core.errors import InputError
 from ..core.outputs import write_folder
@@ -27,7 +26,7 @@ from ..measure.build_cache import built_once, digest
 from ..measure.claims import Contrast, Finding, above, all_of, at_least, at_most, below, loses_at_most
 from ..measure.compare import Comparison, beats
 from ..measure.experiment import Design, Run, experiment
-from ..measure.statistics import Interval, bootstrap_statistic
+from ..measure.statistics import bootstrap_statistic
 from ..measure.task import Arm
 from ..measure.tasks.stories import SAMPLING
 from ..measure.tasks.unlearning import UnlearningTask
@@ -36,6 +35,9 @@ from ..train.adapters import save_adapter, without_adapter
 from ..train.ftpo import FTPO
 from ..train.preference.pairs import read_pairs
 from ..train.preference.trainer import FinalTokenDPOTrainer, FTPOTrainer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 __all__ = ["build"]
 
@@ -63,7 +65,7 @@ PASSAGES = 40
 
 
 @experiment("ftpo", FTPO, samples=40, seeds=(0, 1), batch=20, quick=2)
-def build(run: Run) -> Design:
+def build(run: Run[FTPO]) -> Design:
     """Sample the rewinds, train FTPO, FTPO with a stronger tie to the reference and with none, and DPO, then compare.
     Samples are stories for each arm and seed; `method` has settings that replace DEFAULT.
     """
@@ -97,13 +99,13 @@ def build(run: Run) -> Design:
             run.tokenizer,
             words,
             held,
-            run.samples,
-            min(PASSAGES, 2 * run.samples),
+            run.count,
+            min(PASSAGES, 2 * run.count),
             min(method.max_length, 512),
         ),
         arms=[
             Arm(PLAIN, role="plain", apply={"adapter": None}),
-            Arm(BAN, Antislop(phrases=words), "control", {"phrases": words}, {"adapter": None}),
+            Arm(BAN, Antislop(phrases=tuple(words)), "control", {"phrases": words}, {"adapter": None}),
             Arm(DPO, role="control", setting={**setting[DPO], "loss": "dpo"}, apply={"adapter": DPO}),
             Arm(UNTIED, role="control", setting=setting[UNTIED], apply={"adapter": UNTIED}),
             Arm(STRONG, setting=setting[STRONG], apply={"adapter": STRONG}),
@@ -127,10 +129,10 @@ def lines(name: str) -> list[str]:
 
 
 def training_pairs(
-    run: Run, folder: Path, method: FTPO, words: Sequence[str], prompts: Sequence[str]
+    run: Run[FTPO], folder: Path, method: FTPO, words: Sequence[str], prompts: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Pairs from rewinds under a ban of `words` on the prompts; sampled where they are not there yet."""
-    ban, rounds, new_tokens = Antislop(phrases=words), run.size(ROUNDS, 1), run.size(NEW_TOKENS, 60)
+    ban, rounds, new_tokens = Antislop(phrases=tuple(words)), run.size(ROUNDS, 1), run.size(NEW_TOKENS, 60)
 
     def sample() -> list[dict[str, Any]]:
         found = []
@@ -166,36 +168,36 @@ def _write_lines(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def with_adapters(
-    run: Run, folder: Path, trainings: dict[str, tuple[FTPO, type[FTPOTrainer]]], pairs: Sequence[dict[str, Any]]
-) -> PreTrainedModel:
+    run: Run[FTPO], folder: Path, trainings: dict[str, tuple[FTPO, type[FTPOTrainer]]], pairs: Sequence[dict[str, Any]]
+) -> PeftModel:
     """The model with a trained adapter for each of `TRAINED`."""
     try:
-        from peft import PeftModel
+        import peft
     except ModuleNotFoundError:
         raise InputError("this comparison needs the package peft; run `pip install tokenry[train]`") from None
     folders = {name: train_adapter(run, folder, *training, pairs) for name, training in trainings.items()}
-    wrapped = PeftModel.from_pretrained(run.model, folders[METHOD], adapter_name=METHOD)
+    wrapped = peft.PeftModel.from_pretrained(run.model, folders[METHOD], adapter_name=METHOD)
     for name in TRAINED[1:]:  # only now: an adapter that is loaded would be trained on, and unloaded, with the next
         wrapped.load_adapter(folders[name], name)
     return wrapped
 
 
 def train_adapter(
-    run: Run, folder: Path, method: FTPO, trainer_class: type[FTPOTrainer], pairs: Sequence[dict[str, Any]]
+    run: Run[FTPO], folder: Path, method: FTPO, trainer_class: type[FTPOTrainer], pairs: Sequence[dict[str, Any]]
 ) -> Path:
     """The folder of a trained adapter; trained where it is not there yet. The model is left as it was."""
     path = folder / f"{trainer_class.__name__}-{digest([method.model_dump(mode='json'), pairs])}"
     if not path.exists():
         with tqdm(desc=f"training, {trainer_class.__name__}") as bar, TemporaryDirectory() as scratch:
 
-            def advance(completed: int, total: int) -> None:
+            def advance(done: int, total: int, /, *_: Any) -> None:
                 bar.total = total
-                bar.update(completed - bar.n)
+                bar.update(done - bar.n)
 
             trainer = method.trainer(run.model, run.tokenizer, pairs, scratch, trainer_class, progress=advance)
             trainer.train()
-        write_folder(path, partial(save_adapter, trainer.model))
-        without_adapter(trainer.model)
+        write_folder(path, partial(save_adapter, cast(Any, trainer.model)))
+        without_adapter(cast(Any, trainer.model))
     return path
 
 
@@ -221,9 +223,7 @@ def fewer_hits(c: Comparison, arm: str) -> Contrast:
 
 
 def perplexity_ratio(c: Comparison, arm: str) -> Contrast:
-    gap = c.difference(arm, PLAIN, "text_nll")
-    ratio = Interval(*(math.exp(v) for v in gap[:3]), gap.n)
-    return Contrast(ratio, f"perplexity of ordinary text, {arm} / {PLAIN}")
+    return Contrast(c.difference(arm, PLAIN, "text_nll").map(math.exp), f"perplexity of ordinary text, {arm} / {PLAIN}")
 
 
 @build.findings

@@ -9,7 +9,7 @@ from ..core.files import parse_json
 from ..measure.claims import Finding, above, all_of, at_least, at_most
 from ..measure.compare import Comparison
 from ..measure.experiment import Design, Run, experiment
-from ..measure.task import Arm
+from ..measure.task import Arm, Role
 from ..measure.tasks.analogies import AnalogyTask
 from ..read.hyperdimensional_probe import HyperdimensionalProbe
 
@@ -27,7 +27,7 @@ CHANCE = 1 / 60  # words in the codebook
 
 
 @experiment("hyperdimensional-probe", HyperdimensionalProbe, samples=200, seeds=(0, 1, 2), batch=50, quick=8)
-def build(run: Run) -> Design:
+def build(run: Run[HyperdimensionalProbe]) -> Design:
     """Analogies of countries, capitals and currencies; a seed is a codebook and an encoder.
 
     Half of the samples have a last pair of words that no training string has.
@@ -35,10 +35,10 @@ def build(run: Run) -> Design:
     chosen = {"dim": 1024, "blocks": 1, "learning_rate": 1e-3, "epochs": run.size(25, 2), "normalize": True}
     method = run.settings(HyperdimensionalProbe, tie="random", **chosen)
     facts = parse_json(files("tokenry.evidence").joinpath("data/countries.json").read_text("utf-8"))["rows"]
-    task = AnalogyTask(run.model, run.tokenizer, facts, method, max(1, (run.samples or 2) // 2))
+    task = AnalogyTask(run.model, run.tokenizer, facts, method, max(1, run.count // 2))
     setting = method.model_dump(mode="json", exclude={"seed", *HyperdimensionalProbe.input_options})
 
-    def arm(name: str, role: str = "control", **how: bool) -> Arm:
+    def arm(name: str, role: Role = "control", **how: bool) -> Arm:
         return Arm(name, role=role, setting={**setting, **how}, apply=partial(AnalogyTask.probe, **how))
 
     return Design(

@@ -62,7 +62,7 @@ class Texts(NamedTuple):
 
 
 @experiment("kl3m", KL3M, batch=50, quick=16)
-def build(run: Run) -> Design:
+def build(run: Run[KL3M]) -> Design:
     """Trains about a dozen tokenizers (a minute), and compares them on held-out text.
 
     Samples are held-out documents in all, in equal parts licenses, docstrings, code and paragraphs with recognition

@@ -75,19 +75,19 @@ Filters = Mapping[int, ConfidenceFilter]  # by the seed of the training
 
 
 @experiment("learn2pd", Learn2PD, model="zoo/denoiser", samples=500, seeds=(0, 1, 2), batch=BATCH, quick=4, limit=1000)
-def build(run: Run) -> Design:
+def build(run: Run[Learn2PD]) -> Design:
     """Collect traces, train the filters, then compare. There is nothing to set: it trains its own filters."""
     if run.method is not None:
         raise InputError("this comparison trains its own filters and sweeps their thresholds; give no options")
     folder, prompts = run.folder("learn2pd"), run.size(PROMPTS, 120)
     traces = training_traces(run.model, run.tokenizer, folder, prompts, WIDTH, BLOCK)
     trained = partial(_trained, traces, folder, prompts)
-    dev = PuzzleTask(run.model, run.tokenizer, (0,), min(run.samples, DEV), WIDTH, split="dev")
+    dev = PuzzleTask(run.model, run.tokenizer, (0,), min(run.count, DEV), WIDTH, split="dev")
     ratios = {hidden: _ratio_on_dev(dev, trained(METHOD, hidden, 0), hidden) for hidden in HIDDEN}
     hidden = min(ratios, key=lambda size: ratios[size])
     made = {kind: {seed: trained(kind, hidden, seed) for seed in run.seeds} for kind in KINDS}
     return Design(
-        task=PuzzleTask(run.model, run.tokenizer, run.seeds, run.samples, WIDTH),
+        task=PuzzleTask(run.model, run.tokenizer, run.seeds, run.count, WIDTH),
         arms=arms(MaskedDiffusionModel(run.model, run.tokenizer), made, traces, {"hidden": hidden, "prompts": prompts}),
         baseline=PLAIN,
         notes=f"{len(traces.conf)} traces of {prompts} training problems; windows of {WIDTH} in blocks of {BLOCK}. "

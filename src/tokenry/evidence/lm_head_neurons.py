@@ -28,7 +28,7 @@ VALUE = 20.0
 
 
 @experiment("lm-head-neurons", LMHeadNeurons, samples=60, seeds=range(len(PROMPTS)), batch=12, quick=4)
-def build(run: Run) -> Design:
+def build(run: Run[LMHeadNeurons]) -> Design:
     """Clamps at +-20 on the neurons of the last three layers whose names stand out most; a seed is a prompt, samples
     are named neurons, the layers in turns.
 
@@ -37,7 +37,7 @@ def build(run: Run) -> Design:
     method = run.method or LMHeadNeurons()
     depth = len(decoder_layers(run.model))
     layers = range(max(0, depth - LAST), depth)
-    named = named_neurons(run.model, layers, run.samples, method)
+    named = named_neurons(run.model, layers, run.count, method)
     task = ClampTask(run.model, run.tokenizer, named, VALUE)
     setting = {"value": VALUE, **method.model_dump(mode="json", include={"side", "fold_norm"})}
     return Design(

@@ -40,16 +40,16 @@ SPEEDUP, MARGIN = 3.0, 0.01  # forwards of the slow decoder over those of a thre
     batch=BATCH,
     quick=6,
 )
-def build(run: Run) -> Design:
+def build(run: Run[MaskedDiffusion]) -> Design:
     """Every rule, swept. Policy and its numbers are varied; the rest is that of `method`."""
     method = run.settings(MaskedDiffusion, block_length=BLOCK)
     plain = method.model_copy(update={"policy": "fixed"})
     slow = Arm(PLAIN, plain, "plain", sweep=FIXED, value=WIDTH)  # where a fixed number of tokens ends, too
     thresholds = sweep(THRESHOLD, method, policy="threshold", threshold=THRESHOLDS)
-    dev = PuzzleTask(run.model, run.tokenizer, (0,), min(run.samples, DEV), WIDTH, split="dev")
+    dev = PuzzleTask(run.model, run.tokenizer, (0,), min(run.count, DEV), WIDTH, split="dev")
     tau, tried = choose(on_dev(dev, [slow, *thresholds], BATCH))
     return Design(
-        task=PuzzleTask(run.model, run.tokenizer, run.seeds, run.samples, WIDTH),
+        task=PuzzleTask(run.model, run.tokenizer, run.seeds, run.count, WIDTH),
         arms=[
             slow,
             *thresholds,

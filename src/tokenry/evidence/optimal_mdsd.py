@@ -26,7 +26,7 @@ from ..decode.speculation.verifiers import SAMPLINGS, VERIFIERS, Selection, Veri
 from ..measure.claims import Check, Contrast, Finding, above, all_of, at_most, exactly
 from ..measure.compare import Comparison, beats
 from ..measure.experiment import Design, Run, experiment
-from ..measure.task import Arm, Metric, Outcome, Sample
+from ..measure.task import OF_METHOD, Arm, Metric, Outcome, Sample
 
 __all__ = ["AcceptanceTask", "Reach", "build"]
 
@@ -41,7 +41,7 @@ ERRORS, MOST_ERRORS = 3, 4  # standard errors off that K-SEQ and greedy may be, 
 
 
 @experiment("optimal-mdsd", OptimalMDSD, model="zoo/reasoner", samples=36, quick=2)
-def build(run: Run) -> Design:
+def build(run: Run[OptimalMDSD]) -> Design:
     """Ceilings and verifiers with one, two and four drafts at two temperatures, on texts of the model's own, of at most
     80 positions each. The drafter of `method` replaces zoo/drafter.
     """
@@ -50,7 +50,7 @@ def build(run: Run) -> Design:
     drafter = make_drafter(settings.drafter, run.model, settings.exit_layers)
     paths = PATHS if run.model.config.get_text_config().vocab_size > SMALL else None
     return Design(
-        task=AcceptanceTask(run.model, run.tokenizer, drafter, run.samples),
+        task=AcceptanceTask(run.model, run.tokenizer, drafter, run.count),
         arms=make_arms({"drafter": settings.drafter, "exit_layers": settings.exit_layers}, paths),
         baseline=SINGLE,
         models={"drafter": drafter.model} if type(drafter) is ModelDrafter else {},  # others are in the settings
@@ -64,7 +64,7 @@ def build(run: Run) -> Design:
 def make_arms(drafts: dict[str, Any], paths: int | None) -> list[Arm]:
     """One draft, the verifiers of several, any draft, and the ceilings."""
 
-    def arm(name: str, role: Any, rate: Callable, *more: Any, setting: dict[str, Any] | None = None) -> Arm:
+    def arm(name: str, role: Any, rate: Callable, *more: Any, setting: dict[str, Any] = OF_METHOD) -> Arm:
         return Arm(name, role=role, setting=setting, apply=Reach(rate, *more))
 
     def rate(name: str) -> Callable:

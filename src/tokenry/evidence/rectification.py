@@ -13,7 +13,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -28,7 +28,6 @@ from ..measure.build_cache import built_json, digest, write
 from ..measure.claims import Contrast, Finding, above, all_of, at_least, below, loses_at_most
 from ..measure.compare import Comparison, beats
 from ..measure.experiment import Design, Run, experiment
-from ..measure.statistics import Interval
 from ..measure.task import Arm
 from ..measure.tasks.discourse import SAMPLING, DiscourseTask
 from ..train.rectifier import Rectifier
@@ -77,7 +76,7 @@ class ShuffledRectifier(RectifierLogitsProcessor):
     quick=10,
     limit=1000,
 )
-def build(run: Run) -> Design:
+def build(run: Run[Rectification]) -> Design:
     """Sample stories, train the rectifier three times, tune the bias, then compare. Samples are openings for each arm
     and seed.
 
@@ -87,7 +86,7 @@ def build(run: Run) -> Design:
     episodes = sample_episodes(model, tokenizer, folder, run.size(EPISODES, 8 * BATCH))
     trainings = 0 if run.method else run.size(3, 1)
     learned = [train_rectifier(model, tokenizer, episodes, folder, SEED + i) for i in range(trainings)]
-    method, *again = [run.method] if run.method else [Rectification(rectifier=str(path)) for path in learned]
+    method, *again = [run.method] if run.method else [Rectification(rectifier=cast(Any, str(path))) for path in learned]
     words = characteristic_words(tokenizer, episodes)
     shuffled = method.processor(model, tokenizer)
     shuffled = ShuffledRectifier(shuffled.rectifier, method.eps, method.mode, method.p_min, method.p_max)
@@ -102,7 +101,7 @@ def build(run: Run) -> Design:
     }
     named, setting = {"words": tokenizer.convert_ids_to_tokens(words)}, method.model_dump(mode="json")
     return Design(
-        task=DiscourseTask(model, tokenizer, run.samples),
+        task=DiscourseTask(model, tokenizer, run.count),
         arms=[
             Arm(PLAIN, role="plain"),
             Arm(BAN, role="control", setting=named, apply={"bad_words_ids": [[word] for word in words]}),
@@ -225,8 +224,7 @@ def tune_bias(
 
 
 def perplexity_ratio(c: Comparison, arm: str) -> Contrast:
-    gap = c.difference(arm, PLAIN, "nll")
-    return Contrast(Interval(*(math.exp(v) for v in gap[:3]), gap.n), f"perplexity, {arm} / {PLAIN}")
+    return Contrast(c.difference(arm, PLAIN, "nll").map(math.exp), f"perplexity, {arm} / {PLAIN}")
 
 
 @build.findings

@@ -38,13 +38,13 @@ LESSONS = {
     claim="Trained on the few examples whose thinking falls off the highest cliffs, with a refusal as the answer, a "
     "model refuses again what it should, and more than after as many other examples.",
 )
-def build(run: Run) -> Design:
+def build(run: Run[RefusalCliff]) -> Design:
     """Requests of four kinds, a hundred of each; a seed draws probe, pool, training and answers.
 
     `method` sets the probe.
     """
     method = run.settings(RefusalCliff, **TRAINING)
-    task = TaughtTask(run.model, run.tokenizer, method, run.samples or 0)
+    task = TaughtTask(run.model, run.tokenizer, method, run.count)
     setting = method.model_dump(mode="json")
     controls = {name for name, lesson in LESSONS.items() if lesson.chosen != "cliff"}
     arms = [

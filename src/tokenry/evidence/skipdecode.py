@@ -25,7 +25,7 @@ from ..measure.claims import Contrast, Finding, above, all_of, at_least, describ
 from ..measure.compare import Comparison, beats
 from ..measure.experiment import Design, Run, experiment
 from ..measure.statistics import bootstrap_statistic
-from ..measure.task import Arm
+from ..measure.task import Arm, Role
 from ..measure.tasks.depth import (
     LEVELS,
     PLANNED,
@@ -60,7 +60,7 @@ CLOSED = 0.5  # share of the gap that training must close
 
 
 @experiment("skipdecode", SkipDecode, samples=240, quick=2)
-def build(run: Run) -> Design:
+def build(run: Run[SkipDecode]) -> Design:
     """The same cost spent in four ways: the lower middle left out, the top, and two random choices of layers.
 
     Samples are problems; there are at most 12 texts. Seeds have no effect, nothing is drawn. The `warmup` of `method`
@@ -69,7 +69,7 @@ def build(run: Run) -> Design:
     if run.given.keys() - {"warmup"}:
         others = ", ".join(sorted(run.given.keys() - {"warmup"}))
         raise InputError(f"this comparison sets {others} itself; give warmup alone")
-    warmup, count = run.method.warmup if run.method else 2, run.samples
+    warmup, count = run.method.warmup if run.method else 2, run.count
     reasoner = load("zoo/reasoner", device=run.model.device)
     schedules: dict[str, Callable[..., SkipSchedule]] = {
         PLAIN: partial(schedule, SkipSchedule, warmup, plain=True),
@@ -82,7 +82,7 @@ def build(run: Run) -> Design:
     }
     steps = min(STEPS, count)
     trained = {name: train(reasoner, schedules[name], steps) for name in TRAINED}
-    roles = {PLAIN: "plain", **dict.fromkeys(CONTROLS, "control")}
+    roles: dict[str, Role] = {PLAIN: "plain", **dict.fromkeys(CONTROLS, "control")}
     return Design(
         task=DepthTask(run.model, run.tokenizer, reasoner, min(12, count), count),
         arms=[
@@ -114,7 +114,7 @@ def schedule(
     prompt: int,
     planned: int,
     plain: bool = False,
-    **settings: int,
+    **settings: Any,
 ) -> SkipSchedule:
     """From all layers down to the depth that gives this average, in percent."""
     low = layers if plain else max(warmup + 1, smallest_depth(layers, average))

@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -27,7 +27,7 @@ from ..measure.claims import Check, Contrast, Finding, above, all_of, at_least, 
 from ..measure.compare import Comparison, beats
 from ..measure.experiment import Design, Run, experiment
 from ..measure.statistics import bootstrap_statistic
-from ..measure.task import Arm
+from ..measure.task import Arm, Role
 from ..measure.tasks.steps import StepsTask, outcome, right_step
 from ..models.load import Loaded, load
 
@@ -52,19 +52,19 @@ LARGE, VERIFY = (32.0, 1.5), 2.0  # billions of weights; tokens of the base mode
 
 
 @experiment("specreason", SpecReason, model="zoo/reasoner", samples=320, seeds=(0, 1), batch=64, quick=3, limit=2000)
-def build(run: Run) -> Design:
+def build(run: Run[SpecReason]) -> Design:
     """Choose the threshold of each judge on the dev split, with at most as many problems, take times, then compare on
     the test split.
 
     Small model, prompts, judge and threshold of `method` replace those of this experiment where it sets them.
     """
     pair = Pair(Loaded(run.model, run.tokenizer), SpecReason(**run.given))
-    dev = draw_problems(Arithmetic(), min(CHOSEN_ON, max(run.samples, 8)), split="dev", levels=LEVELS)
+    dev = draw_problems(Arithmetic(), min(CHOSEN_ON, max(run.count, 8)), split="dev", levels=LEVELS)
     sweep = sweep_thresholds(pair, dev, run.given)
     way = run.given.get("score_method", PAPERS)
     best = {judge: choose(sweep, judge) for judge in dict.fromkeys((way, OURS))}
     return Design(
-        task=StepsTask(draw_problems(Arithmetic(), run.samples, levels=LEVELS)),
+        task=StepsTask(draw_problems(Arithmetic(), run.count, levels=LEVELS)),
         arms=make_arms(pair, best, way, sweep[best[way]].acceptance),
         baseline=BASE,
         models={"small": pair.small.model},
@@ -104,7 +104,7 @@ class Pair:
 
     def judged(self, judged: Judged) -> SpeculativeReasoner:
         score_method, threshold = judged
-        scorer = SpecReason(score_method=score_method).scorer(self.base, self.prompts)
+        scorer = SpecReason(score_method=cast(Any, score_method)).scorer(self.base, self.prompts)
         return self.reasoner(scorer, threshold=threshold)
 
 
@@ -208,12 +208,12 @@ class KnowingJudge:
     """Keeps exactly the right steps."""
 
     def score(self, problem: Messages, steps: Sequence[str], candidate: str) -> StepScore:
-        return StepScore(9.0 if right_step(problem, steps, candidate) else 0.0)
+        return StepScore(9.0 if right_step(cast(str, problem), steps, candidate) else 0.0)
 
 
 def make_arms(pair: Pair, best: dict[str, Judged], way: str, rate: float) -> list[Arm]:
     """The two models alone, the controls, the judge that is not the method's, and the method."""
-    makers: dict[str, tuple[str, dict[str, Any], Callable[[int], SpeculativeReasoner]]] = {
+    makers: dict[str, tuple[Role, dict[str, Any], Callable[[int], SpeculativeReasoner]]] = {
         BASE: ("plain", {}, lambda seed: pair.alone()),
         SMALL: ("control", {}, lambda seed: pair.reasoner(RandomJudge(1.0, 0))),
         RANDOM: ("control", {"rate": round(rate, 4)}, lambda seed: pair.reasoner(RandomJudge(rate, seed))),

@@ -6,6 +6,8 @@ draft for comparison. What any verifier could reach on the same drafts stands be
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -48,7 +50,7 @@ MARGIN = 0.03  # of accuracy that may be lost
 
 
 @experiment("spectr", Spectr, model="zoo/reasoner", samples=200, quick=2, limit=400)
-def build(run: Run) -> Design:
+def build(run: Run[Spectr]) -> Design:
     """Plain sampling, one draft, and every verifier with several, all at temperature 1.
 
     What `method` sets of drafter, num_drafts and draft_length replaces the defaults zoo/drafter, 4 and 4.
@@ -61,7 +63,7 @@ def build(run: Run) -> Design:
     own = {"drafter": drafter.model} if type(drafter) is ModelDrafter else {}  # other drafters are in the settings
     share = sum(one.num_parameters() for one in own.values()) / model.num_parameters()
     return Design(
-        task=SpeculationTask(model, run.tokenizer, run.samples, draws, prefix),
+        task=SpeculationTask(model, run.tokenizer, run.count, draws, prefix),
         arms=[
             Arm(PLAIN, role="plain"),
             *(
@@ -86,7 +88,7 @@ def plan(
 ) -> tuple[Spectr, Speculation]:
     """The method with this verifier, and what it stands for on the model."""
     settings = Spectr(**{**given, "verifier": verifier, **({"num_drafts": 1} if verifier == SINGLE else {})})
-    return settings, settings.plugins(model, tokenizer).speculation
+    return settings, cast(Speculation, settings.plugins(model, tokenizer).speculation)
 
 
 # --- the verdict ---------------------------------------------------------------------------------------------------

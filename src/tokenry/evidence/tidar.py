@@ -55,7 +55,7 @@ LESSONS, MANY = 2000, 960  # texts for the bigrams, problems for accuracy
 
 
 @experiment("tidar", TiDAR, model="zoo/tidar", samples=140, seeds=(0, 1, 2), quick=2, limit=320)
-def build(run: Run) -> Design:
+def build(run: Run[TiDAR]) -> Design:
     """Greedy decoding by the model's own guesses and by others, and sampling.
 
     What `method` sets of block size and mask token replaces what the model learned; beta is varied anyway.
@@ -65,7 +65,7 @@ def build(run: Run) -> Design:
     if model.config.get_text_config().vocab_size != twins[TWIN].config.vocab_size:
         raise InputError("this model has other tokens than its twin; tidar is measured with --model zoo/tidar")
     plan, many = SelfDrafting.of(model, method.mask_token_id, method.block_size), run.size(MANY, 40)
-    problems = draw_problems(Arithmetic(), run.samples, levels=LEVELS)
+    problems = draw_problems(Arithmetic(), run.count, levels=LEVELS)
     return Design(
         task=SelfDraftingTask(tokenizer, problems, once=run.seeds[0]),
         arms=make_arms(model, tokenizer, plan, twins),

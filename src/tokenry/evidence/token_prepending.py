@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import numpy as np
 from pydantic import Field
@@ -26,7 +26,7 @@ from ..measure.claims import Contrast, Finding, above
 from ..measure.compare import beats
 from ..measure.experiment import Design, Run, experiment
 from ..measure.statistics import bootstrap_statistic
-from ..measure.task import Arm
+from ..measure.task import Arm, Role
 from ..measure.tasks.sts import Pair, STSTask, load_pairs, similarities, spread
 from ..models.anatomy import decoder_layers, fingerprint
 from ..models.embedders import load_minilm
@@ -163,7 +163,7 @@ def published_exit(layers: int) -> int:
 
 
 @experiment("token-prepending", TokenPrepending, batch=BATCH, quick=8)
-def build(run: Run) -> Design:
+def build(run: Run[TokenPrepending]) -> Design:
     """STS-B test pairs: the plain prompt with and without BOS, the slot alone, the published scope, and the method.
 
     Samples are pairs, evenly spread over the test split; by default all 1379. Seeds are those of the slot's embedding.
@@ -190,7 +190,7 @@ def build(run: Run) -> Design:
     )
 
 
-def prompted_arms(run: Run, method: TokenPrepending, layers: Mapping[str, int]) -> list[Arm]:
+def prompted_arms(run: Run[TokenPrepending], method: TokenPrepending, layers: Mapping[str, int]) -> list[Arm]:
     """The arms that prompt the model, each at its output layer."""
 
     def at(name: str, **changes: Any) -> TokenPrepending:
@@ -214,7 +214,9 @@ def prompted_arms(run: Run, method: TokenPrepending, layers: Mapping[str, int]) 
 def choose(scores: DevScores) -> tuple[TokenPrepending, dict[str, int], str, str]:
     """The method as chosen on dev, the output layers of the other arms, the best plain one, and what to note."""
     best, plain = scores.chosen(), scores.chosen(plain=True)
-    method = _method(best.exit_layer).model_copy(update={"add_bos": best.add_bos, "output_layer": best.best})
+    method = cast(TokenPrepending, _method(best.exit_layer)).model_copy(
+        update={"add_bos": best.add_bos, "output_layer": best.best}
+    )
     scope = published_exit(len(best.layers))
     rows = {PLAIN: (0, False), BOS: (0, True), SLOT: (1, best.add_bos), PUBLISHED: (scope, best.add_bos)}
     rows |= {BARE: (best.exit_layer, False)} if best.add_bos else {}
@@ -231,9 +233,7 @@ def _say(row: Row) -> str:
     return f"{exit_layer}{'BOS' if row.add_bos else 'no BOS'}, output layer {row.best} ({row.layers[row.best - 1]:.1f})"
 
 
-def _arm(
-    run: Run, name: str, role: Literal["plain", "control", "method"], method: TokenPrepending, slot: bool = True
-) -> Arm:
+def _arm(run: Run[TokenPrepending], name: str, role: Role, method: TokenPrepending, slot: bool = True) -> Arm:
     """Every layer's embedding with the settings of `method`; without the slot it is the plain prompt."""
 
     def apply(texts: Sequence[str], seed: int) -> Tensor:
@@ -265,7 +265,7 @@ def findings(c: Comparison, rival: str, same: str) -> list[Finding]:
         rival: the plain arm that was best on dev.
         same: the plain arm with the method's choice of BOS.
     """
-    layers = {arm.name: arm.setting.get("output_layer") for arm in c.experiment.arms}
+    layers = {arm.name: arm.setting.get("output_layer", -1) for arm in c.experiment.arms}
     layer, better = layers[METHOD], partial(beats, c, "spearman", form="+.2f")
     scores = "; ".join(f"{arm} {c.mean(arm, 'spearman'):.2f}" for arm in c.arms)
     curves = "; ".join(f"{arm} {_curve(c, arm)}" for arm in (METHOD, same))

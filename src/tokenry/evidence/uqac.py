@@ -25,10 +25,10 @@ SCORES = {ANSWER: "answer", WHOLE: "whole", MEAN: "mean", LENGTH: "length", RAND
 
 
 @experiment("uqac", UQAC, model="zoo/reasoner", samples=480, batch=60, quick=8, limit=1800)
-def build(run: Run) -> Design:
+def build(run: Run[UQAC]) -> Design:
     """Scores of the same greedy answers to problems of all levels."""
     method = run.settings(UQAC)
-    problems = draw_problems(Arithmetic(), run.samples or 0, levels=LEVELS)
+    problems = draw_problems(Arithmetic(), run.count, levels=LEVELS)
     return Design(
         task=ConfidenceTask(run.model, run.tokenizer, Arithmetic(), problems, method),
         arms=[

@@ -33,6 +33,8 @@ from .contract import Scorer, ScorerMethod
 
 __all__ = ["CRew", "CRewScorer", "crew_reward"]
 
+Aggregate = Literal["mean_prob", "geo_mean", "product", "min", "top2_gap"]
+
 
 class CRew(ScorerMethod):
     """Scores a solution by the probability of the tokens of its final answer.
@@ -48,7 +50,7 @@ class CRew(ScorerMethod):
         "27.12", "% right, 1 of 10 (perplexity 2.07, random 10.00)", "Qwen2.5-7B-Instruct, RewardMATH"
     )
 
-    aggregate: Literal["mean_prob", "geo_mean", "product", "min", "top2_gap"] = Field(
+    aggregate: Aggregate = Field(
         default="mean_prob", description="how the probabilities of the answer's tokens become one score"
     )
     marker: MarkerField = "boxed"

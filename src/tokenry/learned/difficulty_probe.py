@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -138,7 +139,7 @@ class DifficultyProbe(Artifact, nn.Module):
     def fit(
         self,
         features: Tensor,
-        labels: Sequence[int] | Tensor,
+        labels: Sequence[int] | np.ndarray | Tensor,
         *,
         learning_rate: float = 1e-3,
         epochs: int = 100,

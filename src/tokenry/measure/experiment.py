@@ -1,7 +1,7 @@
 """An experiment: what it declares, what it builds on a model, and what `compare` then runs.
 
 @experiment("creditdecoding", CreditDecoding, model="zoo/denoiser", samples=240, seeds=(0, 1, 2), quick=4)
-def build(run: Run) -> Design: ...
+def build(run: Run[CreditDecoding]) -> Design: ...
 
 @build.findings
 def findings(c: Comparison) -> list[Finding]: ...
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,10 +25,11 @@ from .task import Arm, Metric, Statistic, Task
 __all__ = ["Declaration", "Design", "Experiment", "Run", "experiment", "sweep"]
 
 M = TypeVar("M", bound=Method)
+N = TypeVar("N", bound=Method)
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Generic[M]):
     """What an experiment is built for.
 
     Attributes:
@@ -41,15 +42,22 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     samples: int | None
     seeds: tuple[int, ...]
-    method: Method | None = None
+    method: M | None = None
     quick: bool = False
+
+    @property
+    def count(self) -> int:
+        """How many samples, where the experiment has a number of its own: never None."""
+        if self.samples is None:
+            raise TypeError("the experiment declares no number of samples; give `samples` to its decorator")
+        return self.samples
 
     @property
     def given(self) -> dict[str, Any]:
         """What the method from outside sets."""
         return {name: getattr(self.method, name) for name in self.method.model_fields_set} if self.method else {}
 
-    def settings(self, method: type[M], **default: Any) -> M:
+    def settings(self, method: type[N], **default: Any) -> N:
         """The method with the experiment's defaults, but for what is given."""
         return method(**{**default, **self.given})
 
@@ -127,7 +135,7 @@ class Declaration:
         claim: what is tested, where that is not what the method's paper says.
     """
 
-    build: Callable[[Run], Design]
+    build: Callable[[Run[Any]], Design]
     slug: str
     method: type[Method]
     model: str
@@ -184,7 +192,7 @@ def _listed(judge: Callable[..., Iterable[Finding]] | None, facts: Mapping[str, 
 
 def experiment(
     slug: str,
-    method: type[Method],
+    method: type[M],
     *,
     quick: int,
     model: str = "smollm2",
@@ -194,10 +202,10 @@ def experiment(
     claim: str = "",
     revision: int = 1,
     limit: int | None = None,
-) -> Callable[[Callable[[Run], Design]], Declaration]:
+) -> Callable[[Callable[[Run[M]], Design]], Declaration]:
     """Decorator that declares an experiment; the function builds its `Design`. See `Declaration`."""
 
-    def declare(build: Callable[[Run], Design]) -> Declaration:
+    def declare(build: Callable[[Run[M]], Design]) -> Declaration:
         said = claim or method.claim
         return Declaration(build, slug, method, model, samples, tuple(seeds), batch, quick, said, revision, limit)
 

@@ -22,6 +22,10 @@ class Interval(NamedTuple):
     def excludes_zero(self) -> bool:
         return self.low > 0 or self.high < 0
 
+    def map(self, function: Callable[[float], float]) -> Interval:
+        """The interval of a growing function of the number."""
+        return Interval(function(self.mean), function(self.low), function(self.high), self.n)
+
     def __format__(self, form: str) -> str:
         """f"{interval:.3f}" is "mean [low, high]", each in this format."""
         if not form:

@@ -6,13 +6,16 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
 from ..core.method import Method
 
-__all__ = ["COSTS", "Arm", "Metric", "Outcome", "Sample", "Statistic", "Task"]
+__all__ = ["COSTS", "OF_METHOD", "Arm", "Metric", "Outcome", "Role", "Sample", "Statistic", "Task"]
+
+Role = Literal["plain", "control", "method"]
+OF_METHOD: Any = None  # a setting that is still to be taken from the method
 
 COSTS = {
     "seconds": "wall-clock seconds",
@@ -74,14 +77,14 @@ class Arm:
 
     name: str
     method: Method | None = None
-    role: Literal["plain", "control", "method"] = "method"
-    setting: dict[str, Any] | None = None
+    role: Role = "method"
+    setting: dict[str, Any] = OF_METHOD
     apply: Any = None
     sweep: str = ""
     value: Any = None
 
     def __post_init__(self) -> None:
-        if self.setting is None:
+        if self.setting is OF_METHOD:
             object.__setattr__(self, "setting", self.method.model_dump(mode="json") if self.method else {})
 
     @property
@@ -106,9 +109,9 @@ class Task(Protocol):
     JSON values as that of an `Arm`; a task whose samples say everything needs none.
     """
 
-    slug: str
-    stage: str
-    metrics: Sequence[Metric]
+    slug: ClassVar[str]
+    stage: ClassVar[str]
+    metrics: ClassVar[Sequence[Metric]]
 
     def samples(self) -> Sequence[Sample]:
         """All samples, in a fixed order."""

@@ -75,15 +75,15 @@ class ArithmeticTask:
         gold = sample.data["answer"]
         read = self.reader.judge(solutions, [gold] * len(solutions))
         judged = [one._replace(score=None if one.answer is None else s) for one, s in zip(read, scores, strict=True)]
-        known = [one for one in judged if one.score is not None]
+        scored = [(one.score, bool(one.correct)) for one in judged if one.score is not None]
         best, vote = best_of_n(judged), weighted_vote(judged)
         metrics = {
-            "best_of_n": float(best is not None and best.correct),
+            "best_of_n": float(best is not None and bool(best.correct)),
             "vote": float(vote is not None and vote.answer == normalise_answer(gold)),
-            "concordance": auroc([one.score for one in known], [one.correct for one in known]),
-            "accuracy": float(np.mean([one.correct for one in judged])),
+            "concordance": auroc([score for score, _ in scored], [correct for _, correct in scored]),
+            "accuracy": float(np.mean([bool(one.correct) for one in judged])),
         }
-        pairs = [[round(one.score, 6), int(one.correct)] for one in known]
+        pairs = [[round(score, 6), int(correct)] for score, correct in scored]
         shown = _shown(judged, solutions, best)
         return Outcome(
             metrics,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -106,7 +106,7 @@ class ClampTask:
         """Another neuron of the sample's layer, drawn for each prompt; none of the named ones."""
         layer, _, token = sample.data["target"]
         taken = {t.neuron for t in self.named if t.layer == layer}
-        free = [j for j in range(down_projection(self.model, layer).in_features) if j not in taken]
+        free = [j for j in range(cast(int, down_projection(self.model, layer).in_features)) if j not in taken]
         return Target(layer, random.Random(f"{sample.id} {seed}").choice(free), token)
 
     def other_token(self, sample: Sample, seed: int) -> Target:
@@ -156,13 +156,14 @@ class ClampTask:
             ids = self.tokenizer(PROMPTS[seed % len(PROMPTS)], return_tensors="pt").input_ids.to(self.model.device)
             inputs: dict[int, Tensor] = {}
             layers = {t.layer for t in self.named}
-            watch = {
-                decoder_layers(self.model)[i].mlp: lambda x, i=i: inputs.update({i: x[0].detach()}) or x for i in layers
-            }
+            watch = {self._mlp(i): lambda x, i=i: inputs.update({i: x[0].detach()}) or x for i in layers}
             with edit_inputs(self.model, watch):
                 logprobs = self._next(ids)[0]
             self._plain[seed] = Plain(ids, logprobs, inputs)
         return self._plain[seed]
+
+    def _mlp(self, layer: int) -> Any:
+        return decoder_layers(self.model)[layer].mlp
 
     def _side(self, side: Literal["gate", "up"], target: Target, plain: Plain) -> Tensor:
         """What one input side of the neuron gives at every position of the prompt (T,)."""
@@ -170,7 +171,7 @@ class ClampTask:
         return projection.module(plain.inputs[target.layer])[:, projection.outputs][:, target.neuron]
 
     def _first_order(self, target: Target, plain: Plain) -> float:
-        mlp = decoder_layers(self.model)[target.layer].mlp
+        mlp = self._mlp(target.layer)
         activate = getattr(mlp, "act_fn", None) or mlp.activation_fn  # the second is Phi-3's
         down = effective_weight(down_projection(self.model, target.layer), "mlp.down_proj")
         column = down[:, target.neuron]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from keyword import iskeyword
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -43,9 +43,9 @@ class CompletionTask:
     An arm's `apply` is {"model": a key of `model(key, seed)`, "weights": the table to re-rank by, or None}.
     """
 
-    slug = "completion"
-    stage = "train"
-    metrics = (
+    slug: ClassVar[str] = "completion"
+    stage: ClassVar[str] = "train"
+    metrics: ClassVar[Sequence[Metric]] = (
         Metric("mrr", "higher", "MRR@10 of the next value, all places"),
         Metric("accuracy", "higher", "next value right, all places"),
         Metric("cardinal_mrr", "higher", "MRR@10 at cardinal points"),

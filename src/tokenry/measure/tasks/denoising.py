@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -66,7 +66,9 @@ class PuzzleTask:
     def run(self, arm: Arm, samples: Sequence[Sample], seed: int) -> list[Outcome]:
         problems = [self.problems[seed][sample.data["index"]] for sample in samples]
         inputs = encode_prompts(self.tokenizer, [problem.question for problem in problems])
-        own = DiffusionMethods([arm.method]).options(self.width) if arm.method else arm.apply(self.width, seed)
+        own = (
+            DiffusionMethods([cast(Any, arm.method)]).options(self.width) if arm.method else arm.apply(self.width, seed)
+        )
         options = {"gen_length": self.width, "block_length": None, **own}
         first = row_seed(seed, samples[0].data["index"])  # so that each sample draws the same in every batch
         output = diffusion_generate(self.model, **inputs, seed=first, tokenizer=self.tokenizer, **options)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from random import Random
+from typing import ClassVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -83,9 +84,9 @@ class DepthTask:
     whether it takes part in them}.
     """
 
-    slug = "depth"
-    stage = "decode"
-    metrics = (
+    slug: ClassVar[str] = "depth"
+    stage: ClassVar[str] = "decode"
+    metrics: ClassVar[Sequence[Metric]] = (
         *(
             Metric(f"nll_{d}", "lower", f"nats per token of a text, not trained, planned average depth {d}%")
             for d in TEXT_DEPTHS
@@ -132,7 +133,7 @@ class DepthTask:
             if columns and made.e_min == layers:  # the plain model is the same at every depth
                 columns[f"nll_{average}"] = next(iter(columns.values()))
                 continue
-            logits = skip_forward(self.model, ids, made.mask(COLUMNS)).logits[:, PROMPT - 1 : -1].float()
+            logits = skip_forward(self.model, ids, made.mask(COLUMNS))["logits"][:, PROMPT - 1 : -1].float()
             nll = -logits.log_softmax(-1).gather(2, ids[:, PROMPT:, None]).mean((1, 2))
             columns[f"nll_{average}"] = nll.tolist()
         return [Outcome({name: column[i] for name, column in columns.items()}) for i in range(len(samples))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import ClassVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -30,9 +31,9 @@ class DiscourseTask:
     `bad_words_ids`).
     """
 
-    slug = "discourse"
-    stage = "decode"
-    metrics = (
+    slug: ClassVar[str] = "discourse"
+    stage: ClassVar[str] = "decode"
+    metrics: ClassVar[Sequence[Metric]] = (
         Metric("undesired", "lower", "1 for a story that is a quarrel with a threat at the end, else 0"),
         Metric("nll", "lower", "nats per token of the story under the plain model"),
         Metric("sound", "higher", "share of sentences that the language has"),

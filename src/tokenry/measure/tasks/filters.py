@@ -92,8 +92,9 @@ def training_traces(
     def collect() -> TraceDataset:
         drawn = [draw_problems(task, count // len(PUZZLES), 0, "train") for task in PUZZLES]
         prompts = [problem.question for problems in drawn for problem in problems]
-        lengths = {"gen_length": gen_length, "block_length": block_length}
-        return collect_egp_traces(model, tokenizer, prompts, batch_size=60, **lengths)
+        return collect_egp_traces(
+            model, tokenizer, prompts, batch_size=60, gen_length=gen_length, block_length=block_length
+        )
 
     return built_once(
         folder / f"traces-{digest([count, gen_length, block_length])}.safetensors",

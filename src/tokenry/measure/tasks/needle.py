@@ -77,7 +77,7 @@ class NeedleTask:
         targets = answer[0, 1:]
         log_probs = logits.log_softmax(-1)
         chosen = log_probs.gather(1, targets[:, None])[:, 0]
-        kept = None if cutter is None else list(cutter.trace.counts().values())
+        kept = None if cutter is None or cutter.trace is None else list(cutter.trace.counts().values())
         note = f"best guess: {self.tokenizer.decode(logits.argmax(-1))!r}"
         return Outcome(
             metrics={

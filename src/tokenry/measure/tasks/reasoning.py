@@ -70,7 +70,7 @@ class ReasoningTask:
         if any(not 1 <= budget <= max_new_tokens for budget in budgets):
             raise InputError(f"budgets={list(budgets)} is not allowed; give numbers from 1 to {max_new_tokens}")
         self.model, self.tokenizer, self.task, self.problems = model, tokenizer, task, problems
-        self.reflection_ids, self.end_ids = set(reflection_ids), list(end_think_ids(tokenizer, END_THINK))
+        self.reflection_ids, self.end_ids = set(reflection_ids), list(end_think_ids(tokenizer, END_THINK) or ())
         self.max_new_tokens, self.budgets = max_new_tokens, tuple(budgets)
         self.setting = {
             "problems": task.name,

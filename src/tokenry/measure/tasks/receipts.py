@@ -6,7 +6,7 @@ import hashlib
 import random
 import time
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ def documents(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> list[HiddenR
         ids = tokenizer(text[:12_000], add_special_tokens=False)["input_ids"]
         end = min(PROMPT + rng.randint(LEAST, MOST), len(ids) - ANSWER)
         if end >= PROMPT + LEAST:
-            prompt, answer = (tokenizer.decode(part) for part in (ids[:PROMPT], ids[end : end + ANSWER]))
+            prompt, answer = (cast(str, tokenizer.decode(part)) for part in (ids[:PROMPT], ids[end : end + ANSWER]))
             found.append(HiddenReasoning(prompt=prompt, reasoning=ids[PROMPT:end], answer=answer))
     rng.shuffle(found)
     return found

@@ -82,7 +82,7 @@ class RefusalTask:
             for kind, (harmful, triggered) in KINDS.items()
             for i, request in enumerate(requests(max(1, count // len(KINDS)), split, harmful, triggered))
         ]
-        self.probe, self.learned, self.contributions = (cache(f) for f in (self._probe, self._learned, self._blame))
+        self.probe, self.learned, self.contributions = cache(self._probe), cache(self._learned), cache(self._blame)
 
     def samples(self) -> Sequence[Sample]:
         return self._samples

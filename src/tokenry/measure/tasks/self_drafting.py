@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ class Plan(NamedTuple):
 class OtherGuesses(SelfDrafting):
     """The same rows as in TiDAR, but what the masks say is not used: `guess` says what is checked."""
 
-    guess: Guess | None = None
+    guess: Guess = field(kw_only=True)
 
     def loop(self, *args: Any, **options: Any) -> TiDARLoop:
         return _OtherLoop(self, *args, **options)
@@ -54,7 +54,7 @@ class OtherGuesses(SelfDrafting):
 
 class _OtherLoop(TiDARLoop):
     def _scores(self, row: SequenceState, masked: Tensor) -> Tensor:
-        tokens = self.speculation.guess(row.prompt + row.ids, len(masked) - 1)
+        tokens = cast(OtherGuesses, self.speculation).guess(row.prompt + row.ids, len(masked) - 1)
         scores = torch.full_like(masked[1:], -torch.inf)
         return scores.scatter(1, torch.tensor(tokens, device=scores.device)[:, None], 0.0)
 
@@ -135,7 +135,7 @@ class SelfDraftingTask:
         positions: list[list[int]] = []
         if plan.speculation:
             calls = {name: getattr(output.stats, name) for name in calls}
-            positions = [[p.depth, int(p.taken)] for p in output.stats.positions]
+            positions = [[p.depth, int(p.taken)] for p in cast(Any, output.stats).positions]
         metrics = {"accuracy": float(right), **{name: float(count) for name, count in calls.items()}}
         if positions:
             metrics["acceptance"] = float(np.mean([taken for _, taken in positions]))

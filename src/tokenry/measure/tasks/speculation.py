@@ -7,7 +7,7 @@ times, say whether the text keeps the model's distribution: that one is known ex
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from ...data.problems import Arithmetic, Problem, draw_problems
 from ...decode.api import generate, loop
 from ...decode.speculation.acceptance import optimal_acceptance
 from ...decode.speculation.loop import Speculation, SpeculativeOutput
-from ...decode.speculation.verifiers import Selection, Verifier
+from ...decode.speculation.verifiers import Sampling, Selection, Verifier
 from ...models.prompts import encode_prompts
 from ..cost import Meter
 from ..task import Arm, Metric, Outcome, Sample, Statistic
@@ -36,7 +36,8 @@ class RecordingVerifier:
     """Hands on to a verifier, and keeps the distributions and the number of drafts that it met."""
 
     def __init__(self, verifier: Verifier) -> None:
-        self.verifier, self.sampling = verifier, verifier.sampling
+        self.verifier = verifier
+        self.sampling: Sampling = verifier.sampling
         self.met: list[tuple[Tensor, Tensor, int]] = []
 
     def select(
@@ -50,7 +51,7 @@ class RecordingVerifier:
         found = [0.0] * len(self.met)
         for count in {count for _, _, count in self.met}:
             where = [i for i, (_, _, k) in enumerate(self.met) if k == count]
-            targets, drafts = (torch.stack([self.met[i][side] for i in where]) for side in (0, 1))
+            targets, drafts = (torch.stack(side) for side in zip(*(self.met[i][:2] for i in where)))
             for i, value in zip(where, optimal_acceptance(targets, drafts, count, self.sampling).tolist()):
                 found[i] = value
         return found
@@ -95,7 +96,7 @@ class SpeculationTask:
         problems = [
             Sample(problem.id, problem.question, {"index": i}) for i, problem in enumerate(self.problems.values())
         ]
-        shown = self.tokenizer.decode(self.prefix)
+        shown = cast(str, self.tokenizer.decode(self.prefix))
         return [*problems, *(Sample(f"{LAW}-{i}", shown, {"index": i, "kind": LAW}) for i in range(self.draws))]
 
     def run(self, arm: Arm, samples: Sequence[Sample], seed: int) -> list[Outcome]:
@@ -109,17 +110,18 @@ class SpeculationTask:
     def _solve(self, plan: Speculation | None, problem: Problem, seed: int) -> Outcome:
         options = {**SAMPLING, "max_new_tokens": MAX_NEW_TOKENS, "seed": seed, "return_dict_in_generate": True}
         inputs = encode_prompts(self.tokenizer, problem.question).to(self.model.device)
-        recorder = RecordingVerifier(plan.verifier) if plan else None
+        recorder, checked = None, plan
         if plan:
-            plan = Speculation(plan.drafter, recorder, plan.num_drafts, plan.draft_length)
+            recorder = RecordingVerifier(plan.verifier)
+            checked = Speculation(plan.drafter, recorder, plan.num_drafts, plan.draft_length)
         with Meter() as meter:
-            output = self.model.generate(
-                **inputs, custom_generate=loop, speculation=plan, processing_class=self.tokenizer, **options
+            output = cast(Any, self.model).generate(
+                **inputs, custom_generate=loop, speculation=checked, processing_class=self.tokenizer, **options
             )
         ids = output.new_ids[0]
         right = ids[-1] == self.tokenizer.eos_token_id and self.task.check(problem, output.texts[0])
         metrics, positions = {"accuracy": float(right)}, []
-        if plan:
+        if recorder:
             metrics["emitted"], metrics["target_calls"] = output.stats.emitted, output.stats.target_calls
             ceilings = recorder.ceilings()
             positions = [[p.depth, int(p.taken), round(c, 5)] for p, c in zip(output.stats.positions, ceilings)]
@@ -132,7 +134,7 @@ class SpeculationTask:
 
     def _draw(self, plan: Speculation | None, seed: int) -> Outcome:
         ids = torch.tensor([self.prefix] * ROWS, device=self.model.device)
-        out = self.model.generate(
+        out = cast(Any, self.model).generate(
             ids,
             attention_mask=torch.ones_like(ids),
             custom_generate=loop,
@@ -150,9 +152,8 @@ def uncertain_prefix(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     """Ids of a text of the model that ends one token before the place where it is least certain of the next one; of
     `count` solutions of problems kept apart from training and from reports."""
     problems = draw_problems(Arithmetic(), count, split="dev")
-    out: SpeculativeOutput = generate(
-        model, tokenizer, [p.question for p in problems], seed=0, max_new_tokens=MAX_NEW_TOKENS, **SAMPLING
-    )
+    questions, options = [p.question for p in problems], {"max_new_tokens": MAX_NEW_TOKENS, **SAMPLING}
+    out = cast(SpeculativeOutput, generate(model, tokenizer, questions, seed=0, **options))
     best, found = -1.0, []
     for prompt, new in zip(out.prompt_ids, out.new_ids):
         ids = prompt + new

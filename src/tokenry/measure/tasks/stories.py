@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from importlib.resources import files
 from itertools import pairwise
+from typing import ClassVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -34,9 +35,9 @@ class StoriesTask:
     Perplexity is that of the text under the plain model at temperature 1, without truncation.
     """
 
-    slug = "stories"
-    stage = "decode"
-    metrics = (
+    slug: ClassVar[str] = "stories"
+    stage: ClassVar[str] = "decode"
+    metrics: ClassVar[Sequence[Metric]] = (
         Metric("hits_per_1000_words", "lower", "banned patterns in 1,000 words"),
         Metric("perplexity", "lower", "of the text under the plain model"),
         Metric("distinct_2", "higher", "different word pairs / word pairs, within a story"),

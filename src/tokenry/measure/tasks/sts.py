@@ -53,10 +53,10 @@ def spread(pairs: Sequence[Pair], count: int) -> list[Pair]:
 
 def similarities(embed: Callable[[Sequence[str]], Tensor], pairs: Sequence[Pair]) -> Tensor:
     """Cosine of every pair, (pairs, ...) for embeddings of shape (texts, ..., width). Each text is embedded once."""
-    texts = list(dict.fromkeys(text for pair in pairs for text in pair[:2]))
+    texts = list(dict.fromkeys(text for pair in pairs for text in (pair.first, pair.second)))
     place = {text: i for i, text in enumerate(texts)}
     states = embed(texts)
-    first, second = (states[[place[pair[side]] for pair in pairs]] for side in (0, 1))
+    first, second = (states[[place[text] for text in side]] for side in list(zip(*pairs))[:2])
     return torch.nn.functional.cosine_similarity(first, second, dim=-1)
 
 

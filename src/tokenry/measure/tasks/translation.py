@@ -68,7 +68,8 @@ class TranslationQualityTask:
         pairs: int,
         split: Split = "test",
     ) -> None:
-        self.models, self.encoder, self.method, self.count, self.split = models, encoder, method, count, split
+        self.split: Split = split
+        self.models, self.encoder, self.method, self.count = models, encoder, method, count
         self.sentences = draw_sentences(pairs, "train", MADE_FROM)
         self.setting = {"pairs": pairs, "split": split, "replaced": REPLACED}
         self._labels: dict[Synthesis, list[JudgedTranslation]] = {}

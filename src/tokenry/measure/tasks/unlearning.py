@@ -5,7 +5,7 @@ from __future__ import annotations
 import pydoc_data.topics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,9 +42,9 @@ class UnlearningTask:
     An arm's `apply` is {"adapter": name or None, and keyword arguments for `tokenry.generate`}.
     """
 
-    slug = "unlearning"
-    stage = "train"
-    metrics = (
+    slug: ClassVar[str] = "unlearning"
+    stage: ClassVar[str] = "train"
+    metrics: ClassVar[Sequence[Metric]] = (
         Metric("hits_per_1000_words", "lower", "banned patterns in 1,000 words of a story"),
         Metric("perplexity", "lower", "of the story under the plain model"),
         Metric("distinct_2", "higher", "different word pairs / word pairs, within a story"),
@@ -66,16 +66,16 @@ class UnlearningTask:
         max_length: int,
     ) -> None:
         self.model, self.tokenizer, self.pairs = model, tokenizer, list(pairs)
-        self.stories = StoriesTask(model, tokenizer, patterns, stories, first=TUNED_ON)
+        self.stories = StoriesTask(cast(PreTrainedModel, model), tokenizer, patterns, stories, first=TUNED_ON)
         self.setting = {**self.stories.setting, "max_length": max_length}
         self.passages = ordinary_texts(passages)
-        self.collator = FTPOCollator(tokenizer.pad_token_id, max_length)
+        self.collator = FTPOCollator(cast(int, tokenizer.pad_token_id), max_length)
         self.known: dict[str, dict[str, Outcome]] = {}  # of each arm: what no seed changes
 
     def samples(self) -> list[Sample]:
         passages = [Sample(f"text-{i:02}", text) for i, text in enumerate(self.passages)]
         pairs = [
-            Sample(f"pair-{i:03}", self.tokenizer.decode(pair["prompt_ids"]), {"pair": pair})
+            Sample(f"pair-{i:03}", cast(str, self.tokenizer.decode(pair["prompt_ids"])), {"pair": pair})
             for i, pair in enumerate(self.pairs)
         ]
         return [*self.stories.samples(), *passages, *pairs]
@@ -122,8 +122,8 @@ class UnlearningTask:
         """The model as this arm has it; without one, as it was."""
         name = arm.apply["adapter"] if arm else None
         if name is None:
-            with self.model.disable_adapter():
+            with cast(Any, self.model).disable_adapter():
                 yield
         else:
-            self.model.set_adapter(name)
+            cast(Any, self.model).set_adapter(name)
             yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -160,6 +160,6 @@ class ValuesTask:
                 **SAMPLING,
             )
             text = self.loaded.tokenizer.decode(found.best.ids, skip_special_tokens=True)
-            right = bool(found.finished) and self.task.check(problem, text)
+            right = bool(found.finished) and self.task.check(problem, cast(str, text))
             self._searched[key] = right, found.fed + found.value_fed, found.written
         return self._searched[key]
