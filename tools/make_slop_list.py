@@ -3,7 +3,7 @@
     python tools/make_slop_list.py OUTPUT [--words 10] [--phrases 15] [--human FOLDER] [--stories STORIES.json]
 
 FOLDER holds the human texts that phrases are compared with (*.txt). Without --stories, 96 stories are generated first.
-The rules are those of src/tokenry/measure/data/README.md; nothing is chosen by hand.
+The rules are those of src/tokenry/data/prompts/README.md; nothing is chosen by hand.
 """
 
 from __future__ import annotations

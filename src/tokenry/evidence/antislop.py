@@ -22,7 +22,7 @@ PLAIN, SEQUENCES, FIRST, METHOD = "plain", "bad_words_ids", "ban first tokens", 
 
 
 def default_phrases() -> list[str]:
-    """The patterns that SmolLM2 overuses, from `measure/data`."""
+    """The patterns that SmolLM2 overuses, from `data/prompts`."""
     return (files("tokenry.data") / "prompts" / "slop_smollm2.txt").read_text(encoding="utf-8").split("\n")[:-1]
 
 
