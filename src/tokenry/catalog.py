@@ -67,6 +67,7 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.tokenize.linguistic_integrity:LinguisticIntegrity",
         "score tokenizers by the share of their tokens that are words, morphemes and roots of a language",
         "morphology turkish evaluate tokenizer benchmark purity boundary fertility compare correlation",
+        "tokenry.evidence.linguistic_integrity",
     ),
     Entry(
         "compresskv",
@@ -320,6 +321,7 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.train.personalized_code:PersonalizedCode",
         "tune a model to one software project: all weights, embeddings, the last block, a prefix, or LoRA",
         "code completion project repository finetune prefix tuning lora peft last layer adaptation delta",
+        "tokenry.evidence.personalized_code",
     ),
     Entry(
         "rectifier",

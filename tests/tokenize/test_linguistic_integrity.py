@@ -1,18 +1,26 @@
 """Linguistic integrity: counts against their definition, gold and character tokenizers, correlation, refusals."""
 
+import itertools
 import json
 import math
 
+import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tokenry.cli import main
 from tokenry.core.errors import InputError
+from tokenry.evidence import linguistic_integrity as evidence
+from tokenry.evidence.linguistic_integrity import NAMES
+from tokenry.measure.task import Arm
+from tokenry.measure.tasks.language import LanguageTask, Speaker, bits_of, framed
 from tokenry.tokenize import KL3M, LinguisticIntegrity, SetLexicon, boundary_f1, correlate, integrity, kinds_of_tokens
 from tokenry.tokenize.linguistic_integrity import PAPER_ROWS, paper_correlations
 from tokenry.tokenize.text.lexicon import load_lexicon
+from tokenry.zoo.training import untrained_llama
 
 LEXICON = SetLexicon(words=["evler", "kitaplar"], morphemes=["ler", "lar", "a"], roots=["ev", "kitap"])
 TEXTS = ["evler kitaplar", "Ev kitap kitaplar", "evler ev"]
@@ -153,3 +161,72 @@ def test_command_line(tmp_path):
     assert "words or morphemes" in page.read_text(encoding="utf-8") and "pure" in page.read_text(encoding="utf-8")
     lexicon.write_text('{"words": 1}', encoding="utf-8")
     assert "cannot be read" in CliRunner().invoke(main, args).stderr
+
+
+# --- the experiment --------------------------------------------------------------------------------------------------
+
+SEEN = ["kitaplar evler", "evler ağaçlar", "kitap ve ev"] * 3
+UNSEEN = "xylofon#x ÿ日本 evâ\tev  kitap"  # bytes inside words that no training text has there
+
+
+@pytest.mark.parametrize(
+    ("make", "size"), [(evidence.characters, None), (evidence.unigram, 300), (evidence.word_piece, 540)]
+)
+def test_the_tokenizers_of_the_experiment_know_every_text(make, size):
+    made = make(SEEN, *([size] if size else []))
+    ids = made(UNSEEN).input_ids
+    assert made.decode(ids) == UNSEEN and len(made) <= (size or 300)
+    assert made.get_vocab().get("[UNK]") not in ids
+    if make is evidence.characters:
+        assert len(ids) > len(UNSEEN) and len(made("ağaç").input_ids) == 4
+
+
+def test_bits_are_those_of_a_text_and_its_end(make_model, tokenizer):
+    texts = ["ev", "kitaplar evler", ""]
+    torch.manual_seed(0)
+    model = untrained_llama(tokenizer, 64, vocab_size=len(tokenizer) + 1, **evidence.SHAPE).eval()
+    rows = framed(tokenizer, texts)
+    expected = []
+    for row in rows:
+        with torch.no_grad():
+            logp = model(torch.tensor([row])).logits[0].log_softmax(-1)
+        expected.append(-sum(float(logp[i, id]) for i, id in enumerate(row[1:])) / math.log(2))
+    assert bits_of(model, rows) == pytest.approx(expected, rel=1e-4)
+    task = LanguageTask(texts)
+    found = task.run(Arm("a", apply=lambda seed: Speaker(model, tokenizer)), task.samples(), 0)
+    assert [one.metrics["pieces"] for one in found] == [len(row) - 2 for row in rows]
+    assert [one.metrics["characters"] for one in found] == [2, 14, 0]
+
+
+def test_models_of_the_experiment_have_equal_compute_and_the_same_sentences(tokenizer):
+    texts = [f"ev {i} " * (1 + i % 5) for i in range(50)]
+    tokens = [[1, *range(len(text))] for text in texts], [[1, 2, 3]] * len(texts)
+    steps = []
+    for rows, width in zip(tokens, (64, 32)):
+        model = untrained_llama(tokenizer, 64, **{**evidence.SHAPE, "hidden_size": width})
+        weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+        steps.append(evidence.steps_for(model, rows, 10**9))
+        spent = 6 * weights * evidence.BATCH * sum(len(row) - 1 for row in rows) / len(rows) * steps[-1]
+        assert spent == pytest.approx(10**9, rel=0.6 / steps[-1])
+    assert steps[1] > steps[0]
+    numbered = [[i, 0] for i in range(50)]
+    epoch = [b["input_ids"][:, 0].tolist() for b in itertools.islice(evidence.batches(texts, numbered, 1), 13)]
+    assert sorted(itertools.chain(*epoch)) == list(range(50))
+    longer = [[i] * (i + 2) for i in range(50)]
+    again = [b["input_ids"][:, 0].tolist() for b in itertools.islice(evidence.batches(texts, longer, 1), 13)]
+    assert again == epoch
+
+
+def test_the_lead_of_a_predictor_is_the_difference_of_correlations():
+    rng = np.random.default_rng(0)
+    scores = {f"t{i}": evidence.Scores(*rng.uniform(1, 9, 5)) for i in range(9)}
+    bits = {name: 5 - one.tr / 4 + one.fertility / 9 for name, one in scores.items()}
+    found = evidence.Predicted.of(scores, bits)
+    r = {
+        name: np.corrcoef([getattr(s, name) for s in scores.values()], [-b for b in bits.values()])[0, 1]
+        for name in NAMES
+    }
+    assert found.r("tr").interval.mean == pytest.approx(r["tr"]) and r["tr"] > 0.8
+    assert found.lead("tr", "pure").interval.mean == pytest.approx(r["tr"] - r["pure"])
+    against = found.lead("tr", "fertility", abs).interval
+    assert against.mean == pytest.approx(r["tr"] - abs(r["fertility"])) and against.low < against.mean < against.high

@@ -1,7 +1,10 @@
 """Personalized code models: each way of tuning against its definition, what is stored, and the command."""
 
 import json
+import sysconfig
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -10,9 +13,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tokenry.cli import main
 from tokenry.core.errors import InputError
+from tokenry.evidence import personalized_code as evidence
+from tokenry.measure.compare import Comparison
+from tokenry.measure.experiment import Experiment, Run
+from tokenry.measure.task import Arm, Outcome
+from tokenry.measure.tasks.project import CONTROL, PROJECT, ProjectTask, Tuned
 from tokenry.train import PersonalizedCode, ProjectDelta, Tuning, load_delta, personalize, read_project, text_prefix
 from tokenry.train.projects.evaluation import exact_lines, foretell, line_ends
-from tokenry.train.projects.files import windows
+from tokenry.train.projects.files import SourceFile, windows
 from tokenry.train.projects.trainer import mean_loss
 from tokenry.train.projects.ways import WAYS, report, trained, training_flops
 
@@ -307,3 +315,66 @@ def test_the_command_compares_all_ways(project, tmp_path, tokenizer):
     shown = CliRunner().invoke(main, [*args, "--output", str(tmp_path / "again")], catch_exceptions=False)
     lines = shown.stdout.splitlines()
     assert [line.split()[0] for line in lines[-5:]] == list(WAYS) and "control loss" in lines[-7]
+
+
+# --- the experiment --------------------------------------------------------------------------------------------------
+
+
+def test_stretches_are_parts_of_files_at_random_places():
+    files = [SourceFile(str(i), list(range(100 * i, 100 * i + 40))) for i in range(6)]
+    found = evidence.stretches(files, 10, 1)
+    for file, part in zip(files, found):
+        start = part.ids[0] - file.ids[0]
+        assert part.name == file.name and part.ids == file.ids[start : start + 10]
+    assert found == evidence.stretches(files, 10, 1) != evidence.stretches(files, 10, 2)
+    assert evidence.stretches(files, 40) == files
+
+
+def test_random_files_are_as_many_and_of_neither_project(tokenizer):
+    drawn = evidence.random_files(tokenizer, 400, 3)
+    found = drawn(0)
+    assert [len(file.ids) for file in found] == [400] * 3 and found == drawn(0) != drawn(1)
+    packages = {Path(file.name).relative_to(sysconfig.get_paths()["stdlib"]).parts[0] for file in found}
+    assert packages.isdisjoint({"asyncio", "xml"})
+
+
+def test_a_file_is_measured_on_its_side(tokenizer):
+    held = {PROJECT: [SourceFile("a", ids(12).tolist())], CONTROL: [SourceFile("b", ids(9, seed=2).tolist())]}
+    task, model = ProjectTask(tokenizer, held), fresh()
+    found = task.run(Arm("a", apply=lambda seed: Tuned(model, 2.0, 3.0, 4.0)), task.samples(), 0)
+    plain = foretell(model, [held[PROJECT][0].ids, held[CONTROL][0].ids], line_ends(tokenizer, 384))
+    assert found[0].metrics["loss"] == pytest.approx(plain[0].nats / 11, rel=1e-5)
+    assert found[1].metrics["control_loss"] == pytest.approx(plain[1].nats / 8, rel=1e-5)
+    assert "control_loss" not in found[0].metrics and "loss" not in found[1].metrics
+    assert [found[1].metrics[name] for name in ("training_seconds", "flops", "bytes")] == [2, 3, 4]
+
+
+def test_the_excess_is_the_gain_at_the_project_above_that_at_the_control(tokenizer):
+    held = {side: [SourceFile(str(i), [1, 2, 3]) for i in range(8)] for side in (PROJECT, CONTROL)}
+    task, rng, outcomes = ProjectTask(tokenizer, held), np.random.default_rng(0), {}
+    for sample in task.samples():
+        name = "loss" if sample.data["side"] == PROJECT else "control_loss"
+        before = rng.uniform(2, 3)
+        gained = (0.3 if name == "loss" else 0.1) + rng.uniform(-0.01, 0.01)
+        for arm, value in ((evidence.PLAIN, before), (evidence.METHOD, before - gained)):
+            outcomes[arm, sample.id, 0] = Outcome({name: value})
+    arms = [Arm(evidence.PLAIN, role="plain"), Arm(evidence.METHOD)]
+    made = Experiment("x", "", task, arms, evidence.PLAIN, lambda c: [])
+    found = evidence.excess(Comparison(made, task.samples(), outcomes), evidence.METHOD).interval
+    assert found.mean == pytest.approx(0.2, abs=0.01) and 0.18 < found.low < found.high < 0.22 and found.n == 8
+
+
+def test_a_model_is_tuned_as_a_copy(project, tokenizer, files):
+    model, method = fresh(), PersonalizedCode(way="prefix", **{**SMALL, "max_epochs": 1})
+    run = Run(model, tokenizer, 2, (0,))
+    begun = evidence.tuned(run, method, lambda seed: files, False, 0)
+    done = evidence.tuned(run, method, lambda seed: files, True, 0)
+    assert begun.flops == begun.seconds == 0 < min(done.flops, done.seconds) and begun.bytes == done.bytes > 0
+    x = ids(1, 9)
+    with torch.no_grad():
+        before = fresh()(x).logits
+        assert torch.equal(model(x).logits, before)
+        tokens = files[1].ids[: SMALL["num_virtual_tokens"]]  # the first file is for validation
+        expected = fresh()(torch.cat([torch.tensor([tokens]), x], 1)).logits[:, len(tokens) :]
+        found = begun.model(input_ids=x, attention_mask=torch.ones_like(x)).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)

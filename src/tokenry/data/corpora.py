@@ -9,6 +9,7 @@ import re
 import sysconfig
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from ..core.errors import InputError
 
@@ -22,6 +23,8 @@ __all__ = [
     "up_to_bytes",
     "word_grams",
 ]
+
+T = TypeVar("T")
 
 FRONT_MATTER = re.compile(r"\A---\n.*?^---[ \t]*$\n?", re.DOTALL | re.MULTILINE)
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
@@ -69,7 +72,7 @@ def docstrings() -> list[str]:
     return [text for text in found if text]
 
 
-def split(documents: Sequence[str], share: float = 0.8, seed: int = 0) -> tuple[list[str], list[str]]:
+def split(documents: Sequence[T], share: float = 0.8, seed: int = 0) -> tuple[list[T], list[T]]:
     """(training, held-out) documents, shuffled with a seed."""
     shuffled = list(documents)
     random.Random(seed).shuffle(shuffled)
