@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from itertools import pairwise
 
 import pytest
@@ -54,6 +55,50 @@ def folder(coder, words, tmp_path_factory):
     coder.save_pretrained(path)
     words.save_pretrained(path)
     return path
+
+
+# --- a second language ---------------------------------------------------------------------------------------------
+
+JAVASCRIPT = """import fs from "fs";
+class Store {
+  constructor(folder) { this.folder = folder; }
+  save(name) {
+    if (this.folder === name) {
+      return fs.join(this.fo"""
+
+
+def test_javascript_is_completed_by_the_ending_of_its_file(words, coder):
+    complete = CodeFillCompletion(statement_tokens=4).complete
+    found = complete(coder, words, JAVASCRIPT, name="x.js")
+    assert {one.text: one.scope for one in found if one.kind == "name"}["folder"] == "class"
+    assert complete(coder, words, JAVASCRIPT + "lder) // thi", name="x.js") == []
+    assert complete(coder, words, "x = /* ", name="x.js") == [] != complete(coder, words, "x = /* ", name="x.py")
+
+
+def test_what_javascript_knows_left_of_a_cursor():
+    left = left_of("class A { m() { } n() { function f() { } this.", language="javascript")
+    assert [left.kind(value) for value in ("m", "delete", "w")] == ["attribute"] * 3
+    left = left_of("function f(v) { retu", language="javascript")
+    assert (left.typed, left.values[-2:]) == ("retu", ("<EOS>", "<INDENT>"))
+    assert [left.kind(value) for value in ("return", "f", "v", "def")] == [
+        "keyword",
+        "function",
+        "variable",
+        "variable",
+    ]
+
+
+def test_the_verb_completes_javascript(folder, tmp_path):
+    (tmp_path / "x.js").write_text(JAVASCRIPT)
+    place = ["--file", f"{tmp_path / 'x.js'}:6:29", "--model", str(folder), "-o", "statement_tokens=4"]
+    result = CliRunner().invoke(main, ["decode", "--method", "codefill", *place])
+    assert result.exit_code == 0 and "folder  (name; re-ranked, class)" in result.output, result.output
+
+
+def test_without_the_reader_of_javascript_the_extra_is_named(words, coder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tree_sitter", None)
+    with pytest.raises(InputError, match=r"run `pip install tokenry\[code\]`"):
+        CodeFillCompletion().complete(coder, words, JAVASCRIPT, name="x.js")
 
 
 # --- order -----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """codefill: three tasks, the penalty that ties them, and the trainer that draws them."""
 
 import random
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -163,6 +165,18 @@ def test_without_a_weight_the_value_model_is_trained_as_alone(words, tmp_path):
     assert all(value.equal(others[name]) for name, value in shared.models["sc"].state_dict().items())
 
 
+def test_without_a_weight_the_steps_of_other_tasks_change_nothing(words, tmp_path):
+    """Not even by what the optimizer remembers: as many steps of values give the same model of values."""
+    shared, alone = three(words, 0.0), three(words, 0.0)
+    mixed = MultiTaskTrainer(shared, config(tmp_path, task_probs=(0.2, 0.4, 0.4), max_steps=20), rows(words))
+    steps = sum("tvp" in batch for batch in mixed.get_train_dataloader())
+    mixed.train()
+    MultiTaskTrainer(alone, config(tmp_path, task_probs=(0, 1, 0), max_steps=steps), rows(words)).train()
+    for name, value in alone.models["tvp"].state_dict().items():
+        torch.testing.assert_close(shared.models["tvp"].state_dict()[name], value)
+    assert 3 < steps < 15
+
+
 def test_a_large_weight_draws_equal_models_on_equal_data_together(words, tmp_path):
     models = {"tvp": small(len(words), 1), "sc": small(len(words), 2)}
     shared = SoftSharedLM(models, 100.0)
@@ -256,6 +270,32 @@ def test_files_are_read_package_by_package_and_copies_once(folder, caplog):
     assert {p.package for p in read_programs(folder / "package0" / "m0.py", 0)} == {"m0"}
 
 
+def test_javascript_is_read_beside_python_or_left_out_with_a_warning(folder, caplog, monkeypatch):
+    (folder / "web").mkdir()
+    (folder / "web" / "a.mjs").write_text("export const size = (rows) => rows.length;\n")
+    (folder / "b.js").write_text("let a = 1\nlet b = a\n")
+    found = {Path(program.name).name: program for program in read_programs(folder, 0)}
+    assert (found["a.mjs"].package, found["b.js"].package) == ("web", "b")
+    assert " ".join(found["b.js"].views.values) == "let a = <NUMBER> <EOS> let b = a <EOS>"
+    monkeypatch.setitem(sys.modules, "tree_sitter", None)
+    assert {Path(p.name).suffix for p in read_programs(folder, 0)} == {".py"}
+    assert "2 files of JavaScript are left out: JavaScript needs the packages" in caplog.text
+    with pytest.raises(InputError, match=r"run `pip install tokenry\[code\]`"):
+        read_programs(folder / "web", 0)
+
+
+def test_javascript_is_learned(words, tmp_path, make_model, tokenizer):
+    for name in "abc":
+        (tmp_path / f"{name}.js").write_text(f"function {name}(rows) {{ return rows.map((row) => row.{name}) }}\n" * 9)
+    method = CodeFill(**SIZES)
+    programs = method.read(tmp_path, tokenizer)
+    trainer = method.trainer(make_model("llama"), tokenizer, programs, tmp_path / "out", value_steps=12)
+    before = method.score(trainer, programs)
+    trainer.train()
+    after = method.score(trainer, programs)
+    assert after["loss"] < before["loss"] and after["types"] > before["types"]
+
+
 def test_the_verb_trains_on_a_folder_and_the_result_completes(folder, tmp_path, tokenizer):
     build("llama").save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -320,7 +360,7 @@ def test_what_has_no_end_of_a_statement_is_refused(words, tokenizer):
 
 def test_no_programs_are_refused(tmp_path, make_model, tokenizer):
     (tmp_path / "a.py").write_text("print 'two'\n")
-    with pytest.raises(InputError, match="holds no Python program that can be read"):
+    with pytest.raises(InputError, match="holds no Python or JavaScript program that can be read"):
         CodeFill().read(tmp_path, tokenizer)
     with pytest.raises(InputError, match="no programs to train on"):
         CodeFill().trainer(make_model("llama"), tokenizer, [], tmp_path)

@@ -7,7 +7,6 @@ values, with strings and numbers left out. The source need not be complete, nor 
 
 from __future__ import annotations
 
-import keyword
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, cast
 
@@ -24,7 +23,7 @@ from ..models.llamacpp.model import LlamaCppModel
 from ..models.masks import sees_both_sides
 from ..models.positions import context_window
 from ..models.prompts import listed_prompts
-from ..text.code.scopes import name_kind
+from ..text.code.languages import language_of
 from ..text.code.views import check_source
 from ..text.token_text import check_encodable
 from .completion.context import LeftContext, left_of, rendered
@@ -47,7 +46,7 @@ def _read_numbers(value: Any) -> Any:
 
 
 class CodeFillCompletion(CompletionMethod):
-    """Complete names and statements of Python, with names declared nearby first."""
+    """Complete names and statements of Python and JavaScript, with names declared nearby first."""
 
     slug: ClassVar[str] = "codefill"
     title: ClassVar[str] = "CodeFill completion"
@@ -88,18 +87,19 @@ class CodeFillCompletion(CompletionMethod):
 
         Args:
             offset: by default behind the last character.
-            name: of the file, in refusals.
+            name: of the file, in refusals; its ending tells the language, Python where it says nothing.
 
         Raises:
-            InputError: source that is no text or a notebook, or a model that does not write from left to right.
+            InputError: source that is no text or a notebook, a language whose reader is not installed, or a model that
+                does not write from left to right.
         """
-        left = left_of(check_source(source[:offset], name))
+        left = left_of(check_source(source[:offset], name), language=language_of(name))
         vocabulary = _vocabulary(model, tokenizer)
         if left.values is None:
             return []
         context = _context_ids(model, vocabulary, left, self.statement_tokens)
         found = next_values(model, vocabulary, [context], self.beam, self.top_k, typed=left.typed)[0]
-        candidates = [Candidate(one.value, one.probability, _kind(one.value, left)) for one in found]
+        candidates = [Candidate(one.value, one.probability, left.kind(one.value)) for one in found]
         ranked = rerank(candidates, left.visible.scope, weights_of(self.rerank_weights), self.top_k)
         names = [_offer(one) for one in ranked]
         rest = rest_of_statement(model, vocabulary, context, self.beam, self.statement_tokens, left.typed)
@@ -165,10 +165,6 @@ def _context_ids(model: PreTrainedModel, vocabulary: Vocabulary, left: LeftConte
         )
     start = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), 0)
     return ids[-longest:] or [cast(int, start)]
-
-
-def _kind(value: str, left: LeftContext) -> str:
-    return "keyword" if keyword.iskeyword(value) else name_kind(left.before, left.visible.is_function(value))
 
 
 def _offer(one: Ranked) -> Completion:

@@ -149,7 +149,7 @@ class CompletionMethod(RunnerMethod):
 
         Args:
             offset: by default behind the last character.
-            name: of the file, in refusals.
+            name: of the file, in refusals; its ending tells the language.
         """
         raise NotImplementedError
 

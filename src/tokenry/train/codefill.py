@@ -38,7 +38,7 @@ def _read_probs(value: Any) -> Any:
 
 
 class CodeFill(TrainMethod):
-    """Train a small model of code from nothing on a folder of Python files."""
+    """Train a small model of code from nothing on a folder of Python or JavaScript files."""
 
     slug: ClassVar[str] = "codefill"
     title: ClassVar[str] = "CodeFill"
@@ -54,7 +54,7 @@ class CodeFill(TrainMethod):
         "80.6", "% of all tokens right (value only 77.7)", "258 million parameters, PY117K test"
     )
     examples: ClassVar[str] = "programs"
-    data: ClassVar[str] = "a folder of Python files, or one"
+    data: ClassVar[str] = "a folder of Python or JavaScript files, or one"
     takes_folder: ClassVar[bool] = True
     measures: ClassVar[dict[str, str]] = {
         "loss": "nats per token of values",

@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ...core.errors import InputError
+from ...text.code.javascript import left_of_cursor
+from ...text.code.languages import KEYWORDS, Language
 from ...text.code.lexer import INDENT, lenient_tokens
-from ...text.code.scopes import VisibleNames
+from ...text.code.scopes import Names, VisibleNames, name_kind
 
 __all__ = ["LeftContext", "left_of", "offset_of", "rendered", "typed_before"]
 
 TYPED = re.compile(r"[^\W\d]\w*\Z")
 LONGEST = 1000  # characters of a name
 SPACED = {"=", "+", "-", "*", "/", "==", "!=", "<", ">", "<=", ">=", "->", "|", "&", "+=", "-=", ":=", "%", "//", "**"}
+SPACED |= {"===", "!==", "=>", "&&", "||", "??", "?"}
 PLACEHOLDERS = {"<STRING>": '""', "<NUMBER>": "0"}
 
 
@@ -27,14 +30,18 @@ class LeftContext:
         typed: the part of that name that is there.
         values: the values of the source, see `tokenry.text.code.lexer`; None where the cursor stands in a string or
             comment, where nothing is completed.
+        language: of the source.
     """
 
     source: str
     typed: str
     values: tuple[str, ...] | None
+    language: Language = "python"
 
     @cached_property
-    def visible(self) -> VisibleNames:
+    def visible(self) -> Names:
+        if self.language == "javascript":
+            return left_of_cursor(self.source)[1]
         return VisibleNames(self.values or ())
 
     @property
@@ -42,12 +49,24 @@ class LeftContext:
         """The value left of the cursor's name."""
         return self.values[-1] if self.values else None
 
+    def kind(self, value: str) -> str:
+        """What a completion is: a keyword, or a kind of name."""
+        if value in KEYWORDS[self.language] and self.before not in (".", "?."):
+            return "keyword"
+        return name_kind(self.before, self.visible.is_function(value))
 
-def left_of(source: str, offset: int | None = None) -> LeftContext:
-    """What stands left of a character of any source, which need not be complete or right."""
+
+def left_of(source: str, offset: int | None = None, language: Language = "python") -> LeftContext:
+    """What stands left of a character of any source, which need not be complete or right.
+
+    Raises:
+        InputError: what reads the language is not installed.
+    """
     source = source[:offset]
     typed = typed_before(source)
     left = source[: len(source) - len(typed)]
+    if language == "javascript":
+        return LeftContext(left, typed, left_of_cursor(left)[0], language)
     marked = lenient_tokens(left + "_")  # a name at the cursor, so that blocks are those of its line
     at_cursor = marked and marked[-1].value == "_" and marked[-1].kind == "NAME" and _place(left) == marked[-1][2:]
     return LeftContext(left, typed, tuple(token.value for token in marked[:-1]) if at_cursor else None)
@@ -93,7 +112,7 @@ def rendered(values: tuple[str, ...]) -> str:
 
 def _apart(before: str, value: str) -> bool:
     """Whether a space stands between two values."""
-    if before in SPACED or value in SPACED or before in (",", ":", ";"):
+    if before in SPACED or value in SPACED or before in (",", ":", ";") or (before, value) == (")", "{"):
         return True
     wordy = before[-1:].isalnum() or before[-1:] in "_>"
     return wordy and (value[0].isalnum() or value[0] in "_<")

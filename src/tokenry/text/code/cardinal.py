@@ -11,9 +11,20 @@ from .views import CodeViews
 
 __all__ = ["cardinal_points"]
 
-DECLARING = {"def", "class", "import", "from", "as"}  # a new name follows, which nobody can know
-COMPLETE = {"None", "True", "False", ")", "]", "}"}  # what may follow belongs to no place of its own
+DECLARING = {
+    "def",
+    "class",
+    "import",
+    "from",
+    "as",
+    "function",
+    "const",
+    "let",
+    "var",
+}  # a name nobody can know follows
+COMPLETE = {"None", "True", "False", "null", "true", "false", "this", "super", ")", "]", "}"}  # what follows: no place
 OPERANDS = {STRING, NUMBER, "(", "[", "{", "-", "~", "not", "lambda", "await", "None", "True", "False"}
+OPERANDS |= {"!", "new", "this", "super", "function", "async", "typeof", "null", "true", "false", "undefined"}
 LEAST = 0.01  # share of the followers that begin an operand
 
 

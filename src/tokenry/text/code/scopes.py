@@ -10,7 +10,7 @@ from typing import Literal
 
 from .lexer import DEDENT, EOS, INDENT
 
-__all__ = ["SCOPES", "NameKind", "Scope", "VisibleNames", "name_kind"]
+__all__ = ["SCOPES", "Frame", "NameKind", "Names", "Scope", "VisibleNames", "name_kind"]
 
 Scope = Literal["function", "class", "file"]
 NameKind = Literal["attribute", "variable", "function"]
@@ -19,7 +19,7 @@ OPENING = {"if", "elif", "else", "while", "for", "try", "except", "finally", "wi
 
 
 @dataclass
-class _Frame:
+class Frame:
     """A file, class or function: the names bound in it, and whether each is a function. `me`: what methods call the
     instance."""
 
@@ -28,21 +28,14 @@ class _Frame:
     me: str = ""
 
 
-class VisibleNames:
-    """Reads values one by one (see `lexer`) and knows which names were bound, and where.
+class Names:
+    """The names bound in the file and in what is open in it, the innermost last.
 
-    A name is bound behind the statement that binds it. Of enclosing functions all are searched, of classes the
-    innermost; methods and the attributes that they set on the instance belong to the class.
+    Of enclosing functions all are searched, of classes the innermost.
     """
 
-    def __init__(self, values: tuple[str, ...] = ()) -> None:
-        self.frames = [_Frame("file")]
-        self.blocks: list[_Frame | None] = []  # the frame that each open block is the body of, if it is
-        self.opened: _Frame | None = None  # by the header just read
-        self.statement: list[str] = []
-        self.depth = 0
-        for value in values:
-            self.feed(value)
+    def __init__(self) -> None:
+        self.frames = [Frame("file")]
 
     def scope(self, name: str) -> Scope | None:
         """Where a name is visible from, the innermost place first; None: it is not."""
@@ -50,11 +43,15 @@ class VisibleNames:
         return frame.scope if frame else None
 
     def is_function(self, name: str) -> bool:
-        """Whether a visible name was bound by `def` or `class`."""
+        """Whether a visible name was bound as a function or class."""
         frame = self._find(name)
         return frame is not None and frame.names[name]
 
-    def _find(self, name: str) -> _Frame | None:
+    def bind(self, names: Sequence[str], is_function: bool = False, frame: Frame | None = None) -> None:
+        """Bind names in a frame, by default the innermost."""
+        (frame or self.frames[-1]).names.update((name, is_function) for name in names)
+
+    def _find(self, name: str) -> Frame | None:
         seen = False
         for frame in reversed(self.frames):
             if frame.scope == "class" and seen:
@@ -63,6 +60,23 @@ class VisibleNames:
             if name in frame.names:
                 return frame
         return None
+
+
+class VisibleNames(Names):
+    """Reads values of Python one by one (see `lexer`) and knows which names were bound, and where.
+
+    A name is bound behind the statement that binds it; methods and the attributes that they set on the instance belong
+    to the class.
+    """
+
+    def __init__(self, values: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self.blocks: list[Frame | None] = []  # the frame that each open block is the body of, if it is
+        self.opened: Frame | None = None  # by the header just read
+        self.statement: list[str] = []
+        self.depth = 0
+        for value in values:
+            self.feed(value)
 
     def feed(self, value: str) -> None:
         """Read the next value."""
@@ -87,27 +101,24 @@ class VisibleNames:
         self.statement.append(value)
         self.depth = max(0, self.depth + (value in ("(", "[", "{")) - (value in (")", "]", "}")))
         if value == ":" and "lambda" in self.statement:
-            self._bind(_parameters(self.statement[_last(self.statement, "lambda") + 1 : -1]))
+            self.bind(_parameters(self.statement[_last(self.statement, "lambda") + 1 : -1]))
         elif value == ":" and not self.depth and self.opened is None:
             self._open_frame()
         elif value == "in" and "for" in self.statement:
-            self._bind(_names(self.statement[_last(self.statement, "for") + 1 : -1]))
+            self.bind(_names(self.statement[_last(self.statement, "for") + 1 : -1]))
         elif value == ":=" and len(self.statement) > 1:
-            self._bind(self.statement[-2:-1])
-
-    def _bind(self, names: Sequence[str], is_function: bool = False, frame: _Frame | None = None) -> None:
-        (frame or self.frames[-1]).names.update((name, is_function) for name in names)
+            self.bind(self.statement[-2:-1])
 
     def _open_frame(self) -> None:
         """A class or function whose header ends here."""
         header = self.statement[self.statement[0] == "async" :]
         if len(header) < 3 or header[0] not in ("def", "class"):
             return
-        self._bind([header[1]], True)
+        self.bind([header[1]], True)
         parameters = _parameters(header[3:-1]) if header[0] == "def" else []
         inside = self.frames[-1].scope == "class"
-        frame = _Frame("function" if header[0] == "def" else "class", me=parameters[0] if inside and parameters else "")
-        self._bind(parameters, frame=frame)
+        frame = Frame("function" if header[0] == "def" else "class", me=parameters[0] if inside and parameters else "")
+        self.bind(parameters, frame=frame)
         self.frames.append(frame)
         self.opened = frame
 
@@ -120,24 +131,24 @@ class VisibleNames:
         if not words or words[0] in ("def", "class", "@"):
             return
         if words[0] in ("import", "from"):
-            self._bind([bound for _, bound in imported(words) if bound])
+            self.bind([bound for _, bound in imported(words) if bound])
             return
-        self._bind([b for a, b in pairwise(words) if a == "as" and _is_name(b)])
+        self.bind([b for a, b in pairwise(words) if a == "as" and _is_name(b)])
         *targets, _ = _split(words, "=") if "=" in words else [words]
         if words[0] in OPENING and targets:
             targets[0] = _split(targets[0], ":")[-1]
         for target in targets:
             target = _split(target, ":")[0]
-            self._bind(_names(target))
+            self.bind(_names(target))
             if len(target) == 3 and target[1] == "." and target[0] == self.frames[-1].me != "":
-                self._bind(target[2:], frame=self.frames[-2])
+                self.bind(target[2:], frame=self.frames[-2])
         if len(words) > 1 and words[1] == ":" and not targets and _is_name(words[0]):  # an annotation alone
-            self._bind(words[:1])
+            self.bind(words[:1])
 
 
 def name_kind(before: str | None, is_function: bool) -> NameKind:
     """What kind of name a completion is: behind a dot, called or bound as a function, or a variable."""
-    return "attribute" if before == "." else "function" if is_function else "variable"
+    return "attribute" if before in (".", "?.") else "function" if is_function else "variable"
 
 
 def imported(words: Sequence[str]) -> list[tuple[str, str]]:

@@ -1,7 +1,8 @@
 """A program as two aligned sequences: the values of its tokens, and their types.
 
 Paper: CodeFill: Multi-token Code Completion by Jointly Learning from Structure and Naming Sequences, arXiv 2202.06689.
-Names are typed by Python's own parser and symbol tables at exact positions; the authors' converter replaces text.
+Names of Python are typed by its own parser and symbol tables at exact positions, those of JavaScript by a syntax tree;
+the authors' converter replaces text.
 """
 
 from __future__ import annotations
@@ -10,18 +11,21 @@ import ast
 import keyword
 import symtable
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ...core.errors import InputError
 from ..token_text import check_encodable
+from .javascript import WORDS, tokens_of
+from .languages import language_of
 from .lexer import CodeToken, statements, strict_tokens
 from .scopes import Scope, VisibleNames, imported
 
 __all__ = ["TYPES", "CodeViews", "check_source", "code_views"]
 
 NAMES = ("MODULE", "LIBRARY", "LIB", "ALIAS", "GLOBAL_VARIABLE", "FUNCTION_CALL", "LOCAL_VARIABLE")
-TYPES = (*NAMES, "NUMBER", "STRING", "OP", "INDENT", "DEDENT", "EOS", *sorted(word.upper() for word in keyword.kwlist))
+PYTHON = (*NAMES, "NUMBER", "STRING", "OP", "INDENT", "DEDENT", "EOS", *sorted(word.upper() for word in keyword.kwlist))
+TYPES = (*PYTHON, *sorted({word.upper() for word in WORDS} - set(PYTHON)))
 COMPREHENSIONS = {
     ast.ListComp: "listcomp",
     ast.SetComp: "setcomp",
@@ -53,29 +57,33 @@ class CodeViews:
 
 
 def code_views(source: str, name: str = "the source") -> CodeViews:
-    """The two views of a Python program.
+    """The two views of a program.
 
     Args:
-        name: of the file, in refusals.
+        name: of the file, in refusals; its ending tells the language, Python where it says nothing.
 
     Raises:
-        InputError: it is no text or a notebook, this Python does not parse it, or it has no statement.
+        InputError: it is no text or a notebook, it cannot be parsed, or it has no statement.
     """
     source = check_source(source, name)
+    if language_of(name) == "javascript":
+        read = tokens_of(source, name)
+        return _views([(one.value, one.type, one.line, one.scope) for one in read], name)
     try:
         loads = _global_loads(source)
         tokens = strict_tokens(source)
     except UNREADABLE as error:
         raise InputError(f"{name} is no Python that can be parsed ({_why(error)}); mend it, or leave it out") from None
-    if not tokens:
+    columns = ([token.value for token in tokens], _types(tokens, loads), [t.line for t in tokens], _scopes(tokens))
+    return _views(list(zip(*columns)), name)
+
+
+def _views(rows: Sequence[tuple[str, str, int, Scope | None]], name: str) -> CodeViews:
+    """Views from the value, type, line and scope of each token."""
+    if not rows:
         raise InputError(f"{name} has no statement; give a file with some")
-    return CodeViews(
-        tuple(token.value for token in tokens),
-        tuple(_types(tokens, loads)),
-        tuple(token.line for token in tokens),
-        tuple(_positions(tokens)),
-        tuple(_scopes(tokens)),
-    )
+    values, types, lines, scopes = zip(*rows)
+    return CodeViews(values, types, lines, tuple(_positions(lines)), scopes)
 
 
 def check_source(source: str, name: str) -> str:
@@ -94,10 +102,10 @@ def _why(error: BaseException) -> str:
     return str(error)
 
 
-def _positions(tokens: list[CodeToken]) -> Iterator[int]:
-    line = count = 0
-    for token in tokens:
-        line, count = token.line, count + 1 if token.line == line else 1
+def _positions(lines: Sequence[int]) -> Iterator[int]:
+    before = count = 0
+    for line in lines:
+        before, count = line, count + 1 if line == before else 1
         yield count
 
 

@@ -72,8 +72,11 @@ class SoftSharedLM(PreTrainedModel):
         return torch.stack(parts).sum() if parts else own[0].new_zeros(())
 
     def penalty(self, task: str) -> Tensor:
-        """What is added to the loss of a task."""
-        return (self.share_weight or 0.0) * self.distance(task)
+        """What is added to the loss of a task. Without a weight no other model has a gradient, not even one of zero,
+        which would let an optimizer move it by what it remembers."""
+        if not self.share_weight:
+            return self.blocks(task)[0].new_zeros(())
+        return self.share_weight * self.distance(task)
 
     @torch.no_grad()
     def weigh(self, task: str, loss: Tensor, share: float = 0.1) -> None:
