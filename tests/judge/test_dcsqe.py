@@ -251,6 +251,11 @@ def test_a_full_pull_copies_the_reference(generator, sentences):
     assert made == [s.target for s in sentences]
 
 
+def test_a_reference_beyond_the_positions_is_copied_as_far_as_they_go(generator):
+    made = DCSQE(theta=0.0, lam=0.0, beams=1).translate(generator, ["the pasune"], ["ul " * 40])
+    assert made == [" ".join(["ul"] * 31)]
+
+
 def test_a_batch_is_searched_as_its_rows_alone(generator, sentences):
     method = DCSQE()
     together = method.translate(generator, *pairs(sentences))
@@ -532,6 +537,11 @@ def test_other_refusals(annotator, generator, encoder, judged, tmp_path, make_mo
         (lambda: DCSQE().translate(causal, ["a"], ["b"]), "the generator is a LlamaForCausalLM of the kind causal"),
         (lambda: DCSQE().translate(generator, ["a"], [" "]), "reference 1 is empty"),
         (lambda: DCSQE().translate(generator, [""], ["b"]), "source 1 is empty"),
+        (lambda: DCSQE().translate(generator, ["a " * 40], ["b"]), "a source has 41 tokens, the translation model 32"),
+        (
+            lambda: annotate_severity(annotator, ["a"], [["b"] * 40], [Tags([True] * 40, False)]),
+            "a translation has 41 tokens, the translation model 32 positions",
+        ),
         (lambda: DCSQE().estimate([row]), "give -o estimator=FOLDER"),
         (lambda: DCSQE(estimator=str(tmp_path)).estimate([row]), "there is no estimator in"),
         (lambda: DCSQE(estimator="x").estimate([row.model_copy(update={"translation": None})]), "no translation to"),

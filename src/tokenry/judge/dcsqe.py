@@ -24,12 +24,13 @@ from ..core.method import Local
 from ..core.progress import Progress
 from ..models.anatomy import fingerprint
 from ..models.load import Loaded, load, shared
+from ..models.positions import fixed_positions
 from .contract import TranslationMethod
 from .quality.answer import JudgedTranslation, TranslationRow
 from .quality.constrained import Constraint, ReferenceConstrainedLogitsProcessor
 from .quality.estimator import load_estimator, trained_estimator
 from .quality.phrases import ORDER, Phrase, Severity, heads_of, mqm_score, phrase_labels, worst
-from .quality.tags import annotate_severity, check_translator, encoded, ter_tags
+from .quality.tags import annotate_severity, check_room, check_translator, encoded, ter_tags
 
 __all__ = ["DCSQE"]
 
@@ -191,7 +192,8 @@ class DCSQE(TranslationMethod):
         """Translations by beam search that is pulled towards references, all in one batch.
 
         Raises:
-            InputError: a model that does not translate, an empty source or reference, or unequal numbers of them.
+            InputError: a model that does not translate, an empty source or reference, unequal numbers of them, or a
+                source of more tokens than the model has positions.
         """
         check_translator(generator, "generator")
         if isinstance(sources, str) or isinstance(references, str) or len(sources) != len(references):
@@ -205,7 +207,10 @@ class DCSQE(TranslationMethod):
         constraint = Constraint(self.theta, self.lam, self.tau, self.window)
         pull = ReferenceConstrainedLogitsProcessor(ids, tokenizer, constraint)
         batch = encoded(tokenizer, sources).to(model.device)
-        longest = 2 * max(map(len, ids)) + 10
+        check_room(generator, batch, "source")
+        longest, room = 2 * max(map(len, ids)) + 10, fixed_positions(model)
+        if room is not None:
+            longest = min(longest, room - 1)  # the first position is the start token's
         options = {"num_beams": self.beams, "do_sample": False, "max_new_tokens": longest, "logits_processor": [pull]}
         written = cast(Tensor, cast(Any, model).generate(**batch, **options))
         return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]

@@ -11,9 +11,10 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from ...core.errors import InputError
 from ...models.load import Loaded
+from ...models.positions import fixed_positions
 from .phrases import ORDER, Severity
 
-__all__ = ["Tags", "annotate_severity", "check_translator", "ter_tags"]
+__all__ = ["Tags", "annotate_severity", "check_room", "check_translator", "ter_tags"]
 
 Rule = Literal["rank", "probability"]
 RANKS = (4, 8, 30)  # the last ranks that are ok, minor and major
@@ -55,6 +56,15 @@ def check_translator(loaded: Loaded, role: str) -> None:
         )
 
 
+def check_room(loaded: Loaded, batch: BatchEncoding, what: str) -> None:
+    """Refuse texts of more tokens than a model has positions."""
+    room, width = fixed_positions(loaded.model), batch["input_ids"].shape[1]
+    if room is not None and width > room:
+        raise InputError(
+            f"a {what} has {width} tokens, the translation model {room} positions; shorten or leave it out"
+        )
+
+
 @torch.no_grad()
 def annotate_severity(
     annotator: Loaded,
@@ -71,7 +81,7 @@ def annotate_severity(
 
     Raises:
         InputError: no translation model, a tokenizer that cannot say which token is of which word, unequal numbers of
-            sentences, or tags of another number than words.
+            sentences, tags of another number than words, or a text of more tokens than the model has positions.
     """
     check_translator(annotator, "annotator")
     if isinstance(sources, str) or not len(sources) == len(translations) == len(tags):
@@ -100,6 +110,8 @@ def _levels(
     model, tokenizer = annotator
     asked = encoded(tokenizer, sources).to(model.device)
     targets = word_tokens(tokenizer, text_target=[list(words) for words in translations])
+    check_room(annotator, asked, "source")
+    check_room(annotator, targets, "translation")
     labels = targets["input_ids"].to(model.device)
     logits = model(**asked, labels=labels, use_cache=False).logits.float()
     if rule == "rank":
