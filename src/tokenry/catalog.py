@@ -86,6 +86,14 @@ METHODS: tuple[Entry, ...] = (
         "tokenry.evidence.token_prepending",
     ),
     Entry(
+        "causal2vec",
+        "represent",
+        "tokenry.represent.causal2vec:Causal2Vec",
+        "text embeddings of a decoder that reads one token with a small encoder's summary before the text",
+        "sentence text embedding retrieval contextual token encoder contrastive infonce sentence-transformers lora",
+        "tokenry.evidence.causal2vec",
+    ),
+    Entry(
         "antislop",
         "decode",
         "tokenry.decode.antislop:Antislop",

@@ -1,3 +1,10 @@
+from .causal2vec import Causal2Vec as Causal2Vec
+from .causal2vec import Causal2VecModel as Causal2VecModel
+from .contextual.config import Causal2VecConfig as Causal2VecConfig
+from .contextual.embedder import ContextEmbedder as ContextEmbedder
+from .contextual.sentence_transformer import Causal2VecTransformer as Causal2VecTransformer
+from .contextual.sentence_transformer import add_lora as add_lora
+from .contextual.sentence_transformer import train_contrastive as train_contrastive
 from .text.prompt_embedder import PROMPTS as PROMPTS
 from .text.prompt_embedder import PromptEmbedder as PromptEmbedder
 from .text.prompt_embedder import clean_up as clean_up

@@ -1,0 +1,257 @@
+"""Causal2Vec: a small encoder reads the text first; what it says is one token before the text of a causal decoder.
+
+With g the mean of the encoder's states over the text, the Contextual token and the embedding are
+
+    c = W2 gelu(W1 g + b1) + b2,    z = concat(h_C, h_EOS),
+
+where h are the decoder's final states for [instruction, C, text, EOS] (arXiv 2507.23386). The abstract has the idea; no
+code was found, and pooling, projector and layout are the usual practice.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Self, cast
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..core.claim import Claim
+from ..core.errors import InputError
+from ..core.fields import Seed
+from ..core.method import Local
+from ..hooks.last_states import last_tokens
+from ..models.anatomy import decoder_body, decoder_layers, fingerprint
+from ..models.batch import position_arguments
+from ..models.masks import sees_both_sides
+from .contextual.config import Causal2VecConfig, Context, Pooling
+from .contextual.embedder import ContextEmbedder
+from .contextual.files import load_encoder, read_folder
+from .contextual.splice import Pieces, context_token_inputs, masked_mean
+from .contract import RepresentMethod
+
+__all__ = ["Causal2Vec", "Causal2VecModel", "Pieces"]
+
+
+class Causal2Vec(RepresentMethod):
+    """Text embeddings of a decoder that has been told what the text is about before it reads it.
+
+        embedder = Causal2Vec().untrained(model, tokenizer)         # with all-MiniLM-L6-v2; its projector knows nothing
+        train_contrastive(SentenceTransformer(modules=[Causal2VecTransformer(embedder)]), pairs)
+        embedder.save("folder")
+        Causal2Vec(trained="folder").encoder(model, tokenizer).encode(texts)     # (texts, 2 * width)
+
+    What is learned holds the decoder as it was trained; `model` must be the one that the training began with.
+    """
+
+    slug: ClassVar[str] = "causal2vec"
+    title: ClassVar[str] = "Causal2Vec"
+    paper: ClassVar[str] = (
+        "Causal2Vec: Improving Decoder-only LLMs as Embedding Models through a Contextual Token, arXiv 2507.23386"
+    )
+    claim: ClassVar[str] = (
+        "A token before the text that sums it up, made by a small bidirectional encoder, makes better embeddings of a "
+        "causal decoder than its last token alone."
+    )
+    published: ClassVar[Claim | None] = Claim(
+        "66.10", "mean of MTEB (English)", "Mistral-7B; 66.08 of bge-en-icl, whose inputs are longer"
+    )
+
+    trained: Annotated[Path | None, Local()] = Field(
+        default=None, description="folder of a trained one; it brings the settings below"
+    )
+    encoder_name: Annotated[str, Local()] = Field(
+        default="minilm", description="the small encoder to begin with: minilm (from its wheel), or a folder"
+    )
+    encoder_pooling: Literal["mean", "cls"] = Field(default="mean", description="how its states become one vector")
+    projector: Literal["mlp", "linear"] = Field(default="mlp", description="what maps that to the decoder's width")
+    context: Context = Field(
+        default="encoder", description="what stands at the token: encoder, a constant learned vector, or no token"
+    )
+    context_position: Literal["after_instruction", "first"] = Field(
+        default="after_instruction", description="where the token stands; a BOS token stays first"
+    )
+    pooling: Pooling = Field(default="context_eos", description="the states that are the embedding")
+    seed: Seed = Field(default=0, description="seed of the projector's first weights")
+
+    @model_validator(mode="after")
+    def _has_token(self) -> Self:
+        if self.context == "none" and self.pooling.startswith("context"):
+            raise ValueError(
+                f"pooling={self.pooling!r} needs the Contextual token, but context='none' leaves it out; give pooling "
+                "eos or mean"
+            )
+        return self
+
+    def encoder(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_seq_length: int | None = None,
+        truncate: bool = False,
+    ) -> ContextEmbedder:
+        """The trained one. Raises InputError without `trained`, or where it was trained on another decoder."""
+        if self.trained is None:
+            raise InputError(
+                "Causal2Vec has to be trained before it embeds; give trained=FOLDER, or train what "
+                "Causal2Vec().untrained(model, tokenizer) gives"
+            )
+        embedder = read_folder(Causal2VecModel, self.trained)
+        made_for = embedder.model.config.decoder_fingerprint
+        if made_for != fingerprint(model):
+            raise InputError(
+                f"the Causal2Vec in {str(self.trained)!r} was trained on a decoder with weights {made_for}, not "
+                f"{fingerprint(model)}; give the model that its training began with"
+            )
+        cast(nn.Module, embedder).to(model.device, model.dtype)
+        embedder.max_seq_length, embedder.truncate = max_seq_length, truncate
+        return embedder.eval()
+
+    def untrained(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        encoder: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
+    ) -> ContextEmbedder:
+        """To be trained: decoder and encoder are used as they are, and share their weights with it.
+
+        Args:
+            encoder: the small encoder and its tokenizer; default `encoder_name`.
+
+        Raises:
+            InputError: no causal decoder, an encoder that is none or lies on another device or in another dtype, or
+                a tokenizer without EOS token.
+        """
+        reader, reads = load_encoder(self.encoder_name, model) if encoder is None else encoder
+        config = Causal2VecConfig(
+            decoder=decoder_body(model).config.to_dict(),
+            encoder=reader.config.to_dict(),
+            decoder_fingerprint=fingerprint(model),
+            **self.model_dump(exclude={"trained", "encoder_name", "seed"}),
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            made = Causal2VecModel(config, decoder_body(model), reader)
+            made.fit_scale()
+        return ContextEmbedder(made, tokenizer, reads)
+
+
+class Causal2VecModel(PreTrainedModel):
+    """A decoder, a small encoder, and the projector between them.
+
+    Args:
+        decoder, encoder: base models, without heads; default new ones with random weights.
+
+    Raises:
+        InputError: as `Causal2Vec.untrained`, or models of other widths than `config` says.
+    """
+
+    config_class = Causal2VecConfig
+    base_model_prefix = "causal2vec"
+    _keys_to_ignore_on_load_missing: ClassVar = [r"encoder\.pooler\."]  # of BERT, which nothing here reads
+    _keys_to_ignore_on_load_unexpected: ClassVar = [r"encoder\.pooler\."]
+
+    def __init__(
+        self,
+        config: Causal2VecConfig,
+        decoder: PreTrainedModel | None = None,
+        encoder: PreTrainedModel | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.decoder, self.encoder = config.models(decoder, encoder)
+        check_models(self.decoder, self.encoder)
+        inner, width = self.encoder.config.hidden_size, self.decoder.config.hidden_size
+        if config.projector == "linear":
+            self.projector: nn.Module = nn.Linear(inner, width)
+        else:
+            self.projector = nn.Sequential(nn.Linear(inner, width), nn.GELU(), nn.Linear(width, width))
+        self.constant = nn.Parameter(torch.randn(width))
+        self.projector.to(self.decoder.device, self.decoder.dtype)
+        self.constant.data = self.constant.data.to(self.decoder.device, self.decoder.dtype)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """The parts bring their own weights; torch's are good for the projector."""
+
+    @torch.no_grad()
+    def fit_scale(self) -> None:
+        """Make the Contextual token as long as a token's embedding is on average: else training begins unstable."""
+        ids = torch.randint(self.encoder.config.vocab_size, (64, 4), device=self.device)
+        tokens = self.decoder.get_input_embeddings()(torch.arange(self.decoder.config.vocab_size, device=self.device))
+        length = tokens.float().norm(dim=-1).mean()
+        last = self.projector if isinstance(self.projector, nn.Linear) else cast(nn.Sequential, self.projector)[-1]
+        cast(nn.Linear, last).bias.zero_()
+        found = self.projector(self.summary(ids, torch.ones_like(ids))).float().norm(dim=-1).mean()
+        cast(nn.Linear, last).weight.mul_(length / found)
+        self.constant.mul_(length / self.constant.float().norm())
+
+    def summary(self, encoder_input_ids: Tensor, encoder_attention_mask: Tensor) -> Tensor:
+        """(batch, encoder width): the encoder's states as one vector, which is all that the decoder is told."""
+        states = self.encoder(encoder_input_ids, attention_mask=encoder_attention_mask).last_hidden_state
+        if self.config.encoder_pooling == "mean":
+            return masked_mean(states, encoder_attention_mask)
+        return states[torch.arange(len(states)), encoder_attention_mask.long().argmax(1)]
+
+    def context_token(self, encoder_input_ids: Tensor, encoder_attention_mask: Tensor) -> Tensor:
+        """(batch, width): what stands at the Contextual token."""
+        if self.config.context == "constant":
+            return self.constant.expand(len(encoder_input_ids), -1)
+        return self.projector(self.summary(encoder_input_ids, encoder_attention_mask))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        encoder_input_ids: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        context_index: Tensor | None = None,
+        context_token: Tensor | None = None,
+    ) -> Pieces:
+        """Embeddings, and what they are made of.
+
+        Args:
+            input_ids, attention_mask: (batch, time) for the decoder, EOS included, padded on either side.
+            encoder_input_ids, encoder_attention_mask: (batch, time) of the same texts for the encoder, by its own
+                tokenizer.
+            context_index: (batch,) tokens of the row before the Contextual token; default 0.
+            context_token: (batch, width) to stand there, instead of what the encoder says.
+
+        Raises:
+            InputError: no ids for an encoder that is needed, or a context_index outside a row.
+        """
+        embeds, mask, at = self.decoder.get_input_embeddings()(input_ids), attention_mask, None
+        if self.config.context != "none":
+            if context_token is None and (encoder_input_ids is None or encoder_attention_mask is None):
+                raise InputError("the encoder gets no ids; give encoder_input_ids and encoder_attention_mask")
+            if context_token is None:
+                context_token = self.context_token(
+                    cast(Tensor, encoder_input_ids), cast(Tensor, encoder_attention_mask)
+                )
+            index = torch.zeros_like(input_ids[:, 0]) if context_index is None else context_index
+            embeds, mask, at = context_token_inputs(embeds, context_token, index, attention_mask)
+        states = self.decoder(
+            inputs_embeds=embeds, attention_mask=mask, use_cache=False, **position_arguments(self.decoder, mask)
+        ).last_hidden_state
+        rows = torch.arange(len(states), device=states.device)
+        ends = states[rows, last_tokens(mask)]
+        front = ends.new_zeros(0) if at is None else states[rows, at]
+        ways = {"eos": lambda: ends, "context": lambda: front, "mean": lambda: masked_mean(states, mask)}
+        pooled = ways.get(self.config.pooling, lambda: torch.cat([front, ends], -1))()
+        embedding = nn.functional.normalize(pooled.float(), dim=-1)
+        return Pieces(embedding=embedding, context_state=front, eos_state=ends, context_token=context_token)
+
+
+def check_models(decoder: PreTrainedModel, encoder: PreTrainedModel) -> None:
+    """Refuse what cannot be put together."""
+    decoder_layers(decoder)
+    if decoder.config.is_encoder_decoder or sees_both_sides(decoder):
+        raise InputError(f"{type(decoder).__name__} sees both sides; Causal2Vec needs a causal decoder")
+    if not sees_both_sides(encoder):
+        raise InputError(f"{type(encoder).__name__} is causal; give an encoder that sees both sides, such as BERT")
+    for what in ("device", "dtype"):
+        mine, other = getattr(decoder, what), getattr(encoder, what)
+        if mine != other:
+            raise InputError(f"the decoder has {what} {mine}, the encoder {other}; bring both to the same {what}")
