@@ -28,7 +28,13 @@ except ImportError:
 
 __all__ = ["Causal2VecTransformer", "add_lora", "train_contrastive"]
 
-FEATURES = ("input_ids", "attention_mask", "encoder_input_ids", "encoder_attention_mask", "context_index")
+FEATURES = {  # {name here: argument of the model}; their trainer takes each name that ends in _input_ids for a column
+    "input_ids": "input_ids",
+    "attention_mask": "attention_mask",
+    "encoder_ids": "encoder_input_ids",
+    "encoder_mask": "encoder_attention_mask",
+    "context_index": "context_index",
+}
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj"]
 
 
@@ -43,10 +49,12 @@ class Causal2VecTransformer(InputModule):
 
     def preprocess(self, inputs: Sequence[str], prompt: str | None = None, **kwargs: Any) -> dict[str, Tensor]:
         """Both tokenizations of the texts; `prompt` is the instruction, which the encoder does not see."""
-        return self.embedder.tokenize(listed(inputs, "text"), prompt or "")
+        given = self.embedder.tokenize(listed(inputs, "text"), prompt or "")
+        return {name: given[argument] for name, argument in FEATURES.items()}
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        return {**features, "sentence_embedding": self.embedder(**{name: features[name] for name in FEATURES})}
+        given = {argument: features[name] for name, argument in FEATURES.items()}
+        return {**features, "sentence_embedding": self.embedder(**given)}
 
     def get_embedding_dimension(self) -> int:
         return self.embedder.width
