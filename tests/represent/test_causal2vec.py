@@ -1,7 +1,6 @@
 """Causal2Vec: the token in its place bit for bit, what sees what, the loss, gradients, files, and what is refused."""
 
 import copy
-import json
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from transformers import BertConfig, BertModel
 from tokenry.core.errors import InputError
 from tokenry.represent import (
     Causal2Vec,
+    Causal2VecConfig,
     Causal2VecModel,
     Causal2VecTransformer,
     ContextEmbedder,
@@ -340,9 +340,8 @@ def test_what_is_not_trained_or_trained_on_another(make_model, tokenizer, parts,
     (tmp_path / "made" / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(InputError):
         Causal2Vec(trained=tmp_path / "made").encoder(make_model("llama"), tokenizer)
-    (tmp_path / "made" / "config.json").write_text(json.dumps({"model_type": "causal2vec"}))
-    with pytest.raises(InputError, match="no decoder"):
-        Causal2Vec(trained=tmp_path / "made").encoder(make_model("llama"), tokenizer)
+    with pytest.raises(InputError, match="has no decoder; give decoder and encoder"):
+        Causal2VecModel(Causal2VecConfig())
 
 
 def test_options():

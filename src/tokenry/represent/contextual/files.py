@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -34,7 +35,8 @@ def read_folder(kind: type[PreTrainedModel], folder: str | Path) -> ContextEmbed
     if not (place / "config.json").is_file() or not (place / ENCODER_FOLDER).is_dir():
         raise InputError(f"there is no trained Causal2Vec in {str(folder)!r}; give what its save has written")
     with reading(str(folder), remedy="train it again"):
-        model, found = kind.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True)
+        read: Any = kind.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True)
+        model, found = read
         check_weights(found, kind.__name__)
         return ContextEmbedder(
             model.eval(), read_tokenizer(str(place), False), read_tokenizer(str(place / ENCODER_FOLDER), False)
