@@ -7,6 +7,7 @@ files of the rest of the library, drawn at random, are the control of what is le
 from __future__ import annotations
 
 import copy
+import gc
 import random
 import sysconfig
 import time
@@ -121,6 +122,7 @@ def random_files(tokenizer: PreTrainedTokenizerBase, tokens: int, count: int) ->
 
 def tuned(run: Run[PersonalizedCode], method: PersonalizedCode, files: Files, train: bool, seed: int) -> Tuned:
     """A copy of the model, tuned to these files; without training only with what training begins with."""
+    gc.collect()  # the trainer before and its callbacks hold each other, and gigabytes of gradients
     one, model = method.model_copy(update={"seed": seed}), copy.deepcopy(run.model)
     with TemporaryDirectory() as scratch, tqdm(desc=f"{one.way}, seed {seed}") as bar:
 
