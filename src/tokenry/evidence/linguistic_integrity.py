@@ -70,7 +70,7 @@ class Scores(NamedTuple):
 @experiment("linguistic-integrity", LinguisticIntegrity, seeds=(0, 1, 2), quick=6)
 def build(run: Run[LinguisticIntegrity]) -> Design:
     """Learns eleven tokenizers and scores them (two minutes); trains a model on each, ten seconds for each seed.
-    Samples are held-out sentences; by default all 971 of them.
+    Samples are held-out sentences; by default all 970 of them.
     """
     training, held_out = split(turkish_sentences())
     texts = [sentence.text for sentence in training]
