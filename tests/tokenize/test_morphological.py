@@ -97,6 +97,85 @@ def test_pieces_of_turkish(turkish):
     assert turkish.kinds(ids) == ["root", "suffix", "suffix", "suffix"]
 
 
+# --- the rule that looks ahead -------------------------------------------------------------------------------------
+
+
+def scored(tables, word):
+    """The definition: of all entries that begin the rest the highest length + 5 at the end of the word, else + the
+    longest suffix behind it of two characters and more; then the higher table, then the longer entry."""
+    out, at = [], 0
+    while at < len(word):
+        found = [(at + 1, (-1,))]
+        for rank, table in enumerate(tables):
+            for entry in table:
+                rest = word[at + len(entry) :]
+                if word.startswith(entry, at):
+                    ahead = max((len(s) for s in tables[1] if rest.startswith(s)), default=0)
+                    score = len(entry) + (5 if not rest else ahead if ahead >= 2 else 0)
+                    found.append((at + len(entry), (score, -rank, len(entry))))
+        end, _ = max(found, key=lambda one: one[1])
+        out.append(word[at:end])
+        at = end
+    return out
+
+
+WIDE = st.text(alphabet="abçkü", min_size=1, max_size=4)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(WIDE, max_size=8), st.lists(WIDE, max_size=8), st.lists(WIDE, max_size=8), st.text("abçküz", max_size=12)
+)
+def test_the_rule_that_looks_ahead_is_its_definition(roots, suffixes, subwords, word):
+    roots = set(roots) | {"zz"}
+    suffixes = set(suffixes) - roots
+    subwords = set(subwords) - roots - suffixes
+    dictionary = bare(roots=sorted(roots), suffixes=sorted(suffixes), subwords=sorted(subwords))
+    tokenizer = tokenizer_of(dictionary, rule="score")
+    ids = tokenizer(word).input_ids
+    expected = [piece.encode() for piece in scored([roots, suffixes, subwords], word)]
+    known = {entry.encode() for entry in roots | suffixes | subwords}
+    assert [*tokenizer.pieces(ids)] == [p for e in expected for p in ([e] if e in known else [bytes([b]) for b in e])]
+    assert tokenizer([word]).input_ids == [ids]
+
+
+@pytest.fixture(scope="module")
+def ahead():
+    return Morphological(rule="score").train(TEXTS)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(max_size=60) | st.text(alphabet=LETTERS + "KITABÇĞİÖŞÜ'⇧│ \t\n.2", max_size=40))
+def test_every_text_comes_back_from_the_rule_that_looks_ahead(ahead, text):
+    ids = ahead(text).input_ids
+    assert ahead.decode(ids) == text and ahead([text]).input_ids == [ids]
+
+
+def test_looking_ahead_cuts_where_a_suffix_follows(turkish, ahead):
+    for word, near, far in (
+        ("okumalar", "oku mala r", "oku ma lar"),
+        ("anlayabildiklerimizden", "anla yabil dikle r imiz den", "anla yabil dik ler imiz den"),
+        ("yapılması", "yapı l ma sı", "yap ıl ma sı"),
+    ):
+        assert (shown(turkish, word), shown(ahead, word)) == (near.split(), far.split())
+    found = ahead("Kitabı okudular", return_offsets_mapping=True)
+    assert "".join("Kitabı okudular"[a:b] for a, b in found.offset_mapping if b > a).count("okudular") == 1
+
+
+def test_the_rule_is_saved_and_loaded(ahead, tmp_path):
+    ahead.save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded(TEXTS).input_ids == ahead(TEXTS).input_ids == [ahead(text).input_ids for text in TEXTS]
+    assert loaded.batch_decode(loaded(TEXTS).input_ids) == TEXTS
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
+
+
+def test_a_plain_tokenizer_cannot_look_ahead():
+    with pytest.raises(InputError, match="leave out rule=score"):
+        Morphological(rule="score", share_ids=False)
+
+
 # --- shared ids ----------------------------------------------------------------------------------------------------
 
 

@@ -26,8 +26,9 @@ from ..tokenize.text.measures import token_offsets
 
 __all__ = ["build"]
 
-METHOD, LOOSE, EQUAL, OFFICIAL, SPACES, OWN = (
+METHOD, AHEAD, LOOSE, EQUAL, OFFICIAL, SPACES, OWN = (
     "morphological",
+    "morphological, looks ahead",
     "morphological, no guard",
     "BPE, equal size",
     "official ids",
@@ -45,6 +46,7 @@ def build(run: Run) -> Design:
     method = run.settings(Morphological)
     ours = method.train(texts)
     loose = method.model_copy(update={"guard": False}).train(texts)
+    scored = method.model_copy(update={"rule": "score"})
     bpe = {EQUAL: len(ours), **{f"BPE {size}": size for size in SIZES}}
     return Design(
         task=MorphemesTask(held_out[: run.samples]),
@@ -54,6 +56,7 @@ def build(run: Run) -> Design:
             _official(),
             _arm(OWN, "control", run.tokenizer, None),
             _arm(LOOSE, "method", loose, method),
+            _arm(AHEAD, "method", scored.train(texts), scored),
             _arm(METHOD, "method", ours, method),
         ],
         baseline=EQUAL,
@@ -121,7 +124,7 @@ def findings(c: Comparison) -> list[Finding]:
     """Borders, losses, and the price in tokens."""
     bpe = [EQUAL, *(f"BPE {size}" for size in SIZES)]
     f1 = "; ".join(f"{arm} {c.mean(arm, 'boundary_f1'):.3f}" for arm in c.arms)
-    back = "; ".join(f"{arm} {c.mean(arm, 'lossless'):.1%}" for arm in (METHOD, LOOSE, OFFICIAL))
+    back = "; ".join(f"{arm} {c.mean(arm, 'lossless'):.1%}" for arm in (METHOD, AHEAD, LOOSE, OFFICIAL))
     return [
         Finding(
             "Its cuts agree more with the treebank's than those of BPE of equal size, of other sizes and of the model.",
@@ -133,6 +136,7 @@ def findings(c: Comparison) -> list[Finding]:
             "Every text comes back; without the guard, and by the official decoder, many do not.",
             all_of(
                 at_least(c.value("lossless", METHOD, ".1%"), 1),
+                at_least(c.value("lossless", AHEAD, ".1%"), 1),
                 above(c.gap("lossless", METHOD, LOOSE, "+.1%"), 0),
                 above(c.gap("lossless", METHOD, OFFICIAL, "+.1%"), 0),
             ),
@@ -145,6 +149,10 @@ def findings(c: Comparison) -> list[Finding]:
         Finding(
             "The dictionary made here agrees with the treebank no less than the official one.",
             at_least(c.gap("boundary_f1", METHOD, OFFICIAL), -0.01),
+        ),
+        Finding(
+            "The rule that looks ahead cuts more as the treebank does than the longest match.",
+            above(c.gap("boundary_f1", AHEAD, METHOD), 0),
         ),
         describe("Tokens against the official ones.", str(c.ratio("pieces", METHOD, OFFICIAL))),
     ]

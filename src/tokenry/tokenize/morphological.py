@@ -1,7 +1,8 @@
 """Hybrid morphological tokenizer: roots and suffixes of a dictionary first, learned subwords for the rest.
 
 Paper: Tokens with Meaning: A Hybrid Tokenization Approach for NLP, arXiv 2508.14292.
-A word is cut greedily: at each place the longest root, else the longest suffix, else the longest subword. Forms of one
+A word is cut greedily: at each place the longest root, else the longest suffix, else the longest subword, or, by the
+rule of the package's later versions, the entry of the highest score, which looks one suffix ahead. Forms of one
 morpheme (kitap and kitab, -lar and -ler) share an id, and decoding chooses the form that vowels and consonants around
 it ask for. Unlike the published code this one loses nothing: what decoding would not give back keeps an id of its own,
 and what no entry matches is bytes.
@@ -10,7 +11,7 @@ and what no entry matches is bytes.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerFast
@@ -52,6 +53,11 @@ class Morphological(TokenizeMethod):
     n_roots: int = Field(
         default=16000, ge=0, le=2**20, description="roots that are kept, those that occur most in the text first"
     )
+    rule: Literal["cascade", "score"] = Field(
+        default="cascade",
+        description="the longest root, else suffix, else subword; or the entry that ends the word or has a suffix "
+        "behind it",
+    )
     share_ids: bool = Field(
         default=True,
         description="forms of one morpheme share an id; false gives a plain tokenizer that every tool reads",
@@ -66,6 +72,8 @@ class Morphological(TokenizeMethod):
             raise ValueError(
                 "guard=False has no effect with share_ids=False, where each form has its own id; leave it out"
             )
+        if not self.share_ids and self.rule == "score":
+            raise ValueError("share_ids=False gives a plain tokenizer, which cannot look ahead; leave out rule=score")
         return self
 
     def train(self, texts: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -77,22 +85,25 @@ class Morphological(TokenizeMethod):
         """
         dictionary = MorphDictionary.load(self.dictionary)
         counts = word_counts(texts)
-        dictionary = choose_roots(dictionary, counts, self.n_roots)
-        room = self.vocab_size - len(entries(dictionary))
+        dictionary = choose_roots(dictionary, counts, self.n_roots, self.rule)
+        room = self.vocab_size - len(entries(dictionary, self.rule))
         if room < 0:
             raise InputError(
                 f"vocab_size={self.vocab_size} has no room for the dictionary, which takes {self.vocab_size - room} "
                 "entries; give at least that many, or fewer n_roots"
             )
-        learned = [Morpheme("subword", (string,)) for string in learn_subwords(dictionary, counts, room)]
+        learned = [Morpheme("subword", (string,)) for string in learn_subwords(dictionary, counts, room, self.rule)]
         letters = [m for m in dictionary.morphemes if m.kind == "letter"]
         others = [m for m in dictionary.morphemes if m.kind != "letter"]
-        return tokenizer_of(dictionary.with_morphemes([*others, *learned, *letters]), self.share_ids, self.guard)
+        dictionary = dictionary.with_morphemes([*others, *learned, *letters])
+        return tokenizer_of(dictionary, self.share_ids, self.guard, self.rule)
 
 
-def tokenizer_of(dictionary: MorphDictionary, share_ids: bool = True, guard: bool = True) -> PreTrainedTokenizerFast:
+def tokenizer_of(
+    dictionary: MorphDictionary, share_ids: bool = True, guard: bool = True, rule: str = "cascade"
+) -> PreTrainedTokenizerFast:
     """The tokenizer of a dictionary as it stands, without training."""
-    table = entries(dictionary)
+    table = entries(dictionary, rule)
     pipeline = backend(dictionary, table)
     if not share_ids:
         return PreTrainedTokenizerFast(
@@ -100,6 +111,7 @@ def tokenizer_of(dictionary: MorphDictionary, share_ids: bool = True, guard: boo
         )
     morphology = {
         "guard": guard,
+        "rule": rule,
         "case": dict(dictionary.case),
         "contexts": {name: dict(sides) for name, sides in dictionary.contexts.items()},
         "rules": {name: [list(form) for form in forms] for name, forms in dictionary.rules.items()},

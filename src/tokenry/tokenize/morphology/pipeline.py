@@ -52,9 +52,10 @@ def byte_tokens() -> list[str]:
     return sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
-def entries(dictionary: MorphDictionary) -> dict[int, Entry]:
-    """{id: entry}: marks, morphemes in their order, bytes, and at the end the forms that share an id one by one."""
-    dead = dictionary.dead()
+def entries(dictionary: MorphDictionary, rule: str = "cascade") -> dict[int, Entry]:
+    """{id: entry}: marks, morphemes in their order, bytes, and at the end the forms that share an id one by one. With
+    another rule than the cascade no string is dead."""
+    dead = dictionary.dead() if rule == "cascade" else {}
     found: dict[int, Entry] = {}
     fixed = {m.id for m in dictionary.morphemes if m.id is not None}
     following = iter(range(max(fixed, default=-1) + 1, 2**31))

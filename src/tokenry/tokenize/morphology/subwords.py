@@ -11,6 +11,7 @@ from ...core.errors import InputError
 from ...text.token_text import check_encodable
 from .dictionary import MorphDictionary
 from .pipeline import backend, byte_tokens, entries
+from .scoring import look_ahead
 
 __all__ = ["choose_roots", "learn_subwords", "word_counts"]
 
@@ -40,13 +41,15 @@ def word_counts(texts: Iterable[str]) -> Counter[str]:
     return Counter({word: count for word, count in counts.items() if len(word) <= LONGEST})
 
 
-def choose_roots(dictionary: MorphDictionary, counts: Counter[str], most: int) -> MorphDictionary:
+def choose_roots(
+    dictionary: MorphDictionary, counts: Counter[str], most: int, rule: str = "cascade"
+) -> MorphDictionary:
     """The dictionary with the roots that occur most in the text; those that occur as often in the order they had."""
     roots = [m for m in dictionary.morphemes if m.kind == "root"]
     if len(roots) <= most:
         return dictionary
     seen: Counter[str] = Counter()
-    for _, count, tokens in _cut(dictionary, counts):
+    for _, count, tokens in _cut(dictionary, counts, rule):
         for kind, text in tokens:
             if kind == "root":
                 seen[text] += count
@@ -55,12 +58,12 @@ def choose_roots(dictionary: MorphDictionary, counts: Counter[str], most: int) -
     return dictionary.with_morphemes(m for m in dictionary.morphemes if m.kind != "root" or m in kept)
 
 
-def learn_subwords(dictionary: MorphDictionary, counts: Counter[str], room: int) -> list[str]:
+def learn_subwords(dictionary: MorphDictionary, counts: Counter[str], room: int, rule: str = "cascade") -> list[str]:
     """At most `room` strings of two characters and more, most useful first, none of which would be dead."""
     if room < 1:
         return []
     residue: Counter[str] = Counter()
-    for _, count, tokens in _cut(dictionary, counts):
+    for _, count, tokens in _cut(dictionary, counts, rule):
         stretch: list[str] = []
         for kind, text in (*tokens, ("end", "")):
             if kind in ("letter", "byte"):
@@ -76,10 +79,14 @@ def learn_subwords(dictionary: MorphDictionary, counts: Counter[str], room: int)
     return list(dict.fromkeys(usable))[:room]
 
 
-def _cut(dictionary: MorphDictionary, counts: Counter[str]) -> Iterator[tuple[str, int, list[tuple[str, str]]]]:
+def _cut(
+    dictionary: MorphDictionary, counts: Counter[str], rule: str
+) -> Iterator[tuple[str, int, list[tuple[str, str]]]]:
     """(word, count, [(kind, text of the token)]); the text of letters and bytes is byte-level."""
-    table = entries(dictionary)
+    table = entries(dictionary, rule)
     tokenizer, words = backend(dictionary, table), list(counts)
+    if rule == "score":
+        look_ahead(tokenizer, {entry.token: entry.kind for entry in table.values()})
     kinds = {at: (entry.kind, entry.forms[0]) for at, entry in table.items()}
     kinds |= {at: (entry.kind, entry.token) for at, entry in table.items() if entry.kind in ("letter", "byte")}
     for begin in range(0, len(words), BATCH):

@@ -19,6 +19,7 @@ from ...core.files import explained, parse_json
 from ...text.token_text import check_encodable
 from .forms import REACH, Choice, choice, choices, harmonize
 from .pipeline import EOS, JOINED, LONGEST, MARK, PAD, SPACE, Entry, to_bytes
+from .scoring import look_ahead
 
 __all__ = ["MorphTokenizer"]
 
@@ -55,6 +56,10 @@ class MorphTokenizer(PreTrainedTokenizerFast):
         self._harmonized = lru_cache(KNOWN_WORDS)(lambda left, id, behind: harmonize(left, self._shared[id], behind))
         options.setdefault("clean_up_tokenization_spaces", False)
         super().__init__(**{"pad_token": PAD, "eos_token": EOS, **options})
+        self._plain_cuts = self.backend_tokenizer.pre_tokenizer
+        self._looks_ahead = morphology["rule"] == "score"
+        if self._looks_ahead:
+            look_ahead(self.backend_tokenizer, {token: kind for _, token, kind, *_ in morphology["entries"]})
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **options: Any) -> dict[str, Any]:
@@ -179,6 +184,10 @@ class MorphTokenizer(PreTrainedTokenizerFast):
 
     def _cut(self, words: Sequence[str]) -> Iterator[list[int]]:
         """Ids of forms of each word, as the pipeline gives them: one longest match over all words at once."""
+        if self._looks_ahead:
+            encodings = self.backend_tokenizer.encode_batch_fast(list(words), add_special_tokens=False)
+            yield from (encoding.ids for encoding in encodings)
+            return
         long = [word for word in words if len(word) * 4 > LONGEST and len(word.encode()) > LONGEST]
         if long:
             known = {word: encoding.ids for word, encoding in zip(long, self.backend_tokenizer.encode_batch(long))}
@@ -285,7 +294,12 @@ class MorphTokenizer(PreTrainedTokenizerFast):
     ):
         path = Path(save_directory) / FILE
         path.write_text(json.dumps(self._morphology, ensure_ascii=False), encoding="utf-8")
-        return (*super()._save_pretrained(str(save_directory), file_names, *args, **options), str(path))
+        cuts, self.backend_tokenizer.pre_tokenizer = self.backend_tokenizer.pre_tokenizer, self._plain_cuts
+        try:
+            saved = super()._save_pretrained(str(save_directory), file_names, *args, **options)
+        finally:
+            self.backend_tokenizer.pre_tokenizer = cuts
+        return (*saved, str(path))
 
 
 class Encodings(Sequence):
@@ -368,7 +382,7 @@ def _read(path: str | None) -> dict[str, Any]:
 
 
 def _check(morphology: Any) -> None:
-    parts = {"guard": bool, "case": dict, "contexts": dict, "rules": dict, "entries": list}
+    parts = {"guard": bool, "case": dict, "contexts": dict, "rules": dict, "entries": list, "rule": str}
     for name, kind in parts.items():
         if not isinstance(morphology.get(name), kind):
             raise ValueError(f"its {name!r} is missing or broken")
