@@ -84,13 +84,13 @@ def build(run: Run) -> Design:
         "from 1500 to 1000 and its rate from 2e-3 to 3e-3, for time. A run with one seed was stopped half way, when "
         "constrained beam search was below plain beam by words; nothing was changed after it. That the "
         "translators learn from 500 sentences each was chosen by their measures on test, so that they are wrong in "
-        "some words: with 5000 they make no errors. Why constrained beam search is below plain beam search by words was "
-        "then asked on 600 sentences of dev with two seeds. Its labels are as good: of the words that it marks 60 % are "
-        "truly wrong and 82 % of the wrong ones are marked, with plain beam search 62 % and 81 %. But fewer words are "
-        "wrong, 4.5 % against 6.1 %, since the reference repairs them, and what is estimated was written by plain beam "
-        "search, too. By words and sentences it gave 0.243 and 0.306, plain beam search 0.273 and 0.296; without "
-        "widening errors to phrases (65 % and 66 % of the marked words are wrong) 0.246 and 0.324, and 0.273 and "
-        "0.313. Nothing was changed.",
+        "some words: with 5000 they make no errors. Why constrained beam search is below plain beam search by words "
+        "was then asked on 600 sentences of dev with two seeds. Its labels are as good: of the words that it marks 60 "
+        "% are truly wrong and 82 % of the wrong ones are marked, with plain beam search 62 % and 81 %. But fewer "
+        "words are wrong, 4.5 % against 6.1 %, since the reference repairs them, and what is estimated was written by "
+        "plain beam search, too. By words and sentences it gave 0.243 and 0.306, plain beam search 0.273 and 0.296; "
+        "without widening errors to phrases (65 % and 66 % of the marked words are wrong) 0.246 and 0.324, and 0.273 "
+        "and 0.313. Nothing was changed.",
     )
 
 
