@@ -229,7 +229,7 @@ def fingerprinter(tokenizer):
 def heads(fingerprinter):
     """The small world takes fewer steps than English does."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "STEPS", 100)
+        patch.setattr(training, "VERDICT_STEPS", 200)
         return fit_heads(fingerprinter, traces(100), SETTING)
 
 
@@ -744,6 +744,7 @@ def run(place, *args, code=0):
 
 def test_fit_commit_and_audit_on_the_command_line(place, monkeypatch):
     monkeypatch.setattr(training, "STEPS", 20)
+    monkeypatch.setattr(training, "VERDICT_STEPS", 40)
     run(place, "fit", place / "honest.jsonl", "--save", place / "heads")
     run(place, "commit", place / "today.jsonl", "--save", place / "bills")
     receipts, records = place / "bills" / "receipts.jsonl", place / "bills" / "records.jsonl"

@@ -38,7 +38,7 @@ NAMES = {
 }
 
 
-@experiment("coin", Coin, samples=40, seeds=(0, 1, 2), batch=10, quick=8, limit=HELD_OUT)
+@experiment("coin", Coin, samples=40, seeds=(0, 1, 2), batch=10, quick=8, revision=2, limit=HELD_OUT)
 def build(run: Run) -> Design:
     """Documents as traces; of the model only the tokenizer counts. A seed trains heads and draws openings."""
     coin = run.settings(Coin, block_size=32)
@@ -68,7 +68,11 @@ def build(run: Run) -> Design:
         tried="A verdict that summed over blocks told padded bills by their length, with traces of nearly one length "
         "(35 modules, some held out now); since then it averages, and lengths differ. With that, on modules "
         "that learn here, heads that began at random had an AUROC of 0.990 for random tokens and 0.747 for other "
-        "topics; since then they begin as plain cosines, with which it was 0.760.",
+        "topics; since then they begin as plain cosines, with which it was 0.760. On test, 40 samples, that was "
+        "0.720, below untrained heads. Of the modules that learn here a third was then audited, two seeds, after the "
+        "heads had learned from 32 others: for other topics untrained heads had 0.857, heads of 400 steps 0.758, with "
+        "blocks of the same trace as further answers 0.790, with a decay of weights besides 0.793, heads of 100 steps "
+        "0.878 (for random tokens 0.933, 0.986, 0.991, 0.985 and 0.983). Since then heads take 100 steps.",
     )
 
 

@@ -36,7 +36,8 @@ LEARNED_FROM: tuple[Kind, ...] = ("random", "off-topic", "same-topic", "reasonin
 RATIOS = (0.5, 1.0, 2.0)
 SHARES = (0.4, 0.6)  # of the traces: the heads end at the first, the verdict at the second, the rest calibrates
 LEAST = 10  # traces of a part
-STEPS, TOKENS, BLOCKS, SETS, RATE = 400, 256, 64, 64, 1e-3
+STEPS, TOKENS, BLOCKS, RATE = 100, 256, 64, 1e-3  # of the heads: more steps learn few traces by heart
+VERDICT_STEPS, SETS, VERDICT_RATE = 800, 64, 3e-3
 
 
 class Committed(NamedTuple):
@@ -207,8 +208,8 @@ def train_verdict(
             padded = inflater.inflate(trace, kind, drawn.choice(RATIOS), i, place)
             sets.append((features_of(heads, committed(fingerprinter, padded, size)), 0.0))
     honest, padded = ([rows for rows, label in sets if label == which] for which in (1.0, 0.0))
-    optimizer = torch.optim.Adam([*heads.each.parameters(), *heads.pooled.parameters()], lr=3 * RATE)
-    for _ in range(2 * STEPS):
+    optimizer = torch.optim.Adam([*heads.each.parameters(), *heads.pooled.parameters()], lr=VERDICT_RATE)
+    for _ in range(VERDICT_STEPS):
         pairs = [draw_pair(rng.choice(honest), rng.choice(padded), heads.setting, rng) for _ in range(SETS)]
         batch = [*(pair[0] for pair in pairs), *(pair[1] for pair in pairs)]
         rows = nn.utils.rnn.pad_sequence(batch, batch_first=True)
