@@ -1,6 +1,8 @@
 """The suppression matrix against a full forward for each sentence, receiver heads against stored maps, shared rollouts.
 
-python benchmarks/bench_thought_anchors.py [--tokens 512] [--rounds 3] [--rollouts 8]
+python benchmarks/bench_thought_anchors.py [--tokens 512] [--sentences 12] [--rounds 3] [--rollouts 8]
+
+So many sentences of the text, evenly spaced, are hidden; receiver heads look at all of them.
 
 The peers run in the same process, in turns: n full forwards with a mask of four dimensions and whole logits; a forward
 that stores queries and keys; `generate` once for each rollout.
@@ -45,13 +47,15 @@ def one_by_one(model, ids: torch.Tensor, spans: list[tuple[int, int]]) -> torch.
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--sentences", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rollouts", type=int, default=8)
     given = parser.parse_args()
     model, tokenizer = tokenry.load(dtype="float32", device="cpu")
     text = prose(tokenizer, given.tokens)
     ids = tokenizer(text, return_tensors="pt").input_ids
-    spans = [(s.start, s.stop) for s in segment_sentences(text, tokenizer)]
+    every = [(s.start, s.stop) for s in segment_sentences(text, tokenizer)]
+    spans = every[:: max(1, len(every) // given.sentences)]
 
     def captured(**kept):
         with tokenry.capture(model, tokenizer, **kept) as cap:
@@ -64,13 +68,13 @@ def main() -> None:
             model.generate(ids, **one)
 
     draw = generate_rollouts(model, tokenizer, NEW)
-    heading(f"thought anchors, SmolLM2-135M, {ids.shape[1]} tokens, {len(spans)} sentences")
+    heading(f"thought anchors, SmolLM2-135M, {ids.shape[1]} tokens, {len(spans)} of {len(every)} sentences hidden")
     apart = (suppressed_kl(model, ids[0], spans) - one_by_one(model, ids[0], spans)).abs().max()
     report("largest difference of divergences", float(apart), "<= 1e-4", apart <= 1e-4)
     runs = {
         "suppression": lambda: suppressed_kl(model, ids[0], spans),
         "forwards": lambda: one_by_one(model, ids[0], spans),
-        "heads": lambda: receiver_heads([captured(reducers=[SentenceMean(spans)])]),
+        "heads": lambda: receiver_heads([captured(reducers=[SentenceMean(every)])]),
         "stored": lambda: captured(qk="all"),
         "rollouts": lambda: draw(ids[0].tolist(), given.rollouts),
         "generate": alone,

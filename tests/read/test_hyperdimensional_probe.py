@@ -210,6 +210,8 @@ def test_a_reading_draws_bars_and_escapes():
         (lambda: documents_in("a : b : c\na : b", "f"), "line 1 of 'f'"),
         (lambda: documents_in("a : b", "f"), "1 lines"),
         (lambda: HyperdimensionalProbe().examples("capitals:3", None), "no known task"),
+        (lambda: HyperdimensionalProbe().examples("analogies:1", None), "1 analogies are not allowed; give 2 to"),
+        (lambda: HyperdimensionalProbe().examples("analogies:99999", None), "99999 analogies are not allowed"),
         (lambda: HyperdimensionalProbe(dim=100), "dim"),
         (lambda: HyperdimensionalProbe().read("x"), "need a probe"),
     ],
@@ -234,6 +236,17 @@ def test_a_trace_without_the_states_is_refused(learned, llama, make_model, token
     cap.trace.header["fingerprint"] = "another"
     with pytest.raises(InputError, match="not for the weights another"):
         HyperdimensionalProbe().read(cap.trace, learned)
+
+
+def test_analogies_of_countries_come_with_it():
+    """Two of them are always the same, in the form that a file has."""
+    drawn = HyperdimensionalProbe().examples("analogies:50", None)
+    assert drawn == HyperdimensionalProbe().examples("analogies:50", None) and len(set(drawn)) == 50
+    pairs = {frozenset(pair) for document in drawn for pair in document.pairs}
+    assert any("france" in pair for pair in pairs) and all(len(document.pairs) == 2 for document in drawn)
+    first = drawn[0]
+    (a, b), (c, _) = first.pairs
+    assert first.prompt == f"{a} : {b} = {c} :"
 
 
 # --- verbs -----------------------------------------------------------------------------------------------------------

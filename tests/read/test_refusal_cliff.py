@@ -381,3 +381,45 @@ def test_the_command_line_refuses(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     run = CliRunner().invoke(main, [*arguments, "--model", "zoo/refuser"])
     assert run.exit_code != 0 and message in run.output
+
+
+# --- any model, any property -----------------------------------------------------------------------------------------
+
+ANIMALS = "horse sheep goose rabbit donkey goat pigeon squirrel".split()
+MACHINES = "engine printer tractor pump scanner drill robot turbine".split()
+SEEN = 6  # nouns of each kind that the probe learns from
+FRAMES = ("The {} stood behind the house", "We looked at the old {} for a while", "My sister talks about her {} a lot")
+
+
+def about(nouns):
+    return [frame.format(noun) for noun in nouns for frame in FRAMES]
+
+
+def test_probe_curve_and_heads_of_the_embedded_model(smollm2):
+    """Is a text of a machine or of an animal: nouns that were not learned, the turn of a curve, and the exact sum."""
+    model, tokenizer = smollm2
+    machines, animals = about(MACHINES[:SEEN]), about(ANIMALS[:SEEN])
+    method = RefusalCliff(learning_rate=0.01, epochs=30)
+    probe = method.probe(model, tokenizer, machines + animals, [1] * len(machines) + [0] * len(animals))
+    unseen = about(MACHINES[SEEN:]) + about(ANIMALS[SEEN:])
+    states = end_states(model, tokenizer, unseen, probe.layer)
+    right = (probe.probabilities(states) > 0.5) == (torch.arange(len(unseen)) < len(unseen) // 2)
+    assert right.float().mean() >= 0.9
+
+    text = "My sister talks about her rabbit a lot. The turbine stood behind the house"
+    (trace,) = traced(model, tokenizer, [text], probe.layer)
+    curve, turn = probe.curve(trace), text.index("turbine")
+    before = torch.tensor([b <= turn for _, b in trace.offsets.tolist()])
+    assert curve[~before].mean() > curve[before].mean() + 0.3
+    ended = probe.probabilities(end_states(model, tokenizer, [text], probe.layer))[0]
+    assert float(curve[-1]) == pytest.approx(float(ended), abs=1e-5)
+
+    outputs, ids = {}, trace.ids[None]
+    mixers = [head_mixer(model, layer)[0] for layer in range(len(decoder_layers(model)))]
+    edits = {m: lambda y, i=i: outputs.setdefault(i, y) for i, m in enumerate(mixers)}
+    with torch.no_grad(), edit_outputs(model, edits):
+        model(ids)
+    found = head_contributions(model, {"input_ids": ids}, probe.direction)
+    written = torch.stack([outputs[i][0, -1] @ probe.direction for i in range(len(mixers))]) / probe.direction.norm()
+    torch.testing.assert_close(found.sum(-1), written, rtol=1e-4, atol=1e-4)
+    assert found.shape == (30, 9)

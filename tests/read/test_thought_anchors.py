@@ -324,6 +324,28 @@ def test_rollouts_without_an_answer_are_left_out(llama, tokenizer):
         silent.sample(trace)
 
 
+def test_a_forced_answer_comes_right_after_a_sentence(llama, tokenizer):
+    """Only where the second sentence stands before it the answer is right, and the ending is what it is asked with."""
+    trace, asked = traced(llama, tokenizer), []
+    sentences, second = sentences_of(trace), sentences_of(trace)[1]
+
+    def generate(ids, n):
+        asked.append(tokenizer.decode(ids))
+        return [" 7" if len(ids) > second.stop + 3 else " 3", " none"]
+
+    def answer(text):
+        return text.rpartition(" is: ")[2].replace("none", "") or None
+
+    method = CounterfactualImportance(generate, embed, answer, n=2)
+    found = method.forced(trace, tokenizer, "7", ending=" The sky is:")
+    ending = tokenizer(" The sky is:", add_special_tokens=False).input_ids
+    expected = [0.0] * len(sentences)
+    reached = next(i for i, s in enumerate(sentences) if s.stop + len(ending) > second.stop + 3)
+    expected[reached] = 1.0
+    assert found == expected
+    assert len(asked) == len(sentences) + 1 and all(text.endswith(tokenizer.decode(ending)) for text in asked)
+
+
 def test_a_shared_prefix_gives_what_the_model_gives(llama, tokenizer):
     ids = tokenizer(TEXT).input_ids
     for prefix in (ids[:1], ids[:12]):
@@ -433,7 +455,7 @@ def test_refusals(llama, make_model, tokenizer, tmp_path):
 
 def test_the_comparison(llama, tokenizer):
     """The planted fact is one of the eight, shuffling moves the scores of suppression, and every arm has numbers."""
-    method = ThoughtAnchors(top_k_heads=2)
+    method = ThoughtAnchors(top_k_heads=2, rollouts=2)
     spans = [(s.start, s.stop) for s in segment_sentences(TEXT, tokenizer)]
     heads = receiver_heads([traced(llama, tokenizer, reducers=[SentenceMean(spans)])] * 2, top_k=2)
     task = PlantedTask(llama, tokenizer, 3, heads, method)

@@ -13,7 +13,7 @@ from ..judge.receipts.receipt import AuditSetting, HiddenReasoning
 from ..judge.receipts.training import calibrate, new_heads, train_heads, train_verdict
 from ..measure.claims import Finding, above, all_of, at_most, describe
 from ..measure.experiment import Design, Run, experiment
-from ..measure.task import Arm
+from ..measure.task import Arm, Role
 from ..measure.tasks.receipts import BILLS, ReceiptTask, documents, remembering
 from ..models.embedders import load_minilm
 
@@ -39,15 +39,15 @@ NAMES = {
 
 
 @experiment("coin", Coin, samples=40, seeds=(0, 1, 2), batch=10, quick=8, revision=2, limit=HELD_OUT)
-def build(run: Run) -> Design:
+def build(run: Run[Coin]) -> Design:
     """Documents as traces; of the model only the tokenizer counts. A seed trains heads and draws openings."""
     coin = run.settings(Coin, block_size=32)
     traces = documents(run.tokenizer)
     made = Fingerprinter(remembering(load_minilm()), run.tokenizer)
     others = traces[HELD_OUT : HELD_OUT + run.size(len(traces), 96)]
-    held_out = traces[: run.samples]
+    held_out = traces[: run.count]
 
-    def arm(name: str, apply: Callable, role: str = "control") -> Arm:
+    def arm(name: str, apply: Callable, role: Role = "control") -> Arm:
         setting = {"arm": name, **coin.model_dump(mode="json", exclude={"rule", "seed", "heads"})}
         return Arm(name, role=role, setting=setting, apply=apply)
 

@@ -48,7 +48,7 @@ MASKED = 0.5  # of the translation
 
 
 @experiment("dcsqe", DCSQE, model="zoo/translator-a", samples=600, seeds=(0, 1, 2), batch=200, quick=8, limit=2400)
-def build(run: Run) -> Design:
+def build(run: Run[DCSQE]) -> Design:
     """`method` sets search, severities, phrases and training."""
     check_pair(run.tokenizer)
     method = run.settings(DCSQE, **TRAINING)
@@ -60,7 +60,7 @@ def build(run: Run) -> Design:
         AutoModel.from_pretrained(folder, add_pooling_layer=False, trust_remote_code=False),
         AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
     )
-    task = TranslationQualityTask(models, encoder, method, cast(int, run.samples), run.size(PAIRS, 64))
+    task = TranslationQualityTask(models, encoder, method, run.count, run.size(PAIRS, 64))
     setting = method.model_dump(mode="json")
     roles: dict[str, Any] = {PLAIN: "plain", METHOD: "method"}
     return Design(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from functools import partial
-from importlib.resources import files
 
-from ..core.files import parse_json
+from ..data.analogies import country_facts
 from ..measure.claims import Finding, above, all_of, at_least, at_most
 from ..measure.compare import Comparison
 from ..measure.experiment import Design, Run, experiment
@@ -34,8 +33,7 @@ def build(run: Run[HyperdimensionalProbe]) -> Design:
     """
     chosen = {"dim": 1024, "blocks": 1, "learning_rate": 1e-3, "epochs": run.size(25, 2), "normalize": True}
     method = run.settings(HyperdimensionalProbe, tie="random", **chosen)
-    facts = parse_json(files("tokenry.evidence").joinpath("data/countries.json").read_text("utf-8"))["rows"]
-    task = AnalogyTask(run.model, run.tokenizer, facts, method, max(1, run.count // 2))
+    task = AnalogyTask(run.model, run.tokenizer, country_facts(), method, max(1, run.count // 2))
     setting = method.model_dump(mode="json", exclude={"seed", *HyperdimensionalProbe.input_options})
 
     def arm(name: str, role: Role = "control", **how: bool) -> Arm:

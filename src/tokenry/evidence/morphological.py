@@ -39,8 +39,8 @@ SIZES = (1024, 4096, 8192, 32768)  # of BPE beside the one of equal size; 4096 c
 
 
 @experiment("morphological", Morphological, quick=16)
-def build(run: Run) -> Design:
-    """Trains the method and five BPEs (half a minute). Samples are held-out sentences; by default all 971 of them."""
+def build(run: Run[Morphological]) -> Design:
+    """Trains the method and five BPEs (half a minute). Samples are held-out sentences; by default all 970 of them."""
     training, held_out = split(turkish_sentences())
     texts = [sentence.text for sentence in training]
     method = run.settings(Morphological)

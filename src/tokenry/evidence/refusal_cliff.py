@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..measure.claims import Finding, above, all_of, at_most, describe, within
 from ..measure.experiment import Design, Run, experiment
-from ..measure.task import Arm
+from ..measure.task import Arm, Role
 from ..measure.tasks.refusals import RefusalTask, Variant
 from ..read.refusal_cliff import RefusalCliff
 
@@ -35,13 +35,13 @@ TRAINING = {"learning_rate": 0.03, "epochs": 10}  # the paper's are for a width 
 @experiment(
     "refusal-cliff", RefusalCliff, model="zoo/refuser", samples=400, seeds=(0, 1, 2), batch=100, quick=8, limit=1600
 )
-def build(run: Run) -> Design:
+def build(run: Run[RefusalCliff]) -> Design:
     """Requests of four kinds, a hundred of each; a seed draws the probe's examples, trains it and samples the answers.
 
     `method` sets the probe and the plateau.
     """
     method = run.settings(RefusalCliff, **TRAINING)
-    task = RefusalTask(run.model, run.tokenizer, method, run.samples or 0)
+    task = RefusalTask(run.model, run.tokenizer, method, run.count)
     variants = {
         SHUFFLED: Variant("shuffled labels"),
         THINKING: Variant("random positions"),
@@ -53,9 +53,9 @@ def build(run: Run) -> Design:
         MANY_RANDOM: Variant("trained", "random", 8),
     }
 
-    def arm(name: str, variant: Variant, **options: str) -> Arm:
+    def arm(name: str, variant: Variant, role: Role = "method") -> Arm:
         setting = {**variant._asdict(), **method.model_dump(mode="json")}
-        return Arm(name, setting=setting, apply=variant, **options)
+        return Arm(name, setting=setting, apply=variant, role=role)
 
     return Design(
         task=task,

@@ -8,7 +8,7 @@ from ..measure.claims import Contrast, Finding, above, at_least, describe
 from ..measure.compare import Comparison, beats
 from ..measure.experiment import Design, Run, experiment
 from ..measure.statistics import bootstrap_statistic
-from ..measure.task import Arm
+from ..measure.task import Arm, Role
 from ..measure.tasks.planted import PlantedTask, heads_of_prose
 from ..read.anchors.receivers import ReceiverHeads
 from ..read.thought_anchors import ThoughtAnchors
@@ -18,17 +18,17 @@ __all__ = ["build"]
 SUPPRESSION, RECEIVERS = "suppression", "receiver heads"
 PLACE, RANDOM, SHUFFLED = "place alone", "random heads", "suppression, shuffled sentences"
 ROUTES = {SUPPRESSION: "suppression", RECEIVERS: "receivers", PLACE: "place", RANDOM: "random", SHUFFLED: "shuffled"}
-ROLES = {PLACE: "plain", RANDOM: "control", SHUFFLED: "control"}
+ROLES: dict[str, Role] = {PLACE: "plain", RANDOM: "control", SHUFFLED: "control"}
 
 
 @experiment("thought-anchors", ThoughtAnchors, samples=24, batch=1, quick=6)
-def build(run: Run) -> Design:
+def build(run: Run[ThoughtAnchors]) -> Design:
     """Texts of eight facts, one of which later sentences come back to; receiver heads are those of other prose."""
     method = run.method or ThoughtAnchors()
     heads = heads_of_prose(run.model, run.tokenizer, run.size(12, 4), method)
     arms = [Arm(name, method, ROLES.get(name, "method"), apply=route) for name, route in ROUTES.items()]
     return Design(
-        task=PlantedTask(run.model, run.tokenizer, run.samples or 0, heads, method),
+        task=PlantedTask(run.model, run.tokenizer, run.count, heads, method),
         arms=arms,
         baseline=PLACE,
         facts={"heads": heads},

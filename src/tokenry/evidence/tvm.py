@@ -30,7 +30,7 @@ from ..measure.claims import Contrast, Finding, above, all_of, below, describe
 from ..measure.compare import Comparison, beats
 from ..measure.experiment import Design, Run, experiment
 from ..measure.statistics import Interval, bootstrap_statistic
-from ..measure.task import Arm
+from ..measure.task import Arm, Role
 from ..measure.tasks.values import SAMPLING, SHARES, Choice, Drawn, ValuesTask, Verifier
 from ..models.load import shared
 from ..models.prompts import prompt_ids
@@ -55,13 +55,13 @@ SEARCH, SEARCH_OUTCOME, SEARCH_POSITION, SEARCH_RANDOM = (
 
 
 @experiment("tvm", TVM, model="zoo/reasoner", samples=40, seeds=(0, 1, 2), batch=8, quick=6, limit=192)
-def build(run: Run) -> Design:
+def build(run: Run[TVM]) -> Design:
     """Draw solutions, train every verifier once for each seed, then compare. `method` has no setting that changes a
     number."""
     model, tokenizer, folder = run.model, run.tokenizer, run.folder("tvm")
     backbone = shared(BACKBONE, like=model).model
     train = problems_of("train", run.size(QUESTIONS, 4))
-    test = problems_of("test", run.samples)
+    test = problems_of("test", run.count)
     learned_from = graded(train, drawn(model, tokenizer, train, folder, "train", MOST), tokenizer)
     make = partial(trained, tokenizer, backbone, learned_from, folder, run.size(STEPS, 2))
     by_position = position_table(learned_from)
@@ -102,7 +102,7 @@ def build(run: Run) -> Design:
 def arms(verifiers: dict[str, dict[int, Verifier]]) -> list[Arm]:
     """Verifiers that tell the value of prefixes, then what chooses an answer."""
 
-    def choice(name: str, how: str, verifier: str, role: str = "control") -> Arm:
+    def choice(name: str, how: str, verifier: str, role: Role = "control") -> Arm:
         setting = {"how": how, "verifier": verifier}
         return Arm(name, role=role, setting=setting, apply=Choice(how, verifiers[verifier]))
 

@@ -18,6 +18,7 @@ from ..core.errors import InputError
 from ..core.fields import Count, Probability, Rate, Share, Weight
 from ..core.method import read_words
 from ..core.progress import Progress
+from ..data.analogies import draw_analogies
 from ..learned.hyper_probe import Codebook, HyperProbe, Tie
 from ..models.anatomy import fingerprint
 from ..models.load import Loaded
@@ -49,7 +50,9 @@ class HyperdimensionalProbe(ReadMethod):
 
     takes: ClassVar = ("text", "trace")
     artifact: ClassVar[type] = HyperProbe
-    learns_from: ClassVar[str] = "a file with a line such as 'paris : france = rome : italy' for each text"
+    learns_from: ClassVar[str] = (
+        "a file with a line such as 'paris : france = rome : italy' for each text, or analogies:N for N of countries"
+    )
     fit_options: ClassVar[tuple[str, ...]] = (
         *("dim", "n_clusters", "normalize", "tie", "blocks", "dropout", "weight_decay", "learning_rate", "epochs"),
         "seed",
@@ -79,10 +82,14 @@ class HyperdimensionalProbe(ReadMethod):
     threshold: Probability = Field(default=0.1, description="cosine below which nothing is found")
 
     def examples(self, source: str, text: str | None) -> list[Document]:
-        """The documents of a file."""
-        if text is None:
-            raise InputError(f"{source!r} is no known task; give {self.learns_from}")
-        return documents_in(text, source)
+        """The documents of a file, or analogies of countries, capitals and currencies for analogies:N."""
+        if text is not None:
+            return documents_in(text, source)
+        task, _, count = source.partition(":")
+        if task != "analogies" or not count.isdecimal():
+            raise InputError(f"{source!r} is no file and no known task; give {self.learns_from}")
+        lines = ["{} : {} = {} : {}".format(*words) for words in draw_analogies(int(count))]
+        return documents_in("\n".join(lines), source)
 
     def fit(self, loaded: Loaded, data: list[Document] | None = None, progress: Progress | None = None) -> Fitted:
         """Read every text without its last word, and train the encoder on the codes of the whole ones."""

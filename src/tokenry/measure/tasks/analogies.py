@@ -13,15 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ...data.analogies import Words, analogies
 from ...learned.hyper_probe import Codebook
 from ...read.hyper.states import compress_states, read_states
 from ...read.hyperdimensional_probe import HyperdimensionalProbe
 from ..task import Arm, Metric, Outcome, Sample
 
-__all__ = ["AnalogyTask", "Guess", "Words"]
+__all__ = ["AnalogyTask", "Guess"]
 
-Words = tuple[str, str, str, str]
-RELATIONS = ((0, 1), (0, 2), (1, 2))  # columns of the facts; each in both directions
 SPLITS = ("dev", "test")
 HELD = 9  # word pairs that each split holds out
 
@@ -65,7 +64,7 @@ class AnalogyTask:
     ) -> None:
         self.model, self.tokenizer, self.method = model, tokenizer, method
         self.setting = {"split": split, "held": HELD, "facts": [list(row) for row in facts]}
-        self.train, self.known, self.new = _split(_strings(facts), split, count)
+        self.train, self.known, self.new = _split(analogies(facts), split, count)
         self.words = sorted({word for row in facts for word in row})
         self._readers: dict[tuple[str, int], Reader] = {}
 
@@ -158,12 +157,6 @@ def _classifier(states: Tensor, labels: list[int], classes: int, seed: int) -> t
 
 def _prompt(words: Words) -> str:
     return "{} : {} = {} :".format(*words[:3])
-
-
-def _strings(facts: Sequence[Sequence[str]]) -> list[Words]:
-    """Every two rows in every relation and direction."""
-    ways = [way for x, y in RELATIONS for way in ((x, y), (y, x))]
-    return [(r[p], r[q], s[p], s[q]) for p, q in ways for r in facts for s in facts if r is not s]
 
 
 def _split(strings: list[Words], split: str, count: int) -> tuple[list[Words], list[Words], list[Words]]:

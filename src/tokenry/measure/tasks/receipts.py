@@ -6,7 +6,7 @@ import hashlib
 import random
 import time
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple, cast
+from typing import ClassVar, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ class Bill(NamedTuple):
 
     kind: Kind
     ratio: float
-    place: str
+    place: Literal["end", "spread"]
 
 
 BILLS = {
@@ -128,7 +128,7 @@ class ReceiptTask:
 
     def run(self, arm: Arm, samples: Sequence[Sample], seed: int) -> list[Outcome]:
         made = arm.apply(seed)
-        auditor = Auditor(self.fingerprinter, *made, self.false_alarm) if made else None
+        auditor = Auditor(self.fingerprinter, made[0], made[1], self.false_alarm) if made else None
         return [self._outcome(auditor, sample.data["index"], seed) for sample in samples]
 
     def _outcome(self, auditor: Auditor | None, index: int, seed: int) -> Outcome:

@@ -80,8 +80,10 @@ class ValuesTask:
         return [Sample(p.id, p.question, {"index": i, "level": p.difficulty}) for i, p in enumerate(self.problems)]
 
     def run(self, arm: Arm, samples: Sequence[Sample], seed: int) -> list[Outcome]:
-        run = self._chosen if isinstance(arm.apply, Choice) else self._told
-        return [run(arm.apply, sample.data["index"], seed) for sample in samples]
+        apply, places = arm.apply, [sample.data["index"] for sample in samples]
+        if isinstance(apply, Choice):
+            return [self._chosen(apply, place, seed) for place in places]
+        return [self._told(apply, place, seed) for place in places]
 
     # --- what prefixes are worth ---------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 importance = CounterfactualImportance(generate_fn, embed_fn, answer_fn, n=100)
 rollouts = importance.sample(trace)
 importance.score(rollouts, correct="12"); attribution_matrix(rollouts)
+importance.forced(trace, tokenizer, correct="12")
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import log, nan
 from typing import Any, NamedTuple, cast
 
@@ -37,6 +39,7 @@ __all__ = [
 ]
 
 FLOOR = 1e-9  # added to counts
+FORCED = " Therefore, the final answer is"
 ROWS = 32  # texts embedded at a time
 GenerateFn = Callable[[list[int], int], Sequence[str]]  # (ids of the prefix, how many) -> continuations
 EmbedFn = Callable[[Sequence[str]], Tensor]  # texts -> (texts, width)
@@ -138,6 +141,29 @@ class CounterfactualImportance:
         if not any(before):
             raise InputError("no rollout comes to an answer; give longer rollouts, or an answer_fn that finds it")
         return Rollouts([s.text for s in sentences], before, self.embed_fn)
+
+    def forced(
+        self, trace: Trace, tokenizer: PreTrainedTokenizerBase, correct: str, ending: str = FORCED
+    ) -> list[float]:
+        """What each sentence adds to the accuracy of answers that are forced right after it, 0 where none come.
+
+        Args:
+            correct: the right answer.
+            ending: words after which the model answers; `answer_fn` is given them with what comes before and after.
+
+        Raises:
+            InputError: the trace has no sentences.
+        """
+        sentences = sentences_of(trace)
+        if not sentences:
+            raise InputError("the trace has no sentences; capture one with some text after its prompt")
+        ids, right, words = trace.ids.tolist(), normalise_answer(correct), _bare(tokenizer, ending)
+        answered = []
+        for token, letter in [*((s.start, s.first) for s in sentences), (sentences[-1].stop, sentences[-1].last)]:
+            texts = self.generate_fn([*ids[:token], *words], self.n)
+            begun = trace.text[:letter] + ending
+            answered.append([found for text in texts if (found := self._rollout(begun, text))])
+        return [_accuracy_gap(after, before, right) for before, after in pairwise(answered)]
 
     def _rollout(self, prefix: str, text: str) -> Rollout | None:
         answer = self.answer_fn(prefix + text)
@@ -251,6 +277,11 @@ def generate_rollouts(
         return tokenizer.batch_decode(out[:, len(prefix) :], skip_special_tokens=True)
 
     return generate
+
+
+def _bare(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The ids of a text that goes on another one."""
+    return cast(list[int], tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def _first(tokenizer: PreTrainedTokenizerBase) -> int:
