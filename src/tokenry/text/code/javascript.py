@@ -318,7 +318,7 @@ class _Reader:
         elif above == "variable_declarator" and part == "name":
             opened.bound.append((frames[-1], text))
         elif above == "formal_parameters" or (above, part) in BINDING:
-            self.names.bind([text])
+            self.names.bind(text)
         elif node.type in ("property_identifier", "private_property_identifier"):
             self._member(text, above, part)
         elif part == "name" and (above in FUNCTIONS or above in CLASSES):
@@ -352,21 +352,21 @@ class _Reader:
         ):
             return "LIB"
         self.brought[text] = role
-        self.names.bind([text])
+        self.names.bind(text)
         return role
 
     def _declare(self, text: str, above: str) -> None:
         """A declaration binds outside of what it declares, an expression inside."""
         outside = self.names.frames[-2 if above.endswith("_declaration") else -1]
-        self.names.bind([text], True, outside)
+        self.names.bind(text, is_function=True, frame=outside)
 
     def _member(self, text: str, above: str, part: str | None) -> None:
         """Methods, fields, and what is set on the instance belong to the class."""
         frames = self.names.frames
         if above == "method_definition" and part == "name" and self.path[-3].type == "class_body":
-            self.names.bind([text], True, frames[-2])
+            self.names.bind(text, is_function=True, frame=frames[-2])
         elif above == "field_definition" and part == "property":
-            self.names.bind([text])
+            self.names.bind(text)
         elif [one.value for one in self.found[-2:]] == ["this", "."] and self.path[-2].part == "left":
             inside = next((frame for frame in reversed(frames) if frame.scope == "class"), None)
             if inside is not None and self.path[-3].type == "assignment_expression":

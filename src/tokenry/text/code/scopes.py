@@ -47,7 +47,7 @@ class Names:
         frame = self._find(name)
         return frame is not None and frame.names[name]
 
-    def bind(self, names: Sequence[str], is_function: bool = False, frame: Frame | None = None) -> None:
+    def bind(self, *names: str, is_function: bool = False, frame: Frame | None = None) -> None:
         """Bind names in a frame, by default the innermost."""
         (frame or self.frames[-1]).names.update((name, is_function) for name in names)
 
@@ -101,24 +101,24 @@ class VisibleNames(Names):
         self.statement.append(value)
         self.depth = max(0, self.depth + (value in ("(", "[", "{")) - (value in (")", "]", "}")))
         if value == ":" and "lambda" in self.statement:
-            self.bind(_parameters(self.statement[_last(self.statement, "lambda") + 1 : -1]))
+            self.bind(*_parameters(self.statement[_last(self.statement, "lambda") + 1 : -1]))
         elif value == ":" and not self.depth and self.opened is None:
             self._open_frame()
         elif value == "in" and "for" in self.statement:
-            self.bind(_names(self.statement[_last(self.statement, "for") + 1 : -1]))
+            self.bind(*_names(self.statement[_last(self.statement, "for") + 1 : -1]))
         elif value == ":=" and len(self.statement) > 1:
-            self.bind(self.statement[-2:-1])
+            self.bind(*self.statement[-2:-1])
 
     def _open_frame(self) -> None:
         """A class or function whose header ends here."""
         header = self.statement[self.statement[0] == "async" :]
         if len(header) < 3 or header[0] not in ("def", "class"):
             return
-        self.bind([header[1]], True)
+        self.bind(header[1], is_function=True)
         parameters = _parameters(header[3:-1]) if header[0] == "def" else []
         inside = self.frames[-1].scope == "class"
         frame = Frame("function" if header[0] == "def" else "class", me=parameters[0] if inside and parameters else "")
-        self.bind(parameters, frame=frame)
+        self.bind(*parameters, frame=frame)
         self.frames.append(frame)
         self.opened = frame
 
@@ -131,19 +131,19 @@ class VisibleNames(Names):
         if not words or words[0] in ("def", "class", "@"):
             return
         if words[0] in ("import", "from"):
-            self.bind([bound for _, bound in imported(words) if bound])
+            self.bind(*[bound for _, bound in imported(words) if bound])
             return
-        self.bind([b for a, b in pairwise(words) if a == "as" and _is_name(b)])
+        self.bind(*[b for a, b in pairwise(words) if a == "as" and _is_name(b)])
         *targets, _ = _split(words, "=") if "=" in words else [words]
         if words[0] in OPENING and targets:
             targets[0] = _split(targets[0], ":")[-1]
         for target in targets:
             target = _split(target, ":")[0]
-            self.bind(_names(target))
+            self.bind(*_names(target))
             if len(target) == 3 and target[1] == "." and target[0] == self.frames[-1].me != "":
-                self.bind(target[2:], frame=self.frames[-2])
+                self.bind(*target[2:], frame=self.frames[-2])
         if len(words) > 1 and words[1] == ":" and not targets and _is_name(words[0]):  # an annotation alone
-            self.bind(words[:1])
+            self.bind(*words[:1])
 
 
 def name_kind(before: str | None, is_function: bool) -> NameKind:
