@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from transformers import BertConfig, BertModel
 
 import tokenry
 from tokenry import InputError
@@ -49,7 +50,7 @@ from tokenry.read.cliff.examples import end_states, traced
 from tokenry.read.difficulty_probe import question_states
 from tokenry.read.hyper.states import read_states
 from tokenry.read.lm_head_neurons import clamp_effect
-from tokenry.represent import PromptEmbedder
+from tokenry.represent import Causal2Vec, Causal2VecTransformer, PromptEmbedder, train_contrastive
 from tokenry.represent.text.sentence_transformer import TokenPrependingTransformer
 from tokenry.tokenize import KL3M, LinguisticIntegrity, Morphological, SetLexicon
 from tokenry.tokenize.text.boundaries import cuts_in_text
@@ -60,6 +61,13 @@ BOOK = Codebook([TEXT, "a"], 256)
 PROBE = HyperProbe(BOOK, 4, 0)
 VALUING = TokenValueModel.from_language_model
 PROFILE = SlopProfile(words=[Pattern(TEXT, 3, 1.0), Pattern("t", 3, 1.0)])
+
+
+def context_embedder(model, tokenizer):
+    """Without a token that needs an encoder of its own."""
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": len(tokenizer)}
+    encoder = BertModel(BertConfig(hidden_size=16, **sizes))
+    return Causal2Vec().untrained(model, tokenizer, (encoder, tokenizer))
 
 
 def write(model, tokenizer, stop):
@@ -93,6 +101,9 @@ ONE = {  # a single text is a list of one
     "SlopProfile.ban_list": lambda m, t, x: PROFILE.ban_list(whitelist=x),
     "overused": lambda m, t, x: overused(x, x, 5, 5),
     "Fingerprinter.texts": lambda m, t, x: Fingerprinter(input_embedder(m, t), t).texts(x).tolist(),
+    "ContextEmbedder.rows": lambda m, t, x: context_embedder(m, t).rows(x),
+    "ContextEmbedder.tokenize": lambda m, t, x: context_embedder(m, t).tokenize(x)["input_ids"],
+    "Causal2VecTransformer": lambda m, t, x: Causal2VecTransformer(context_embedder(m, t)).preprocess(x)["input_ids"],
     "PromptEmbedder.rows": lambda m, t, x: PromptEmbedder(m, t).rows(x),
     "PromptEmbedder.tokenize": lambda m, t, x: PromptEmbedder(m, t).tokenize(x)["input_ids"],
     "preprocess": lambda m, t, x: TokenPrependingTransformer(PromptEmbedder(m, t)).preprocess(x)["input_ids"],
@@ -100,6 +111,8 @@ ONE = {  # a single text is a list of one
 REFUSED = {  # one text cannot be what is meant
     "Rollouts": lambda m, t, x: Rollouts(x, [[]], None),
     "Results": lambda m, t, x: Results([[0, 1]], [[1, 2]], x, [1, 2]),
+    "ContextEmbedder.encode": lambda m, t, x: context_embedder(m, t).encode(x),
+    "train_contrastive": lambda m, t, x: train_contrastive(None, [x, x]),
     "PromptEmbedder.encode": lambda m, t, x: PromptEmbedder(m, t).encode(x),
     "DCSQE.translate": lambda m, t, x: DCSQE().translate(tokenry.load("zoo/translator-a"), x, x),
     "annotate_severity": lambda m, t, x: annotate_severity(
@@ -220,6 +233,11 @@ KNOWN = {  # function: parameters; those without a case above hand on to one tha
     "entropy_profile": {"prompts"},
     "question_states": {"prompts"},
     "clamp_effect": {"prompts"},
+    "ContextEmbedder.rows": {"texts"},
+    "ContextEmbedder.tokenize": {"texts"},
+    "ContextEmbedder.encode": {"sentences"},
+    "Causal2VecTransformer.preprocess": {"inputs"},
+    "train_contrastive": {"rows"},
     "PromptEmbedder.rows": {"texts"},
     "PromptEmbedder.tokenize": {"texts"},
     "PromptEmbedder.encode": {"sentences"},

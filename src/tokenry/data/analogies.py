@@ -10,19 +10,20 @@ from typing import Any, cast
 from ..core.errors import InputError
 from ..core.files import parse_json
 
-__all__ = ["Words", "analogies", "country_facts", "draw_analogies"]
+__all__ = ["Facts", "Words", "analogies", "country_facts", "draw_analogies"]
 
 Words = tuple[str, str, str, str]
+Facts = tuple[str, str, str]  # country, capital, currency
 RELATIONS = ((0, 1), (0, 2), (1, 2))  # columns of the facts; each in both directions
 
 
-def country_facts() -> list[list[str]]:
-    """Rows of country, capital, currency."""
+def country_facts() -> list[Facts]:
+    """Those that come with tokenry."""
     table: Any = parse_json(files("tokenry.data").joinpath("countries.json").read_text("utf-8"))
-    return cast(list[list[str]], table["rows"])
+    return [cast(Facts, tuple(row)) for row in table["rows"]]
 
 
-def analogies(facts: Sequence[Sequence[str]]) -> list[Words]:
+def analogies(facts: Sequence[Facts]) -> list[Words]:
     """Every two rows in every relation and direction."""
     ways = [way for x, y in RELATIONS for way in ((x, y), (y, x))]
     return [(r[p], r[q], s[p], s[q]) for p, q in ways for r in facts for s in facts if r is not s]

@@ -123,7 +123,7 @@ def build(run: Run[CodeFill]) -> Design:
         "because gradients of zero let Adam move the blocks in the steps of other tasks; that is mended, 4.32, "
         ".523. The rest is the penalty: with its gradient on one side 4.43, .467; with that and equal first "
         "blocks 4.33, .506; with equal first blocks alone 4.54, .471; with a tenth of its weight 4.48, .471; values "
-        "more often (.1, .8, .1) 4.37, .500. All tasks in each step: with one set of blocks 4.39, .484; with equal first "
+        "more often (.1, .8, .1) 4.37, .500. All tasks in each step: one set of blocks 4.39, .484; with equal first "
         "blocks and the whole weight 4.38, .485; with a tenth of the weight 4.32, .514, with a hundredth 4.32, .518, "
         "without the third task 4.30, .521, and with a tenth and equal first blocks 4.28, .525: this one, the best of "
         "thirteen by one seed, is an arm here. Values alone with as many steps as three tasks have: 4.01, .569.",

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...data.analogies import Words, analogies
+from ...data.analogies import Facts, Words, analogies
 from ...learned.hyper_probe import Codebook
 from ...read.hyper.states import compress_states, read_states
 from ...read.hyperdimensional_probe import HyperdimensionalProbe
@@ -40,7 +40,7 @@ class AnalogyTask:
     pairs were trained, though never together. An arm's `apply(task, seed)` trains a reader of states.
 
     Args:
-        facts: rows of words, such as country, capital, currency.
+        facts: rows of country, capital, currency, or three others.
         count: samples of each half, at most.
     """
 
@@ -57,7 +57,7 @@ class AnalogyTask:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        facts: Sequence[Sequence[str]],
+        facts: Sequence[Facts],
         method: HyperdimensionalProbe,
         count: int,
         split: str = "test",

@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 
 from ...core.errors import InputError
-from ...text.words import listed
 from ..causal2vec import Causal2VecModel
 from .embedder import ContextEmbedder
 from .files import read_folder
@@ -49,7 +48,7 @@ class Causal2VecTransformer(InputModule):
 
     def preprocess(self, inputs: Sequence[str], prompt: str | None = None, **kwargs: Any) -> dict[str, Tensor]:
         """Both tokenizations of the texts; `prompt` is the instruction, which the encoder does not see."""
-        given = self.embedder.tokenize(listed(inputs, "text"), prompt or "")
+        given = self.embedder.tokenize(inputs, prompt or "")
         return {name: given[argument] for name, argument in FEATURES.items()}
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
@@ -127,7 +126,7 @@ def train_contrastive(
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-    if len(rows) < 2 or any(len(row) != len(rows[0]) or len(row) < 2 for row in rows):
+    if len(rows) < 2 or any(isinstance(row, str) or len(row) != len(rows[0]) or len(row) < 2 for row in rows):
         raise InputError(f"{len(rows)} rows cannot be trained on; give at least 2, all of the same 2 or more texts")
     if not 0.01 <= temperature <= 1:
         raise InputError(f"temperature={temperature} is not allowed; give a number in [0.01, 1]")
