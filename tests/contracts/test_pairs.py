@@ -123,7 +123,8 @@ PAIRS = [(one, other, both) for one, other in DECODE + MIXED + OUTER for both in
 
 
 def test_every_method_that_acts_in_a_generation_is_here():
-    slugs = {entry.slug for stage in ("select", "represent", "decode") for entry in catalog.by_stage(stage)}
+    entries = [entry for stage in ("select", "represent", "decode") for entry in catalog.by_stage(stage)]
+    slugs = {e.slug for e in entries if e.stage != "represent" or "__call__" in vars(e.load())}  # others are no context
     assert {name.partition(" ")[0] for name in ALL} == slugs
 
 

@@ -289,7 +289,7 @@ def test_bad_texts(parts):
     embedder = parts()
     for texts, why in (
         (["sea", " "], "text 1 is empty"),
-        ([1], "text 1 is of type int"),
+        ([1], "text 0 is a int"),
         ([], "no list of texts"),
         ("sea", "no list of texts"),
         (["\ud800"], "text 0"),

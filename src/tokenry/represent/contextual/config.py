@@ -50,3 +50,6 @@ class Causal2VecConfig(PreTrainedConfig):
                 )
             made.append(model)
         return made[0], made[1]
+
+
+AutoConfig.register("causal2vec", Causal2VecConfig)  # else reading the tokenizers of a folder warns

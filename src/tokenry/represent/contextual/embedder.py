@@ -17,7 +17,6 @@ from ...core.progress import Progress
 from ...models.batch import left_padded, pad_id, right_padded
 from ...models.positions import context_window
 from ...text.token_text import check_encodable
-from ...text.words import listed
 
 if TYPE_CHECKING:
     from .config import Causal2VecConfig
@@ -85,8 +84,10 @@ class ContextEmbedder(nn.Module):
 
     def rows(self, texts: Sequence[str], instruction: str = "") -> list[Row]:
         """Ids of every text for both models."""
-        texts = listed(texts, "text")
+        texts = [texts] if isinstance(texts, str) else texts
         for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise InputError(f"text {i} is a {type(text).__name__}; give a list of strings")
             check_encodable(text, f"text {i}")
             if not text.strip():
                 raise InputError(f"text {i} is empty; remove it")

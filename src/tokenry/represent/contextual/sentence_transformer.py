@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 
 from ...core.errors import InputError
+from ...text.words import listed
 from ..causal2vec import Causal2VecModel
 from .embedder import ContextEmbedder
 from .files import read_folder
@@ -27,12 +28,13 @@ except ImportError:
 
 __all__ = ["Causal2VecTransformer", "add_lora", "train_contrastive"]
 
-FEATURES = {  # {name here: argument of the model}; their trainer takes each name that ends in _input_ids for a column
+# The trainer takes whatever ends in "_input_ids" for a column of its own: the encoder's ids go by other names there.
+FEATURES = {
     "input_ids": "input_ids",
     "attention_mask": "attention_mask",
-    "encoder_ids": "encoder_input_ids",
-    "encoder_mask": "encoder_attention_mask",
     "context_index": "context_index",
+    "encoder_tokens": "encoder_input_ids",
+    "encoder_mask": "encoder_attention_mask",
 }
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj"]
 
@@ -48,12 +50,12 @@ class Causal2VecTransformer(InputModule):
 
     def preprocess(self, inputs: Sequence[str], prompt: str | None = None, **kwargs: Any) -> dict[str, Tensor]:
         """Both tokenizations of the texts; `prompt` is the instruction, which the encoder does not see."""
-        given = self.embedder.tokenize(inputs, prompt or "")
-        return {name: given[argument] for name, argument in FEATURES.items()}
+        made = self.embedder.tokenize(listed(inputs, "text"), prompt or "")
+        return {name: made[own] for name, own in FEATURES.items()}
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        given = {argument: features[name] for name, argument in FEATURES.items()}
-        return {**features, "sentence_embedding": self.embedder(**given)}
+        embedding = self.embedder(**{own: features[name] for name, own in FEATURES.items()})
+        return {**features, "sentence_embedding": embedding}
 
     def get_embedding_dimension(self) -> int:
         return self.embedder.width
@@ -125,8 +127,13 @@ def train_contrastive(
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from transformers.trainer_callback import PrinterCallback
 
-    if len(rows) < 2 or any(isinstance(row, str) or len(row) != len(rows[0]) or len(row) < 2 for row in rows):
+    if (
+        isinstance(rows, str)
+        or len(rows) < 2
+        or any(isinstance(row, str) or len(row) != len(rows[0]) or len(row) < 2 for row in rows)
+    ):
         raise InputError(f"{len(rows)} rows cannot be trained on; give at least 2, all of the same 2 or more texts")
     if not 0.01 <= temperature <= 1:
         raise InputError(f"temperature={temperature} is not allowed; give a number in [0.01, 1]")
@@ -143,6 +150,7 @@ def train_contrastive(
         )  # fmt: skip
         loss = MultipleNegativesRankingLoss(sentences, scale=1 / temperature)
         trainer = SentenceTransformerTrainer(model=sentences, args=arguments, train_dataset=data, loss=loss)
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     sentences.eval()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
