@@ -326,6 +326,10 @@ def test_saved_and_loaded(turkish, tmp_path):
         assert type(loaded) is MorphTokenizer and loaded.guard
         assert loaded(TEXTS).input_ids == turkish(TEXTS).input_ids
         assert loaded.batch_decode(loaded(TEXTS).input_ids) == TEXTS
+    whole = json.loads((tmp_path / "morphology.json").read_text(encoding="utf-8"))
+    (tmp_path / "morphology.json").write_text(json.dumps({**whole, "rule": "longest"}), encoding="utf-8")
+    with pytest.raises(InputError, match="rule 'longest' is unknown"):
+        load_tokenizer(tmp_path)
     (tmp_path / "morphology.json").write_text('{"guard": true}', encoding="utf-8")
     with pytest.raises(InputError, match="cannot be read"):
         load_tokenizer(tmp_path)

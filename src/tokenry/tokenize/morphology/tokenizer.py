@@ -386,6 +386,8 @@ def _check(morphology: Any) -> None:
     for name, kind in parts.items():
         if not isinstance(morphology.get(name), kind):
             raise ValueError(f"its {name!r} is missing or broken")
+    if morphology["rule"] not in ("cascade", "score"):
+        raise ValueError(f"its rule {morphology['rule']!r} is unknown")
     for at, token, kind, forms, rule, shared in morphology["entries"]:
         texts = [token, kind, rule, *forms]
         if type(at) is not int or not all(isinstance(t, str) for t in texts) or type(shared) not in (int, type(None)):
