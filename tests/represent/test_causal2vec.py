@@ -9,6 +9,7 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from support.architectures import tiny_model
 from support.families import byte_tokenizer
 from transformers import BertConfig, BertModel
 
@@ -324,6 +325,8 @@ def test_models_that_do_not_go_together(llama, tokenizer, parts, tmp_path):
         method.untrained(llama, tokenizer, (copy.deepcopy(llama.base_model), reader))
     with pytest.raises(InputError, match="sees both sides; Causal2Vec needs a causal decoder"):
         method.untrained(bert(), tokenizer, (bert(), reader))
+    with pytest.raises(InputError, match="the layers of Gemma3nTextModel read token ids"):
+        method.untrained(tiny_model("gemma3n_text"), tokenizer, (bert(), reader))
     config = parts().model.config
     with pytest.raises(InputError, match="the encoder is 32 wide, the projector is made for 16"):
         Causal2VecModel(config, llama.base_model, bert(32))

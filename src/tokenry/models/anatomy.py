@@ -22,6 +22,7 @@ __all__ = [
     "fingerprint",
     "full_attention_layers",
     "gated_mlp",
+    "reads_ids",
     "shape_of",
     "unembedding",
 ]
@@ -277,3 +278,10 @@ def shape_of(model: PreTrainedModel) -> dict[str, int]:
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     return {"layers": config.num_hidden_layers, "heads": heads, "kv_heads": kv_heads}
+
+
+def reads_ids(model: PreTrainedModel) -> bool:
+    """Whether more than the embedding depends on token ids: embeddings for each layer, or experts chosen by id."""
+    config = model.config.get_text_config()
+    named = ("hidden_size_per_layer_input", "ple_layer_ids")
+    return any(getattr(config, name, None) for name in named) or "hash_moe" in getattr(config, "mlp_layer_types", ())

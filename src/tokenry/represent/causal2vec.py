@@ -23,7 +23,7 @@ from ..core.errors import InputError
 from ..core.fields import Seed
 from ..core.method import Local
 from ..hooks.last_states import last_tokens
-from ..models.anatomy import decoder_body, decoder_layers, fingerprint
+from ..models.anatomy import decoder_body, decoder_layers, fingerprint, reads_ids
 from ..models.batch import position_arguments
 from ..models.masks import sees_both_sides
 from .contextual.config import Causal2VecConfig, Context, Pooling
@@ -249,6 +249,11 @@ def check_models(decoder: PreTrainedModel, encoder: PreTrainedModel) -> None:
     decoder_layers(decoder)
     if decoder.config.is_encoder_decoder or sees_both_sides(decoder):
         raise InputError(f"{type(decoder).__name__} sees both sides; Causal2Vec needs a causal decoder")
+    if reads_ids(decoder):
+        raise InputError(
+            f"the layers of {type(decoder).__name__} read token ids, which the Contextual token has none of; give a "
+            "decoder that reads embeddings alone"
+        )
     if not sees_both_sides(encoder):
         raise InputError(f"{type(encoder).__name__} is causal; give an encoder that sees both sides, such as BERT")
     for what in ("device", "dtype"):

@@ -24,7 +24,7 @@ from ..core.fields import Layer, Layers, Seed
 from ..hooks.holding import hold, hooked
 from ..hooks.last_states import last_tokens
 from ..hooks.residual import Feed, edit_inputs, on_feed
-from ..models.anatomy import decoder_layers, effective_weight, unwrapped, vocabulary_size
+from ..models.anatomy import decoder_layers, effective_weight, reads_ids, unwrapped, vocabulary_size
 from ..models.masks import sees_both_sides
 from .contract import RepresentMethod
 from .text.prompt_embedder import PromptEmbedder, read_prompt
@@ -241,10 +241,3 @@ class Prepending:
         rows = torch.arange(len(hidden), device=hidden.device)
         slot, last = self._slot.to(hidden.device), self._last.to(hidden.device)
         return hidden.index_put((rows, slot), hidden[rows, last])
-
-
-def reads_ids(model: PreTrainedModel) -> bool:
-    """Whether more than the embedding depends on token ids: embeddings for each layer, or experts chosen by id."""
-    config = model.config.get_text_config()
-    named = ("hidden_size_per_layer_input", "ple_layer_ids")
-    return any(getattr(config, name, None) for name in named) or "hash_moe" in getattr(config, "mlp_layer_types", ())
