@@ -1,10 +1,12 @@
 """Causal2Vec: the token in its place bit for bit, what sees what, the loss, gradients, files, and what is refused."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
@@ -13,6 +15,7 @@ from support.architectures import tiny_model
 from support.families import byte_tokenizer
 from transformers import BertConfig, BertModel
 
+from tokenry.cli import main
 from tokenry.core.errors import InputError
 from tokenry.represent import (
     Causal2Vec,
@@ -261,6 +264,23 @@ def test_as_a_module_of_sentence_transformers(parts, tmp_path):
     again = SentenceTransformer(str(tmp_path / "model"), device="cpu", trust_remote_code=True)
     np.testing.assert_allclose(again.encode(TEXTS), vectors, atol=1e-5)
     assert again.max_seq_length == 100
+
+
+def test_the_command_writes_what_a_trained_one_gives(parts, make_model, tokenizer, tmp_path):
+    make_model("llama").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    embedder = parts()
+    embedder.save(tmp_path / "made")
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
+    given = ["represent", "--method", "causal2vec", "--model", tmp_path / "model", "--json", tmp_path / "texts.txt"]
+
+    def run(*more):
+        return CliRunner().invoke(main, [*map(str, (*given, *more))])
+
+    shown = run("-o", f"trained={tmp_path / 'made'}", "--output", tmp_path / "v.npy")
+    assert shown.exit_code == 0 and json.loads(shown.stdout)["shape"] == [3, 64], shown.output
+    np.testing.assert_allclose(np.load(tmp_path / "v.npy"), embedder.encode(TEXTS).numpy(), atol=1e-5)
+    assert "give trained=FOLDER" in run("--output", tmp_path / "w.npy").stderr
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------
