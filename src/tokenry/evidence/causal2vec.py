@@ -102,7 +102,7 @@ def trained(method: Causal2Vec, steps: int, by_encoder: bool) -> Any:
     module = Causal2VecTransformer(embedder)
     if by_encoder:
         module.embedder.forward = partial(context_tokens, embedder)
-    sentences = SentenceTransformer(modules=[module], device="cpu")
+    sentences = SentenceTransformer(modules=[module], device="cpu", trust_remote_code=False)
     train_contrastive(sentences, pairs, steps=steps, batch_size=BATCH, lr=LR, temperature=TEMPERATURE, seed=method.seed)
     return embedder.write
 

@@ -42,7 +42,7 @@ class Causal2VecConfig(PreTrainedConfig):
             if "model_type" not in stored:
                 raise InputError(f"the configuration of Causal2Vec has no {name}; give decoder and encoder")
             if model is None:
-                model = AutoModel.from_config(AutoConfig.for_model(**stored))
+                model = AutoModel.from_config(AutoConfig.for_model(**stored), trust_remote_code=False)
             elif model.config.hidden_size != stored.get("hidden_size"):
                 raise InputError(
                     f"the {name} is {model.config.hidden_size} wide, the projector is made for "
