@@ -17,6 +17,7 @@ from ...core.progress import Progress
 from ...models.batch import left_padded, pad_id, right_padded
 from ...models.positions import context_window
 from ...text.token_text import check_encodable
+from ..text.prompt_embedder import leads_with_bos
 
 if TYPE_CHECKING:
     from .config import Causal2VecConfig
@@ -92,9 +93,7 @@ class ContextEmbedder(nn.Module):
             if not text.strip():
                 raise InputError(f"text {i} is empty; remove it")
         check_encodable(instruction, "the instruction")
-        bos = self.tokenizer.bos_token_id
-        leads = bos is not None and self.tokenizer("a").input_ids[:1] == [bos]
-        start = [cast(int, bos)] if leads else []
+        start = [cast(int, self.tokenizer.bos_token_id)] if leads_with_bos(self.tokenizer) else []
         order = self._ids(self.tokenizer, [instruction])[0] if instruction else []
         before = len(start) + (len(order) if self.config.context_position == "after_instruction" else 0)
         most, eos = self.max_seq_length, cast(int, self.tokenizer.eos_token_id)

@@ -11,17 +11,8 @@ from .views import CodeViews
 
 __all__ = ["cardinal_points"]
 
-DECLARING = {
-    "def",
-    "class",
-    "import",
-    "from",
-    "as",
-    "function",
-    "const",
-    "let",
-    "var",
-}  # a name nobody can know follows
+# behind these a new name follows, which nobody can know
+DECLARING = set("def class import from as function const let var".split())
 COMPLETE = {"None", "True", "False", "null", "true", "false", "this", "super", ")", "]", "}"}  # what follows: no place
 OPERANDS = {STRING, NUMBER, "(", "[", "{", "-", "~", "not", "lambda", "await", "None", "True", "False"}
 OPERANDS |= {"!", "new", "this", "super", "function", "async", "typeof", "null", "true", "false", "undefined"}
