@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,6 +17,7 @@ from ...core.progress import Progress
 from ...models.batch import left_padded, pad_id, right_padded
 from ...models.positions import context_window
 from ...text.token_text import check_encodable
+from ..text.batches import by_length, check_sentences
 from ..text.prompt_embedder import leads_with_bos
 
 if TYPE_CHECKING:
@@ -168,21 +169,14 @@ class ContextEmbedder(nn.Module):
         Raises:
             InputError: a single string, no sentences, an empty one, a batch size below 1, or a text that does not fit.
         """
-        if isinstance(sentences, str | Mapping | Tensor) or not len(sentences):
-            raise InputError(f"sentences={sentences!r} is no list of texts; give a list with at least one")
-        if batch_size < 1:
-            raise InputError(f"batch_size={batch_size} is not allowed; give a number >= 1")
+        check_sentences(sentences, batch_size)
         rows = self.rows(sentences, instruction)
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))  # alike lengths need little padding
-        made: list[Tensor] = []
-        for start in range(0, len(order), batch_size):
-            batch = self._pad([rows[i] for i in order[start : start + batch_size]])
-            made.append(self(**{name: t.to(self.model.device) for name, t in batch.items()}).cpu())
-            if progress:
-                progress(min(start + batch_size, len(order)), len(order))
-        back = torch.empty(len(order), dtype=torch.long)
-        back[order] = torch.arange(len(order))
-        return torch.cat(made)[back]
+
+        def embed(places: list[int]) -> Tensor:
+            batch = self._pad([rows[i] for i in places])
+            return self(**{name: t.to(self.model.device) for name, t in batch.items()}).cpu()
+
+        return by_length([len(ids) for ids, _, _ in rows], batch_size, embed, progress)
 
     def save(self, folder: str | Path) -> None:
         """Weights (LoRA merged), configuration and both tokenizers, for `Causal2Vec(trained=folder)`."""

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, cast
 
@@ -21,6 +21,7 @@ from ...models.anatomy import decoder_layers
 from ...models.batch import left_padded, pad_id
 from ...models.positions import context_window
 from ...text.token_text import check_encodable
+from .batches import by_length, check_sentences
 
 __all__ = ["PROMPTS", "PromptEmbedder", "clean_up", "leads_with_bos", "read_prompt"]
 
@@ -274,23 +275,15 @@ class PromptEmbedder(nn.Module):
             InputError: a single string, no sentences, a batch size below 1, a layer the model does not have, or a
                 text that does not fit.
         """
-        if isinstance(sentences, str | Mapping | Tensor) or not len(sentences):
-            raise InputError(f"sentences={sentences!r} is no list of texts; give a list with at least one")
-        if batch_size < 1:
-            raise InputError(f"batch_size={batch_size} is not allowed; give a number >= 1")
+        check_sentences(sentences, batch_size)
         wanted = range(self.layers + 1) if layers is None else [self._layer(k) for k in layers]
         rows = self.rows(sentences)
-        order = sorted(range(len(rows)), key=lambda i: -max(map(len, rows[i])))  # alike lengths need little padding
-        made: list[Tensor] = []
-        for start in range(0, len(order), batch_size):
-            batch = self._pad([rows[i] for i in order[start : start + batch_size]])
-            ids, mask = (t.to(self.model.device) for t in batch.values())
-            made.append(self._states(ids, mask, wanted).float().cpu())
-            if progress:
-                progress(min(start + batch_size, len(order)), len(order))
-        back = torch.empty(len(order), dtype=torch.long)
-        back[order] = torch.arange(len(order))
-        return torch.cat(made)[back]
+
+        def embed(places: list[int]) -> Tensor:
+            ids, mask = (t.to(self.model.device) for t in self._pad([rows[i] for i in places]).values())
+            return self._states(ids, mask, wanted).float().cpu()
+
+        return by_length([max(map(len, row)) for row in rows], batch_size, embed, progress)
 
 
 def leads_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
