@@ -2,8 +2,9 @@
 
 python benchmarks/bench_llamacpp.py
 
-Seconds are those of the processor, on one thread, which a busy machine hardly changes; the same in one run for all. The
-F32 file is made of the embedded Q4_1 one and kept in the cache folder.
+Seconds are those of the processor, on one thread, which a busy machine hardly changes; the same in one run for all. For
+drafts they are those behind the prompt, which both sides read alike. The F32 file is made of the embedded Q4_1 one and
+kept in the cache folder.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from common import heading, report
 
 import tokenry
 from tokenry.decode import Antislop, Spectr, encode_prompts
+from tokenry.decode.engines.branches import Entry
 from tokenry.decode.engines.llamacpp import Sequences
 from tokenry.models.conversions import cache_folder
 from tokenry.models.llamacpp.bindings import library
 
 NEW_TOKENS = 64
 COPIED = 40  # tokens: then the copy is complete
+DRAFTED = 8  # tokens at a time
 PROMPT = "Write a story about a lighthouse."
 COPYING = (
     "Copy this text: The old lighthouse stood on the cliff, and every evening the keeper climbed the stairs to light "
@@ -103,6 +106,20 @@ def faster(seconds: dict[str, list[float]], one: str, other: str) -> float:
     return statistics.median(b / a for a, b in zip(seconds[one], seconds[other]))
 
 
+def several(model: Any, count: int) -> float:
+    """What so many tokens of a draft cost in one call, in tokens that are fed one by one."""
+    pool = Sequences(model, 1, 4 * count)
+    slot = pool.join()
+    pool.forward({slot: [1] * count})
+
+    def fed(tokens: int) -> None:
+        pool.feed([Entry(1, count + i, (slot,), True) for i in range(tokens)])
+        pool.cut(slot, count)
+
+    seconds = seconds_of({"several": lambda: fed(count), "one": lambda: fed(1)}, 9)
+    return faster(seconds, "one", "several")
+
+
 def main() -> None:
     from tokenry.models.load import _embedded_gguf
 
@@ -118,7 +135,7 @@ def main() -> None:
         assert len(output.new_ids[0]) == count  # with no processor that would keep the end away
         return output
 
-    drafts = [Spectr(num_drafts=1, verifier="single", draft_length=8)]
+    drafts = [Spectr(num_drafts=1, verifier="single", draft_length=DRAFTED)]
     heading(f"llama.cpp engine, SmolLM2-135M, {NEW_TOKENS} new tokens, processor seconds")
     for name, model, goal in (("Q4_1", quantized.model, 4.0), ("F32", full.model, 2.5)):
         seconds = seconds_of(
@@ -128,9 +145,12 @@ def main() -> None:
                 "transformers": lambda: write(torch_model),
                 "plain": lambda model=model: write(model, COPYING, (), COPIED),
                 "lookup": lambda model=model: write(model, COPYING, drafts, COPIED),
+                "prompt": lambda model=model: write(model, COPYING, (), 1),
             },
             3,
         )
+        for side in ("plain", "lookup"):
+            seconds[side] = [a - b for a, b in zip(seconds[side], seconds["prompt"])]
         ratios = {
             "loop + 8,000 phrases / llama.cpp's own loop": (faster(seconds, "loop", "own"), 0.9),
             "loop + 8,000 phrases / transformers fp32": (faster(seconds, "loop", "transformers"), goal),
@@ -138,6 +158,8 @@ def main() -> None:
         }
         for what, (value, least) in ratios.items():
             report(f"{name}: {what}, tokens per second", value, f">= {least}", value >= least)
+        cost = several(model, DRAFTED + 1)
+        print(f"{name + f': what {DRAFTED + 1} tokens in one call cost, in single tokens':<78} {cost:7.3f}", flush=True)
 
 
 if __name__ == "__main__":

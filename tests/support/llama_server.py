@@ -7,10 +7,10 @@ from contextlib import contextmanager
 CODE = """
 import sys, time, xllamacpp
 params = xllamacpp.CommonParams()
-params.model.path, params.n_ctx, params.n_parallel = sys.argv[1], int(sys.argv[2]), 2
+params.model.path, params.n_ctx, params.n_parallel = sys.argv[1], *map(int, sys.argv[2:4])
 params.endpoint_metrics = True
 params.port, params.hostnames, params.ui, params.warmup, params.verbosity = 0, ["127.0.0.1"], False, False, -1
-params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(sys.argv[4])
 server = xllamacpp.Server(params)
 print("address", server.listening_address, flush=True)
 sys.stdin.read()
@@ -18,9 +18,9 @@ sys.stdin.read()
 
 
 @contextmanager
-def llama_server(path, context=1024):
-    """The address of a server that has loaded a GGUF file."""
-    command = [sys.executable, "-c", CODE, str(path), str(context)]
+def llama_server(path, context=1024, streams=2, threads=1):
+    """The address of a server that has loaded a GGUF file; its texts share the context."""
+    command = [sys.executable, "-c", CODE, str(path), *map(str, (context, streams, threads))]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
