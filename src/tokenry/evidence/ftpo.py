@@ -23,7 +23,7 @@ from ..core.outputs import write_folder
 from ..decode.antislop import Antislop
 from ..decode.api import generate
 from ..measure.build_cache import built_once, digest
-from ..measure.claims import Contrast, Finding, above, all_of, at_least, at_most, below, loses_at_most
+from ..measure.claims import Check, Contrast, Finding, above, all_of, at_least, at_most, below, loses_at_most
 from ..measure.compare import Comparison, beats
 from ..measure.experiment import Design, Run, experiment
 from ..measure.statistics import bootstrap_statistic
@@ -41,10 +41,11 @@ if TYPE_CHECKING:
 
 __all__ = ["build"]
 
-PLAIN, BAN, DPO, UNTIED, STRONG, METHOD = (
+PLAIN, BAN, DPO, SLOW, UNTIED, STRONG, METHOD = (
     "plain",
     "antislop while sampling",
     "dpo",
+    "dpo, a quarter of the rate",
     "ftpo without the tie",
     "ftpo, strong tie",
     "ftpo",
@@ -58,7 +59,7 @@ DEFAULT = {  # the paper's schedule is for larger models and more pairs; the ter
     "max_examples": 700,
     "early_stop_choice_win": 0.5,
 }
-TRAINED = (METHOD, STRONG, DPO, UNTIED)
+TRAINED = (METHOD, STRONG, DPO, SLOW, UNTIED)
 ROUNDS, BATCH, NEW_TOKENS = 2, 24, 110  # how rewinds are sampled
 HELD_OUT = 96  # pairs that are only measured
 PASSAGES = 40
@@ -83,11 +84,13 @@ def build(run: Run[FTPO]) -> Design:
         )
     untied = method.model_copy(update={"lambda_nontarget": 0.0, "lambda_target": 0.0})
     strong = method.model_copy(update={"lambda_nontarget": 20 * method.lambda_nontarget})
+    slow = method.model_copy(update={"learning_rate": (method.learning_rate or DEFAULT["learning_rate"]) / 4})
     trainings = {
         METHOD: (method, FTPOTrainer),
         STRONG: (strong, FTPOTrainer),
         UNTIED: (untied, FTPOTrainer),
         DPO: (method, FinalTokenDPOTrainer),
+        SLOW: (slow, FinalTokenDPOTrainer),
     }
     setting = {
         name: {**settings.model_dump(mode="json"), "pairs": len(kept)} for name, (settings, _) in trainings.items()
@@ -107,6 +110,7 @@ def build(run: Run[FTPO]) -> Design:
             Arm(PLAIN, role="plain", apply={"adapter": None}),
             Arm(BAN, Antislop(phrases=tuple(words)), "control", {"phrases": words}, {"adapter": None}),
             Arm(DPO, role="control", setting={**setting[DPO], "loss": "dpo"}, apply={"adapter": DPO}),
+            Arm(SLOW, role="control", setting={**setting[SLOW], "loss": "dpo"}, apply={"adapter": SLOW}),
             Arm(UNTIED, role="control", setting=setting[UNTIED], apply={"adapter": UNTIED}),
             Arm(STRONG, setting=setting[STRONG], apply={"adapter": STRONG}),
             Arm(METHOD, setting=setting[METHOD], apply={"adapter": METHOD}),
@@ -115,9 +119,11 @@ def build(run: Run[FTPO]) -> Design:
         notes=f"{len(words)} words that the model overuses; {len(kept)} pairs from stories to other prompts, and "
         f"{len(held)} held out, from prompts of their own. All are trained on the same pairs in the same order, with "
         "the same LoRA, learning rate and stopping rule (choice_win 0.5), each once: the intervals do not contain the "
-        "variance of training.",
+        "variance of training. DPO leaps over the mark at which it is to stop, so it is trained at a quarter of the "
+        "rate, too.",
         tried="These, and the strong tie (20 times the published weight), were chosen on the first 24 prompts of the "
-        "task `stories`, which are left out here.",
+        "task `stories`, which are left out here. DPO at a quarter of the rate came after a record in which DPO had "
+        "ended at a choice_win of 0.70 on held-out pairs, and FTPO at 0.53; no other rate was looked at.",
     )
 
 
@@ -226,6 +232,11 @@ def perplexity_ratio(c: Comparison, arm: str) -> Contrast:
     return Contrast(c.difference(arm, PLAIN, "text_nll").map(math.exp), f"perplexity of ordinary text, {arm} / {PLAIN}")
 
 
+def costs_more(c: Comparison, arm: str) -> Check:
+    """Than the method, in ordinary text and in variety."""
+    return all_of(above(c.gap("text_nll", arm, METHOD, "+.4f"), 0), below(c.gap("distinct_2", arm, METHOD, "+.4f"), 0))
+
+
 @build.findings
 def findings(c: Comparison) -> list[Finding]:
     """Fewer hits, the price in ordinary text and in variety, and whether DPO or no tie would do as well."""
@@ -253,15 +264,10 @@ def findings(c: Comparison) -> list[Finding]:
         ),
         Finding(
             "the tie to the reference keeps the other logits: without it, and with DPO, they move further",
-            beats(c, "drift", METHOD, [DPO, UNTIED]),
+            beats(c, "drift", METHOD, [DPO, SLOW, UNTIED]),
             note=f"drift of ftpo {c.mean(METHOD, 'drift'):.3f}; choice_win at held-out pairs: {wins}",
         ),
-        Finding(
-            "DPO on the same pairs costs more, in ordinary text and in variety",
-            all_of(
-                above(c.gap("text_nll", DPO, METHOD, "+.4f"), 0),
-                below(c.gap("distinct_2", DPO, METHOD, "+.4f"), 0),
-            ),
-        ),
+        Finding("DPO on the same pairs costs more, in ordinary text and in variety", costs_more(c, DPO)),
+        Finding("so it does where it is trained more slowly, and stops nearer to the mark", costs_more(c, SLOW)),
         Finding("and it avoids fewer patterns", above(c.saved("hits_per_1000_words", METHOD, DPO), 0)),
     ]
