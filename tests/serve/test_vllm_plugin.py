@@ -1,21 +1,27 @@
-"""The plug-in of vLLM, through hand-made stand-ins of both its interfaces, and once in vLLM itself."""
+"""The plug-in of vLLM, through hand-made stand-ins of both its interfaces, and with vLLM itself."""
 
 import json
 import logging
 import os
+import re
+import signal
+import socket
 import subprocess
 import sys
+import time
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
 
 from tokenry import InputError
-from tokenry.decode import BudgetForcing, CyclicReflex, generate, triangular_wave
+from tokenry.decode import Antislop, BudgetForcing, CyclicReflex, generate, triangular_wave
 from tokenry.serve.vllm_plugin import TokenryLogitsProcessor
 
 V = 320
@@ -434,27 +440,112 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
-def test_in_vllm_itself(smollm2, tmp_path):
+WAVE = {"token_ids": [260, 28, 30], "end_think": None, "amplitude": 30.0, "period": 8}
+
+
+@pytest.fixture
+def python():
     """`VLLM_PYTHON` is the interpreter of an environment with vLLM; tokenry's own need not be there."""
-    python = os.environ.get("VLLM_PYTHON")
-    if not python:
+    if "VLLM_PYTHON" not in os.environ:
         pytest.skip("VLLM_PYTHON names no interpreter of an environment with vLLM")
-    model, tokenizer = smollm2
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    options = {"token_ids": [260, 28, 30], "end_think": None, "amplitude": 30.0, "period": 8}
-    (tmp_path / "run.py").write_text(REAL)
+    return os.environ["VLLM_PYTHON"]
+
+
+@pytest.fixture
+def weights(smollm2, tmp_path):
+    """The embedded model, as vLLM reads it."""
+    for part in smollm2:
+        part.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def surroundings(**settings):
     source = str(Path(__file__).parents[2] / "src")
-    one_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    settings = {**one_process, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1", "PYTHONPATH": source}
-    command = [python, str(tmp_path / "run.py"), str(tmp_path / "model"), json.dumps({"cyclicreflex": options})]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **settings}, timeout=540)
+    own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, **own, "PYTHONPATH": source, **settings}
+
+
+@pytest.mark.slow
+def test_in_vllm_itself(python, weights, smollm2, tmp_path):
+    model, tokenizer = smollm2
+    (tmp_path / "run.py").write_text(REAL)
+    command = [python, str(tmp_path / "run.py"), weights, json.dumps({"cyclicreflex": WAVE})]
+    one_process = surroundings(VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    done = subprocess.run(command, capture_output=True, text=True, env=one_process, timeout=540)
     assert "FOUND" in done.stdout, done.stderr[-3000:]
     found = json.loads(done.stdout.split("FOUND", 1)[1])
     assert found["flat"] == found["plain"] and found["mixed"][1] == found["plain"][1]
     assert found["mixed"][0] != found["plain"][0]
-    wave = CyclicReflex(**options)
+    wave = CyclicReflex(**WAVE)
     assert written(model, [wave.processor(tokenizer)], found["prompts"][0], 24) == found["mixed"][0]
     assert "period=-8 is not allowed" in found["refused"][0]
     assert "is not in this vocabulary" in found["refused"][1]
+
+
+STARTS = 300  # seconds that vLLM may take
+
+
+@contextmanager
+def vllm_server(python, weights, log):
+    """The address of vLLM's own server, with the class inside it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", weights, "--served-model-name", "smollm2"]
+    command += ["--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--max-num-seqs", "4"]
+    command += ["--logits-processors", "tokenry.serve.vllm_plugin:TokenryLogitsProcessor", "--port", str(port)]
+    with log.open("w") as said:
+        server = subprocess.Popen(command, stdout=said, stderr=said, env=surroundings(), start_new_session=True)
+    try:
+        until = time.monotonic() + STARTS
+        while True:
+            assert server.poll() is None and time.monotonic() < until, log.read_text()[-3000:]
+            with suppress(httpx.TransportError):
+                if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                    break
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)  # with the engine that it has started
+        server.wait()
+
+
+@contextmanager
+def proxy(url, weights):
+    """The address of tokenry's server in front of another one."""
+    command = [sys.executable, "-m", "tokenry", "serve", "--server", url, "--tokenizer", weights, "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        yield re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())[0]
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+@pytest.mark.slow
+def test_antislop_in_front_of_vllm(python, weights, smollm2, tmp_path):
+    """The two commands of docs/vllm.md: the text is that of the same method on the same weights."""
+    prompt, phrases = "Once upon a time, there was", ["a young", "named", "little girl", "small village", "curious"]
+    asked = {"prompt": prompt, "max_tokens": 40, "temperature": 0, "model": "smollm2"}
+    with vllm_server(python, weights, tmp_path / "vllm.log") as url, proxy(url, weights) as front:
+
+        def text(where, **more):
+            answer = httpx.post(f"{where}/v1/completions", json={**asked, **more}, timeout=120)
+            assert answer.status_code == 200, answer.text
+            return answer.json()["choices"][0]["text"]
+
+        def streamed(**more):
+            with httpx.stream("POST", f"{front}/v1/completions", json={**asked, **more, "stream": True}) as answer:
+                lines = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {")]
+            return "".join(line["choices"][0]["text"] for line in lines)
+
+        plain, passed_on, banned = text(url), text(front), text(front, banned_strings=phrases)
+        assert streamed(banned_strings=phrases) == banned
+        waved = text(url, vllm_xargs={"cyclicreflex": json.dumps(WAVE)})
+    local = {"max_new_tokens": 40, "chat": False}
+    assert passed_on == plain == generate(*smollm2, prompt, **local).texts[0]
+    assert banned == generate(*smollm2, prompt, methods=[Antislop(phrases=phrases)], **local).texts[0] != plain
+    assert [phrase for phrase in phrases if phrase in plain.lower()]
+    assert not [phrase for phrase in phrases if phrase in banned.lower()]
+    assert waved != plain
