@@ -33,42 +33,48 @@ __all__ = ["AcceptanceTask", "Reach", "build"]
 SINGLE, NAIVE, RRS, WITHOUT, KSEQ, GREEDY = "single", "naive", "rrs", "rrs-without", "kseq", "greedy"
 SEVERAL = (NAIVE, RRS, KSEQ, WITHOUT, GREEDY)
 ANY = "any draft"
-TEMPERATURES, DRAFTS = (1.0, 0.6), (1, 2, 4)
+TEMPERATURES, DRAFTS = (1.0, 0.6), (1, 2, 4, 8)
 NEW_TOKENS = 80  # positions of each text at most
-PATHS, SMALL = 200, 64  # random paths for the rate of rrs-without, and the vocabulary up to which it is exact
+PATHS = 200  # random paths for the rate of rrs-without ...
+SMALL, FEW = 64, 4  # ... which is exact up to this vocabulary and this many drafts
 MATTERS = 0.01  # of an acceptance rate
 ERRORS, MOST_ERRORS = 3, 4  # standard errors off that K-SEQ and greedy may be, and any of the many comparisons
 
 
 @experiment("optimal-mdsd", OptimalMDSD, model="zoo/reasoner", samples=36, quick=2)
 def build(run: Run[OptimalMDSD]) -> Design:
-    """Ceilings and verifiers with one, two and four drafts at two temperatures, on texts of the model's own, of at most
-    80 positions each. The drafter of `method` replaces zoo/drafter.
+    """Ceilings and verifiers with one to eight drafts at two temperatures, on texts of the model's own, of at most 80
+    positions each. The drafter of `method` replaces zoo/drafter.
     """
     given = {name: value for name, value in run.given.items() if name in ("drafter", "exit_layers")}
     settings = OptimalMDSD(**{"drafter": "zoo/drafter", **given})
     drafter = make_drafter(settings.drafter, run.model, settings.exit_layers)
-    paths = PATHS if run.model.config.get_text_config().vocab_size > SMALL else None
+    exact_up_to = FEW if run.model.config.get_text_config().vocab_size <= SMALL else 1
     return Design(
         task=AcceptanceTask(run.model, run.tokenizer, drafter, run.count),
-        arms=make_arms({"drafter": settings.drafter, "exit_layers": settings.exit_layers}, paths),
+        arms=make_arms({"drafter": settings.drafter, "exit_layers": settings.exit_layers}, exact_up_to),
         baseline=SINGLE,
         models={"drafter": drafter.model} if type(drafter) is ModelDrafter else {},  # others are in the settings
         notes=f"Drafts come from {settings.drafter}. Texts are what the target writes at temperature 1 for problems of "
         f"the test split, at most {NEW_TOKENS} tokens each. `single` has one draft in every column. Ceilings are no "
-        f"verifiers; `{ANY}` emits the first draft whatever the target says and is not lossless."
-        + (f" The rate of {WITHOUT} is estimated from {PATHS} random paths per position." if paths else ""),
+        f"verifiers; `{ANY}` emits the first draft whatever the target says and is not lossless. The rate of {WITHOUT} "
+        f"with more than {exact_up_to} drafts is estimated from {PATHS} random paths per position.",
     )
 
 
-def make_arms(drafts: dict[str, Any], paths: int | None) -> list[Arm]:
-    """One draft, the verifiers of several, any draft, and the ceilings."""
+def make_arms(drafts: dict[str, Any], exact_up_to: int) -> list[Arm]:
+    """One draft, the verifiers of several, any draft, and the ceilings. Above so many drafts the rate of `rrs-without`
+    is estimated."""
 
     def arm(name: str, role: Any, rate: Callable, *more: Any, setting: dict[str, Any] = OF_METHOD) -> Arm:
         return Arm(name, role=role, setting=setting, apply=Reach(rate, *more))
 
-    def rate(name: str) -> Callable:
-        return partial(verifier_acceptance, verifier=name, **({"monte_carlo": paths} if name == WITHOUT else {}))
+    def rate(name: str) -> Callable[[Tensor, Tensor, int], Tensor]:
+        def of(p: Tensor, q: Tensor, n: int) -> Tensor:
+            paths = PATHS if name == WITHOUT and n > exact_up_to else None
+            return verifier_acceptance(p, q, n, name, monte_carlo=paths, generator=torch.Generator().manual_seed(n))
+
+        return of
 
     return [
         arm(SINGLE, "plain", rate(SINGLE), VERIFIERS[SINGLE], 1),
