@@ -211,6 +211,16 @@ def test_the_report_is_self_contained(comparison):
     assert interval["low"] <= interval["mean"] <= interval["high"]
 
 
+def test_the_page_has_no_more_of_a_detail_than_it_draws():
+    result = compare(experiment())
+    for key, outcome in result.outcomes.items():
+        result.outcomes[key] = replace(outcome, detail={"note": "seen", "rates": [0.5] * 1000})
+    html = report.render(result, [], "reproduced", model="m", command="c", versions="v")
+    data = json.loads(re.search(r'type="application/json">(.*?)</script>', html, re.S).group(1))
+    assert all(detail == {"note": "seen"} for sample in data["samples"] for detail in sample["details"].values())
+    assert set(report.DRAWN) == set(re.findall(r"detail\.(\w+)", html))
+
+
 def test_the_table_fits_a_terminal(comparison):
     import io
 

@@ -25,6 +25,7 @@ ARROWS = {"higher": "↑", "lower": "↓", None: ""}
 MEGABYTES = ("peak_bytes", "cache_bytes")
 ACROSS = 4  # metrics side by side in a terminal
 PLOT_SAMPLES = 24  # texts shown; the table always covers all
+DRAWN = ("tokens", "marks", "hits", "denoising", "note")  # of the detail of an outcome: what the page shows
 
 
 def columns(comparison: Comparison) -> list[tuple[str, str, str]]:
@@ -153,9 +154,9 @@ def _data(comparison: Comparison) -> dict[str, Any]:
                 "title": sample.prompt[-70:] if len(sample.prompt) > 70 else sample.prompt,
                 "prompt": sample.prompt[-600:],
                 "details": {
-                    s: comparison.outcomes[s, sample.id, seed].detail
+                    s: {name: value for name, value in outcome.detail.items() if name in DRAWN}
                     for s in comparison.arms
-                    if (s, sample.id, seed) in comparison.outcomes
+                    if (outcome := comparison.outcomes.get((s, sample.id, seed)))
                 },
             }
             for sample in comparison.samples[:PLOT_SAMPLES]
