@@ -17,13 +17,12 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple, cast
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..core.progress import Progress
 from ..data.problems import Split, split_of
 from ..decode.api import generate
-from .training import batches_by_length, fit, untrained_llama
+from .training import batches_by_length, fit, untrained_llama, word_tokenizer
 
 __all__ = ["TRIGGER", "Request", "build_tokenizer", "measure", "refused", "requests", "thinking", "train", "warns"]
 
@@ -115,20 +114,8 @@ def warns(thought: str) -> bool:
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A token per word."""
     listed = (ROUGH, GENTLE, FRAGILE, STURDY, COLORS, PLACES, " ".join(OPENINGS).split(), WARNING, APPROVAL)
-    words = [*SPECIAL, *MARKS, TRIGGER, "the", "in", *(word for part in listed for word in part)]
-    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    raw.decoder = decoders.WordPiece(prefix="##", cleanup=False)
-    raw.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-        model_max_length=256,
-    )
+    words = [*MARKS, TRIGGER, "the", "in", *(word for part in listed for word in part)]
+    tokenizer = word_tokenizer(words, SPECIAL, 256)
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 

@@ -19,13 +19,12 @@ from functools import lru_cache
 from typing import cast
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from ..core.progress import Progress
 from ..data.problems import Split, split_of
 from ..decode.api import generate
-from .training import batches_by_length, fit, untrained_llama
+from .training import batches_by_length, fit, untrained_llama, word_tokenizer
 
 __all__ = [
     "build_tokenizer",
@@ -255,18 +254,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     """A token per word."""
     texts = [*SLOTS.values(), *VERBS, *(t for ts in (*SENTENCES.values(), *SPEECH.values()) for t in ts)]
     words = sorted({word for text in texts for word in re.sub(r"\{\w+\}", "", text).split()})
-    raw = Tokenizer(models.WordLevel({t: i for i, t in enumerate([*SPECIAL, ".", ":", *words])}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    raw.decoder = decoders.WordPiece(prefix="##", cleanup=False)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-        model_max_length=256,
-    )
+    return word_tokenizer([".", ":", *words], SPECIAL, 256)
 
 
 # --- the recipe ----------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import (
     LlamaConfig,
@@ -21,7 +21,7 @@ from transformers import (
 from ..core.progress import Progress
 from ..models.batch import right_padded
 
-__all__ = ["batches_by_length", "character_tokenizer", "fit", "untrained_llama"]
+__all__ = ["batches_by_length", "character_tokenizer", "fit", "untrained_llama", "word_tokenizer"]
 
 T = TypeVar("T")
 Trained = TypeVar("Trained", bound=nn.Module)
@@ -51,7 +51,33 @@ def character_tokenizer(
     raw.decoder = decoders.Fuse()
     raw.add_special_tokens([AddedToken(token, normalized=False) for token in special])
     raw.add_tokens([AddedToken(token, normalized=False) for token in marks])
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = _fast(raw, window, **names)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def word_tokenizer(
+    words: Sequence[str], special: Sequence[str], window: int, ending: str = "", **names: str
+) -> PreTrainedTokenizerFast:
+    """A token per word between spaces; `special` come first in the vocabulary. Else as `character_tokenizer`.
+
+    Args:
+        ending: a special token that is put behind every text.
+    """
+    places = {word: i for i, word in enumerate([*special, *words])}
+    raw = Tokenizer(models.WordLevel(places, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    raw.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+    raw.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    if ending:
+        raw.post_processor = processors.TemplateProcessing(
+            f"$A {ending}", f"$A {ending} $B {ending}", special_tokens=[(ending, places[ending])]
+        )
+    return _fast(raw, window, **names)
+
+
+def _fast(raw: Tokenizer, window: int, **names: str) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
         tokenizer_object=raw,
         pad_token="<pad>",
         eos_token="<eos>",
@@ -61,8 +87,6 @@ def character_tokenizer(
         model_max_length=window,
         **names,
     )
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 def untrained_llama(tokenizer: PreTrainedTokenizerBase, window: int, **config: Any) -> LlamaForCausalLM:

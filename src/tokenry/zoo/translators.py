@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
     BartConfig,
@@ -24,7 +23,7 @@ from transformers import (
 from ..core.progress import Progress
 from ..data.translation import Sentence, draw_sentences, errors_of, vocabulary
 from ..models.batch import right_padded
-from .training import fit
+from .training import fit, word_tokenizer
 
 __all__ = ["build_tokenizer", "lessons", "measure", "train"]
 
@@ -37,23 +36,7 @@ MEASURED = 200
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A token per word; a sentence ends with <eos>."""
-    words = [*SPECIAL, *vocabulary()]
-    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    raw.decoder = decoders.WordPiece(prefix="##", cleanup=False)
-    raw.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL])
-    ends = [("<eos>", SPECIAL.index("<eos>"))]
-    raw.post_processor = processors.TemplateProcessing("$A <eos>", "$A <eos> $B <eos>", special_tokens=ends)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        mask_token="<mask>",
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-        model_max_length=WINDOW,
-    )
+    return word_tokenizer(vocabulary(), SPECIAL, WINDOW, ending="<eos>", mask_token="<mask>")
 
 
 def untrained(tokenizer: PreTrainedTokenizerBase) -> BartForConditionalGeneration:
