@@ -12,11 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.corpora import library_files
@@ -27,6 +25,7 @@ from ..measure.compare import Comparison
 from ..measure.experiment import Design, Run, experiment
 from ..measure.task import Arm
 from ..measure.tasks.completion import CompletionTask
+from ..measure.training import training
 from ..models.load import load, load_tokenizer
 from ..text.code.cardinal import cardinal_points
 from ..train.codefill import CodeFill
@@ -183,12 +182,7 @@ def trained(
     alike: bool = False,
 ) -> Callable[[Path], Any]:
     """What saves a model after training with `steps` steps of values. `alike`: all begin with the blocks of values."""
-    with TemporaryDirectory() as scratch, tqdm(desc=f"training, seed {method.seed}") as bar:
-
-        def advance(completed: int, total: int, *_: Any) -> None:
-            bar.total = total
-            bar.update(completed - bar.n)
-
+    with training(f"training, seed {method.seed}") as (scratch, advance):
         trainer = method.trainer(like, words, programs, scratch, advance, words, steps)
         if alike:
             for task in method.tasks:

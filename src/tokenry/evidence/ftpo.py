@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -30,6 +29,7 @@ from ..measure.statistics import bootstrap_statistic
 from ..measure.task import Arm
 from ..measure.tasks.stories import SAMPLING
 from ..measure.tasks.unlearning import UnlearningTask
+from ..measure.training import training
 from ..models.prompts import prompt_ids
 from ..train.adapters import save_adapter, without_adapter
 from ..train.ftpo import FTPO
@@ -194,12 +194,7 @@ def train_adapter(
     """The folder of a trained adapter; trained where it is not there yet. The model is left as it was."""
     path = folder / f"{trainer_class.__name__}-{digest([method.model_dump(mode='json'), pairs])}"
     if not path.exists():
-        with tqdm(desc=f"training, {trainer_class.__name__}") as bar, TemporaryDirectory() as scratch:
-
-            def advance(done: int, total: int, /, *_: Any) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
+        with training(f"training, {trainer_class.__name__}") as (scratch, advance):
             trainer = method.trainer(run.model, run.tokenizer, pairs, scratch, trainer_class, progress=advance)
             trainer.train()
         write_folder(path, partial(save_adapter, cast(Any, trainer.model)))

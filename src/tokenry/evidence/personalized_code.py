@@ -15,11 +15,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..data.corpora import library_files
@@ -29,6 +27,7 @@ from ..measure.experiment import Design, Run, experiment
 from ..measure.statistics import bootstrap_statistic
 from ..measure.task import Arm
 from ..measure.tasks.project import CONTROL, PROJECT, ProjectTask, Tuned
+from ..measure.training import training
 from ..train.personalized_code import PersonalizedCode
 from ..train.projects.files import SourceFile, read_project
 from ..train.projects.ways import WAYS
@@ -124,12 +123,7 @@ def tuned(run: Run[PersonalizedCode], method: PersonalizedCode, files: Files, tr
     """A copy of the model, tuned to these files; without training only with what training begins with."""
     gc.collect()  # the trainer before and its callbacks hold each other, and gigabytes of gradients
     one, model = method.model_copy(update={"seed": seed}), copy.deepcopy(run.model)
-    with TemporaryDirectory() as scratch, tqdm(desc=f"{one.way}, seed {seed}") as bar:
-
-        def advance(done: int, total: int, /, *_: Any) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with training(f"{one.way}, seed {seed}") as (scratch, advance):
         trainer = one.trainer(model, run.tokenizer, files(seed), scratch, progress=advance)
         if not train:
             return Tuned(trainer.model.eval(), bytes=one.costs(trainer)["bytes"])
