@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ...core.calibration import brier
 from ...data.problems import Problem, VerifiableTask
 from ...decode.reasoning.tree_search import TreeShape, step_beam_search
 from ...learned.token_values import TokenValueModel
@@ -91,11 +92,10 @@ class ValuesTask:
         drawn = self.drawn[index]
         values = self.values(verifiers[seed], index, drawn.solutions)
         told = np.array([[row[max(round(s / 100 * len(row)), 1) - 1] for s in SHARES] for row in values])
-        right = np.array(drawn.right, float)
-        errors = ((told - right[:, None]) ** 2).mean(0)
-        metrics = {f"brier_{share}": float(error) for share, error in zip(SHARES, errors)}
-        pairs = [[*(round(float(v), 5) for v in row), int(ok)] for row, ok in zip(told, right)]
-        return Outcome(metrics | {"brier_early": float(errors[:3].mean())}, {}, {"index": index, "scored": pairs})
+        errors = [brier(after, drawn.right) for after in told.T]
+        metrics = {f"brier_{share}": error for share, error in zip(SHARES, errors)}
+        pairs = [[*(round(float(v), 5) for v in row), int(ok)] for row, ok in zip(told, drawn.right)]
+        return Outcome(metrics | {"brier_early": float(np.mean(errors[:3]))}, {}, {"index": index, "scored": pairs})
 
     def values(self, verifier: Verifier, index: int, solutions: Sequence[list[int]]) -> list[list[float]]:
         """The value after each token of the solutions."""
