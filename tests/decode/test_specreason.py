@@ -691,6 +691,25 @@ def test_right_steps(lines, candidate, right):
     assert right_step("12+35-8*3=", lines, candidate) is right
 
 
+@pytest.mark.parametrize(
+    ("lines", "stand"),
+    [
+        ("8*3=24 12+35=47 47-24=23 </think>", True),
+        ("8*3=24 12+35=57", False),
+        ("8*3=24 12+35=57 wait 12+35=47", True),
+        ("8*3=24 12+35=57 57-24=33 wait 47-24=23", False),
+        ("8*3=24 12+35=57 57-24=33 check 8*3=24 12+35=47", True),
+        ("8*3=24 wait wait", False),
+        ("8*3=24 </think>", False),
+        ("", True),
+    ],
+)
+def test_what_was_taken_back_counts_no_more(lines, stand):
+    from tokenry.measure.tasks.steps import lines_stand
+
+    assert lines_stand("12+35-8*3=", lines.split()) is stand
+
+
 def test_right_steps_are_what_the_judge_is_taught():
     import random
 

@@ -8,12 +8,14 @@ from support.families import build, byte_tokenizer
 from transformers import TextIteratorStreamer, TextStreamer
 
 from tokenry import InputError
+from tokenry.data.problems import Arithmetic, draw_problems
 from tokenry.decode import Antislop, TreeShape, TVMSearch, generate, step_beam_search
 from tokenry.decode.generation.sampler import Sampler
 from tokenry.decode.reasoning.steps import prepared
 from tokenry.decode.reasoning.tree_search import shared_out
+from tokenry.evidence.tvm import right_so_far
 from tokenry.learned import TokenValueModel
-from tokenry.models.load import Loaded
+from tokenry.models.load import Loaded, load
 from tokenry.text.token_text import TokenText
 
 PROMPT, NEW = "the old lighthouse", 24
@@ -121,6 +123,25 @@ def test_true_values_lead_to_the_best_text():
 
     found = pick(true, 6, beams=1, candidates=16)
     assert tuple(found.best.ids) == max(table, key=table.get) and found.best.value == max(worth)
+
+
+def test_led_by_what_is_right_it_solves_what_sampling_does_not():
+    """Steps end where the model ends them, and the text that is kept is a finished one: zoo/reasoner on its hardest
+    level."""
+    model, tokenizer = loaded = load("zoo/reasoner")
+    problems = draw_problems(Arithmetic(), 3, split="dev", levels=[6])
+    value, drawing = right_so_far(tokenizer, problems), {"do_sample": True, "temperature": 1.0, "top_k": 0}
+    shape = TreeShape(beams=1, candidates=6)
+    found = [
+        step_beam_search(loaded, value, problem.question, shape, max_new_tokens=160, seed=0, **drawing)
+        for problem in problems
+    ]
+    texts = [tokenizer.decode(one.best.ids, skip_special_tokens=True) for one in found]
+    assert all(Arithmetic().check(*pair) for pair in zip(problems, texts))
+    for one, text in zip(found, texts):
+        assert len(one.best.values) == len(text.split("\n")), "a value for each line"
+    plain = generate(model, tokenizer, [p.question for p in problems], max_new_tokens=160, seed=0, **drawing).texts
+    assert not all(Arithmetic().check(*pair) for pair in zip(problems, plain))
 
 
 def test_equal_values_keep_the_first():

@@ -31,7 +31,7 @@ from tokenry.judge import (
     shortest_phrase_cover,
     ter_tags,
 )
-from tokenry.judge.quality.constrained import pointers
+from tokenry.judge.quality.constrained import Near, pointers
 from tokenry.judge.quality.estimator import QECollator, trained_estimator
 from tokenry.models.load import Loaded, load
 
@@ -71,12 +71,8 @@ def test_pointers_are_those_of_the_recursion(references, data, window):
     time = data.draw(st.integers(0, 10))
     written = [data.draw(st.lists(st.integers(2, 6), min_size=time, max_size=time)) for _ in references]
     rows = [ids + [EOS] * (9 - len(ids)) for ids in references]
-    found = pointers(
-        torch.tensor(written).reshape(len(references), time),
-        torch.tensor(rows),
-        torch.tensor([len(ids) for ids in references]),
-        window,
-    )
+    near = Near.of(torch.tensor(rows), torch.tensor([len(ids) for ids in references]), window)
+    found = pointers(torch.tensor(written).reshape(len(references), time), near)
     expected = [recursion(*pair, window) for pair in zip(written, references)]
     assert list(zip(found.r.tolist(), found.c.tolist())) == expected
 
@@ -108,7 +104,9 @@ def test_scores_are_those_of_the_definition_for_every_beam_and_step(constraint):
     one, rows = processor(references, constraint), torch.full((len(references) * beams, 1), 10)
     for _ in range(8):
         scores = (2 * torch.randn(len(rows), 11, generator=draw)).log_softmax(-1)
+        given = scores.clone()
         found = one(rows, scores)
+        assert torch.equal(scores, given), "generate may still want them as they were"
         assert torch.equal(found, processor(references, constraint)(rows, scores)), "nothing but the tokens counts"
         for i, row in enumerate(rows.tolist()):
             args = (scores[i].tolist(), row[1:], references[i // beams], constraint, rows.shape[1] == 1)

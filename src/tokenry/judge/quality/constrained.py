@@ -50,57 +50,106 @@ class Constraint(NamedTuple):
         return self
 
 
+class Near(NamedTuple):
+    """The tokens around every place of references, and what it means to meet one of them.
+
+    Attributes:
+        tokens: (rows * places, 2 window + 1): the one at the place itself, then `window` before it, then as many behind
+            it, in the order in which they count. Beyond the ends of a reference stand its first and its last.
+        begin: (rows,): where the places of each begin.
+        since: (2 window + 1,): the fewest tokens since the last agreement with which meeting it counts.
+        move: (2 window + 1,): how far the pointer goes then.
+    """
+
+    tokens: Tensor
+    begin: Tensor
+    since: Tensor
+    move: Tensor
+
+    @classmethod
+    def of(cls, references: Tensor, lengths: Tensor, window: int) -> Near:
+        """Of references (rows, length), padded on the right, with their lengths (rows,)."""
+        w, zero = torch.arange(window, device=references.device), torch.zeros_like(lengths[:1])
+        offset = torch.cat([zero, -1 - w, 1 + w])
+        places = torch.arange(references.shape[1] + window, device=references.device)[:, None] + offset
+        held = places.clamp(min=0)[None].minimum(lengths[:, None, None] - 1)
+        tokens = references.gather(1, held.flatten(1)).reshape(-1, len(offset))
+        begin = torch.arange(len(references), device=references.device) * len(places)
+        return cls(tokens, begin, torch.cat([zero, 1 + w, torch.zeros_like(w)]), 1 + offset)
+
+    @property
+    def last(self) -> int:
+        """The place from which on all tokens around it are the end."""
+        return len(self.tokens) // len(self.begin) - 1
+
+
 class Pointer(NamedTuple):
     """Of each row: the place `r` in its reference, and the tokens `c` since it last agreed with it."""
 
     r: Tensor
     c: Tensor
 
-    def advanced(self, token: Tensor, references: Tensor, lengths: Tensor, window: int) -> Pointer:
-        """After one more token (rows,) of each; references (rows, length) are padded on the right."""
+    @classmethod
+    def start(cls, rows: int, device: torch.device) -> Pointer:
+        """Before the first token."""
+        return cls(*torch.zeros(2, rows, dtype=torch.long, device=device))
 
-        w = torch.arange(window, device=token.device)
-        last = lengths[:, None] - 1
+    def advanced(self, token: Tensor, near: Near) -> Pointer:
+        """After one more token (rows,) of each.
 
-        def is_at(places: Tensor) -> Tensor:
-            return references.gather(1, places.clamp(min=0).minimum(last)) == token[:, None]
-
-        r = self.r + 1
-        c = torch.where(is_at(self.r[:, None])[:, 0], 0, self.c + 1)
-        if window == 0:
-            return Pointer(r, c)
-        back = (c[:, None] > 1 + w) & is_at(r[:, None] - w - 2)  # it was said before: something was put in
-        r, c = _first(back, r, -1 - back.int().argmax(1), c)
-        ahead = (c[:, None] > 0) & is_at(r[:, None] + w)  # it comes later: something was left out
-        return Pointer(*_first(ahead, r, 1 + ahead.int().argmax(1), c))
+        The token at the pointer agrees. One before it was said already: something was put in. One behind it comes
+        later: something was left out. Before any other the pointer just goes on.
+        """
+        around = near.tokens.index_select(0, self.r.clamp(max=near.last) + near.begin)
+        met = (around == token[:, None]) & (self.c[:, None] >= near.since)
+        agrees, which = met.max(1)  # the first one of several; where none is met, the move of the first one, too
+        return Pointer(self.r + near.move.index_select(0, which), (self.c + 1).masked_fill_(agrees, 0))
 
 
-def _first(hits: Tensor, r: Tensor, move: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """The pointers (rows,) after a move where there are hits (rows, window); what agrees again counts from 0."""
-    hit = hits.any(1)
-    return torch.where(hit, r + move, r), c.masked_fill(hit, 0)
-
-
-def pointers(written: Tensor, references: Tensor, lengths: Tensor, window: int) -> Pointer:
-    """Where rows (rows, time) of tokens stand in their references (rows, length), from the tokens alone."""
-    zero = torch.zeros_like(lengths)
-    found = Pointer(zero, zero)
+def pointers(written: Tensor, near: Near) -> Pointer:
+    """Where rows (rows, time) of tokens stand in their references, from the tokens alone."""
+    found = Pointer.start(len(written), written.device)
     for token in written.unbind(1):
-        found = found.advanced(token, references, lengths, window)
+        found = found.advanced(token, near)
     return found
 
 
 class _Rows(NamedTuple):
-    """References (rows, length), padded on the right, their lengths (rows,), and for each place the first one with the
-    same token (rows, length)."""
+    """What is known of the references of every row beforehand.
+
+    Attributes:
+        references: (rows, length), padded on the right.
+        last: (rows,): the place of the end of each.
+        first: (rows, length): for each place the first one with the same token.
+        near: the tokens around each place.
+        share: (rows, length): 1/2 in a reference, 0 behind its end.
+        closeness: (length + 1, length): 1 / (distance + 1)^2 at and behind a place of the reference, 0 before.
+        group: (rows,): the first row of the beams of the same reference.
+    """
 
     references: Tensor
-    lengths: Tensor
+    last: Tensor
     first: Tensor
+    near: Near
+    share: Tensor
+    closeness: Tensor
+    group: Tensor
 
-    def repeated(self, beams: int, device: torch.device) -> _Rows:
+    @classmethod
+    def of(cls, references: Sequence[Sequence[int]], fill: int, window: int, beams: int, device: torch.device) -> _Rows:
         """A row for each beam."""
-        return _Rows(*(one.to(device).repeat_interleave(beams, 0) for one in self))
+        ids, present = (one.to(device).repeat_interleave(beams, 0) for one in right_padded(references, fill))
+        lengths, place = present.sum(1), torch.arange(ids.shape[1], device=device)
+        distance = place - torch.arange(ids.shape[1] + 1, device=device)[:, None]
+        return cls(
+            ids,
+            lengths - 1,
+            (ids[:, :, None] == ids[:, None]).int().argmax(2),
+            Near.of(ids, lengths, window),
+            present / 2,
+            torch.where(distance >= 0, 1 / (distance + 1.0).square(), 0),
+            torch.arange(len(ids), device=device) // beams * beams,
+        )
 
 
 class _Step(NamedTuple):
@@ -132,19 +181,18 @@ class ReferenceConstrainedLogitsProcessor(LogitsProcessor):
         self.constraint, self.start = (constraint or Constraint()).checked(), start
         self.eos, self.pad = _eos_of(tokenizer), pad_id(tokenizer)
         check_references(references, self.eos)
-        ids, present = right_padded(references, self.eos)
-        self.rows = _Rows(ids, present.sum(1), (ids[:, :, None] == ids[:, None]).int().argmax(2))
-        self._repeated: dict[tuple[int, torch.device], _Rows] = {}
+        self.references = [list(ids) for ids in references]
+        self._rows: dict[tuple[int, torch.device], _Rows] = {}
         self._last: _Step | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Any:
         """Scores (rows * beams, vocabulary), logits or their logarithms of probabilities, with the pull."""
-        key = self._beams(len(input_ids)), scores.device
-        if key not in self._repeated:
-            self._repeated[key] = self.rows.repeated(*key)
-        rows = self._repeated[key]
-        found = self._pointers(input_ids[:, self.start :], rows)
-        pulled = scores.clone() if self.constraint.lam == 1 else self._pulled(scores, found, rows)
+        rows, window = len(input_ids), self.constraint.window
+        key = self._beams(rows), scores.device
+        if key not in self._rows:
+            self._rows[key] = _Rows.of(self.references, self.eos, window, *key)
+        found = self._pointers(input_ids[:, self.start :], self._rows[key])
+        pulled = scores.clone() if self.constraint.lam == 1 else self._pulled(scores, found, self._rows[key])
         if self.pad != self.eos:
             pulled[:, self.pad] = -torch.inf
         if input_ids.shape[1] == self.start:
@@ -152,54 +200,46 @@ class ReferenceConstrainedLogitsProcessor(LogitsProcessor):
         return pulled
 
     def _beams(self, rows: int) -> int:
-        beams, over = divmod(rows, len(self.rows.lengths))
+        beams, over = divmod(rows, len(self.references))
         if over or not beams:
-            raise InputError(
-                f"{rows} rows are written for {len(self.rows.lengths)} references; give one for each prompt"
-            )
+            raise InputError(f"{rows} rows are written for {len(self.references)} references; give one for each prompt")
         return beams
 
     def _pointers(self, written: Tensor, rows: _Rows) -> Pointer:
         """`pointers`, which follow in one step where every row goes on from a row of the last call."""
-        last, window, (references, lengths, _) = self._last, self.constraint.window, rows
-        found = None
+        last, found = self._last, None
         if last is not None and last.written.shape == (len(written), written.shape[1] - 1):
-            count = len(self.rows.lengths)
-            shape = (count, len(written) // count, last.written.shape[1])
-            same = (written[:, :-1].reshape(shape)[:, :, None] == last.written.reshape(shape)[:, None]).all(-1)
-            if same.any(-1).all():
-                beams = same.shape[1]
-                first = torch.arange(len(written), device=written.device) // beams * beams
-                parent = first + same.int().argmax(-1).flatten()
-                before = Pointer(last.found.r[parent], last.found.c[parent])
-                found = before.advanced(written[:, -1], references, lengths, window)
-        found = found or pointers(written, references, lengths, window)
+            now, then = (one.unflatten(0, (len(self.references), -1)) for one in (written[:, :-1], last.written))
+            known, parent = (now[:, :, None] == then[:, None]).all(-1).max(-1)
+            if bool(known.all()):
+                parent = parent.flatten() + rows.group
+                before = Pointer(*(one.index_select(0, parent) for one in last.found))
+                found = before.advanced(written[:, -1], rows.near)
+        found = found or pointers(written, rows.near)
         self._last = _Step(written, found)
         return found
 
     def _pulled(self, scores: Tensor, found: Pointer, rows: _Rows) -> Tensor:
         """lam p + (1 - lam) q where the reference's next token is likely enough, otherwise the scores as they are.
 
-        Only tokens of the reference get a share of q, so that all others are multiplied by lam alone.
+        Only tokens of the reference get a share of q, so that all others are multiplied by lam alone. One copy of the
+        scores is made: it first holds what the sum over the vocabulary needs, then the result.
         """
         theta, lam, tau, _ = self.constraint
-        references, lengths, first = rows
-        total, own = scores.logsumexp(-1, keepdim=True), scores.gather(1, references)
-        p = (own - total).exp()
-        place, r = torch.arange(references.shape[1], device=scores.device), found.r.minimum(lengths - 1)
-        pull = p.gather(1, r[:, None]) > theta
-        weight = (_weights(place, r) + _weights(place, found.r - found.c)) / 2
-        weight = weight.masked_fill(place >= lengths[:, None], 0)
-        of_token = torch.zeros_like(weight).scatter_add(1, first, weight)  # a token counts once in the softmax
-        q = (of_token / tau).masked_fill(of_token == 0, -torch.inf).softmax(-1).gather(1, first)
-        pulled = scores + torch.where(pull, (math.log(lam) if lam else -torch.inf) - total, 0)
-        return pulled.scatter(1, references, torch.where(pull, (lam * p + (1 - lam) * q).log(), own))
-
-
-def _weights(place: Tensor, first: Tensor) -> Tensor:
-    """1 / (distance + 1)^2 at and behind a place of the reference, 0 before."""
-    distance = place - first[:, None]
-    return torch.where(distance >= 0, 1 / (distance + 1.0).square(), 0)
+        highest = scores.amax(-1, keepdim=True)
+        pulled = scores - highest
+        total = pulled.exp_().sum(-1, keepdim=True).log_().add_(highest)
+        own = scores.gather(1, rows.references)
+        p = (own - total).exp_()
+        r = found.r.minimum(rows.last)
+        free = p.gather(1, r[:, None]) <= theta
+        agreed = (found.r - found.c).clamp_(max=rows.closeness.shape[1])
+        weight = rows.closeness.index_select(0, r).add_(rows.closeness.index_select(0, agreed)).mul_(rows.share)
+        of_token = torch.zeros_like(weight).scatter_add_(1, rows.first, weight)  # it counts once in the softmax
+        q = (of_token / tau).masked_fill_(of_token == 0, -torch.inf).softmax(-1).gather(1, rows.first)
+        lower = ((math.log(lam) if lam else -torch.inf) - total).masked_fill_(free, 0)
+        mixed = p.mul_(lam).add_(q.mul_(1 - lam)).log_()
+        return torch.add(scores, lower, out=pulled).scatter_(1, rows.references, torch.where(free, own, mixed))
 
 
 def _eos_of(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -11,7 +11,7 @@ from ...data.problems import Arithmetic, Problem, apply_sign
 from ...decode.reasoning.speculative import ReasoningResult, StepRecord
 from ..task import Arm, Metric, Outcome, Sample
 
-__all__ = ["StepsTask", "candidates", "right_step"]
+__all__ = ["StepsTask", "candidates", "lines_stand", "right_step"]
 
 Reasoning = Callable[[Sequence[Problem], int], list[ReasoningResult]]
 
@@ -85,6 +85,20 @@ def right_step(question: str, lines: Sequence[str], candidate: str) -> bool:
     if candidate in ("check", "</think>"):
         return left is None
     return left is not None and candidate == "{}{}{}={}".format(*left, apply_sign(*left))
+
+
+def lines_stand(question: str, lines: Sequence[str]) -> bool:
+    """Whether the lines of a solution are right, but for those that `wait` takes back, or `check` all of them."""
+    standing: list[bool] = []
+    for i, line in enumerate(lines):
+        right = right_step(question, lines[:i], line)
+        if right and line == "wait":
+            standing.pop()
+        elif right and line == "check":
+            standing = []
+        else:
+            standing.append(right)
+    return all(standing)
 
 
 class _Unsolved(Exception):
