@@ -257,7 +257,7 @@ METHODS: tuple[Entry, ...] = (
         "follow a model's intent to refuse along its thinking, find where it falls and which heads push it down",
         "safety refusal reasoning alignment probe linear direction attention head ablation curve data selection",
         "tokenry.evidence.refusal_cliff",
-        ("tokenry.evidence.select_by_cliff",),
+        ("tokenry.evidence.select_by_cliff", "tokenry.evidence.probe_along_tokens"),
     ),
     Entry(
         "uqac",

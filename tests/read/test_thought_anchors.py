@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from tokenry.core.errors import InputError
 from tokenry.evidence.thought_anchors import ROUTES, split_half
 from tokenry.hooks.attention import edit_mask
 from tokenry.measure.task import Arm
-from tokenry.measure.tasks.planted import PlantedTask
+from tokenry.measure.tasks.beginnings import Beginnings
+from tokenry.measure.tasks.planted import REWRITTEN, PlantedTask
 from tokenry.models.load import Loaded
 from tokenry.read import (
     CounterfactualImportance,
@@ -35,6 +37,7 @@ from tokenry.read.anchors import suppression
 from tokenry.read.anchors.receivers import kurtosis, sentence_attention, vertical_scores
 from tokenry.read.anchors.sentences import sentences_of
 from tokenry.text.sentences import check_spans, split_sentences
+from tokenry.trace.recorder import head_logits
 from tokenry.trace.reducers import SentenceMean
 from tokenry.trace.trace import Trace, capture
 
@@ -219,6 +222,71 @@ def test_a_sliding_window_hides_the_same_columns(make_model, tokenizer):
             hidden = logits()
         expected = (plain.exp() * (plain - hidden)).sum(-1).float()
         assert torch.allclose(found[i], expected, rtol=1e-3, atol=1e-6)
+
+
+def of_nuclei(plain, hidden, temperature):
+    """KL of two lists of logits as the authors compute it: over the likeliest tokens of both, -1e9 if missing."""
+    kept = []
+    for logits in (plain, hidden):
+        shares = (logits.double() / temperature).softmax(0)
+        total, best = 0.0, {}
+        for at in shares.argsort(descending=True).tolist()[:100]:
+            best[at] = float(logits[at])
+            total += float(shares[at])
+            if total >= 0.9999:
+                break
+        kept.append(best)
+    union = sorted(kept[0].keys() | kept[1].keys())
+    p, q = ((torch.tensor([of.get(at, -1e9) for at in union]) / temperature).log_softmax(0) for of in kept)
+    terms = torch.where(p.exp() == 0, 0, p.exp() * (p - q))
+    return max(0.0, float(terms.sum()))
+
+
+@pytest.mark.parametrize("temperature", [0.6, 0.02])
+def test_a_divergence_of_nuclei(llama, tokenizer, monkeypatch, temperature):
+    """At 0.6 a hundred of 320 tokens are kept, at 0.02 fewer; in few places the same ones."""
+    trace, made = traced(llama, tokenizer), []
+
+    def kept(*given):
+        made.append(head_logits(*given))
+        return made[-1].clone()
+
+    monkeypatch.setattr(suppression, "head_logits", kept)
+    span = spans_of(trace)[2]
+    found = suppressed_kl(llama, trace.ids, [span], temperature=temperature, kl_support="nucleus")[0, span[1] :]
+    plain, hidden = torch.cat(made[::2]), torch.cat(made[1::2], 1)[0]
+    expected = [of_nuclei(p, q, temperature) for p, q in zip(plain, hidden, strict=True)]
+    assert found.tolist() == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    assert found.max() > 1e6 and ((found > 0) & (found < 1)).any()
+
+
+def test_a_nucleus_of_everything_is_dense(llama, tokenizer, monkeypatch):
+    trace = traced(llama, tokenizer)
+    dense = suppression_matrix(llama, trace, center=False)
+    assert not torch.allclose(
+        suppression_matrix(llama, trace, center=False, kl_support="nucleus"), dense, equal_nan=True, atol=1
+    )
+    monkeypatch.setattr(suppression, "PORTION", 1.0)
+    monkeypatch.setattr(suppression, "MOST", 10**9)
+    kl = [suppressed_kl(llama, trace.ids, spans_of(trace), kl_support=each) for each in ("dense", "nucleus")]
+    assert torch.allclose(*kl, rtol=1e-3, atol=1e-6)
+    method = ThoughtAnchors(kl_support="nucleus", align="token", kl_temperature=0.3)
+    given = {"temperature": 0.3, "align": "token"}
+    expected = suppression_matrix(llama, trace, **given, kl_support="nucleus")
+    assert torch.equal(method.suppression(llama, trace).nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("total", [140, 3000, 20_000])
+def test_sentences_that_run_together(total):
+    """In order, each once, with few tokens more than alone and few columns in the cache, one by one if need be."""
+    spans = [(start, start + 12) for start in range(0, total - 5, 14)]
+    groups = list(suppression._groups(spans, total))
+    assert [i for group in groups for i in group] == list(range(len(spans)))
+    assert (len(groups) < len(spans)) == (total < 8192)
+    for group in groups:
+        alone, together = sum(total - spans[i][1] for i in group), len(group) * (total - spans[group[0]][1])
+        assert len(group) == 1 or (together <= min(2048, 1.25 * alone) and len(group) * total <= 8192)
+    assert list(suppression._groups([], total)) == []
 
 
 def test_the_matrix_is_its_definition(llama, tokenizer):
@@ -430,6 +498,7 @@ def test_refusals(llama, make_model, tokenizer, tmp_path):
         r"the head \(0, 99\) does not exist": lambda: suppression_matrix(llama, trace, heads=[(0, 99)]),
         "layer 77 does not exist": lambda: suppression_matrix(llama, trace, layers=[77]),
         "temperature": lambda: suppression_matrix(llama, trace, temperature=0.0),
+        "kl_support='sparse'": lambda: suppression_matrix(llama, trace, kl_support="sparse"),
         r"\(3, 3\) is empty": lambda: suppressed_kl(llama, trace.ids, [(3, 3)]),
         "overlaps the one before": lambda: suppressed_kl(llama, trace.ids, [(1, 5), (4, 8)]),
         f"outside the {total} tokens": lambda: suppressed_kl(llama, trace.ids, [(1, total + 1)]),
@@ -467,5 +536,51 @@ def test_the_comparison(llama, tokenizer):
         found = {route: task.run(Arm(route, apply=route), [sample], 0)[0].metrics for route in ROUTES.values()}
         assert found["suppression"]["agreement"] == pytest.approx(1)
         assert found["place"]["rank"] == 8 - sample.data["planted"]
-        assert all(1 <= each["rank"] <= 8 and math.isfinite(each["agreement"]) for each in found.values())
+        assert all(1 <= each["rank"] <= 8 for each in found.values())
+        assert all(math.isfinite(each[name]) for each in found.values() for name in ("agreement", "resampled"))
     assert split_half(heads).interval.mean == pytest.approx(1)
+
+
+def test_beginnings_are_continued_as_alone(llama, tokenizer):
+    """Rows of several lengths, one of which is empty, fed words, written to, and fed again."""
+    ids, lengths, words = torch.tensor(tokenizer(TEXT).input_ids), [0, 5, 16, 9], [7, 8, 9]
+    begun = Beginnings.of(llama, tokenizer, ids, lengths)
+    made = begun.then(words).repeated(2).written(4, do_sample=False).then(words).written(3, do_sample=False)
+    for i, length in enumerate(lengths):
+        alone = ids[:length].tolist() or [tokenizer.bos_token_id or tokenizer.eos_token_id]
+        first = len(alone)
+        for count in (4, 3):
+            given = torch.tensor([[*alone, *words]])
+            with torch.no_grad():
+                alone = llama.generate(given, max_new_tokens=count, do_sample=False, pad_token_id=0)[0].tolist()
+        text = tokenizer.decode(alone[first:], skip_special_tokens=True)
+        assert made.texts[2 * i : 2 * i + 2] == [text, text]
+    drawn = begun.repeated(2).written(4, do_sample=True)
+    assert drawn.texts == begun.repeated(2).written(4, do_sample=True).texts
+
+
+def test_a_fact_adds_what_its_absence_takes(llama, tokenizer, monkeypatch):
+    """A model that knows a number wherever it was said, and writes other things in the place of facts."""
+    heads = receiver_heads([traced(llama, tokenizer)] * 2, top_k=2)
+    task = PlantedTask(llama, tokenizer, 2, heads, ThoughtAnchors(top_k_heads=2, rollouts=3))
+
+    def written(rows, tokens, do_sample, **_):
+        said = [tokenizer.decode(row[seen]) for row, seen in zip(rows.ids, rows.mask)]
+        if tokens == REWRITTEN:
+            assert do_sample
+            return rows.then(tokenizer(" And so on it goes.").input_ids)
+        new = [tokenizer(f" {code}." if code in text else " 0.").input_ids for text in said]
+        width = max(map(len, new))
+        padded = torch.tensor([each + [tokenizer.eos_token_id] * (width - len(each)) for each in new])
+        return replace(rows, ids=torch.cat([rows.ids, padded], 1))
+
+    monkeypatch.setattr(Beginnings, "written", written)
+    for sample in task.samples():
+        code, planted = sample.data["code"], sample.data["planted"]
+        for route in ("resampled", "forced"):
+            metrics = task.run(Arm(route, apply=route), [sample], 0)[0].metrics
+            assert metrics["first"] == 1 and metrics["resampled"] == pytest.approx(1)
+        shared = task._measured(sample)
+        expected = [float(i == planted) for i in range(8)]
+        assert shared.resampled[:8].tolist() == shared.forced[:8].tolist() == expected
+        assert shared.resampled[8:].isnan().all()

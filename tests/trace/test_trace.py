@@ -233,7 +233,7 @@ def test_no_map_of_the_whole_sequence_exists(llama):
 
     with Watch():
         traced(llama, random_ids(length=length), qk="all", head_outputs=[5], reducers=reducers())
-    assert (1, 4, 128, length) in largest  # the watch sees the chunks of the reducers
+    assert {(1, 4, 128, 256), (1, 4, 44, length)} <= set(largest)  # the watch sees the chunks of the reducers
     assert not [shape for shape in largest if shape[-2:] == (length, length)]
 
 

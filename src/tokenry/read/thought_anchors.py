@@ -13,6 +13,7 @@ import torch
 from annotated_types import Ge, Le
 from pydantic import Field
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..core.calibration import spearman
 from ..core.claim import Claim
@@ -26,7 +27,7 @@ from .anchors.picture import AnchorReading
 from .anchors.receivers import receiver_heads, receiver_scores, sentence_attention
 from .anchors.rollouts import CounterfactualImportance, generate_rollouts, mean_states
 from .anchors.sentences import at_least, segment_sentences, sentences_of
-from .anchors.suppression import Align, suppression_matrix
+from .anchors.suppression import Align, Support, suppression_matrix
 from .contract import ReadMethod
 
 __all__ = ["ThoughtAnchors"]
@@ -61,6 +62,7 @@ class ThoughtAnchors(ReadMethod):
         "proximity",
         "control_depth",
         "kl_temperature",
+        "kl_support",
         "align",
         "rollouts",
         "temperature",
@@ -74,6 +76,10 @@ class ThoughtAnchors(ReadMethod):
     proximity: Count = Field(default=4, description="sentences back from which attention counts as from afar")
     control_depth: bool = Field(default=False, description="ranks within a row in the place of attention")
     kl_temperature: Temperature = Field(default=0.6, description="of the distributions that suppression compares")
+    kl_support: Support = Field(
+        default="dense",
+        description="suppression compares whole distributions, or as the authors' code their likeliest tokens alone",
+    )
     align: Align = Field(
         default="position", description="distributions after the tokens of a sentence, or those they are drawn from"
     )
@@ -111,7 +117,7 @@ class ThoughtAnchors(ReadMethod):
         at_least(sentences, self.proximity)
         heads = receiver_heads([trace], self._top(trace), self.proximity, self.control_depth)
         received = receiver_scores(trace, heads, self.proximity, self.control_depth)
-        effects = suppression_matrix(loaded.model, trace, temperature=self.kl_temperature, align=self.align)
+        effects = self.suppression(loaded.model, trace)
         suppressed = effects.nanmean(0)
         rewritten = self._rewritten(trace, loaded)
         arcs = _arcs(effects)
@@ -131,6 +137,12 @@ class ThoughtAnchors(ReadMethod):
                 }
             )
         return AnchorReading(_title(rows), rows, arcs)
+
+    def suppression(self, model: PreTrainedModel, trace: Trace) -> Tensor:
+        """See `suppression_matrix`."""
+        return suppression_matrix(
+            model, trace, temperature=self.kl_temperature, align=self.align, kl_support=self.kl_support
+        )
 
     def _top(self, trace: Trace) -> int:
         """As many receiver heads as are asked for; of a smaller model by default what it has."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -174,9 +175,10 @@ class Recorder:
         dropped = self.stop - call.key.shape[2]
         for start in range(0, self.feed.new, ROWS):
             rows = slice(start, start + ROWS)
-            maps = call.rows(rows)
+            maps = _maps(call, rows)
+            columns = dropped + maps.shape[-1]
             for valid, block, reducers in zip(self.valid, maps, self.live):
-                block = block[:, valid[self.start :][rows]][:, :, valid[dropped:]]
+                block = _picked(_picked(block, 1, valid[self.start :][rows]), 2, valid[dropped:columns])
                 first_row, first_key = int(valid[: self.start + start].sum()), int(valid[:dropped].sum())
                 for reducer in reducers if block.shape[1] else ():
                     reducer.update(call.layer, first_row, first_key, block)
@@ -296,6 +298,20 @@ def identity(model: PreTrainedModel) -> list[str]:
     written = {"architectures", "dtype", "transformers_version"}  # what save_pretrained changes
     kept = {k: v for k, v in config.items() if not k.startswith("_") and k not in written}
     return [fingerprint(model), digest(kept, 16)]
+
+
+def _maps(call: AttentionCall, rows: slice) -> Tensor:
+    """Attention of chosen rows (batch, heads, rows, keys), without the keys behind the last of them if it is causal."""
+    if call.mask is not None:
+        return call.rows(rows)
+    new, keys = call.query.shape[2], call.key.shape[2]
+    behind = max(0, new - rows.stop)
+    return replace(call, query=call.query[:, :, rows], key=call.key[:, :, : keys - behind]).rows()
+
+
+def _picked(block: Tensor, dim: int, kept: Tensor) -> Tensor:
+    """Where `kept` (n,) is true along a dimension; the same tensor where all of it is."""
+    return block if bool(kept.all()) else block.index_select(dim, kept.nonzero().squeeze(1))
 
 
 def _join(parts: list[Tensor]) -> Tensor:

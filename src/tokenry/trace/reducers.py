@@ -5,8 +5,9 @@ A reducer gets one sequence's attention in chunks of rows while the model runs, 
     update(layer, first_row, first_key, rows)    # rows (heads, n, k), float32
     result() -> {name: tensor with layers in front}
 
-Row i of a chunk is token `first_row + i`, column j token `first_key + j` (a sliding window drops the first keys).
-`capture` gives each sequence its own copy.
+Row i of a chunk is token `first_row + i`, column j token `first_key + j` (a sliding window drops the first keys, and
+those behind the last row of a chunk are left out where a layer is plainly causal). `capture` gives each sequence its
+own copy.
 """
 
 from __future__ import annotations
@@ -47,10 +48,13 @@ class SentenceMean:
         self.sums: dict[int, Tensor] = {}
 
     def update(self, layer: int, first_row: int, first_key: int, rows: Tensor) -> None:
-        from_span = self._members(first_row, rows.shape[1], rows)
-        to_span = self._members(first_key, rows.shape[2], rows)
-        block = from_span @ rows @ to_span.T
-        self.sums[layer] = self.sums[layer] + block if layer in self.sums else block
+        heads, new, keys = rows.shape
+        # a chunk has rows of a few spans, so that their sums are small before keys are summed
+        here = (self.spans[:, 0] < first_row + new) & (self.spans[:, 1] > first_row)
+        if layer not in self.sums:
+            self.sums[layer] = rows.new_zeros(heads, len(self.spans), len(self.spans))
+        from_span, to_span = self._members(first_row, new, rows)[here], self._members(first_key, keys, rows)
+        self.sums[layer][:, here] += from_span @ rows @ to_span.T
 
     def result(self) -> dict[str, Tensor]:
         lengths = (self.spans[:, 1] - self.spans[:, 0]).float()
@@ -152,7 +156,8 @@ class LowEntropyRows:
         skipped = max(0, self.start - first_row)
         if skipped >= rows.shape[1]:
             return
-        whole = torch.nn.functional.pad(rows, (first_key, 0))
+        seen = rows[:, :, : first_row + rows.shape[1] - first_key]  # the width is the same in all layers
+        whole = torch.nn.functional.pad(seen, (first_key, 0))
         cleaned = without_habits(whole, first_row)[:, skipped:]
         entropy = -(cleaned * (cleaned + 1e-12).log()).sum(-1)
         first = first_row + skipped

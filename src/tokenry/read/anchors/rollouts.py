@@ -34,6 +34,7 @@ __all__ = [
     "Rollout",
     "Rollouts",
     "attribution_matrix",
+    "first_token",
     "generate_rollouts",
     "mean_states",
 ]
@@ -261,7 +262,7 @@ def generate_rollouts(
     """Continuations by `model.generate`: one batch, whose prefix is computed once; each call draws from the seed."""
 
     def generate(prefix: list[int], count: int) -> list[str]:
-        prefix = prefix or [_first(tokenizer)]
+        prefix = prefix or [first_token(tokenizer)]
         ids = torch.tensor([prefix], device=model.device)
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         with torch.no_grad(), torch.random.fork_rng():
@@ -284,7 +285,7 @@ def _bare(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return cast(list[int], tokenizer(text, add_special_tokens=False).input_ids)
 
 
-def _first(tokenizer: PreTrainedTokenizerBase) -> int:
+def first_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """What stands before a text that begins with its first sentence."""
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:

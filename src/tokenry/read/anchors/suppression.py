@@ -1,25 +1,26 @@
 """Suppression: what hiding a sentence from all that comes after it does to the next-token distributions there.
 
-What comes before the end of a sentence does not change, so it is computed once and kept as a cache. From there on
-several sentences, each hidden in a row of its own, run as one batch.
+What comes before the end of a sentence does not change, so it is taken from the cache of one plain forward. From there
+on several sentences, each hidden in a row of its own, run as one batch.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, cast
+from functools import partial
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from ...core.errors import InputError
 from ...core.fields import require
 from ...hooks.attention import suppress
 from ...models.anatomy import attention_modules, decoder_body, decoder_layers
-from ...models.kv_cache import new_cache
+from ...models.kv_cache import key_layers, new_cache, remove_last
 from ...text.sentences import check_spans
 from ...text.spans import Span
 from ...trace.recorder import head_logits
@@ -29,9 +30,14 @@ from .sentences import sentences_of
 __all__ = ["suppressed_kl", "suppression_matrix"]
 
 TOKENS = 2048  # fed at a time, rows times length, so that memory stays that of a plain forward
+COLUMNS = 8192  # that a batch sees, rows times length, for the same reason
+SPARE = 1.25  # times as many tokens as one by one that a batch may run
 LOGITS = 2**22  # elements of a chunk of logits
 FLOOR = 1e-9  # added to a divergence before its logarithm
+PORTION, MOST = 0.9999, 100  # of a distribution the authors keep the likeliest tokens up to this share, at most so many
+ABSENT = -1e9  # their logit of any other token
 Align = Literal["position", "token"]
+Support = Literal["dense", "nucleus"]
 
 
 def suppression_matrix(
@@ -43,6 +49,7 @@ def suppression_matrix(
     center: bool = True,
     temperature: float = 0.6,
     align: Align = "position",
+    kl_support: Support = "dense",
 ) -> Tensor:
     """What hiding sentence i does to sentence j, (n, n) as [j, i], NaN unless i < j.
 
@@ -57,6 +64,7 @@ def suppression_matrix(
         temperature: of both distributions.
         align: "position" takes the distributions after the tokens of j, as the authors do; "token" those from which
             the tokens of j were drawn, without such that lie in sentence i and cannot change.
+        kl_support: see `suppressed_kl`.
 
     Raises:
         InputError: a trace of another model or of one sentence; a head, layer or temperature that cannot be.
@@ -65,7 +73,7 @@ def suppression_matrix(
     spans = [(s.start, s.stop) for s in sentences_of(trace)]
     if len(spans) < 2:
         raise InputError(f"there are {len(spans)} sentences; suppression needs at least 2")
-    effects = suppressed_kl(model, trace.ids, spans, heads, layers, temperature)
+    effects = suppressed_kl(model, trace.ids, spans, heads, layers, temperature, kl_support)
     effects = (effects + FLOOR).log() if log else effects
     matrix = torch.full((len(spans), len(spans)), torch.nan)
     back = 1 if align == "token" else 0
@@ -83,6 +91,7 @@ def suppressed_kl(
     heads: Sequence[tuple[int, int]] | None = None,
     layers: Collection[int] | None = None,
     temperature: float = 0.6,
+    kl_support: Support = "dense",
 ) -> Tensor:
     """KL(plain || suppressed) in nats (spans, T) after each token; 0 up to the end of the span, where nothing changes.
 
@@ -90,29 +99,31 @@ def suppressed_kl(
         ids: (T,) the tokens.
         spans: half-open token ranges in order, without overlap.
         heads, layers: see `suppression_matrix`.
+        kl_support: "dense" compares whole distributions. "nucleus" is there for numbers like those of the authors'
+            code, which keeps the likeliest tokens up to a share of 0.9999, at most 100, of each distribution: any other
+            has a logit of -1e9, and where a kept token of the plain one is such in the suppressed one, the divergence
+            is its probability times more than a billion.
 
     Raises:
         InputError: spans, heads, layers or a temperature that cannot be; a model that is not all attention.
     """
     require(temperature > 0, "temperature", temperature, "a number above 0")
+    if kl_support not in get_args(Support):
+        raise InputError(f"kl_support={kl_support!r} is not allowed; give dense or nucleus")
     check_spans(spans, len(ids))
     hidden_in = _hidden_in(model, heads, layers)
     tokens = ids.to(model.device)[None]
-    plain = _body(model, tokens, None)[0]
-    cache, filled = _empty(model), 0
+    cache = _empty(model)
+    plain = _body(model, tokens, cache)[0]
     found = torch.zeros(len(spans), len(ids))
     for group in _groups(spans, len(ids)):
         start = spans[group[0]][1]
-        _body(model, tokens[:, filled:start], cache)
-        filled = start
         if start == len(ids):
             break
-        rows = copy.deepcopy(cache)
-        rows.batch_repeat_interleave(len(group))
+        rows = _beginning(cache, len(ids) - start, len(group))
         with _hidden(model, [spans[i] for i in group], hidden_in):
             states = _body(model, tokens[:, start:].expand(len(group), -1), rows)
-        del rows
-        found[group, start:] = _divergence(model, plain[start:], states, temperature)
+        found[group, start:] = _divergence(model, plain[start:], states, temperature, kl_support)
     for i, (_, stop) in enumerate(spans):
         found[i, :stop] = 0
     return found
@@ -155,37 +166,82 @@ def _hidden_in(
 
 
 def _groups(spans: Sequence[Span], total: int) -> Iterator[list[int]]:
-    """Spans that run as one batch: as many as fit, from the end of the first on."""
-    first = 0
-    while first < len(spans):
-        size = max(1, TOKENS // max(1, total - spans[first][1]))
-        yield list(range(first, min(first + size, len(spans))))
-        first += size
+    """Spans that run as one batch, each from the end of the first on: neighbors, of which the later ones run few tokens
+    more than from their own end on."""
+    group: list[int] = []
+    for i in range(len(spans)):
+        alone = sum(total - spans[k][1] for k in (*group, i))
+        together = (len(group) + 1) * (total - spans[group[0] if group else i][1])
+        if group and (together > min(TOKENS, SPARE * alone) or (len(group) + 1) * total > COLUMNS):
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group
 
 
-def _empty(model: PreTrainedModel) -> Any:
+def _empty(model: PreTrainedModel) -> Cache:
+    """A cache of which any beginning can be taken."""
     cache = new_cache(model)
     if cache is None:
         raise InputError(f"{type(model).__name__} takes no key-value cache; use a model that does")
+    cache.activate_past_recording()  # so that layers with a window keep all
     return cache
 
 
-def _body(model: PreTrainedModel, ids: Tensor, cache: Any) -> Tensor:
+def _beginning(cache: Cache, behind: int, rows: int) -> Cache:
+    """All but the last columns of a cache, which so many rows share for one forward; the cache stays as it is."""
+    first = copy.copy(cache)
+    first.layers = [copy.copy(layer) for layer in cache.layers]  # whose tensors no forward changes
+    remove_last(first, [behind] * len(first.layers))
+    for layer in key_layers(first):
+        if layer.keys is not None:
+            layer.keys, layer.values = (x.expand(rows, -1, -1, -1) for x in (layer.keys, layer.values))
+            layer.update = partial(_forgetful, layer, layer.update)
+    return first
+
+
+def _forgetful(layer: Any, update: Callable[..., Any], *given: Any, **options: Any) -> Any:
+    """What a layer returns for new columns, which it does not keep: nothing follows them."""
+    held = layer.keys, layer.values
+    made = update(*given, **options)
+    layer.keys, layer.values = held
+    return made
+
+
+def _body(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
     """Last hidden states (rows, new, width), after the norm."""
-    if not ids.shape[1]:
-        return torch.zeros(0)
-    run = cast(Any, decoder_body(model))
-    return run(input_ids=ids, past_key_values=cache, use_cache=cache is not None).last_hidden_state
+    return cast(Any, decoder_body(model))(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
 
 
-def _divergence(model: PreTrainedModel, plain: Tensor, states: Tensor, temperature: float) -> Tensor:
+def _divergence(
+    model: PreTrainedModel, plain: Tensor, states: Tensor, temperature: float, kl_support: Support
+) -> Tensor:
     """KL (rows, T) of distributions at (rows, T, width) from those at (T, width), some columns at a time."""
     size = max(1, LOGITS // (len(states) * model.config.get_text_config().vocab_size))
+    between = _dense if kl_support == "dense" else _of_nuclei
     parts = []
     for first in range(0, len(plain), size):
         picked = slice(first, first + size)
-        p = (head_logits(model, plain[picked]) / temperature).log_softmax(-1)
-        q = (head_logits(model, states[:, picked]) / temperature).log_softmax(-1)
-        apart = q - p
-        parts.append((p.exp() * (apart.expm1() - apart)).sum(-1))  # no term is below 0, near 0 nothing cancels
+        parts.append(between(head_logits(model, plain[picked]), head_logits(model, states[:, picked]), temperature))
     return torch.cat(parts, 1).cpu()
+
+
+def _dense(plain: Tensor, hidden: Tensor, temperature: float) -> Tensor:
+    p, q = ((logits / temperature).log_softmax(-1) for logits in (plain, hidden))
+    apart = q - p
+    return (p.exp() * (apart.expm1() - apart)).sum(-1)  # no term is below 0, near 0 nothing cancels
+
+
+def _of_nuclei(plain: Tensor, hidden: Tensor, temperature: float) -> Tensor:
+    p, q = (_nucleus(logits, temperature) for logits in (plain, hidden))
+    return (p.exp() * (p - q)).sum(-1).clamp(min=0)
+
+
+def _nucleus(logits: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities (..., vocab) of the likeliest tokens alone; those of others are far below any number's log."""
+    scaled = logits / temperature
+    shares, at = scaled.double().softmax(-1).topk(min(MOST, logits.shape[-1]))
+    before = shares.cumsum(-1) - shares
+    kept = torch.where(before < PORTION, scaled.gather(-1, at), ABSENT / temperature)
+    return torch.full_like(scaled, ABSENT / temperature).scatter(-1, at, kept).log_softmax(-1)
