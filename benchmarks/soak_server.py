@@ -1,5 +1,7 @@
 """Many clients for a long time: what the server answers, whether rows are left behind, and how its memory grows.
 
+What rests of texts that are over is no row: it is bounded, and has filled its bound when memory is read first.
+
 python benchmarks/soak_server.py --streams 200 --minutes 10
 
 The server runs in a process of its own, over a port. Clients ask its routes for texts of many kinds, one after the
@@ -33,10 +35,12 @@ from support.families import build, byte_tokenizer
 BAD, LEAVING = 0.05, 0.2  # shares of the requests
 WARM = 0.25  # of the time passes before memory is read for the first time
 MARGIN = 0.03  # growth of memory that is none
+RESTING = 8  # MiB that texts may take that are over
 REST = 20.0  # seconds in which the rows of those that left are to be free
 WORDS = (
     "the keeper walked along a shore and old tower while sea wind seemed to whisper of rain in night 🙂 café".split()
 )
+BEGINNING = " ".join(WORDS * 2) + ". "  # which many texts have in common
 COMPLETIONS, CHAT, KOBOLD = "/v1/completions", "/v1/chat/completions", "/api/extra/generate/stream"
 CHATS = "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}\n{% endfor %}assistant:"
 REFUSED: list[tuple[str, Any]] = [
@@ -88,7 +92,7 @@ class Clients:
     def _good(self) -> tuple[str, dict[str, Any]]:
         """A request that is to be answered."""
         pick = self.random
-        text = " ".join(pick.choices(WORDS, k=pick.randint(1, 60)))
+        text = pick.choice(("", BEGINNING)) + " ".join(pick.choices(WORDS, k=pick.randint(1, 60)))
         path = pick.choice((COMPLETIONS, COMPLETIONS, CHAT, KOBOLD))
         body: dict[str, Any] = {"max_tokens": pick.randint(1, 64), "temperature": pick.choice((0, 0.7, 1.3))}
         body |= {"messages": [{"role": "user", "content": text}]} if path == CHAT else {"prompt": text}
@@ -145,6 +149,7 @@ def tiny(folder: str) -> str:
 def started(model: str) -> tuple[subprocess.Popen[str], str]:
     """The server, and where it listens."""
     command = [sys.executable, "-m", "tokenry", "serve", "--model", model, "--port", "0"]
+    command += ["--reuse-memory", str(RESTING)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     found = re.search(r"http://127\.0\.0\.1:\d+", server.stdout.readline())
@@ -161,6 +166,7 @@ def soaked(asked: argparse.Namespace, server: subprocess.Popen[str], url: str) -
     first = memory().rss
     asyncio.run(clients.run(asked.streams, (1 - WARM) * seconds))
     left = rest(url)
+    resting, reused = numbers(url, "resting_bytes", "tokens_reused").values()
     last = memory().rss
     print(f"answers: {json.dumps(dict(sorted(clients.counts.items())))}")
     for error, count in clients.errors.most_common(10):
@@ -177,6 +183,8 @@ def soaked(asked: argparse.Namespace, server: subprocess.Popen[str], url: str) -
     )
     for name, value in left.items():
         report(f"{name} when all have gone", value, "0", value == 0)
+    report("MiB of texts that rest", resting / 2**20, f"<= {RESTING}", 0 < resting <= RESTING * 2**20)
+    report("tokens of prompts that were not read again", reused, "> 0", reused > 0)
     report("memory at the end / after warming up", last / first, f"<= {1 + MARGIN}", last <= (1 + MARGIN) * first)
     server.send_signal(signal.SIGINT)
     report("exit status of the server", server.wait(60), "0", server.returncode == 0)
@@ -184,13 +192,18 @@ def soaked(asked: argparse.Namespace, server: subprocess.Popen[str], url: str) -
 
 def rest(url: str) -> dict[str, float]:
     """What is left of the texts when all clients have gone."""
-    until, names = time.monotonic() + REST, ("running", "waiting", "cache_bytes")
+    until = time.monotonic() + REST
     while True:
-        page = httpx.get(f"{url}/metrics", timeout=60).text
-        left = {name: float(re.search(rf"^tokenry_{name} (\S+)", page, re.M)[1]) for name in names}  # type: ignore[index]
+        left = numbers(url, "running", "waiting", "cache_bytes")
         if not any(left.values()) or time.monotonic() > until:
             return left
         time.sleep(0.2)
+
+
+def numbers(url: str, *names: str) -> dict[str, float]:
+    """What the server counts."""
+    page = httpx.get(f"{url}/metrics", timeout=60).text
+    return {name: float(re.search(rf"^tokenry_{name} (\S+)", page, re.M)[1]) for name in names}  # type: ignore[index]
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ def test_other_machines_need_a_key(host):
         (["--host", "not an address"], "'not an address' is no address"),
         (["--port", "70000"], "--port 70000 is not allowed"),
         (["--rows", "0"], "--rows 0 is not allowed"),
+        (["--reuse-memory", "-1"], "--reuse-memory -1 is not allowed"),
+        (["--server", "http://127.0.0.1:1", "--reuse-memory", "64"], "--reuse-memory would have no effect with"),
         (["--api-key", " "], "printable ASCII"),
         (["--api-key", "schlüssel"], "printable ASCII"),
         (["--method", "antislob"], "antislob"),

@@ -14,7 +14,7 @@ from tokenry.serve import Limits, create_app
 BODIES = Path(__file__).parent / "bodies"
 ASKED = {"prompt": "the old lighthouse", "max_length": 12, "temperature": 0}
 WHOLE, STREAM, ABORT = "/api/v1/generate", "/api/extra/generate/stream", "/api/extra/abort"
-CHECK = "/api/extra/generate/check"
+CHECK, COUNT = "/api/extra/generate/check", "/api/extra/tokencount"
 
 
 def recorded(name):
@@ -68,6 +68,23 @@ def test_what_clients_ask_first(client, backend):
         assert client.get(path).json() == {"value": backend.window}
 
 
+def test_tokens_are_counted(client, backend):
+    """Clients fit a chat into the window by that; the first body is SillyTavern's."""
+    ids = backend.tokenizer.encode("Seraphina", add_special_tokens=False)
+    asked = {"prompt": "Seraphina", "special": False}
+    assert client.post(COUNT, json=asked).json() == {"value": len(ids), "ids": ids}
+    whole = client.post(COUNT, json={"prompt": "the old"}).json()["ids"]
+    assert (
+        whole
+        == written(client, {"prompt": "the old", "max_tokens": 1, "return_token_ids": True})["choices"][0][
+            "prompt_token_ids"
+        ]
+    )
+    assert client.post(COUNT, json={"prompt": ""}).json() == {"value": 0, "ids": []}
+    for body in ({}, {"prompt": 7}, {"prompt": "\ud800"}):
+        assert client.post(COUNT, content=json.dumps(body)).status_code == 400
+
+
 @pytest.mark.parametrize("path", [WHOLE, STREAM])
 @pytest.mark.parametrize(
     ("fields", "said"),
@@ -88,7 +105,7 @@ def test_what_cannot_be_done_is_refused_in_one_sentence(client, path, fields, sa
 
 def test_the_api_key_is_asked_for_here_too(backend):
     client = TestClient(create_app(backend, api_key="right"), base_url="http://testserver")
-    for path in (WHOLE, STREAM, ABORT, CHECK):
+    for path in (WHOLE, STREAM, ABORT, CHECK, COUNT):
         assert client.post(path, json=ASKED).status_code == 401
     right = {"Authorization": "Bearer right"}
     assert client.post(WHOLE, json=ASKED, headers=right).status_code == 200

@@ -28,8 +28,9 @@ from .options import (
 
 NEEDED = ("fastapi", "prometheus_client", "uvicorn")
 LOCAL = ("127.0.0.1", "localhost", "::1")
-OF_MODELS = ("--dtype", "--device", "--engine", "--context", "--threads")
+OF_MODELS = ("--dtype", "--device", "--engine", "--context", "--threads", "--reuse-memory")
 OF_SERVERS = ("--server-model", "--server-key", "--tokenizer", "--chunk")
+MIB = 2**20
 PROMPT = {"prompt": "The sea was calm, and", "max_tokens": 40, "banned_strings": ["a testament to"]}
 
 Port = Annotated[int, Ge(0), Le(65535)]
@@ -52,6 +53,13 @@ Port = Annotated[int, Ge(0), Le(65535)]
 @click.option("--port", type=Number(Port), default=8000, show_default=True, help="0: any free one.")
 @click.option("--rows", type=Number(Batch), default=32, show_default=True, help="Texts written at a time.")
 @click.option("--waiting", type=Number(Times), default=256, show_default=True, help="Texts that may wait for a row.")
+@click.option(
+    "--reuse-memory",
+    type=Number(Times),
+    default=1024,
+    show_default=True,
+    help="MiB for texts that are over, so that one that begins alike is not read anew; 0: none rests.",
+)
 @click.option("--max-tokens", type=Number(Tokens), default=4096, show_default=True, help="Most new tokens of a text.")
 @click.option("--timeout", type=Number(Positive), default=600.0, show_default=True, help="Most seconds of a text.")
 @click.option("--api-key", envvar="TOKENRY_SERVE_KEY", help="What requests must bring; or set TOKENRY_SERVE_KEY.")
@@ -129,6 +137,7 @@ def worker(
     engine: str | None,
     context: int | None,
     threads: int | None,
+    reuse_memory: int,
     **_: Any,
 ) -> Any:
     """A backend that runs a model of its own."""
@@ -136,7 +145,8 @@ def worker(
     loaded = load_model(model_name, dtype, device, trust_remote_code, engine=engine, context=context, threads=threads)
     from ..serve.worker import Worker
 
-    return Worker(loaded, Path(model_name).stem if model_name.endswith(".gguf") else model_name, rows, waiting)
+    name = Path(model_name).stem if model_name.endswith(".gguf") else model_name
+    return Worker(loaded, name, rows, waiting, reuse_memory=reuse_memory * MIB)
 
 
 def proxy(

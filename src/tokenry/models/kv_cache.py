@@ -24,6 +24,7 @@ from ..core.errors import InputError
 
 __all__ = [
     "ShortLayer",
+    "beginning_of",
     "cache_bytes",
     "forward_arguments",
     "gather_columns",
@@ -33,10 +34,12 @@ __all__ = [
     "key_layers",
     "later_inputs",
     "layer_lengths",
+    "narrowest_window",
     "new_cache",
     "remove_last",
     "rewind_obstacle",
     "row_of",
+    "shallow_copy",
     "state_argument",
     "without_adapters",
 ]
@@ -137,6 +140,11 @@ def is_sliding(cache: object) -> bool:
     return any(getattr(layer, "is_sliding", False) for layer in getattr(cache, "layers", []))
 
 
+def narrowest_window(cache: Cache) -> int | None:
+    """The fewest columns that a layer sees, itself included; None where all see everything."""
+    return min((one.sliding_window for one in key_layers(cache) if getattr(one, "is_sliding", False)), default=None)
+
+
 def layer_lengths(cache: object) -> list[int]:
     """Columns held by each layer (0 for a layer not used yet, or without keys)."""
     keys = [getattr(layer, "keys", None) for layer in getattr(cache, "layers", [])]
@@ -204,11 +212,30 @@ def keep_of_last(cache: Cache, index: Tensor, count: int) -> None:
             layer.cumulative_length -= count - kept
 
 
-def row_of(cache: Cache, row: int) -> Cache:
-    """A cache with a copy of one row."""
+def shallow_copy(cache: Cache) -> Cache:
+    """A cache with the same keys and values, which goes on in its own way: layers put new ones together, and leave the
+    old ones as they are."""
     one = copy(cache)
     one.layers = [copy(layer) for layer in cache.layers]
+    return one
+
+
+def row_of(cache: Cache, row: int) -> Cache:
+    """A cache with a copy of one row."""
+    one = shallow_copy(cache)
     one.batch_select_indices(torch.tensor([row]))
+    return one
+
+
+def beginning_of(cache: Cache, dropped: int, rows: int) -> Cache:
+    """What a cache of one row held before its last `dropped` columns, for so many rows. Nothing is copied, as in
+    `shallow_copy`."""
+    one = shallow_copy(cache)
+    remove_last(one, [dropped] * len(one.layers))
+    for layer in key_layers(one):
+        if layer.keys is not None:
+            layer.keys = layer.keys.expand(rows, -1, -1, -1)
+            layer.values = layer.values.expand(rows, -1, -1, -1)
     return one
 
 

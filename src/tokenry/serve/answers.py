@@ -40,12 +40,19 @@ EVENTS: dict[str, Any] = {  # what OpenAPI says of a stream: of each event
 }
 
 
+class PromptDetails(BaseModel):
+    """Of the tokens of the prompts: how many were not read, as others before them begin alike."""
+
+    cached_tokens: int
+
+
 class Usage(BaseModel):
     """Tokens read and written."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptDetails | None = None
 
 
 class _Choice(BaseModel):
@@ -227,7 +234,7 @@ class Answers:
 
     def counted(self, texts: Sequence[Text]) -> dict[str, Any]:
         """The chunk that counts."""
-        return {**self.empty(), "usage": usage(texts).model_dump()}
+        return {**self.empty(), "usage": usage(texts).model_dump(exclude_unset=True)}
 
     def empty(self) -> dict[str, Any]:
         """A chunk without choices."""
@@ -236,9 +243,17 @@ class Answers:
 
 def usage(texts: Sequence[Text]) -> Usage:
     """Tokens read and written; a prompt counts once, however many texts it has."""
-    read = sum(len(ids) for ids in {id(text.work.prompt_ids): text.work.prompt_ids for text in texts}.values())
-    written = sum(len(text.ids) for text in texts)
-    return Usage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
+    prompts = {id(text.work.prompt_ids): text.work.prompt_ids for text in texts}
+    read, written = sum(map(len, prompts.values())), sum(len(text.ids) for text in texts)
+    counted = Usage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
+    reused: dict[int, int] = {}  # what none of the texts of a prompt has read
+    for text in texts:
+        if text.last is None or text.last.reused is None:
+            return counted
+        prompt = id(text.work.prompt_ids)
+        reused[prompt] = min(text.last.reused, reused.get(prompt, text.last.reused))
+    counted.prompt_tokens_details = PromptDetails(cached_tokens=sum(reused.values()))
+    return counted
 
 
 class CompletionAnswers(Answers):

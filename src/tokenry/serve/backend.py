@@ -65,6 +65,8 @@ class Piece:
         offsets: beside each of these, the character of the text at which its token begins.
         finish: why the text has ended, in the last piece alone.
         events: the repairs of the text, as JSON, in the last piece alone.
+        reused: how many tokens of the prompt were not read for this text, as they were for another one, in the last
+            piece alone; None where that is not known.
     """
 
     ids: Sequence[int]
@@ -73,6 +75,7 @@ class Piece:
     offsets: Sequence[int] = ()
     finish: FinishReason | None = None
     events: Sequence[Mapping[str, Any]] = ()
+    reused: int | None = None
 
 
 class Backend(Protocol):

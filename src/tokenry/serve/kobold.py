@@ -68,6 +68,22 @@ class Window(BaseModel):
     value: int | None
 
 
+class Uncounted(BaseModel):
+    """A text whose tokens are to be counted."""
+
+    model_config = ConfigDict(strict=True)
+
+    prompt: str
+    special: bool = Field(default=True, description="with those that a prompt gets, such as one that begins it")
+
+
+class TokenCount(BaseModel):
+    """The tokens of a text."""
+
+    value: int
+    ids: list[int]
+
+
 class Whose(BaseModel):
     """Whose texts are meant."""
 
@@ -109,6 +125,7 @@ def add_kobold(app: FastAPI, service: Service, secured: list[Any]) -> None:
     """Add the routes."""
     _add_texts(app, service, secured)
     _add_questions(app, service.backend, secured)
+    _add_count(app, service, secured)
 
 
 def _add_texts(app: FastAPI, service: Service, secured: list[Any]) -> None:
@@ -144,6 +161,14 @@ def _add_texts(app: FastAPI, service: Service, secured: list[Any]) -> None:
     async def check_without_key() -> WrittenTexts:
         """The same of requests that have no key."""
         return await check()
+
+
+def _add_count(app: FastAPI, service: Service, secured: list[Any]) -> None:
+    @app.post("/api/extra/tokencount", responses=ERRORS, dependencies=secured, tags=["koboldcpp"])
+    async def count_tokens(asked: Uncounted) -> TokenCount:
+        """How many tokens a text has: by that, clients choose what of a chat they send."""
+        ids = await service.ids(asked.prompt, asked.special)
+        return TokenCount(value=len(ids), ids=ids)
 
 
 def _add_questions(app: FastAPI, backend: Backend, secured: list[Any]) -> None:

@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar, cast
 
 from fastapi import Request
@@ -114,6 +115,11 @@ class Service:
     def written(self, key: str) -> str:
         """What there is of the newest text of this key; nothing where none is being written."""
         return self.keyed[key][-1].text if key in self.keyed else ""
+
+    async def ids(self, text: str, special: bool) -> list[int]:
+        """The ids of a text, with or without those that a prompt gets besides its own."""
+        check_encodable(text, "prompt")
+        return await self._read(partial(self.backend.tokenizer.encode, add_special_tokens=special), text)
 
     # --- what is to be written ---------------------------------------------------------------------------------
 

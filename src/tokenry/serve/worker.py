@@ -38,6 +38,7 @@ __all__ = ["Worker"]
 logger = logging.getLogger("tokenry.serve")
 
 AT_ONCE = 1024  # tokens of prompts that are read in one turn while nobody writes
+COUNTED = ("finished", "failed", "tokens_read", "tokens_reused", "tokens_written", "cache_bytes", "resting_bytes")
 FORGET = 0.1  # share of the newest text in the mean time of one
 
 
@@ -49,6 +50,8 @@ class Worker:
         rows: texts that are written at a time.
         waiting: texts that may wait beside these; a further one is refused as `Busy`.
         methods: decode methods for every text that does not bring one of the same kind.
+        reuse_memory: bytes for texts that are over, so that one which begins like them is not read from its first token
+            on; 0: every prompt is read anew.
     """
 
     def __init__(
@@ -58,8 +61,9 @@ class Worker:
         rows: int = 32,
         waiting: int = 256,
         methods: Sequence[DecodeMethod] = (),
+        reuse_memory: int = 2**30,
     ) -> None:
-        for what, value, least in (("rows", rows, 1), ("waiting", waiting, 0)):
+        for what, value, least in (("rows", rows, 1), ("waiting", waiting, 0), ("reuse_memory", reuse_memory, 0)):
             if value < least:
                 raise InputError(f"{what}={value} is not possible; give a number >= {least}")
         self.loaded, self.tokenizer = loaded, loaded.tokenizer
@@ -67,13 +71,14 @@ class Worker:
         self.window = context_window(loaded.model)
         self.vocabulary = vocabulary_size(loaded.model)
         self.rows, self.waiting, self.methods = rows, waiting, tuple(methods)
-        self.engine = open_shared(loaded.model, rows)
+        self.reuse_memory = reuse_memory
+        self.engine = open_shared(loaded.model, rows, reuse_memory)
         self.queue: deque[Writing] = deque()
         self.running: list[Writing] = []
         self.broken: str | None = None  # why its thread has ended before its time
         self.closing: FinishReason | None = None  # "stop": let what runs end; "cancelled": end it
         self.changed = threading.Condition()
-        self.counts = dict.fromkeys(("finished", "failed", "tokens_read", "tokens_written", "cache_bytes"), 0.0)
+        self.counts = dict.fromkeys(COUNTED, 0.0)
         self.mean_seconds = 1.0  # of a text
         self.thread = threading.Thread(target=self._work, name=f"tokenry worker of {self.name}", daemon=True)
         self.thread.start()
@@ -183,6 +188,7 @@ class Worker:
                 with Guard(writing):
                     writing.progress.step()
         self.counts["cache_bytes"] = self.engine.cache_bytes() if isinstance(self.engine, CountsBytes) else 0
+        self.counts["resting_bytes"] = 0 if self.engine is None else self.engine.resting_bytes()
         self._hand_out()
 
     def _dismiss(self) -> None:
@@ -223,24 +229,37 @@ class Worker:
 
     def _feed_shared(self, rows: Sequence[Shared]) -> None:
         """One forward for all that share, and a step of each whose block is fed whole."""
-        budget, fed = AT_ONCE if all(row.reads for row in rows) else CHUNK, []
+        if self.engine is None:
+            return
+        budget, fed, reading = AT_ONCE if all(row.reads for row in rows) else CHUNK, [], []
         for row in rows:
+            if not row.begun and (not budget or (self.engine.begins_anywhere and any(map(row.follows, reading)))):
+                continue
             with Guard(row.writing):
                 block = row.block(budget)
-                budget -= len(block) if row.reads else 0
+                if row.reads:
+                    budget -= len(block)
+                    reading.append(row)
                 if block:
                     fed.append((row, row.slot.feeding(len(block)), block))
-        if not fed or self.engine is None:
+        if not fed:
             return
         logits = {}
         with Guard(*(row.writing for row, _, _ in fed)):
             logits = self.engine.forward({number: block for _, number, block in fed})
         if not logits:  # nobody knows what it holds now
-            self.engine = open_shared(self.loaded.model, self.rows)
+            self._open_again(rows)
         for row, number, block in fed:
             if number in logits:
                 with Guard(row.writing):
                     row.receive(len(block), logits[number])
+
+    def _open_again(self, rows: Sequence[Shared]) -> None:
+        """A new engine, for those that are left too: they are still being read."""
+        self.engine = open_shared(self.loaded.model, self.rows, self.reuse_memory)
+        for row in rows:
+            if not row.writing.over and self.engine is not None:
+                row.begin_again(self.engine)
 
     # --- what goes out -------------------------------------------------------------------------------------
 
@@ -266,6 +285,7 @@ class Worker:
             self.counts["tokens_written"] += writing.written - writing.counted[1]
             writing.counted = (writing.prompt_read, writing.written)
             if writing.over:
+                self.counts["tokens_reused"] += writing.reused
                 failed = isinstance(writing.outbox[-1], Exception)
                 self.counts["failed" if failed else "finished"] += 1
                 self.mean_seconds += FORGET * (time.monotonic() - writing.since - self.mean_seconds)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
@@ -18,7 +19,8 @@ from transformers.generation.streamers import BaseStreamer
 from ..core.errors import InputError
 from ..decode.api import EngineFor, generate, opened
 from ..decode.contract import LoopMethod, RunnerMethod
-from ..decode.engines.shared import Slot
+from ..decode.engines.resting import common_beginning, pays
+from ..decode.engines.shared import SharedEngine, Slot
 from ..decode.generation.engine import TransformersEngine
 from ..decode.generation.loop import DecodeLoop
 from ..decode.generation.output import DecodeOutput
@@ -46,7 +48,8 @@ class Writing:
         self.over = False
         self.outbox: list[Piece | Exception] = []
         self.prompt_read = self.written = 0  # tokens
-        self.counted: tuple[int, int] = (0, 0)  # of these, by the worker
+        self.reused = 0  # tokens of the prompt that need not be read
+        self.counted: tuple[int, int] = (0, 0)  # of what was read and written, by the worker
         self.words: Words | None = None
         self.progress: Shared | Alone | Whole | None = None  # None: it waits
 
@@ -65,12 +68,12 @@ class Writing:
     def end(self, reason: FinishReason, output: DecodeOutput | None = None) -> None:
         """It has ended; the last piece says why, and what was repaired."""
         events = [{k: v for k, v in vars(e).items() if k != "context_ids"} for e in (output and output.events) or ()]
-        last = Piece((), "" if self.words is None else self.words.add((), last=True), finish=reason, events=events)
+        last = Piece((), "" if self.words is None else self.words.add((), last=True))
         newest = self.outbox[-1] if self.outbox else None
         if isinstance(newest, Piece):  # the tokens of this step, and that they were the last
             self.outbox.pop()
-            last = replace(newest, text=newest.text + last.text, finish=reason, events=events)
-        self._close(last)
+            last = replace(newest, text=newest.text + last.text)
+        self._close(replace(last, finish=reason, events=events, reused=self.reused))
 
     def fail(self, error: Exception) -> None:
         """It has ended in an error, which whoever waits will get; one that comes after the end goes to the log."""
@@ -117,6 +120,7 @@ class Shared:
 
     def __init__(self, writing: Writing, loop: DecodeLoop, slot: Slot) -> None:
         self.writing, self.loop, self.slot = writing, loop, slot
+        self.prompt = np.array(loop.rows[0].prompt)
         self.unfed: list[int] = []
         self.stack = ExitStack()
         self.stack.callback(slot.free)
@@ -127,10 +131,27 @@ class Shared:
         """Whether its prompt is not read yet."""
         return not self.loop.prefilled
 
+    @property
+    def begun(self) -> bool:
+        """Whether the engine knows it."""
+        return self.slot.number is not None
+
+    def follows(self, other: Shared) -> bool:
+        """Whether a text that is being read will soon have what this one can begin with."""
+        common = common_beginning(self.prompt[:-1], other.prompt)
+        return pays(common, len(self.prompt)) and len(other.prompt) - len(other.unfed) < common
+
+    def begin_again(self, shared: SharedEngine) -> None:
+        """What was read of its prompt is lost, and there is another engine."""
+        self.slot.shared, self.slot.number, self.unfed = shared, None, []
+
     def block(self, most: int) -> list[int]:
         """What it has to be fed next: at most so many tokens of its prompt, or all that came after that."""
         if not self.unfed:
             self.unfed = self.loop.pending()[0][0].tolist()
+        if not self.begun:
+            self.writing.reused = self.slot.begin(self.unfed)
+            del self.unfed[: self.writing.reused]
         return self.unfed[:most] if self.reads else self.unfed
 
     def receive(self, count: int, logits: Tensor) -> None:

@@ -43,8 +43,13 @@ def open_engine(
     return LlamaCppEngine(model, max_new_tokens)
 
 
-def open_shared(model: PreTrainedModel, texts: int) -> SharedEngine | None:
-    """An engine that so many texts can share; None where each needs one of its own."""
+def open_shared(model: PreTrainedModel, texts: int, memory: int = 0) -> SharedEngine | None:
+    """An engine that so many texts can share; None where each needs one of its own.
+
+    Args:
+        memory: bytes that texts may take that are over, so that others need not read what they have in common with
+            them; 0: every prompt is read anew.
+    """
     if isinstance(model, LlamaCppModel):
-        return SharedSequences(model, texts)
-    return None if sharing_obstacle(model) else SharedTransformersEngine(model)
+        return SharedSequences(model, texts, memory)
+    return None if sharing_obstacle(model) else SharedTransformersEngine(model, memory)

@@ -10,6 +10,7 @@ a text that is fed in other pieces, differs from the same one alone in the last 
 from __future__ import annotations
 
 import weakref
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,11 +22,14 @@ from ...core.errors import InputError
 from ...models.llamacpp.bindings import F32
 from ...models.llamacpp.model import LlamaCppModel, Weights
 from .branches import Branches, Drafted, Entry
+from .resting import Rest, Resting, longest_beginning
 
 __all__ = ["LlamaCppEngine", "Sequences", "SharedSequences"]
 
 BLOCK = 512  # tokens of one call of llama.cpp
 MOST_SEQUENCES = 256  # that llama.cpp has
+LEAST = 16  # tokens that a text must have in common with another one to begin as that
+COPIED = 64  # tokens whose cells are copied in the time in which one is read, or more
 ROOM = 256  # cells that a new engine has for each row beyond its prompt
 
 
@@ -42,6 +46,7 @@ class Sequences:
     Attributes:
         cells: how many there are, which llama.cpp rounds up.
         lengths: {number of a sequence: its tokens}.
+        common: (sequences, sequences), how many first cells two of them share; its diagonal means nothing.
         shared: cells in use beside these, by branches of a sequence.
     """
 
@@ -58,6 +63,7 @@ class Sequences:
         self.batch = self.lib.llama_batch_init(BLOCK, 0, sequences)
         weakref.finalize(self, _close, model.weights, self.context, self.batch)
         self.lengths: dict[int, int] = {}
+        self.common = np.zeros((sequences, sequences), dtype=int)
         self.branched: set[int] = set()  # numbers that branches of others have
         self.shared = 0
 
@@ -81,7 +87,14 @@ class Sequences:
     @property
     def room(self) -> int:
         """How many more tokens fit, of all sequences together."""
-        return self.cells - sum(self.lengths.values()) - self.shared
+        return self.cells - self.held - self.shared
+
+    @property
+    def held(self) -> int:
+        """Cells of all sequences: each adds what it shares with none of those before it."""
+        slots = list(self.lengths)
+        before = np.tril(self.common[slots][:, slots], -1)
+        return sum(self.lengths.values()) - int(before.max(1, initial=0).sum())
 
     @property
     def free_slots(self) -> int:
@@ -132,14 +145,47 @@ class Sequences:
                 f"{count} tokens cannot be taken back from sequence {slot}; give 0 to {self.lengths[slot]}"
             )
         if count:
-            self.cut(slot, length)
-            self.lengths[slot] = length
+            self._shorten(slot, length)
 
     def free(self, slot: int) -> None:
-        """The sequence is over: its cells and its number are for others."""
+        """The sequence is over: its number is for others, and so are the cells that no other one shares."""
         self._length(slot)
-        self.cut(slot, 0)
+        self._shorten(slot, 0)
         del self.lengths[slot]
+
+    def _shorten(self, slot: int, length: int) -> None:
+        self.cut(slot, length)
+        self.lengths[slot] = length
+        self._share(slot, np.minimum(self.common[slot], length))
+
+    def _share(self, slot: int, common: np.ndarray) -> None:
+        self.common[slot] = self.common[:, slot] = common
+
+    # --- beginnings ----------------------------------------------------------------------------------------
+
+    def begin_as(self, slot: int, other: int, stop: int) -> None:
+        """Let a sequence, which has nothing there, begin with `stop` tokens of another one, in the same cells."""
+        self.lib.llama_memory_seq_cp(self.memory, other, slot, 0, stop)
+        self.lengths[slot] = max(self.lengths[slot], stop)
+        self._check_length(slot, self.lengths[slot])
+        common = np.minimum(self.common[other], stop)
+        common[other] = stop
+        self._share(slot, common)
+
+    def saved(self, slot: int) -> np.ndarray:
+        """All that is held of a sequence, bit for bit, as bytes."""
+        size = self.lib.llama_state_seq_get_size(self.context, slot)
+        state = np.empty(size, dtype=np.uint8)
+        self.lib.llama_state_seq_get_data(self.context, self.ffi.from_buffer("uint8_t[]", state), size, slot)
+        return state
+
+    def restore(self, slot: int, state: np.ndarray, length: int) -> None:
+        """Let an empty sequence be what was saved of one with `length` tokens; there must be room."""
+        data = self.ffi.from_buffer("uint8_t[]", state)
+        if not self.lib.llama_state_seq_set_data(self.context, data, len(state), slot):
+            raise RuntimeError(f"llama.cpp cannot take over {length} tokens of a sequence ({self._said()})")
+        self._check_length(slot, length)
+        self.lengths[slot] = length
 
     def with_room(self, count: int, sequences: int = 0) -> Sequences:
         """Itself, or the same sequences in a context with room for so many more tokens, and for so many sequences."""
@@ -150,15 +196,18 @@ class Sequences:
         return self._grown(max(self.sequences, sequences), cells)
 
     def _grown(self, sequences: int, cells: int) -> Sequences:
-        """A larger context with the same sequences in it, bit for bit; there must be no branches."""
+        """A larger context with the same sequences in it, bit for bit; this one is over. There must be no branches."""
         other = Sequences(self.model, sequences, cells)
         for slot, length in self.lengths.items():
-            size = self.lib.llama_state_seq_get_size(self.context, slot)
-            state = self.ffi.new("uint8_t[]", size)
-            self.lib.llama_state_seq_get_data(self.context, state, size, slot)
-            if length and not self.lib.llama_state_seq_set_data(other.context, state, size, slot):
-                raise RuntimeError(f"llama.cpp cannot take over sequence {slot} ({other._said()})")
-            other.lengths[slot] = length
+            nearest = max(other.lengths, key=lambda one: self.common[slot, one], default=slot)
+            stop = int(self.common[slot, nearest]) if other.lengths else 0
+            other.lengths[slot] = 0
+            if stop:  # these tokens are there already
+                self.lib.llama_memory_seq_rm(self.memory, slot, 0, stop)
+            if stop < length:
+                other.restore(slot, self.saved(slot), length)
+            if stop:
+                other.begin_as(slot, nearest, stop)
         return other
 
     # --- for branches --------------------------------------------------------------------------------------
@@ -266,25 +315,79 @@ class Sequences:
 class SharedSequences:
     """A `SharedEngine` on a GGUF file: a context that grows with the texts that are in it.
 
+    A text that begins like one that is being written has the same cells. One that is over rests outside of the context,
+    where it takes no cells: every step of the others would go over them.
+
     Args:
         sequences: how many texts there can be at a time.
+        memory: bytes that texts may take that are over; 0: every prompt is read anew.
     """
 
-    def __init__(self, model: LlamaCppModel, sequences: int) -> None:
+    def __init__(self, model: LlamaCppModel, sequences: int, memory: int = 0) -> None:
         self.pool = Sequences(model, sequences, min(model.config.max_position_embeddings, ROOM * sequences))
+        self.resting: Resting[np.ndarray] = Resting(memory)
+        self.texts: dict[int, array[int]] = {}
+        self.sure = True  # that every sequence holds what it was fed
+
+    @property
+    def begins_anywhere(self) -> bool:
+        return self.resting.memory > 0
 
     def join(self) -> int:
-        return self.pool.join()
+        slot = self.pool.join()
+        self.texts[slot] = array("i")
+        return slot
+
+    def begin(self, slot: int, prompt: Sequence[int]) -> int:
+        if not self.begins_anywhere:
+            return 0
+        ids = np.array(prompt)
+        other, count = longest_beginning(self.texts, ids)
+        number, resting = self.resting.longest(ids)
+        if number is not None and resting >= count + LEAST and self._restored(slot, number, resting, len(prompt)):
+            count = resting
+        elif other is not None and count >= LEAST:
+            self.pool.begin_as(slot, other, count)
+        else:
+            return 0
+        self.texts[slot].extend(prompt[:count])
+        return count
+
+    def _restored(self, slot: int, number: int, count: int, length: int) -> bool:
+        """Let a sequence begin with what rests; not if that takes longer than reading, or if the context would grow for
+        tokens that the prompt does not have."""
+        tokens = self.resting.rests[number].tokens
+        if len(tokens) > min(COPIED * count, max(self.pool.room, length)):
+            return False
+        self.pool = self.pool.with_room(len(tokens))
+        self.pool.restore(slot, self.resting.use(number).state, len(tokens))
+        self.pool.rollback(slot, len(tokens) - count)
+        return True
 
     def forward(self, blocks: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
+        self.sure = False
         self.pool = self.pool.with_room(sum(map(len, blocks.values())))
-        return self.pool.forward(blocks)
+        logits = self.pool.forward(blocks)
+        for slot, tokens in blocks.items():
+            self.texts[slot].extend(tokens)
+        self.sure = True
+        return logits
 
     def rollback(self, slot: int, count: int) -> None:
         self.pool.rollback(slot, count)
+        del self.texts[slot][len(self.texts[slot]) - count :]
 
     def free(self, slot: int) -> None:
-        self.pool.free(slot)
+        tokens = np.array(self.texts.pop(slot))
+        try:
+            if self.sure and self.resting.wants(tokens):
+                state = self.pool.saved(slot)
+                self.resting.add(Rest(tokens, state, len(state)))
+        finally:
+            self.pool.free(slot)
+
+    def resting_bytes(self) -> int:
+        return self.resting.size
 
 
 def _close(weights: Weights, context: Any, batch: Any) -> None:
