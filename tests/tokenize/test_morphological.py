@@ -264,7 +264,11 @@ def test_the_pipeline_alone_loses_nothing(turkish, text):
 
 
 @pytest.mark.parametrize(
-    "text", ["", " ", "   ", "\r\n\r\n", "\t\t", "a\r\nb", "<pad> x <eos>", "<PAD>", "İIıi", "\x00", "\ufeffa", "⇧│Ġ"]
+    "text",
+    [
+        *("", " ", "   ", "\r\n\r\n", "\t\t", "a\r\nb", "<pad> x <eos>", "<PAD>", "İIıi", "\x00", "\ufeffa", "⇧│Ġ"),
+        *("<eos>du", "<eos>dı", "kitap<pad>lar", "ev<eos>ler"),  # what follows a special token is a word of its own
+    ],
 )
 def test_odd_texts_come_back(turkish, text):
     assert turkish.decode(turkish(text).input_ids) == text
@@ -314,6 +318,36 @@ def test_added_tokens_are_known_to_both_ways():
     assert tokenizer([text]).input_ids == [ids] and tokenizer.decode(ids) == text
     assert tokenizer.decode(ids, skip_special_tokens=True) == "evler  kitabı"
     assert ids.count(tokenizer.convert_tokens_to_ids("<|user|>")) == 2
+
+
+def test_what_follows_an_added_token_is_a_word_of_its_own():
+    tokenizer = Morphological().train(TEXTS)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["ev"]})
+    for text in ("evler", "evlar", "ev lar evlerde"):
+        ids = tokenizer(text).input_ids
+        assert tokenizer([text, ""]).input_ids == [ids, []] and tokenizer.decode(ids) == text
+
+
+def test_the_end_of_a_word_is_nothing_behind_a_form():
+    """Not the space that follows, whichever way a text takes."""
+    dictionary = bare(
+        roots=["kap"],
+        suffixes=[["end", "a", "e"]],
+        contexts={"last": {"before": "\\Z"}},
+        rules={"end": [[], ["last"]]},
+    )
+    tokenizer = tokenizer_of(dictionary)
+    for text in ("kape kape", "kapa kapa", "kapakap kapekap"):
+        ids = tokenizer(text).input_ids
+        assert tokenizer.decode(ids) == text and tokenizer([text]).input_ids == [ids]
+
+
+def test_words_are_forgotten_when_they_are_many_or_long(turkish, monkeypatch):
+    monkeypatch.setattr("tokenry.tokenize.morphology.tokenizer.MOST", 3)
+    monkeypatch.setattr("tokenry.tokenize.morphology.sharing.MOST", 3)
+    for text in (*TEXTS, "kitap" * 50 + " evler", "kitaplar", "kitaplar"):
+        assert turkish([text]).input_ids == [turkish(text).input_ids]
+        assert len(turkish._known) <= 3 and not any(len(word) > 64 for word in turkish._known)
 
 
 def test_saved_and_loaded(turkish, tmp_path):

@@ -19,8 +19,12 @@ class Side(NamedTuple):
     before: re.Pattern[str] | None
 
     def fits(self, left: str, behind: str) -> bool:
-        if self.after is not None and not (self.after.search(left) or left in self.stems):
-            return False
+        return self.follows(left) and self.precedes(behind)
+
+    def follows(self, left: str) -> bool:
+        return self.after is None or self.after.search(left) is not None or left in self.stems
+
+    def precedes(self, behind: str) -> bool:
         return self.before is None or self.before.match(behind) is not None
 
 

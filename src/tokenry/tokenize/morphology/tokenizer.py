@@ -6,10 +6,13 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar
 
 import ahocorasick
+import numpy as np
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.utils.generic import PaddingStrategy
@@ -19,12 +22,12 @@ from ...core.files import explained, parse_json
 from ...text.token_text import check_encodable
 from .forms import REACH, Choice, choice, choices, harmonize
 from .pipeline import EOS, JOINED, LONGEST, MARK, PAD, SPACE, Entry, to_bytes
-from .scoring import look_ahead
+from .scoring import Cutter, look_ahead
+from .sharing import MOST, Sharing
 
 __all__ = ["MorphTokenizer"]
 
 FILE = "morphology.json"
-KNOWN_WORDS = 2**17  # whose ids are remembered
 LONGEST_KNOWN = 64  # characters of a word that is remembered
 
 
@@ -51,15 +54,16 @@ class MorphTokenizer(PreTrainedTokenizerFast):
         self._case = {lower: upper for upper, lower in morphology["case"].items()}
         self._read_entries(morphology)
         self._read_matcher(morphology)
-        self._known: dict[str, list[int]] = {}  # ids of words that were seen
-        self._word_text = lru_cache(KNOWN_WORDS)(self._text_of_word)
-        self._harmonized = lru_cache(KNOWN_WORDS)(lambda left, id, behind: harmonize(left, self._shared[id], behind))
+        self._known: dict[str, bytes] = {}  # ids of words that were seen, with the space behind them
+        self._word_text = lru_cache(MOST)(self._text_of_word)
+        self._harmonized = lru_cache(MOST)(lambda left, id, behind: harmonize(left, self._shared[id], behind))
         options.setdefault("clean_up_tokenization_spaces", False)
         super().__init__(**{"pad_token": PAD, "eos_token": EOS, **options})
         self._plain_cuts = self.backend_tokenizer.pre_tokenizer
-        self._looks_ahead = morphology["rule"] == "score"
-        if self._looks_ahead:
-            look_ahead(self.backend_tokenizer, {token: kind for _, token, kind, *_ in morphology["entries"]})
+        self._cutter: Cutter | None = None
+        if morphology["rule"] == "score":
+            kinds = {token: kind for _, token, kind, *_ in morphology["entries"]}
+            self._cutter = look_ahead(self.backend_tokenizer, kinds)
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **options: Any) -> dict[str, Any]:
@@ -90,6 +94,8 @@ class MorphTokenizer(PreTrainedTokenizerFast):
                 self._id_of_form[at] = entry.shared
         for at, shared in self._id_of_form.items():
             self._first[at] = self._first[shared]
+        texts = dict.fromkeys(self._shared, "") | dict.fromkeys(self._bytes, "\ufffd") | self._exact
+        self._sharing = Sharing(texts, self._id_of_form, self._shared, self._first, self._space)
 
     def _read_matcher(self, morphology: Mapping[str, Any]) -> None:
         cased = [(to_bytes(upper), MARK + to_bytes(lower)) for upper, lower in morphology["case"].items()]
@@ -114,9 +120,9 @@ class MorphTokenizer(PreTrainedTokenizerFast):
     def _through_backend(self, text: Any, text_pair: Any, options: Mapping[str, Any]) -> BatchEncoding:
         tensors = options.get("return_tensors")
         encoded = super()._encode_plus(text, text_pair, **{**options, "return_tensors": None})
-        ids = encoded["input_ids"]
+        ids: Any = encoded["input_ids"]
         batched = bool(ids) and isinstance(ids[0], list)
-        encoded["input_ids"] = [self.share(row) for row in ids] if batched else self.share(ids)
+        encoded["input_ids"] = self.share(ids) if batched else self.share([ids])[0]
         if tensors is None:
             return encoded
         return BatchEncoding(encoded.data, encoded.encodings, tensor_type=tensors, prepend_batch_axis=not batched)
@@ -159,69 +165,64 @@ class MorphTokenizer(PreTrainedTokenizerFast):
 
     def _rows(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of texts without added tokens. Words stand alone between spaces, so each is looked at once."""
-        known, split = self._known, [text.split(SPACE) for text in texts]
-        new = list({word for words in split for word in words if word not in known})
-        fresh: dict[str, list[int]] = {}
-        if new:
-            fresh = dict(zip(new, map(self.share, self._cut(new))))
-            if len(known) + len(new) > KNOWN_WORDS:
-                known = self._known = {word: known[word] for words in split for word in words if word in known}
-            known.update((word, ids) for word, ids in fresh.items() if len(word) <= LONGEST_KNOWN)
-        rows, space = [], self._space
-        for words in split:
-            row: list[int] = []
-            for word in words:
-                row += known[word] if word in known else fresh[word]
-                row.append(space)
-            row.pop()
-            rows.append(row)
-        return rows
+        words = SPACE.join(texts).split(SPACE)
+        try:
+            whole = b"".join(map(self._known.__getitem__, words))
+        except KeyError:
+            whole = self._of_new(words)
+        flat = np.frombuffer(whole, np.int32)
+        ends = np.flatnonzero(flat == self._space)[np.cumsum([text.count(SPACE) + 1 for text in texts]) - 1].tolist()
+        ids = flat.tolist()
+        return [ids[begin:end] for begin, end in zip([0, *(end + 1 for end in ends)], ends)]
+
+    def _of_new(self, words: list[str]) -> bytes:
+        """The ids of words some of which were not seen before; they are known afterwards, unless they are long."""
+        new = list(set(words).difference(self._known))
+        self._known.update(self._learned(new))
+        whole = b"".join(map(self._known.__getitem__, words))
+        for word in (word for word in new if len(word) > LONGEST_KNOWN):
+            del self._known[word]
+        if len(self._known) > MOST:
+            self._known.clear()
+        return whole
 
     def forget_words(self) -> None:
         """Drop what is remembered of words, as after a change of `guard`."""
         self._known.clear()
         self._harmonized.cache_clear()
+        self._sharing.left.clear()
+        if self._cutter is not None:
+            self._cutter.ahead.clear()
+            self._cutter.cut.clear()
 
-    def _cut(self, words: Sequence[str]) -> Iterator[list[int]]:
-        """Ids of forms of each word, as the pipeline gives them: one longest match over all words at once."""
-        if self._looks_ahead:
-            encodings = self.backend_tokenizer.encode_batch_fast(list(words), add_special_tokens=False)
-            yield from (encoding.ids for encoding in encodings)
-            return
+    def _learned(self, words: list[str]) -> Iterator[tuple[str, bytes]]:
+        """Each word with its ids and that of the space behind it."""
         long = [word for word in words if len(word) * 4 > LONGEST and len(word.encode()) > LONGEST]
+        if long:  # the pipeline cuts them before it matches
+            words = [*set(words).difference(long), *long]
+        ids = self._cut(words[: len(words) - len(long)])
         if long:
-            known = {word: encoding.ids for word, encoding in zip(long, self.backend_tokenizer.encode_batch(long))}
-            short = self._cut([word for word in words if word not in known])
-            yield from (known[word] if word in known else next(short) for word in words)
-            return
-        text = SPACE.join(words).encode().decode("latin-1").translate(self._bytes_and_case)
+            encodings = self.backend_tokenizer.encode_batch_fast(long, add_special_tokens=False)
+            ids = np.concatenate([ids, *([*encoding.ids, self._space] for encoding in encodings)])
+        shared = self._sharing(ids, self.guard).astype(np.int32).tobytes()
+        ends = (4 * (np.flatnonzero(ids == self._space) + 1)).tolist()
+        return zip(words, [shared[begin:end] for begin, end in zip([0, *ends], ends)])
+
+    def _cut(self, words: list[str]) -> np.ndarray:
+        """Ids of forms of all words, a space behind each, as the pipeline gives them."""
+        text = SPACE.join([*words, ""]).encode().decode("latin-1").translate(self._bytes_and_case)
         for upper, marked in self._wide_case:
             text = text.replace(upper, marked)
-        row: list[int] = []
-        for _, id in self._automaton.iter_long(text):
-            if id == self._space:
-                yield row
-                row = []
-            else:
-                row.append(id)
-        yield row
+        if self._cutter is not None:
+            return self._cutter.ids(text)
+        return np.fromiter(map(itemgetter(1), self._automaton.iter_long(text)), np.int64)  # one longest match
 
-    def share(self, ids: Iterable[int]) -> list[int]:
-        """Ids of forms to ids of morphemes, word by word; as many as there were."""
-        ids, out, left = list(ids), [], ""
-        for at, id in enumerate(ids):
-            if id == self._space or id not in self._kinds:
-                left = ""
-                out.append(id)
-                continue
-            shared, form = self._id_of_form.get(id), self._exact.get(id)
-            if shared is not None and (not self.guard or self._form(shared, left, ids, at) == form):
-                out.append(shared)
-            else:
-                out.append(id)
-            left += form if form is not None else "\ufffd" if id in self._bytes else ""
-            left = left[-REACH:]
-        return out
+    def share(self, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Rows of ids of forms to ids of morphemes; as many as there were."""
+        flat = np.fromiter(chain.from_iterable((*row, self._space) for row in rows), np.int64)
+        ids = self._sharing(flat, self.guard, list(self.added_tokens_decoder)).tolist()
+        ends = np.cumsum([len(row) + 1 for row in rows]).tolist()
+        return [ids[begin : end - 1] for begin, end in zip([0, *ends], ends)]
 
     def _form(self, shared: int, left: str, ids: Sequence[int], at: int) -> str:
         behind = self._first.get(ids[at + 1], "") if at + 1 < len(ids) else ""
