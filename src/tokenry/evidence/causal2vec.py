@@ -1,16 +1,19 @@
 """Does a token that sums the text up make better embeddings of a decoder, and is it the text that it sums up?
 
-A small decoder and a small encoder, trained from nothing on pairs of STS-B; the model that is given takes no part. A
-trained encoder would carry the result by itself.
+A small decoder and a small encoder, trained from nothing on pairs of STS-B: a trained encoder would carry the result
+by itself. Whether it does is asked beside it: the given model is put behind all-MiniLM-L6-v2, both as they are, and the
+projector between them is trained; MiniLM alone stands next to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
@@ -44,6 +47,7 @@ PLAIN, CONSTANT, CONTEXT, ALONE, METHOD = (
     "encoder and projector alone",
     "causal2vec",
 )
+REAL, READER_ALONE = "the model behind MiniLM, projector trained", "MiniLM alone"
 SETTINGS: dict[str, dict[str, Any]] = {
     PLAIN: {"context": "none", "pooling": "eos"},
     CONSTANT: {"context": "constant"},
@@ -52,12 +56,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 STEPS, BATCH, LR, TEMPERATURE, POSITIVE = 120, 32, 1e-3, 0.05, 4.0
 VOCABULARY, WIDTH, READER = 4096, 128, 64
+REAL_STEPS, REAL_BATCH = 60, 16
 
 
 @experiment("causal2vec", Causal2Vec, batch=64, seeds=(0, 1, 2), quick=8)
 def build(run: Run[Causal2Vec]) -> Design:
-    """STS-B test pairs; samples are pairs, evenly spread, by default all 1379. Trains five models for each seed, kept
-    in the cache folder. `method` sets the encoder's pooling, the projector and the place of the token.
+    """STS-B test pairs; samples are pairs, evenly spread, by default all 1379. Trains five models for each seed, and
+    one projector for the given model, kept in the cache folder. `method` sets the encoder's pooling, the projector and
+    the place of the token.
     """
     method, steps = run.settings(Causal2Vec), run.size(STEPS, 2)
     folder = run.folder("causal2vec")
@@ -75,15 +81,32 @@ def build(run: Run[Causal2Vec]) -> Design:
         setting = {**SETTINGS.get(name, {"decoder": False}), "steps": steps}
         return Arm(name, role=role, setting=setting, apply=lambda texts, seed: embeds(name, seed)(texts)[:, None])
 
+    real = cache(lambda: behind_minilm(run, method, folder))
+    kept: dict[str, Any] = {
+        REAL: cache(lambda texts: real().encode(texts, batch_size=64)),
+        READER_ALONE: cache(lambda texts: alone(real(), texts, summaries)),
+    }
+
+    def once(name: str, role: Any) -> Arm:
+        """Trained once, so that it is measured once, too."""
+        setting = {"steps": run.size(REAL_STEPS, 1), "batch": REAL_BATCH, "reader": "MiniLM"}
+        return Arm(name, role=role, setting=setting, apply=lambda texts, seed: kept[name](tuple(texts))[:, None])
+
     return Design(
         task=STSTask(spread(test, run.samples) if run.samples else test),
-        arms=[arm(PLAIN, "plain"), arm(CONSTANT), arm(CONTEXT), arm(ALONE), arm(METHOD, "method")],
+        arms=[
+            *(arm(PLAIN, "plain"), arm(CONSTANT), arm(CONTEXT), arm(ALONE), arm(METHOD, "method")),
+            *(once(READER_ALONE, "control"), once(REAL, "method")),
+        ],
         baseline=PLAIN,
         statistics=STSTask.statistics,
         notes=f"A Llama of 2 layers, {WIDTH} wide, and a BERT of 2 layers, {READER} wide, from random weights, with "
         f"one vocabulary of {VOCABULARY} entries; {steps} steps of {BATCH} pairs of STS-B train that people give "
         f"{POSITIVE:g} of 5 or more, InfoNCE at temperature {TEMPERATURE}, learning rate {LR}, everything trained, the "
-        "same pairs in every arm. A seed is that of weights and order. The arms with the encoder have more weights.",
+        "same pairs in every arm. A seed is that of weights and order. The arms with the encoder have more weights. "
+        f"`{REAL}`: the given model and all-MiniLM-L6-v2, both frozen, with a projector that is trained on the same "
+        f"pairs, {run.size(REAL_STEPS, 1)} steps of {REAL_BATCH}. It is trained, and it and MiniLM embed, once for all "
+        "seeds, so that their seconds are divided by the number of seeds. MiniLM was made to embed sentences.",
         tried="300 steps of 64 pairs were begun and stopped for their time, before anything was scored; at step 100 "
         "the loss of training was near 0 already.",
     )
@@ -95,16 +118,42 @@ def trained(method: Causal2Vec, steps: int, by_encoder: bool) -> Any:
 
     from ..represent.contextual.sentence_transformer import Causal2VecTransformer, train_contrastive
 
-    train = load_pairs("train")
-    words = vocabulary([text for pair in train for text in pair[:2]])
+    words = vocabulary([text for pair in load_pairs("train") for text in pair[:2]])
     embedder = untrained(method, words)
-    pairs = [pair[:2] for pair in train if pair.score >= POSITIVE and pair.first != pair.second]
     module = Causal2VecTransformer(embedder)
     if by_encoder:
         module.embedder.forward = partial(context_tokens, embedder)
     sentences = SentenceTransformer(modules=[module], device="cpu", trust_remote_code=False)
-    train_contrastive(sentences, pairs, steps=steps, batch_size=BATCH, lr=LR, temperature=TEMPERATURE, seed=method.seed)
+    options = {"batch_size": BATCH, "lr": LR, "temperature": TEMPERATURE, "seed": method.seed}
+    train_contrastive(sentences, positives(), steps=steps, **options)
     return embedder.write
+
+
+def positives() -> list[tuple[str, str]]:
+    """Pairs of the training split that mean the same."""
+    return [pair[:2] for pair in load_pairs("train") if pair.score >= POSITIVE and pair.first != pair.second]
+
+
+def behind_minilm(run: Run[Causal2Vec], method: Causal2Vec, folder: Path) -> ContextEmbedder:
+    """The given model behind MiniLM, with a projector that is trained where it is not kept yet."""
+    from sentence_transformers import SentenceTransformer
+
+    from ..represent.contextual.sentence_transformer import Causal2VecTransformer, train_contrastive
+
+    one = method.model_copy(update={"trained": None, "encoder_name": "minilm", "seed": 0})
+    embedder = one.untrained(run.model, run.tokenizer)
+    projector, steps = cast(torch.nn.Module, embedder.model.projector), run.size(REAL_STEPS, 1)
+
+    def make() -> Any:
+        embedder.model.requires_grad_(False)
+        projector.requires_grad_(True)
+        sentences = SentenceTransformer(modules=[Causal2VecTransformer(embedder)], device=str(run.model.device))
+        train_contrastive(sentences, positives(), steps=steps, batch_size=REAL_BATCH, lr=LR, temperature=TEMPERATURE)
+        return lambda place: save_file(projector.state_dict(), place / "projector.safetensors")
+
+    path = folder / digest([one.model_dump(mode="json"), steps, REAL_BATCH, LR, TEMPERATURE, POSITIVE])
+    projector.load_state_dict(load_file(built_folder(path, make) / "projector.safetensors"))
+    return embedder.eval()
 
 
 def untrained(method: Causal2Vec, words: PreTrainedTokenizerBase) -> ContextEmbedder:
@@ -141,11 +190,19 @@ def context_tokens(embedder: ContextEmbedder, **features: Tensor) -> Tensor:
     return torch.nn.functional.normalize(made.float(), dim=-1)
 
 
+def summaries(embedder: ContextEmbedder, **features: Tensor) -> Tensor:
+    """(texts, encoder width): the encoder's vectors."""
+    model: Any = embedder.model
+    made = model.summary(features["encoder_input_ids"], features["encoder_attention_mask"])
+    return torch.nn.functional.normalize(made.float(), dim=-1)
+
+
 @torch.no_grad()
-def alone(embedder: ContextEmbedder, texts: Sequence[str]) -> Tensor:
-    """(texts, width): `context_tokens` of texts."""
+def alone(embedder: ContextEmbedder, texts: Sequence[str], what: Callable[..., Tensor] = context_tokens) -> Tensor:
+    """(texts, width): `context_tokens` of texts, or `summaries`."""
     parts = [texts[i : i + 64] for i in range(0, len(texts), 64)]
-    return torch.cat([context_tokens(embedder, **embedder.tokenize(part)) for part in parts])
+    tokenized = [{name: t.to(embedder.model.device) for name, t in embedder.tokenize(part).items()} for part in parts]
+    return torch.cat([what(embedder, **features).cpu() for features in tokenized])
 
 
 @build.findings
@@ -158,4 +215,8 @@ def findings(c: Comparison) -> list[Finding]:
         Finding("It beats a constant learned token in the same place.", better(METHOD, [CONSTANT])),
         Finding("It beats the encoder and projector without the decoder.", better(METHOD, [ALONE])),
         Finding("It beats the state at the Contextual token alone.", better(METHOD, [CONTEXT])),
+        Finding(
+            "The given model behind MiniLM, of which the projector was trained, beats MiniLM alone.",
+            better(REAL, [READER_ALONE]),
+        ),
     ]

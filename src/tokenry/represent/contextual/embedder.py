@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from ..text.batches import by_length, check_sentences
 from ..text.prompt_embedder import leads_with_bos
 
 if TYPE_CHECKING:
+    from ..causal2vec import Causal2VecModel
     from .config import Causal2VecConfig
 
 __all__ = ["ENCODER_FOLDER", "ContextEmbedder"]
@@ -114,16 +116,16 @@ class ContextEmbedder(nn.Module):
     def _encoder_rows(self, texts: Sequence[str]) -> list[list[int]]:
         if self.config.context != "encoder":
             return [[0]] * len(texts)
-        special = self.encoder_tokenizer.num_special_tokens_to_add()
-        whole = self._ids(self.encoder_tokenizer, texts)
-        room = self.encoder_limit - special
-        long = sum(len(ids) > room for ids in whole)
-        if long:
-            warnings.warn(
-                f"{long} of {len(texts)} texts have more than the {room} tokens that the encoder takes; its summary is "
-                "of their beginnings",
-                stacklevel=4,
-            )
+        whole = self.encoder_tokenizer(list(texts), truncation=False, padding=False, verbose=False).input_ids
+        long = sum(len(ids) > self.encoder_limit for ids in whole)
+        if not long:
+            return whole
+        room = self.encoder_limit - self.encoder_tokenizer.num_special_tokens_to_add()
+        warnings.warn(
+            f"{long} of {len(texts)} texts have more than the {room} tokens that the encoder takes; its summary is of "
+            "their beginnings",
+            stacklevel=4,
+        )
         return self.encoder_tokenizer(
             list(texts), truncation=True, max_length=self.encoder_limit, padding=False
         ).input_ids
@@ -171,12 +173,27 @@ class ContextEmbedder(nn.Module):
         """
         check_sentences(sentences, batch_size)
         rows = self.rows(sentences, instruction)
+        told = self._context_tokens([row[2] for row in rows], batch_size) if self.config.context == "encoder" else None
 
         def embed(places: list[int]) -> Tensor:
             batch = self._pad([rows[i] for i in places])
+            if told is not None:
+                batch["context_token"] = told[places]
             return self(**{name: t.to(self.model.device) for name, t in batch.items()}).cpu()
 
         return by_length([len(ids) for ids, _, _ in rows], batch_size, embed, progress)
+
+    def _context_tokens(self, rows: Sequence[list[int]], batch_size: int) -> Tensor:
+        """(rows, width): what the encoder says of all texts, in batches of its own: by its own lengths, and of as many
+        tokens as a batch has on average, so that little of its work is padding."""
+        model = cast("Causal2VecModel", self.model)
+
+        def tell(places: list[int]) -> Tensor:
+            ids, real = right_padded([rows[i] for i in places], pad=pad_id(self.encoder_tokenizer))
+            return model.context_token(ids.to(model.device), real.long().to(model.device))
+
+        lengths = [len(row) for row in rows]
+        return by_length(lengths, len(rows), tell, tokens=batch_size * math.ceil(sum(lengths) / len(rows)))
 
     def save(self, folder: str | Path) -> None:
         """Weights (LoRA merged), configuration and both tokenizers, for `Causal2Vec(trained=folder)`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,16 +23,36 @@ def check_sentences(sentences: Any, batch_size: int) -> None:
 
 
 def by_length(
-    lengths: Sequence[int], batch_size: int, embed: Callable[[list[int]], Tensor], progress: Progress | None = None
+    lengths: Sequence[int],
+    batch_size: int,
+    embed: Callable[[list[int]], Tensor],
+    progress: Progress | None = None,
+    tokens: int | None = None,
 ) -> Tensor:
     """(texts, ...) from `embed`, which is given the places of a batch; the longest first, as like lengths need little
-    padding. `progress` gets (done, all) after a batch."""
+    padding.
+
+    Args:
+        progress: gets (done, all) after a batch.
+        tokens: of a batch at most, with the padding; one text may have more.
+    """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     made: list[Tensor] = []
-    for start in range(0, len(order), batch_size):
-        made.append(embed(order[start : start + batch_size]))
+    done = 0
+    for batch in _batches(order, lengths, batch_size, tokens):
+        made.append(embed(batch))
+        done += len(batch)
         if progress:
-            progress(min(start + batch_size, len(order)), len(order))
+            progress(done, len(order))
     back = torch.empty(len(order), dtype=torch.long)
     back[order] = torch.arange(len(order))
     return torch.cat(made)[back]
+
+
+def _batches(order: list[int], lengths: Sequence[int], most: int, tokens: int | None) -> Iterator[list[int]]:
+    start = 0
+    while start < len(order):
+        longest = lengths[order[start]]
+        count = most if tokens is None else max(1, min(most, tokens // longest))
+        yield order[start : start + count]
+        start += count
