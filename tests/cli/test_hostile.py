@@ -342,6 +342,28 @@ def test_a_lone_surrogate_in_a_text_is_refused(text, llama, tokenizer):
 
 
 @pytest.mark.parametrize(
+    ("option", "why"),
+    [
+        (None, "give trained=FOLDER"),
+        ("trained=", "trained"),
+        ("trained=/dev/null", "no trained Causal2Vec in '/dev/null'"),
+        ("trained=m[/]x", "no trained Causal2Vec in 'm[/]x'"),
+        ("trained=" + "a" * 5000, "no trained Causal2Vec in"),
+        ("trained=MODEL", "no trained Causal2Vec in"),
+        ("context=m[/]x", "context='m[/]x' is not allowed"),
+        ("context=none", "needs the Contextual token"),
+        ("seed=-1", "seed=-1 is not allowed"),
+    ],
+)
+def test_causal2vec_that_is_not_there_is_refused(option, why, place):
+    option = option and option.replace("MODEL", str(place / "model"))
+    args = ["represent", "--method", "causal2vec", "--output", str(place / "v.npy"), "--model", str(place / "model")]
+    result = run(*args, *(["-o", option] if option else []), str(place / "text.txt"))
+    assert result.exit_code == 2 and why in " ".join(result.output.split()), result.output
+    assert not (place / "v.npy").exists()
+
+
+@pytest.mark.parametrize(
     "args",
     [
         ["decode", "the nama"],

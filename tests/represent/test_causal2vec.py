@@ -2,6 +2,7 @@
 
 import copy
 import json
+import random
 
 import numpy as np
 import pytest
@@ -72,6 +73,39 @@ def test_a_vocabulary_token_in_its_place_is_the_plain_model(make_model, parts, k
     z = torch.cat([states[:, index], states[:, -1]], 1)
     assert torch.equal(found.embedding, torch.nn.functional.normalize(z, dim=-1))
     torch.testing.assert_close(found.embedding.norm(dim=-1), torch.ones(2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_in_a_padded_batch_each_row_is_the_plain_model_with_its_token(make_model, parts, kind, side):
+    """Rows of other lengths, each with its own token in another place: the mask, the places and the positions of one
+    row are not those of the next."""
+    model, embedder = make_model(kind), parts(kind)
+    draw = torch.Generator().manual_seed(5)
+    rows = [torch.randint(2, 300, (length,), generator=draw) for length in (3, 9, 6, 9)]
+    index, tokens = torch.tensor([3, 0, 2, 8]), torch.tensor([11, 23, 31, 47])
+    ids, mask = torch.full((4, 9), 1), torch.zeros(4, 9, dtype=torch.long)
+    for i, row in enumerate(rows):
+        place = slice(9 - len(row), 9) if side == "left" else slice(0, len(row))
+        ids[i, place], mask[i, place] = row, 1
+    found = embedder.model(ids, mask, context_index=index, context_token=model.get_input_embeddings()(tokens))
+    for i, (row, at, token) in enumerate(zip(rows, index.tolist(), tokens)):
+        whole = torch.cat([row[:at], token[None], row[at:]])[None]
+        states = model.base_model(whole, use_cache=False).last_hidden_state[0]
+        torch.testing.assert_close(found.context_state[i], states[at], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found.eos_state[i], states[-1], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("context", ["encoder", "constant", "none"])
+def test_however_texts_are_batched_their_vectors_are_the_same(parts, context):
+    """The encoder has batches of its own."""
+    embedder = parts(context=context, **({"pooling": "eos"} if context == "none" else {}))
+    texts = [" ".join(["sea", "wind", "tower"][: n % 3 + 1] * n) for n in (9, 1, 4, 2, 7, 3, 1, 12)]
+    alone = torch.cat([embedder.encode([text]) for text in texts])
+    for size in (1, 3, 64):
+        torch.testing.assert_close(embedder.encode(texts, batch_size=size), alone, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -232,6 +266,36 @@ def test_training_brings_pairs_together(parts, tmp_path):
     pairs = [(f"the {word}", f"a {word} was here") for word in words]
     losses = train_contrastive(sentences, pairs, steps=12, batch_size=8, lr=2e-3)
     assert len(losses) == 12 and losses[-1] < 0.7 * losses[0]
+
+
+def first_word_accuracy(parts, context):
+    """How well a probe, trained with everything else, tells from the state of the first letter whether the last one is
+    the same; of half of the texts with each first letter it is."""
+    draw, texts = random.Random(0), []
+    for n in range(96):
+        first = "abcd"[n // 2 % 4]
+        last = first if n % 2 else draw.choice("abcd".replace(first, ""))
+        texts.append(f"{first}{draw.choice('xyz')}{last}")
+    embedder, states = parts(context=context), []
+    hook = embedder.model.decoder.register_forward_hook(lambda *args: states.append(args[2].last_hidden_state))
+    torch.manual_seed(0)
+    probe = torch.nn.Linear(32, 2)
+    features, labels = embedder.tokenize(texts), torch.arange(96) % 2
+    optimizer = torch.optim.Adam([*embedder.model.parameters(), *probe.parameters()], lr=3e-3)
+    for _ in range(150):
+        embedder(**features)
+        scores = probe(states.pop()[:, 1])  # behind the token
+        torch.nn.functional.cross_entropy(scores, labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    hook.remove()
+    return float((scores.argmax(-1) == labels).float().mean())
+
+
+def test_what_the_first_word_knows_of_the_last_it_knows_through_the_token(parts):
+    """It cannot be known without: a vector in the same place that is the same for all texts tells nothing."""
+    assert first_word_accuracy(parts, "encoder") > 0.9
+    assert first_word_accuracy(parts, "constant") < 0.6
 
 
 # --- files -------------------------------------------------------------------------------------------------------
