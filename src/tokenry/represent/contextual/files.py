@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...core.errors import InputError
+from ...core.fields import shown
 from ...models.checkpoint_files import check_weights, read_tokenizer, reading
 from ...models.embedders import MINILM, wheel_folder
 from .embedder import ENCODER_FOLDER, ContextEmbedder
@@ -32,8 +34,8 @@ def read_folder(kind: type[PreTrainedModel], folder: str | Path) -> ContextEmbed
         InputError: nothing there, something else, or a damaged one.
     """
     place = Path(folder)
-    if not (place / "config.json").is_file() or not (place / ENCODER_FOLDER).is_dir():
-        raise InputError(f"there is no trained Causal2Vec in {str(folder)!r}; give what its save has written")
+    if not isfile(place / "config.json") or not isdir(place / ENCODER_FOLDER):  # false for a name that cannot be one
+        raise InputError(f"there is no trained Causal2Vec in {shown(str(folder), 200)}; give what its save has written")
     with reading(str(folder), remedy="train it again"):
         read: Any = kind.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True)
         model, found = read
