@@ -352,7 +352,7 @@ def test_a_lone_surrogate_in_a_text_is_refused(text, llama, tokenizer):
         ("trained=MODEL", "no trained Causal2Vec in"),
         ("context=m[/]x", "context='m[/]x' is not allowed"),
         ("context=none", "needs the Contextual token"),
-        ("seed=-1", "seed=-1 is not allowed"),
+        ("seed=-1", "seed='-1' is not allowed"),
     ],
 )
 def test_causal2vec_that_is_not_there_is_refused(option, why, place):

@@ -147,7 +147,8 @@ def behind_minilm(run: Run[Causal2Vec], method: Causal2Vec, folder: Path) -> Con
     def make() -> Any:
         embedder.model.requires_grad_(False)
         projector.requires_grad_(True)
-        sentences = SentenceTransformer(modules=[Causal2VecTransformer(embedder)], device=str(run.model.device))
+        device, module = str(run.model.device), Causal2VecTransformer(embedder)
+        sentences = SentenceTransformer(modules=[module], device=device, trust_remote_code=False)
         train_contrastive(sentences, positives(), steps=steps, batch_size=REAL_BATCH, lr=LR, temperature=TEMPERATURE)
         return lambda place: save_file(projector.state_dict(), place / "projector.safetensors")
 
