@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
 import socket
 import statistics
 import subprocess
@@ -29,7 +28,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import httpx
 from bench_llamacpp import as_f32
 from bench_server import PLACES, THINGS
-from common import heading
+from common import heading, served
 from support.llama_server import llama_server
 
 import tokenry
@@ -39,7 +38,7 @@ KINDS = ("a story", "a poem", "a letter", "a song")  # one for each round, the f
 STREAMS, NEW_TOKENS = 32, 32
 THREADS = 2
 STARTS = 180.0  # seconds in which a server has to be there
-ENV = os.environ | {"OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"}
+os.environ["OMP_NUM_THREADS"] = str(THREADS)  # of the servers
 OURS, OURS_GGUF = "tokenry", "tokenry, GGUF"
 THEIRS, THEIRS_BATCHED, LLAMA = "transformers serve", "transformers serve, batching", "llama.cpp's server"
 
@@ -53,20 +52,6 @@ class Round(NamedTuple):
 
 
 @contextmanager
-def tokenry_server(model: str) -> Iterator[str]:
-    """The address of `tokenry serve`."""
-    command = [sys.executable, "-m", "tokenry", "serve", "--model", model, "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENV) as server:
-        try:
-            assert server.stdout is not None
-            found = re.search(r"http://127\.0\.0\.1:\d+", server.stdout.readline())
-            assert found, "the server has not started; it said why above"
-            yield found[0]
-        finally:
-            server.kill()
-
-
-@contextmanager
 def transformers_server(folder: str, *options: str) -> Iterator[str]:
     """The address of `transformers serve`."""
     with socket.socket() as free:
@@ -74,7 +59,7 @@ def transformers_server(folder: str, *options: str) -> Iterator[str]:
         port = free.getsockname()[1]
     command = [str(Path(sys.executable).with_name("transformers")), "serve", folder, "--device", "cpu"]
     command += ["--dtype", "float32", "--host", "127.0.0.1", "--port", str(port), *options]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV) as server:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
             yield there(f"http://127.0.0.1:{port}")
         finally:
@@ -128,21 +113,20 @@ def main() -> None:
             part.save_pretrained(folder)
         gguf = str(as_f32(_embedded_gguf()))
         batching = ("--continuous-batching", "--cb-num-blocks", "64", "--cb-max-batch-tokens", "2048")
-        servers = {
-            OURS: tokenry_server(folder),
-            OURS_GGUF: tokenry_server(gguf),
+        urls = {name: stack.enter_context(served(what))[1] for name, what in ((OURS, folder), (OURS_GGUF, gguf))}
+        theirs = {
             THEIRS: transformers_server(folder),
             THEIRS_BATCHED: transformers_server(folder, *batching),
             LLAMA: llama_server(gguf, context=256 * STREAMS, streams=STREAMS, threads=THREADS),
         }
-        urls = {name: stack.enter_context(server) for name, server in servers.items()}
-        names = dict.fromkeys(servers, folder)
+        urls |= {name: stack.enter_context(server) for name, server in theirs.items()}
+        names = dict.fromkeys(urls, folder)
         for name in (OURS, OURS_GGUF, LLAMA):
             names[name] = httpx.get(f"{urls[name]}/v1/models").json()["data"][0]["id"]
-        rounds: dict[str, list[Round]] = {name: [] for name in servers}
+        rounds: dict[str, list[Round]] = {name: [] for name in urls}
         texts: dict[str, list[str]] = {}
         for kind in KINDS:
-            for name in servers:
+            for name in urls:
                 found, texts[name] = asyncio.run(streams(urls[name], names[name], kind))
                 if kind != KINDS[0]:
                     rounds[name].append(found)

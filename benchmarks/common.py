@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -41,3 +44,18 @@ def report(what: str, value: float, goal: str, holds: bool) -> None:
 
 def heading(text: str) -> None:
     print(f"\n{text} (torch {torch.__version__}, {THREADS} threads, python {sys.version.split()[0]})", flush=True)
+
+
+@contextmanager
+def served(model: str, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`tokenry serve` in a process of its own, and where it listens."""
+    command = [sys.executable, "-m", "tokenry", "serve", "--model", model, "--port", "0", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            found = re.search(r"http://127\.0\.0\.1:\d+", server.stdout.readline())
+            if found is None:
+                raise SystemExit("the server has not started; it said why above")
+            yield server, found[0]
+        finally:
+            server.kill()

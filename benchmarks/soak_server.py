@@ -21,12 +21,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
-from common import heading, report
+from common import heading, report, served
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
@@ -128,13 +129,9 @@ def main() -> None:
     parser.add_argument("--model", help="a name or folder (default: a tiny one, made here)")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        server, url = started(asked.model or tiny(folder))
-        try:
-            soaked(asked, server, url)
-        finally:
-            server.kill()
-            server.wait()
+    with ExitStack() as stack:
+        model = asked.model or tiny(stack.enter_context(tempfile.TemporaryDirectory()))
+        soaked(asked, *stack.enter_context(served(model, "--reuse-memory", str(RESTING))))
 
 
 def tiny(folder: str) -> str:
@@ -144,18 +141,6 @@ def tiny(folder: str) -> str:
     tokenizer.save_pretrained(folder)
     build("llama").save_pretrained(folder)
     return folder
-
-
-def started(model: str) -> tuple[subprocess.Popen[str], str]:
-    """The server, and where it listens."""
-    command = [sys.executable, "-m", "tokenry", "serve", "--model", model, "--port", "0"]
-    command += ["--reuse-memory", str(RESTING)]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert server.stdout is not None
-    found = re.search(r"http://127\.0\.0\.1:\d+", server.stdout.readline())
-    if found is None:
-        raise SystemExit("the server has not started; it said why above")
-    return server, found[0]
 
 
 def soaked(asked: argparse.Namespace, server: subprocess.Popen[str], url: str) -> None:

@@ -6,7 +6,6 @@ on several sentences, each hidden in a row of its own, run as one batch.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -20,7 +19,7 @@ from ...core.errors import InputError
 from ...core.fields import require
 from ...hooks.attention import suppress
 from ...models.anatomy import attention_modules, decoder_body, decoder_layers
-from ...models.kv_cache import key_layers, new_cache, remove_last
+from ...models.kv_cache import beginning_of, key_layers, new_cache
 from ...text.sentences import check_spans
 from ...text.spans import Span
 from ...trace.recorder import head_logits
@@ -191,13 +190,9 @@ def _empty(model: PreTrainedModel) -> Cache:
 
 def _beginning(cache: Cache, behind: int, rows: int) -> Cache:
     """All but the last columns of a cache, which so many rows share for one forward; the cache stays as it is."""
-    first = copy.copy(cache)
-    first.layers = [copy.copy(layer) for layer in cache.layers]  # whose tensors no forward changes
-    remove_last(first, [behind] * len(first.layers))
+    first = beginning_of(cache, behind, rows)
     for layer in key_layers(first):
-        if layer.keys is not None:
-            layer.keys, layer.values = (x.expand(rows, -1, -1, -1) for x in (layer.keys, layer.values))
-            layer.update = partial(_forgetful, layer, layer.update)
+        layer.update = partial(_forgetful, layer, layer.update)
     return first
 
 
