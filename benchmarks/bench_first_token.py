@@ -2,9 +2,9 @@
 
 python benchmarks/bench_first_token.py
 
-All serve the same weights in float32, each in a process of its own with two threads, and write the same greedy texts.
-The rounds take the servers in turns, each with prompts of its own, as llama.cpp's server remembers those it has seen; a
-number is the median of the rounds.
+All serve the same weights in float32, each in a process of its own with as many threads, and write the same greedy
+texts. The rounds take the servers in turns, each with prompts of its own, as llama.cpp's server remembers those it has
+seen; a number is the median of the rounds.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ from typing import NamedTuple
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 import httpx
-from bench_llamacpp import as_f32
 from bench_server import PLACES, THINGS
-from common import heading, served
+from common import THREADS, as_f32, heading, served
 from support.llama_server import llama_server
 
 import tokenry
@@ -36,9 +35,8 @@ from tokenry.models.load import _embedded_gguf
 
 KINDS = ("a story", "a poem", "a letter", "a song")  # one for each round, the first to warm up
 STREAMS, NEW_TOKENS = 32, 32
-THREADS = 2
 STARTS = 180.0  # seconds in which a server has to be there
-os.environ["OMP_NUM_THREADS"] = str(THREADS)  # of the servers
+os.environ["OMP_NUM_THREADS"] = str(THREADS)  # of each server
 OURS, OURS_GGUF = "tokenry", "tokenry, GGUF"
 THEIRS, THEIRS_BATCHED, LLAMA = "transformers serve", "transformers serve, batching", "llama.cpp's server"
 

@@ -16,18 +16,15 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import gguf
 from bench_loop import phrases
-from common import heading, report
+from common import as_f32, heading, report
 
 import tokenry
 from tokenry.decode import Antislop, Spectr, encode_prompts
 from tokenry.decode.engines.branches import Entry
 from tokenry.decode.engines.llamacpp import Sequences
-from tokenry.models.conversions import cache_folder
 from tokenry.models.llamacpp.bindings import library
 
 NEW_TOKENS = 64
@@ -38,30 +35,6 @@ COPYING = (
     "Copy this text: The old lighthouse stood on the cliff, and every evening the keeper climbed the stairs to light "
     "the lamp. One night a ship came near the rocks, and the keeper rang the bell until the ship turned away."
 )
-KEPT = ("GGUF.", "general.architecture", "general.file_type")  # the writer has its own
-
-
-def as_f32(source: Path) -> Path:
-    """The file with its weights in F32."""
-    target = cache_folder() / "gguf" / f"{source.stem}.F32.gguf"
-    if target.is_file():
-        return target
-    reader, work = gguf.GGUFReader(source), target.with_suffix(".part")
-    work.parent.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(str(work), reader.fields["general.architecture"].contents())
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    for name, field in reader.fields.items():
-        if not name.startswith(KEPT):
-            inner = field.types[1] if len(field.types) > 1 else None
-            writer.add_key_value(name, field.contents(), field.types[0], sub_type=inner)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype("float32"))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return work.rename(target)
-
 
 SAMPLER = """
 struct llama_sampler_chain_params { bool no_perf; };

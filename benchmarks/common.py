@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -17,6 +18,33 @@ import torch
 
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
 torch.set_num_threads(THREADS)
+KEPT = ("GGUF.", "general.architecture", "general.file_type")  # the writer has its own
+
+
+def as_f32(source: Path) -> Path:
+    """The file with its weights in F32."""
+    import gguf
+
+    from tokenry.models.conversions import cache_folder
+
+    target = cache_folder() / "gguf" / f"{source.stem}.F32.gguf"
+    if target.is_file():
+        return target
+    reader, work = gguf.GGUFReader(source), target.with_suffix(".part")
+    work.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(str(work), reader.fields["general.architecture"].contents())
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    for name, field in reader.fields.items():
+        if not name.startswith(KEPT):
+            inner = field.types[1] if len(field.types) > 1 else None
+            writer.add_key_value(name, field.contents(), field.types[0], sub_type=inner)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype("float32"))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return work.rename(target)
 
 
 def interleaved(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:

@@ -18,16 +18,16 @@ EXACT = 1e-3  # of sums in float32
 @experiment(
     "probe-along-tokens",
     RefusalCliff,
-    samples=60,
+    samples=16,
     seeds=(0, 1, 2),
-    batch=20,
+    batch=4,
     quick=4,
-    limit=240,
     claim="A linear probe of any property, followed along the tokens, turns where the text does, and what the heads "
     "add along it sums to what attention writes.",
 )
 def build(run: Run[RefusalCliff]) -> Design:
-    """Texts that turn from an animal to a machine or back; a seed trains the probe."""
+    """Texts that turn from an animal to a machine or back; samples are nouns, of which there are 16. A seed trains the
+    probe."""
     method = run.settings(RefusalCliff, learning_rate=0.01, epochs=30)
     setting = method.model_dump(mode="json")
 
@@ -40,7 +40,8 @@ def build(run: Run[RefusalCliff]) -> Design:
         baseline=MEANS,
         tried="On dev: learning rates of 0.001 and 0.01, and hidden states 4 to 30, of which the last turns most and "
         "knows as many kinds as any. Before that, probes that had learned half as many nouns knew 67 % of six test "
-        "samples.",
+        "samples. Then 180 texts were measured, drawn from these nouns and frames, as if no noun came twice; since "
+        "then a sample is a noun, in all frames.",
         notes="The nouns of a text are not among those that probes learn from; the frames around them are.",
     )
 
@@ -50,7 +51,7 @@ def findings(c: Comparison) -> list[Finding]:
     """The kind of a noun, the turn of the curve, the sum over heads."""
     return [
         Finding(
-            "The kind of a noun that was not learned is known in at least nine of ten sentences.",
+            "The kind of a noun that was not learned is known in at least nine of ten sentences with it.",
             at_least(c.value("right", PROBE, ".1%"), 0.9),
             main=True,
             note="; ".join(f"{name} {c.mean(name, 'right'):.1%}" for name in (MEANS, SHUFFLED)),

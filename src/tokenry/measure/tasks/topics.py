@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ...core.errors import InputError
 from ...hooks.residual import edit_outputs
 from ...learned.linear_probe import LinearProbe, state_number
 from ...models.anatomy import decoder_layers, head_mixer
@@ -42,18 +43,24 @@ FRAMES = (
 
 
 class TopicTask:
-    """A sample is two sentences, the first about a noun of one kind, the second about one of the other; no probe has
-    learned either noun. An arm's `apply` says how the probe learns: from the labels, shuffled ones, or by means.
+    """A sample is a noun that no probe has learned: a text for each frame that it stands in, behind a sentence about a
+    noun of the other kind, which no probe has learned either. So what is known of a noun counts once.
+
+    An arm's `apply` says how the probe learns: from the labels, shuffled ones, or by means.
 
     Args:
+        count: nouns, at most those of the split.
         split: "dev" or "test", for the nouns of the samples; probes learn from those of "train".
+
+    Raises:
+        InputError: more nouns than there are.
     """
 
     slug: ClassVar[str] = "topics"
     stage: ClassVar[str] = "read"
     metrics: ClassVar[Sequence[Metric]] = (
-        Metric("right", "higher", "1 if the probe knows the kind of the second noun at the end of its sentence alone"),
-        Metric("turn", "higher", "mean of the curve from the second noun on minus that from the first, to its kind"),
+        Metric("right", "higher", "share of the sentences with the noun alone at whose end the probe knows its kind"),
+        Metric("turn", "higher", "mean of the curve from the noun on minus that from the other one, to its kind"),
         Metric("gap", "lower", "largest difference of the heads' sum and what attention writes, over all layers"),
     )
 
@@ -65,35 +72,47 @@ class TopicTask:
         count: int,
         split: str = "test",
     ) -> None:
-        self.model, self.tokenizer, self.method, self.count, self.split = model, tokenizer, method, count, split
+        self.kinds = [kind[SPLITS[split]] for kind in NOUNS]
+        there = sum(map(len, self.kinds))
+        if count > there:
+            raise InputError(f"samples={count} is not possible; there are {there} nouns to ask for")
+        self.model, self.tokenizer, self.method, self.count = model, tokenizer, method, count
         self.setting = {"nouns": [list(kind) for kind in NOUNS], "split": split, "frames": list(FRAMES)}
         self._probes: dict[tuple[str, int], LinearProbe] = {}
 
     def samples(self) -> list[Sample]:
         made = []
         for number in range(self.count):
-            rng = random.Random(f"topics {self.split} {number}")
             label = number % 2
-            first, second = (rng.choice(NOUNS[kind][SPLITS[self.split]]) for kind in (1 - label, label))
-            frames = [frame.format(noun) for frame, noun in zip(rng.sample(FRAMES, 2), (first, second))]
-            made.append(Sample(str(number), ". ".join(frames), {"label": label, "nouns": [first, second]}))
+            noun = self.kinds[label][number // 2]
+            rng, texts = random.Random(f"topics {noun}"), []
+            for frame in FRAMES:
+                other = rng.choice(self.kinds[1 - label])
+                before = rng.choice([one for one in FRAMES if one != frame])
+                texts.append((f"{before.format(other)}. {frame.format(noun)}", other))
+            made.append(Sample(noun, "\n".join(text for text, _ in texts), {"label": label, "texts": texts}))
         return made
 
     def run(self, arm: Arm, samples: Sequence[Sample], seed: int) -> list[Outcome]:
         probe, start = self._probe(arm.apply, seed), time.perf_counter()
-        alone = [sample.prompt.partition(". ")[2] for sample in samples]
-        said = probe.probabilities(end_states(self.model, self.tokenizer, alone, probe.layer)).tolist()
-        traces = traced(self.model, self.tokenizer, [sample.prompt for sample in samples], probe.layer)
-        measured = [
-            {
-                "right": float((share > 0.5) == bool(sample.data["label"])),
-                "turn": _turn(probe.curve(trace), trace, sample),
-                "gap": self._gap(trace.ids, probe.direction),
-            }
-            for sample, share, trace in zip(samples, said, traces, strict=True)
-        ]
+        found = [self._measured(probe, sample) for sample in samples]
         cost = {"seconds": (time.perf_counter() - start) / len(samples)}
-        return [Outcome(each, cost, {"note": sample.prompt}) for each, sample in zip(measured, samples)]
+        return [Outcome(each, cost, {"note": sample.prompt}) for each, sample in zip(found, samples)]
+
+    def _measured(self, probe: LinearProbe, sample: Sample) -> dict[str, float]:
+        label, texts = sample.data["label"], [text for text, _ in sample.data["texts"]]
+        alone = [text.partition(". ")[2] for text in texts]
+        said = probe.probabilities(end_states(self.model, self.tokenizer, alone, probe.layer))
+        traces = list(traced(self.model, self.tokenizer, texts, probe.layer))
+        turns = [
+            _turn(probe.curve(trace), trace, other, sample.id, label)
+            for trace, (_, other) in zip(traces, sample.data["texts"], strict=True)
+        ]
+        return {
+            "right": float(((said > 0.5) == bool(label)).float().mean()),
+            "turn": sum(turns) / len(turns),
+            "gap": max(self._gap(trace.ids, probe.direction) for trace in traces),
+        }
 
     def _probe(self, how: str, seed: int) -> LinearProbe:
         if (how, seed) not in self._probes:
@@ -126,10 +145,9 @@ class TopicTask:
         return float((found - written).abs().max())
 
 
-def _turn(curve: Tensor, trace: Trace, sample: Sample) -> float:
+def _turn(curve: Tensor, trace: Trace, first: str, second: str, label: int) -> float:
     """Mean of the curve along the second sentence minus that along the first, from the noun on, towards its kind."""
-    first, second = sample.data["nouns"]
     ends, text = trace.offsets[:, 1], trace.text
     early = (ends >= text.index(first) + len(first)) & (ends <= text.index(". "))
     late = ends >= text.rindex(second) + len(second)
-    return float(curve[late].mean() - curve[early].mean()) * (1 if sample.data["label"] else -1)
+    return float(curve[late].mean() - curve[early].mean()) * (1 if label else -1)
