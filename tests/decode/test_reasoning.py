@@ -275,7 +275,7 @@ def test_an_experiment_has_the_name_of_its_module():
 
 
 def test_the_table_has_a_row_for_every_experiment():
-    rows = docs.evidence_table({})
+    rows = docs.ledger({}, "docs/")
     assert "[cyclicreflex](docs/methods/cyclicreflex.md)" in rows
     assert "[cyclicreflex-reasoner](docs/methods/cyclicreflex.md)" in rows
     assert "tip" not in rows.split("|")

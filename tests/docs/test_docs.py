@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from tokenry import catalog
 from tokenry.cli import main
 from tokenry.measure.claims import VERDICTS
-from tokenry.measure.docs import documents, evidence_table, fill
+from tokenry.measure.docs import documents, fill, ledger
 from tokenry.measure.ledger import is_older, load_evidence, verdict_in
 from tokenry.measure.pages import contract
 from tokenry.measure.pictures import picture
@@ -253,7 +253,7 @@ def test_every_measured_method_has_evidence_with_controls():
 
 def test_a_cell_of_the_ledger_holds_at_most_one_number():
     """With its interval; the published one may say what it is compared with."""
-    rows = evidence_table({e["slug"]: e for e in load_evidence(ROOT / "docs" / "evidence")}).splitlines()[2:]
+    rows = ledger({e["slug"]: e for e in load_evidence(ROOT / "docs" / "evidence")}).splitlines()[2:]
     assert len(rows) == len(catalog.experiments())
     for row in rows:
         _, _, published, measured, *_ = row.split("|")

@@ -16,7 +16,7 @@ from typing import Any
 from .. import catalog
 from ..zoo.recipes import RECIPES, record_of
 from . import pages
-from .ledger import load_evidence, measured, outcome_of, shown_verdict
+from .ledger import load_evidence, measured, measured_what, outcome_of, shown_verdict
 from .pictures import picture
 
 __all__ = ["documents"]
@@ -32,7 +32,7 @@ def documents(root: Path) -> dict[Path, str]:
         made[docs / "evidence" / f"{name}.md"] = evidence_page(found, reported)
     made |= {docs / "pictures" / f"{name}.svg": picture(found) for name, found in entries.items()}
     blocks = [
-        (root / "README.md", "evidence", evidence_table(entries)),
+        (root / "README.md", "evidence", ledger(entries, "docs/")),
         (root / "mkdocs.yml", "methods", pages.navigation()),
         (root / "mkdocs.yml", "evidence", pages.evidence_navigation(entries)),
         (docs / "zoo.md", "zoo", zoo_table()),
@@ -80,28 +80,24 @@ def zoo_table() -> str:
     return "\n".join(rows)
 
 
-def evidence_table(entries: dict[str, dict[str, Any]]) -> str:
-    """The ledger in short: what was published, and what was measured, on which model, at most one number a cell."""
-    rows = ["| claim of | published | measured | on | verdict | numbers |", "|---|---|---|---|---|---|"]
-    for entry, name in measurements():
-        found, published = entries.get(name), published_on(entry, name)
-        cells = ("", "", "not measured yet", "")
-        if found:
-            cells = measured(found), found["model"], shown_verdict(found), f"[all](docs/evidence/{name}.md)"
-        rows.append(f"| [{name}](docs/methods/{entry.slug}.md) | {published} | " + " | ".join(cells) + " |")
-    return "\n".join(rows)
+def ledger(entries: dict[str, dict[str, Any]], folder: str = "") -> str:
+    """What was published, and what was measured, on which model; at most one number a cell.
 
-
-def ledger(entries: dict[str, dict[str, Any]]) -> str:
-    """The ledger with the command that measures each claim."""
-    rows = ["| claim of | published | measured | on | verdict | command |", "|---|---|---|---|---|---|"]
+    Args:
+        folder: where the documentation is, seen from the page; without one the command that measures is shown, too.
+    """
+    rows = [
+        "| claim of | published | measured | which is | on | verdict | all numbers |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for entry, name in measurements():
-        found, published = entries.get(name), published_on(entry, name)
-        cells = ("", "", "not measured yet", "")
-        if found:
-            command = f"[`{found['command']}`](evidence/{name}.md)"
-            cells = (measured(found), found["model"], shown_verdict(found), command)
-        rows.append(f"| [{name}](methods/{entry.slug}.md) | {published} | " + " | ".join(cells) + " |")
+        cells = ["", "", "", "not measured yet", ""]
+        if found := entries.get(name):
+            link = f"`{found['command']}`" if not folder else "here"
+            which, verdict = measured_what(found), shown_verdict(found)
+            cells = [measured(found), which, found["model"], verdict, f"[{link}]({folder}evidence/{name}.md)"]
+        row = [f"[{name}]({folder}methods/{entry.slug}.md)", published_on(entry, name), *cells]
+        rows.append(f"| {' | '.join(row)} |")
     return "\n".join(rows)
 
 
@@ -129,8 +125,8 @@ def ledger_page(entries: dict[str, dict[str, Any]]) -> str:
         "A check holds, fails, or is undecided, by its 95 % interval. `reproduced`: every check holds. `partly`: the "
         "main one does. `not reproduced`: the main one fails. `undecided`: its interval is on both sides of the bound. "
         "An older record has findings that hold or not, and the verdict of its time. Measured is the number that the "
-        "main check is made from; it is of a small model, and seldom in the unit of the published one. Models of the "
-        "zoo are described in [zoo.md](zoo.md); `smollm2` is SmolLM2-135M-Instruct.",
+        "main check is made from, and which one that is; it is of a small model, and seldom in the unit of the "
+        "published one. Models of the zoo are described in [zoo.md](zoo.md); `smollm2` is SmolLM2-135M-Instruct.",
         "",
         ledger(entries),
         "",

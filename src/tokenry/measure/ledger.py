@@ -25,6 +25,7 @@ __all__ = [
     "load_evidence",
     "main_of",
     "measured",
+    "measured_what",
     "outcome_of",
     "shown_verdict",
     "verdict_in",
@@ -121,6 +122,11 @@ def measured(record: Mapping[str, Any]) -> str:
         )
         return found[1] if found else ""
     return main_of(record)["measured"]["shown"]
+
+
+def measured_what(record: Mapping[str, Any]) -> str:
+    """What that number is."""
+    return (main_of(record).get("measured") or {}).get("what", "")
 
 
 def main_of(record: Mapping[str, Any]) -> Mapping[str, Any]:
