@@ -13,7 +13,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 
 import tokenry
 from tokenry.measure.tasks.sts import load_pairs, spread
-from tokenry.models.load import cache_folder
+from tokenry.models.folders import cache_folder
 from tokenry.represent import PromptEmbedder, TokenPrepending, clean_up
 
 TEXTS, ROUNDS = 96, 7

@@ -25,7 +25,7 @@ def as_f32(source: Path) -> Path:
     """The file with its weights in F32."""
     import gguf
 
-    from tokenry.models.conversions import cache_folder
+    from tokenry.models.folders import cache_folder
 
     target = cache_folder() / "gguf" / f"{source.stem}.F32.gguf"
     if target.is_file():

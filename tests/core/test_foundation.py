@@ -16,7 +16,7 @@ from tokenry import InputError, catalog, load
 from tokenry.core.method import Lines, Method
 from tokenry.judge import Reference, SlopProfile, human_reference
 from tokenry.judge.text.slop import Pattern
-from tokenry.models.load import cache_folder
+from tokenry.models.folders import cache_folder
 from tokenry.text.words import FoldedText, content_words, fold
 
 

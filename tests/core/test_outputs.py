@@ -27,7 +27,7 @@ from tokenry.core.outputs import (
     write_text,
 )
 from tokenry.learned.difficulty_probe import DifficultyProbe
-from tokenry.zoo import recipes
+from tokenry.zoo import building, recipes
 
 NEEDS_FORCE = "add --force"
 
@@ -218,15 +218,15 @@ def test_building_a_model_leaves_other_files_alone(tmp_path, monkeypatch, make_m
     recipe = recipes.Recipe("tiny", "", "", 0.1, 1, {"loss": (0, 2)})
     monkeypatch.setattr(recipes, "RECIPES", (recipe,))
     monkeypatch.setattr(recipes.Recipe, "load", lambda self: Recipe)
-    monkeypatch.setattr(recipes, "save", lambda loaded, folder: tokenizer.save_pretrained(folder))
-    monkeypatch.setattr(recipes, "load", lambda *_, **__: (None, None))
+    monkeypatch.setattr(building, "save", lambda loaded, folder: tokenizer.save_pretrained(folder))
+    monkeypatch.setattr(building, "load", lambda *_, **__: (None, None))
     place = tmp_path / "built"
-    recipes.build("tiny", place)
+    building.build("tiny", place)
     (place / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="holds other files"):
-        recipes.build("tiny", place)
+        building.build("tiny", place)
     (place / "notes.txt").unlink()
-    recipes.build("tiny", place)
+    building.build("tiny", place)
     assert json.loads((place / "recipe.json").read_text())["measures"] == {"loss": 1.0}
     assert [p.name for p in tmp_path.iterdir()] == ["built"]
 

@@ -527,7 +527,7 @@ def test_it_streams_whole_steps():
 def test_the_zoo_gets_its_own_words():
     from types import SimpleNamespace
 
-    from tokenry.models.load import zoo_folders
+    from tokenry.models.folders import zoo_folders
 
     assert prompts_for(SimpleNamespace(name_or_path=str(zoo_folders("reasoner")[1]))) is LINES
     assert prompts_for(SimpleNamespace(name_or_path="owner/name")) is PRESETS["chat"]

@@ -19,7 +19,7 @@ from tokenry.data.translation import (
     vocabulary,
 )
 from tokenry.judge import heads_of
-from tokenry.models.load import zoo_folders
+from tokenry.models.folders import zoo_folders
 from tokenry.zoo import translators
 from tokenry.zoo.recipes import find_recipe, record_of
 

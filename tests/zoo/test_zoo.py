@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import tokenry
 from tokenry.core.errors import InputError
 from tokenry.data.problems import Arithmetic, Problem, by_difficulty, draw_problems, split_of
-from tokenry.zoo import reasoner, recipes
+from tokenry.zoo import building, reasoner, recipes
 from tokenry.zoo.training import batches_by_length, fit
 
 TASK = Arithmetic()
@@ -222,7 +222,7 @@ def test_a_model_that_does_not_reach_its_numbers_is_not_kept(monkeypatch, tmp_pa
     monkeypatch.setattr(reasoner, "BATCH_TOKENS", 300)
     monkeypatch.setattr(reasoner, "measure", lambda model, tokenizer: {"accuracy": 0.01})
     with pytest.raises(InputError, match=r"zoo/reasoner reaches accuracy 0.010, and must reach"):
-        recipes.build("reasoner", tmp_path / "model")
+        building.build("reasoner", tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -233,7 +233,7 @@ def test_a_built_model_loads_and_says_what_it_reached(monkeypatch, tmp_path):
     monkeypatch.setattr(reasoner, "measure", lambda model, tokenizer: {"parameters": model.num_parameters()})
     wide = recipes.Recipe("reasoner", "", "", 1.75, 1, {"parameters": (1e6, 6e6)})
     monkeypatch.setattr(recipes, "RECIPES", (wide,))
-    folder = recipes.build("reasoner", tmp_path / "model", seed=4)
+    folder = building.build("reasoner", tmp_path / "model", seed=4)
     model, tokenizer = tokenry.load(folder)
     record = json.loads((folder / "recipe.json").read_text())
     assert record["seed"] == 4 and record["measures"]["parameters"] == model.num_parameters() == record["parameters"]
@@ -255,7 +255,7 @@ def test_unknown_models_are_refused():
 @pytest.mark.parametrize("recipe", recipes.RECIPES, ids=lambda recipe: recipe.name)
 def test_shipped_models_load_and_their_records_lie_in_range(recipe):
     record = recipes.record_of(recipe.name)
-    recipes.check(recipe, record["measures"])
+    building.check(recipe, record["measures"])
     model, tokenizer = tokenry.load(f"zoo/{recipe.name}")
     assert model.num_parameters() == record["parameters"] == pytest.approx(recipe.size * 1e6, rel=0.02)
     assert model.config.vocab_size == len(tokenizer)
@@ -274,4 +274,4 @@ def test_shipped_models_measure_what_their_records_say(recipe):
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("recipe", recipes.RECIPES, ids=lambda recipe: recipe.name)
 def test_models_can_be_built_again_from_their_seed(recipe, tmp_path):
-    recipes.build(recipe.name, tmp_path / recipe.name)
+    building.build(recipe.name, tmp_path / recipe.name)

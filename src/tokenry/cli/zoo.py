@@ -58,7 +58,8 @@ def show(name: str, json_output: bool) -> None:
 @click.option("--json", "json_output", is_flag=True, help="Print JSON.")
 def build(name: str, output: str | None, seed: int, force: bool, json_output: bool) -> None:
     """Train a model from its recipe, check what it reaches, and save it."""
-    from ..zoo.recipes import build, find_recipe
+    from ..zoo.building import build
+    from ..zoo.recipes import find_recipe
 
     quiet()
     recipe = find_recipe(name)

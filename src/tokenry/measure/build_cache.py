@@ -15,7 +15,7 @@ from ..core.files import explained, read_json
 from ..core.hashes import digest
 from ..core.outputs import write_file, write_folder
 from ..models.anatomy import fingerprint
-from ..models.load import cache_folder
+from ..models.folders import cache_folder
 from ..models.prompts import tokenizer_hash
 
 __all__ = ["built_folder", "built_json", "built_once", "digest", "kept_folder", "read", "write"]

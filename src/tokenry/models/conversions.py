@@ -6,7 +6,6 @@ It is built in a temporary folder and renamed, so that two processes may start a
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -14,18 +13,10 @@ from pathlib import Path
 
 from filelock import FileLock
 
-__all__ = ["cache_folder", "converted"]
+__all__ = ["converted"]
 
 CACHE_FORMAT = 1  # raise when a conversion changes, so that older copies are rebuilt
 MANIFEST = "tokenry.json"
-
-
-def cache_folder() -> Path:
-    """Where converted models live: $TOKENRY_CACHE, or `tokenry` in the user's cache folder."""
-    base = os.environ.get("TOKENRY_CACHE")
-    if base:
-        return Path(base)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tokenry"
 
 
 def converted(source: Path, target: Path, convert: Callable[[Path, Path], None]) -> Path:

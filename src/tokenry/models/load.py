@@ -37,7 +37,8 @@ from transformers import (
 
 from ..core.errors import InputError
 from .checkpoint_files import check_weights, read_config, read_processor, read_tokenizer, reading
-from .conversions import cache_folder, converted
+from .conversions import converted
+from .folders import cache_folder, zoo_folders
 from .generation_settings import check_generation_settings, read_generation_settings
 from .kinds import Kind, kind_of
 from .llada_dream import load_diffusion_checkpoint
@@ -45,7 +46,7 @@ from .llamacpp.files import described
 from .llamacpp.model import open_gguf
 from .masks import sees_both_sides
 
-__all__ = ["Loaded", "cache_folder", "is_gguf", "load", "load_causal", "load_tokenizer", "shared", "zoo_folders"]
+__all__ = ["Loaded", "is_gguf", "load", "load_causal", "load_tokenizer", "shared"]
 
 DEFAULT = "smollm2"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -265,11 +266,6 @@ def load_causal(folder: str, *, trust_remote_code: bool = False, **options: Any)
 def _watched(kind: Any, folder: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model, and the names of weights that were missing, unexpected or of another shape."""
     return kind.from_pretrained(folder, **WATCHED, **options)
-
-
-def zoo_folders(name: str) -> tuple[Path, Path]:
-    """Where the model zoo/`name` may be: in the package, and where it is built."""
-    return Path(__file__).parents[1] / "zoo" / "checkpoints" / name, cache_folder() / "zoo" / name
 
 
 def _device(device: str | torch.device | None) -> torch.device:

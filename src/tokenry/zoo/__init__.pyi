@@ -1,4 +1,4 @@
+from .building import build as build
 from .recipes import RECIPES as RECIPES
 from .recipes import Recipe as Recipe
-from .recipes import build as build
 from .recipes import find_recipe as find_recipe

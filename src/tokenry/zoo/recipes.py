@@ -1,33 +1,24 @@
 """The recipes: what each model of the zoo is for, how it is built, and what it must reach.
 
 A recipe is a module of this package with `train(seed, progress) -> (model, tokenizer)` and
-`measure(model, tokenizer) -> {name: number}`. Building trains from the seed, saves in Hugging Face format with half
-precision weights, measures what was saved, and keeps a model only if every measure lies in its range.
+`measure(model, tokenizer) -> {name: number}`.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
-import json
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-
 from ..core.errors import InputError
 from ..core.files import explained, read_json
-from ..core.outputs import check_folder, write_folder
-from ..core.progress import Progress
 from ..core.schemas import Fields, checked
-from ..models.load import Loaded, load, zoo_folders
+from ..models.folders import zoo_folders
 
-__all__ = ["RECIPES", "Recipe", "build", "find_recipe", "record_of"]
+__all__ = ["RECIPES", "RECORD", "Recipe", "find_recipe", "record_of"]
 
 RECORD = "recipe.json"
 
@@ -194,75 +185,3 @@ def record_of(name: str) -> dict[str, Any] | None:
                 record = read_json(folder / RECORD)
             return checked(Record, record, problem, remedy).model_dump()
     return None
-
-
-def build(
-    name: str,
-    output: str | Path | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-    force: bool = False,
-) -> Path:
-    """Train the model from its recipe, measure it, and keep it if it reaches what it must.
-
-    Args:
-        output: the folder; by default where `tokenry.load("zoo/...")` finds it.
-        progress: called with (steps done, steps, loss).
-        force: write also into a folder with other files, which stay.
-
-    Returns:
-        The folder, complete: it is written beside its place and renamed.
-
-    Raises:
-        InputError: unknown recipe, a model that it needs is missing, a measure outside its range, or a folder that
-            cannot be written.
-    """
-    recipe = find_recipe(name)
-    for needed in recipe.needs:
-        load(f"zoo/{needed}")
-    force = force or output is None
-    target = check_folder(output or zoo_folders(recipe.name)[1], force)
-    module, start = recipe.load(), time.perf_counter()
-    model, tokenizer = module.train(seed, progress, **recipe.options)
-    seconds = time.perf_counter() - start
-
-    def fill(work: Path) -> None:
-        save(Loaded(model, tokenizer), work)
-        measures = module.measure(*load(work, device="cpu"))
-        (work / RECORD).write_text(json.dumps(_record(recipe, seed, seconds, model, measures), indent=1) + "\n")
-        check(recipe, measures)
-
-    write_folder(target, fill, force)
-    return target
-
-
-def save(loaded: Loaded, folder: Path) -> None:
-    """In Hugging Face format, half precision."""
-    half = loaded.model.to(torch.float16)  # pyright: ignore[reportArgumentType]  # wrapped, it does not look like a method
-    half.save_pretrained(folder)
-    loaded.tokenizer.save_pretrained(folder)
-
-
-def check(recipe: Recipe, measures: Mapping[str, float]) -> None:
-    """Refuse measures that are not in their ranges."""
-    for name, (low, high) in recipe.targets.items():
-        if not low <= measures[name] <= high:
-            raise InputError(
-                f"zoo/{recipe.name} reaches {name} {measures[name]:.3f}, and must reach {low} to {high}; train longer, "
-                "or with another seed"
-            )
-
-
-def _record(recipe: Recipe, seed: int, seconds: float, model: Any, measures: Mapping[str, float]) -> dict[str, Any]:
-    from transformers import __version__ as transformers
-
-    return {
-        "recipe": recipe.name,
-        "seed": seed,
-        "parameters": model.num_parameters(),
-        "measures": {name: round(float(value), 4) for name, value in measures.items()},
-        "seconds": round(seconds),
-        "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__, "transformers": transformers},
-        "date": datetime.now(UTC).date().isoformat(),
-    }

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...core.errors import InputError
 from ...core.files import explained, parse_json, read_json, shown
-from ...models.load import zoo_folders
+from ...models.folders import zoo_folders
 from ...models.prompts import rendered
 from ...text.token_text import check_encodable
 from ...text.words import listed

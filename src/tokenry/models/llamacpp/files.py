@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoTokenizer
 from ...core.errors import InputError
 from ...core.files import refusing
 from ..checkpoint_files import MALFORMED
-from ..conversions import cache_folder, converted
+from ..conversions import converted
+from ..folders import cache_folder
 from ..kinds import kind_of
 
 __all__ = ["described"]
