@@ -1,5 +1,6 @@
 """The command line: what it prints, and how it refuses."""
 
+import contextlib
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from tokenry import catalog
-from tokenry.cli import main
+from tokenry.cli import leaves, main
 from tokenry.measure.store import RunStore
 
 
@@ -60,6 +61,45 @@ def test_what_only_lists_is_instant(command):
         "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'numpy')))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_what_libraries_print_is_no_part_of_the_answer(monkeypatch):
+    """A trainer that prints its losses, say: standard output is what was asked for, and can be read as JSON."""
+    from tokenry.zoo import recipes
+
+    find = recipes.find_recipe
+
+    def noisy(name):
+        print("{'loss': 0.1}")
+        return find(name)
+
+    monkeypatch.setattr(recipes, "find_recipe", noisy)
+    result = CliRunner().invoke(main, ["zoo", "show", "reasoner", "--json"])
+    assert json.loads(result.stdout)["name"] == "reasoner" and result.stderr == "{'loss': 0.1}\n"
+    assert all(hasattr(command.callback, "__wrapped__") for command in leaves(main))
+
+
+def test_a_bar_on_the_screen_takes_nothing_of_the_answer(tmp_path):
+    """Where standard error is a terminal a bar is drawn there; the answers still go where standard output does."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("1+1=\n2+2=\n")
+    command = ["decode", "--model", "zoo/speculator", "--greedy", "--max-new-tokens", "4", "--prompts", str(prompts)]
+    screen, terminal = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tokenry", *command],
+        stdout=subprocess.PIPE,
+        stderr=terminal,
+        text=True,
+        env={**os.environ, "TERM": "xterm"},
+    )
+    os.close(terminal)
+    out, drawn = process.stdout.read(), b""
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while piece := os.read(screen, 4096):
+            drawn += piece
+    os.close(screen)
+    assert process.wait() == 0 and b"decode" in drawn
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["1+1=", "2+2="]
 
 
 def test_decode_streams_what_it_returns(tmp_path):

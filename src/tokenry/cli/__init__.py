@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Iterator
 from typing import Any, cast
 
 import click
@@ -19,9 +20,9 @@ from .. import __version__
 from ..core.errors import InputError
 from ..core.fields import is_unicode, shown
 from . import catalogue, compare, decode, fit, judge, profile, read, represent, select, serve, tokenize, train, zoo
-from .options import SAID, example
+from .options import SAID, example, standard_output_is_ours
 
-__all__ = ["main"]
+__all__ = ["leaves", "main"]
 
 
 class Refusal(click.ClickException):
@@ -85,3 +86,13 @@ for command in (
     zoo.zoo,
 ):
     main.add_command(command)
+
+
+def leaves(group: click.Group) -> Iterator[click.Command]:
+    """All commands that do something."""
+    for command in group.commands.values():
+        yield from leaves(command) if isinstance(command, click.Group) else [command]
+
+
+for command in leaves(main):
+    command.callback = standard_output_is_ours()(cast(Any, command.callback))

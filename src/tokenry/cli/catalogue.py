@@ -8,7 +8,7 @@ import click
 
 from .. import catalog
 from ..core.errors import InputError
-from .options import as_json, example
+from .options import as_json, example, say
 
 
 def entry_dict(entry: catalog.Entry) -> dict[str, str]:
@@ -21,7 +21,7 @@ def print_entries(entries: Sequence[catalog.Entry], json_output: bool) -> None:
         return
     width = max((len(e.slug) for e in entries), default=0)
     for entry in entries:
-        click.echo(f"{entry.slug:<{width}}  {entry.stage:<9}  {entry.summary}")
+        say(f"{entry.slug:<{width}}  {entry.stage:<9}  {entry.summary}")
 
 
 @click.command("list", epilog=example("tokenry list --stage decode"))
@@ -56,15 +56,15 @@ def show(slug: str, json_output: bool) -> None:
         options = [o._asdict() for o in method.options()]
         as_json({**entry_dict(entry), **about, "options": options, "schema": method.schema()})
         return
-    click.echo(f"{method.title} ({entry.stage}): {entry.summary}\n\nPaper:  {method.paper}\nClaim:  {method.claim}")
+    say(f"{method.title} ({entry.stage}): {entry.summary}\n\nPaper:  {method.paper}\nClaim:  {method.claim}")
     if method.published:
-        click.echo(f"        {method.published}; {method.published.source}")
-    click.echo()
+        say(f"        {method.published}; {method.published.source}")
+    say()
     if method.caution:
-        click.echo(f"Note:   {method.caution}\n")
+        say(f"Note:   {method.caution}\n")
     for name in entry.experiments:
-        click.echo(f"Measure it: tokenry compare {name}")
-    click.echo("Options (-o name=value):")
+        say(f"Measure it: tokenry compare {name}")
+    say("Options (-o name=value):")
     for option in method.options():
         allowed = f", {option.range}" if option.range else ""
-        click.echo(f"  {option.name} = {option.default}\n      {option.description} ({option.type}{allowed})")
+        say(f"  {option.name} = {option.default}\n      {option.description} ({option.type}{allowed})")

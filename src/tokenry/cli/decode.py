@@ -28,7 +28,9 @@ from .options import (
     read_entries,
     read_text,
     refuse_unused,
+    say,
     server_options,
+    standard_output,
 )
 
 DRAWING = ("--temperature", "--min-p", "--top-p", "--top-k")
@@ -177,7 +179,7 @@ def complete_code(methods: list[Any], opening: Callable[[], Any], place: str | N
     if place is None:
         from ..serve import language_server
 
-        language_server(methods[0], opening).start_io()
+        language_server(methods[0], opening).start_io(stdout=cast(Any, standard_output()).buffer)
         return
     path, line, column = parse_place(place)
     source = read_text(path, "source file")
@@ -189,7 +191,7 @@ def complete_code(methods: list[Any], opening: Callable[[], Any], place: str | N
         return
     for rank, one in enumerate(found, 1):
         where = f"re-ranked, {one.scope}" if one.source == "re-ranked" else one.source
-        click.echo(f"{rank:>2}  {one.score:8.4f}  {one.text}  ({one.kind}; {where})")
+        say(f"{rank:>2}  {one.score:8.4f}  {one.text}  ({one.kind}; {where})")
     if not found:
         click.echo("nothing is completed here, in a string or comment", err=True)
 
@@ -241,6 +243,9 @@ def screen(tokenizer: Any) -> Any:
     from transformers import TextStreamer
 
     class Screen(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            say(text, end=stream_end)
+
         def end(self) -> None:
             if not self.next_tokens_are_prompt:
                 super().end()
@@ -259,7 +264,7 @@ def generate_many(
             if pairs:
                 pairs.add(output.pairs)
             for b, (prompt, text) in enumerate(zip(batch, output.texts)):
-                click.echo(json.dumps({"prompt": prompt, "text": text, **strategy(output, b)}, ensure_ascii=False))
+                say(json.dumps({"prompt": prompt, "text": text, **strategy(output, b)}, ensure_ascii=False))
             update(advance=len(batch))
 
 
@@ -291,8 +296,8 @@ def trace(loaded: Any, tracer: Any, batches: list[list[str]], path: str, **setti
 
 def show_traces(tracer: Any, summary: dict[str, Any], model: str) -> None:
     command = f"tokenry train --method {tracer.slug} --model {model} --data {summary['output']} --output FOLDER"
-    click.echo(f"{summary['traces']} traces of {summary['prompts']} prompts")
-    click.echo(f"saved: {summary['output']}; try `{command}`")
+    say(f"{summary['traces']} traces of {summary['prompts']} prompts")
+    say(f"saved: {summary['output']}; try `{command}`")
 
 
 def strategy(output: Any, row: int) -> dict[str, str]:

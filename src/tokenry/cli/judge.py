@@ -24,6 +24,7 @@ from .options import (
     progress,
     read_text,
     refuse_unused,
+    say,
 )
 from .receipts import judge_receipts
 from .results import ResultsReader, judge_results
@@ -148,7 +149,7 @@ def judge_solutions(
         scores = scorer.score(rows, lambda done, total, *_: update(completed=done))
     if asked.pairs:
         write_pairs(scores, asked.pairs, asked.top_k, asked.min_gap)
-    as_json(scores.to_json()) if json_output else click.echo(scores.table())
+    as_json(scores.to_json()) if json_output else say(scores.table())
 
 
 def read_rows(path: str) -> list[Sample]:

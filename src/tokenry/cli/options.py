@@ -6,9 +6,9 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, TextIO, get_args
 
 import click
 
@@ -54,8 +54,32 @@ class Number(click.ParamType):
         return number
 
 
+_OURS: list[TextIO] = []  # standard output, while a command runs
+
+
+@contextmanager
+def standard_output_is_ours() -> Iterator[None]:
+    """Meanwhile standard output takes what is said here alone; what libraries print goes to standard error."""
+    _OURS.append(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _OURS.pop()
+
+
+def standard_output() -> TextIO:
+    """Where a command says what it was asked for."""
+    return _OURS[-1] if _OURS else sys.stdout
+
+
+def say(text: str = "", end: bool = True) -> None:
+    """A line of what was asked for, or without its end a piece of one."""
+    click.echo(text, file=standard_output(), nl=end)
+
+
 def as_json(value: Any) -> None:
-    click.echo(json.dumps(value, ensure_ascii=False, indent=2))
+    say(json.dumps(value, ensure_ascii=False, indent=2))
 
 
 def trust_option(command: Any) -> Any:
@@ -207,7 +231,8 @@ def console(**options: Any) -> Any:
     """A rich console that takes text as it is: names and paths may hold what looks like markup or :emoji:."""
     from rich.console import Console
 
-    return Console(markup=False, emoji=False, **options)
+    where = {} if options.get("stderr") else {"file": standard_output()}
+    return Console(markup=False, emoji=False, **{**where, **options})
 
 
 @contextmanager

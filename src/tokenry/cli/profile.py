@@ -26,6 +26,7 @@ from .options import (
     read_entries,
     read_text,
     refuse_unused,
+    say,
 )
 
 BATCH = 32  # prompts written to at a time
@@ -87,7 +88,7 @@ def profile(
     if json_output:
         as_json([asdict(entry) for entry in found])
     elif not output:
-        click.echo("\n".join(entry.text for entry in found))
+        say("\n".join(entry.text for entry in found))
 
 
 def default_prompts() -> list[str]:

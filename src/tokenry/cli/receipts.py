@@ -11,7 +11,7 @@ import click
 from ..core.errors import InputError
 from ..core.files import records_of
 from ..core.outputs import check_folder, write_folder, write_text
-from .options import as_json, progress, read_text, refuse_unused
+from .options import as_json, progress, read_text, refuse_unused, say
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -114,7 +114,7 @@ def audit(method: ReceiptMethod, paths: Sequence[str], json_output: bool, load: 
     if json_output:
         as_json([report.model_dump(mode="json") for report in reports])
     else:
-        click.echo("\n\n".join(report.table() for report in reports))
+        say("\n\n".join(report.table() for report in reports))
 
 
 def records_text(provider: Provider) -> str:

@@ -20,6 +20,7 @@ from .options import (
     parse_methods,
     progress,
     read_entries,
+    say,
 )
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def represent(
         about |= {"model": model_name, "dtype": str(loaded.model.dtype)}
         as_json({"output": output, "shape": list(vectors.shape), **about})
     else:
-        click.echo(f"{output}: {vectors.shape[0]} vectors of width {vectors.shape[1]}")
+        say(f"{output}: {vectors.shape[0]} vectors of width {vectors.shape[1]}")
 
 
 def check_output(path: str, force: bool) -> None:

@@ -12,7 +12,7 @@ import click
 from ..core.errors import InputError
 from ..core.files import records_of
 from ..core.outputs import check_file, write_text
-from .options import as_json, load_reader, read_text, refuse_unused
+from .options import as_json, load_reader, read_text, refuse_unused, say
 
 if TYPE_CHECKING:
     from ..judge.contract import ResultsMethod
@@ -33,7 +33,7 @@ def judge_results(
     if report:
         write_text(report, said.picture())
         click.echo(f"picture: {report}", err=True)
-    as_json(said.to_json()) if json_output else click.echo(said.table())
+    as_json(said.to_json()) if json_output else say(said.table())
 
 
 class ResultsReader:

@@ -6,7 +6,7 @@ import click
 
 from ..core.errors import InputError
 from ..core.fields import Tokens
-from .options import Number, as_json, example, load_model, model_options, parse_methods, progress, read_text
+from .options import Number, as_json, example, load_model, model_options, parse_methods, progress, read_text, say
 
 
 @click.command(epilog=example('tokenry select --method compresskv -o budget=128 --context FILE "Who opened the door?"'))
@@ -44,6 +44,6 @@ def select(
         size = {"prompt_tokens": len(output.prompt_ids[0]), "cache_bytes": cache_bytes(output.past_key_values)}
         as_json({"text": output.texts[0], "kept": list(counts.values()), **size})
     else:
-        click.echo(output.texts[0].strip())
+        say(output.texts[0].strip())
         mean = sum(counts.values()) / len(counts)
         click.echo(f"(kept {mean:.0f} of {len(output.prompt_ids[0])} tokens per layer)", err=True)

@@ -23,6 +23,7 @@ from .options import (
     load_reader,
     parse_methods,
     refuse_unused,
+    say,
     trust_option,
 )
 
@@ -181,5 +182,5 @@ def log() -> None:
 def announce(name: str, url: str, has_key: bool) -> None:
     """Say where the server is, and how it is asked."""
     key = ' -H "Authorization: Bearer $TOKENRY_SERVE_KEY"' if has_key else ""
-    click.echo(f"{name} is served at {url}/v1; Ctrl-C ends it. Try")
-    click.echo(f"  curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d '{json.dumps(PROMPT)}'")
+    say(f"{name} is served at {url}/v1; Ctrl-C ends it. Try")
+    say(f"  curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d '{json.dumps(PROMPT)}'")

@@ -21,6 +21,7 @@ from .options import (
     progress,
     quiet,
     read_text,
+    say,
     trust_option,
 )
 
@@ -58,7 +59,7 @@ def train(
     if json_output:
         as_json({"folder": output, "vocabulary": len(tokenizer), "files": len(paths)})
     else:
-        click.echo(f"{len(tokenizer):,} entries from {len(paths):,} files, saved in {output}")
+        say(f"{len(tokenizer):,} entries from {len(paths):,} files, saved in {output}")
 
 
 def text_files(names: Sequence[str]) -> list[Path]:
@@ -110,7 +111,7 @@ def encode(text: str, name: str, trust_remote_code: bool, json_output: bool) -> 
     if screen.is_terminal:
         screen.print(colored(pieces), soft_wrap=True)
     else:
-        click.echo("|".join(piece.text for piece in pieces))
+        say("|".join(piece.text for piece in pieces))
     click.echo(f"({len(ids)} tokens, {len(ids) / len(text):.3f} per character)", err=True)
 
 

@@ -12,7 +12,7 @@ import click
 from ..core.errors import InputError
 from ..core.fields import Share
 from ..core.outputs import check_folder, write_folder
-from .options import Number, as_json, example, force_option, load_model, model_options, parse_methods, progress
+from .options import Number, as_json, example, force_option, load_model, model_options, parse_methods, progress, say
 
 
 @click.command(epilog=example("tokenry train --method ftpo --data pairs.jsonl --output smollm2-without-slop"))
@@ -71,7 +71,7 @@ def train(
     if json_output and answers:
         as_json(answers[0] if len(variants) == 1 else {v.label: answer for v, answer in zip(variants, answers)})
     elif len(answers) > 1:
-        click.echo(table(method, variants, answers))
+        say(table(method, variants, answers))
 
 
 class Sources(NamedTuple):
@@ -123,12 +123,12 @@ def measure(method: Any, trainer: Any, examples: list[Any]) -> dict[str, float]:
 def show(method: Any, summary: dict[str, Any], model: str) -> None:
     what, where = method.examples, "held-out" if summary["held_out"] else "training"
     name = "" if method.label == method.slug else f"{method.label}: "
-    click.echo(f"{name}{summary[what]} {what}, {summary['steps']} steps, {summary['seconds']} s; at {where} {what}:")
+    say(f"{name}{summary[what]} {what}, {summary['steps']} steps, {summary['seconds']} s; at {where} {what}:")
     for title, found in (("", summary), ("control, ", summary.get("control", {}))):
         for name, meaning in method.measures.items() if found else ():
-            click.echo(f"  {title + meaning:<46} {found['before'][name]:.3f} -> {found['after'][name]:.3f}")
+            say(f"  {title + meaning:<46} {found['before'][name]:.3f} -> {found['after'][name]:.3f}")
     command = method.next_step.format(output=summary["output"], model=model)
-    click.echo(f"saved: {summary['output']}; try `{command}`")
+    say(f"saved: {summary['output']}; try `{command}`")
 
 
 def table(method: Any, variants: list[Any], answers: list[dict[str, Any]]) -> str:

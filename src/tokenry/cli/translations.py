@@ -9,7 +9,7 @@ import click
 
 from ..core.files import records_of
 from ..core.outputs import check_folder, write_folder
-from .options import as_json, progress, read_text
+from .options import as_json, progress, read_text, say
 
 if TYPE_CHECKING:
     from ..judge.contract import TranslationMethod
@@ -44,7 +44,7 @@ def judge_translations(
         write_folder(save, lambda folder: [part.save_pretrained(folder) for part in learned], force)
         click.echo(f"estimator: {save}", err=True)
     said = JudgedTranslations(judged)
-    as_json(said.to_json()) if json_output else click.echo(said.table())
+    as_json(said.to_json()) if json_output else say(said.table())
 
 
 def read_translations(path: str) -> list[TranslationRow]:

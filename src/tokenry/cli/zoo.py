@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ..core.fields import Seed
-from .options import Number, as_json, example, force_option, progress, quiet
+from .options import Number, as_json, example, force_option, progress, quiet, say
 
 
 @click.group(epilog=example("tokenry zoo build reasoner"))
@@ -28,7 +28,7 @@ def list_recipes(json_output: bool) -> None:
     width = max(len(recipe.name) for recipe in RECIPES)
     for recipe in RECIPES:
         there = "built" if record_of(recipe.name) else f"{recipe.minutes} min"
-        click.echo(f"zoo/{recipe.name:<{width}}  {recipe.size:5.2f} M  {there:>6}  {recipe.task}")
+        say(f"zoo/{recipe.name:<{width}}  {recipe.size:5.2f} M  {there:>6}  {recipe.task}")
 
 
 @zoo.command(epilog=example("tokenry zoo show reasoner"))
@@ -43,11 +43,11 @@ def show(name: str, json_output: bool) -> None:
         as_json(found)
         return
     record = found["record"] or {"measures": {}}
-    click.echo(f"zoo/{found['name']}: {found['task']}\n\nLearns from: {found['data']}")
-    click.echo(f"Size: {found['size']} million parameters; about {found['minutes']} minutes on two cores")
+    say(f"zoo/{found['name']}: {found['task']}\n\nLearns from: {found['data']}")
+    say(f"Size: {found['size']} million parameters; about {found['minutes']} minutes on two cores")
     for measure, (low, high) in found["targets"].items():
         value = record["measures"].get(measure)
-        click.echo(f"  {measure:<16} {'not built' if value is None else value:>9}   must be {low} to {high}")
+        say(f"  {measure:<16} {'not built' if value is None else value:>9}   must be {low} to {high}")
 
 
 @zoo.command(epilog=example("tokenry zoo build reasoner --output my-reasoner"))
@@ -74,7 +74,7 @@ def build(name: str, output: str | None, seed: int, force: bool, json_output: bo
     if json_output:
         as_json({**about(recipe), "folder": str(folder)})
     else:
-        click.echo(f"saved: {folder}")
+        say(f"saved: {folder}")
 
 
 def about(recipe: Any) -> dict[str, Any]:

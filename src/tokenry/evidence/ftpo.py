@@ -70,7 +70,7 @@ def build(run: Run[FTPO]) -> Design:
     """Sample the rewinds, train FTPO, FTPO with a stronger tie to the reference and with none, and DPO, then compare.
     Samples are stories for each arm and seed; `method` has settings that replace DEFAULT.
     """
-    method = run.settings(FTPO, **{**DEFAULT, "max_examples": run.size(DEFAULT["max_examples"], 40)})
+    method = run.settings(FTPO, **{**DEFAULT, "max_examples": run.size(DEFAULT["max_examples"], 16)})
     words, held_out = lines("slop_words_smollm2.txt"), run.size(HELD_OUT, 8)
     folder = run.folder("ftpo")  # of the bare model: adapters come later
     prompts = lines("training_prompts.txt")
