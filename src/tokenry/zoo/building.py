@@ -1,14 +1,16 @@
 """Building a model of the zoo: it is trained from its seed, saved in Hugging Face format with half precision weights,
-measured as it was saved, and kept only if every measure lies in its range.
+measured as it was saved, and taken only if every measure lies in its range.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from ..models.folders import zoo_folders
 from ..models.load import Loaded, load
 from .recipes import RECORD, Recipe, find_recipe
 
-__all__ = ["build", "check", "save"]
+__all__ = ["build", "missed", "save"]
 
 
 def build(
@@ -30,7 +32,7 @@ def build(
     progress: Progress | None = None,
     force: bool = False,
 ) -> Path:
-    """Train the model from its recipe, measure it, and keep it if it reaches what it must.
+    """Train the model from its recipe, measure it, and put it where it belongs if it reaches what it must.
 
     Args:
         output: the folder; by default where `tokenry.load("zoo/...")` finds it.
@@ -42,7 +44,7 @@ def build(
 
     Raises:
         InputError: unknown recipe, a model that it needs is missing, a measure outside its range, or a folder that
-            cannot be written.
+            cannot be written. A model that was measured is kept: beside the folder, where nothing looks for it.
     """
     recipe = find_recipe(name)
     for needed in recipe.needs:
@@ -52,14 +54,16 @@ def build(
     module, start = recipe.load(), time.perf_counter()
     model, tokenizer = module.train(seed, progress, **recipe.options)
     seconds = time.perf_counter() - start
-
-    def fill(work: Path) -> None:
-        save(Loaded(model, tokenizer), work)
-        measures = module.measure(*load(work, device="cpu"))
-        (work / RECORD).write_text(json.dumps(_record(recipe, seed, seconds, model, measures), indent=1) + "\n")
-        check(recipe, measures)
-
-    write_folder(target, fill, force)
+    with TemporaryDirectory() as scratch:
+        made = Path(scratch) / recipe.name
+        save(Loaded(model, tokenizer), made)
+        measures = module.measure(*load(made, device="cpu"))
+        (made / RECORD).write_text(json.dumps(_record(recipe, seed, seconds, model, measures), indent=1) + "\n")
+        problem = missed(recipe, measures)
+        place = target.with_name(f"{target.name}.rejected") if problem else target
+        write_folder(place, lambda work: shutil.copytree(made, work, dirs_exist_ok=True), force or bool(problem))
+    if problem:
+        raise InputError(f"{problem}; train longer, or with another seed; what was trained is in {str(place)!r}")
     return target
 
 
@@ -70,14 +74,15 @@ def save(loaded: Loaded, folder: Path) -> None:
     loaded.tokenizer.save_pretrained(folder)
 
 
-def check(recipe: Recipe, measures: Mapping[str, float]) -> None:
-    """Refuse measures that are not in their ranges."""
-    for name, (low, high) in recipe.targets.items():
-        if not low <= measures[name] <= high:
-            raise InputError(
-                f"zoo/{recipe.name} reaches {name} {measures[name]:.3f}, and must reach {low} to {high}; train longer, "
-                "or with another seed"
-            )
+def missed(recipe: Recipe, measures: Mapping[str, float]) -> str:
+    """What is outside of its range, in a sentence; empty where all is within."""
+    ranges = {name: (measures[name], low, high) for name, (low, high) in recipe.targets.items()}
+    said = [
+        f"{name} {value:.3f}, and must reach {low} to {high}"
+        for name, (value, low, high) in ranges.items()
+        if not low <= value <= high
+    ]
+    return f"zoo/{recipe.name} reaches {'; '.join(said)}" if said else ""
 
 
 def _record(recipe: Recipe, seed: int, seconds: float, model: Any, measures: Mapping[str, float]) -> dict[str, Any]:
