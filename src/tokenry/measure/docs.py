@@ -84,18 +84,14 @@ def ledger(entries: dict[str, dict[str, Any]], folder: str = "") -> str:
     """What was published, and what was measured, on which model; at most one number a cell.
 
     Args:
-        folder: where the documentation is, seen from the page; without one the command that measures is shown, too.
+        folder: where the documentation is, seen from the page.
     """
-    rows = [
-        "| claim of | published | measured | which is | on | verdict | all numbers |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = ["| claim of | published | measured | which is | on | verdict | numbers |", "|---|---|---|---|---|---|---|"]
     for entry, name in measurements():
         cells = ["", "", "", "not measured yet", ""]
         if found := entries.get(name):
-            link = f"`{found['command']}`" if not folder else "here"
             which, verdict = measured_what(found), shown_verdict(found)
-            cells = [measured(found), which, found["model"], verdict, f"[{link}]({folder}evidence/{name}.md)"]
+            cells = [measured(found), which, found["model"], verdict, f"[all]({folder}evidence/{name}.md)"]
         row = [f"[{name}]({folder}methods/{entry.slug}.md)", published_on(entry, name), *cells]
         rows.append(f"| {' | '.join(row)} |")
     return "\n".join(rows)
@@ -119,8 +115,9 @@ def ledger_page(entries: dict[str, dict[str, Any]]) -> str:
     parts = [
         "# Evidence",
         "",
-        "Generated from `docs/evidence/*.json` by `make docs`. Each row is one command; behind it are all numbers. "
-        "`tokenry compare --all --quick` runs all of them at their smallest size.",
+        "Generated from `docs/evidence/*.json` by `make docs`. `tokenry compare NAME` measures a claim again; behind "
+        "each row are all numbers, and the command with its options. `tokenry compare --all --quick` runs all of them "
+        "at their smallest size.",
         "",
         "A check holds, fails, or is undecided, by its 95 % interval. `reproduced`: every check holds. `partly`: the "
         "main one does. `not reproduced`: the main one fails. `undecided`: its interval is on both sides of the bound. "
