@@ -18,7 +18,7 @@ from tokenry import catalog
 from tokenry.cli import main
 from tokenry.measure.claims import VERDICTS
 from tokenry.measure.docs import documents, fill, ledger
-from tokenry.measure.ledger import is_older, load_evidence, verdict_in
+from tokenry.measure.ledger import load_evidence, measured_what, verdict_in
 from tokenry.measure.pages import contract
 from tokenry.measure.pictures import picture
 
@@ -244,8 +244,7 @@ def test_every_measured_method_has_evidence_with_controls():
     assert sorted(entries) == sorted(path.stem for path in folder.glob("*.json")) == sorted(measured)
     for name in measured:
         found = entries[name]
-        older = ("reproduced", "direction only", "not reproduced")
-        assert verdict_in(found) in (older if is_older(found) else VERDICTS)
+        assert found["verdict"] == verdict_in(found) in VERDICTS and measured_what(found)
         roles = {s["role"] for s in found["subjects"]}
         assert roles == {"plain", "control", "method"} and found["numbers"]["samples"] > 1
         assert found["findings"] and all(f["numbers"] for f in found["findings"])

@@ -31,7 +31,7 @@ from tokenry.measure.claims import (
 )
 from tokenry.measure.compare import Comparison, beats, compare
 from tokenry.measure.experiment import Design, Experiment, Run, experiment, sweep
-from tokenry.measure.ledger import evidence, is_older, measured, outcome_of, verdict_in
+from tokenry.measure.ledger import evidence, measured, verdict_in
 from tokenry.measure.statistics import Interval, bootstrap_statistic, paired_bootstrap
 from tokenry.measure.task import Arm, Metric, Outcome, Sample, Statistic
 from tokenry.zoo.recipes import RECIPES
@@ -342,25 +342,8 @@ def test_a_record_holds_what_its_verdict_needs():
     made = declared()(None, None)
     c = compare(made)
     found = evidence(c, made.findings(c), model="m", command="c")
-    assert not is_older(found) and found["verdict"] == verdict_in(found) == "reproduced"
+    assert found["verdict"] == verdict_in(found) == "reproduced"
     gap = c.gap("error", "four steps", "one step")
     assert measured(found) == gap.shown and [f["outcome"] for f in found["findings"]] == ["holds", "described"]
     found["findings"][0]["outcome"] = "undecided"
     assert verdict_in(found) == "undecided"  # from the findings, whatever was written beside them
-
-
-@pytest.mark.parametrize(
-    ("numbers", "shown"),
-    [
-        ("forwards, credit / threshold: 1.024 [1.001, 1.053]", "1.024 [1.001, 1.053]"),
-        ("24.00 / 3.99 = 6.02 times; exact match -0.013 [-0.027, -0.002]", "6.02 times"),
-        ("fewer: ban 95.0% [89.7%, 98.9%]; old 77.1% [63.3%, 86.7%]", "77.1% [63.3%, 86.7%]"),
-        ("hits per 1,000 words: plain 16.64, old 0.00", ""),
-    ],
-)
-def test_an_older_record_keeps_its_verdict(numbers, shown):
-    finding = {"statement": "it is so", "holds": True, "numbers": numbers}
-    record = {"slug": "old", "verdict": "direction only", "findings": [finding, {**finding, "holds": False}]}
-    assert is_older(record) and verdict_in(record) == "direction only" and measured(record) == shown
-    assert [outcome_of(one) for one in record["findings"]] == ["holds", "fails"]
-    assert outcome_of({**finding, "statement": "where it saves is described and does not decide"}) == "described"

@@ -1,15 +1,10 @@
-"""Evidence: what was measured, kept as `docs/evidence/<slug>.json` and never typed by hand.
-
-Records of before have findings that hold or not, and a verdict of that time. They are shown with it, and said to be
-older; what they lack cannot be computed from them.
-"""
+"""Evidence: what was measured, kept as `docs/evidence/<slug>.json` and never typed by hand."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
-import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -21,20 +16,15 @@ from .compare import Comparison
 
 __all__ = [
     "evidence",
-    "is_older",
     "load_evidence",
     "main_of",
     "measured",
     "measured_what",
-    "outcome_of",
-    "shown_verdict",
     "verdict_in",
     "versions",
 ]
 
 SIDE_BY_SIDE = "seconds and peak memory are not compared: batches were measured side by side, on Ray"
-DESCRIBED = "is described and does not decide"
-NUMBER = r"[-+]?\d[\d.]*%? \[[^\]]*\]"  # with its interval, as text
 
 
 def versions() -> dict[str, str]:
@@ -87,48 +77,22 @@ def load_evidence(folder: str | Path) -> list[dict[str, Any]]:
 # --- records -------------------------------------------------------------------------------------------------------
 
 
-def is_older(record: Mapping[str, Any]) -> bool:
-    """Whether a record is from before findings had three outcomes."""
-    return any("outcome" not in finding for finding in record["findings"])
-
-
-def outcome_of(finding: Mapping[str, Any]) -> str:
-    """What came out of a finding of a record. In older ones a description says so, and was counted as if it held."""
-    if "outcome" in finding:
-        return finding["outcome"]
-    return "described" if DESCRIBED in finding["statement"] else "holds" if finding["holds"] else "fails"
-
-
 def verdict_in(record: Mapping[str, Any]) -> str:
-    """The verdict that follows from the findings of a record; of an older one, the verdict of its time."""
-    if is_older(record):
-        return record["verdict"]
-    main = main_of(record)
+    """The verdict that follows from the findings of a record."""
     outcomes = [finding["outcome"] for finding in record["findings"] if finding["outcome"] != "described"]
-    return verdict_of(main["outcome"], outcomes)
-
-
-def shown_verdict(record: dict[str, Any]) -> str:
-    """The verdict, and whether it is one of before."""
-    return verdict_in(record) + (" (older record)" if is_older(record) else "")
+    return verdict_of(main_of(record)["outcome"], outcomes)
 
 
 def measured(record: Mapping[str, Any]) -> str:
-    """The number of the main finding with its interval; empty where an older record has none that can be read."""
-    if is_older(record):  # the number of the method by name, else the first one, which may say how many times
-        text = record["findings"][0]["numbers"]
-        found = re.search(rf"; {re.escape(record['slug'])} ({NUMBER})", text) or re.search(
-            rf"({NUMBER}|\d[\d.]* times)", text
-        )
-        return found[1] if found else ""
+    """The number of the main finding with its interval."""
     return main_of(record)["measured"]["shown"]
 
 
 def measured_what(record: Mapping[str, Any]) -> str:
     """What that number is."""
-    return (main_of(record).get("measured") or {}).get("what", "")
+    return main_of(record)["measured"]["what"]
 
 
 def main_of(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The main finding; of an older record the first one, as it was then."""
-    return next((finding for finding in record["findings"] if finding.get("main")), record["findings"][0])
+    """The main finding."""
+    return next(finding for finding in record["findings"] if finding["main"])

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from .. import catalog
 from ..core.method import Method
-from .ledger import main_of, shown_verdict
+from .ledger import main_of, verdict_in
 
 __all__ = ["contract", "evidence_navigation", "evidence_of", "method_list", "navigation", "paper_index"]
 
@@ -29,7 +29,7 @@ def evidence_of(entry: catalog.Entry, entries: dict[str, dict[str, Any]]) -> str
     rows = ["| comparison | verdict | main finding | model |", "|---|---|---|---|"]
     for one in found:
         link = f"[{one['slug']}](../evidence/{one['slug']}.md)"
-        rows.append(f"| {link} | {shown_verdict(one)} | {main_of(one)['statement']} | {one['model']} |")
+        rows.append(f"| {link} | {verdict_in(one)} | {main_of(one)['statement']} | {one['model']} |")
     for one in found:
         rows += ["", f"![{one['slug']}: what was measured](../pictures/{one['slug']}.svg)", "", f"`{one['command']}`"]
     return "\n".join(rows)
@@ -91,7 +91,7 @@ def _head(node: ast.ClassDef | ast.FunctionDef, lines: Sequence[str]) -> str:
 
 def _verdict(entry: catalog.Entry, entries: dict[str, dict[str, Any]]) -> str:
     name = next((name for name in entry.experiments if name in entries), None)
-    return f"[{shown_verdict(entries[name])}](../evidence/{name}.md)" if name else ""
+    return f"[{verdict_in(entries[name])}](../evidence/{name}.md)" if name else ""
 
 
 # --- papers and the menu -------------------------------------------------------------------------------------------
