@@ -10,6 +10,8 @@ from click.testing import CliRunner
 from scipy.stats import kurtosis as scipy_kurtosis
 from scipy.stats import rankdata
 from support.attention import assert_clean
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tokenry.cli import main
 from tokenry.core.errors import InputError
@@ -182,9 +184,11 @@ def by_deletion(model, ids, span, temperature):
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-@pytest.mark.parametrize("batched", [2048, 150, 1])
-def test_suppression_is_deletion(make_model, tokenizer, monkeypatch, kind, batched):
-    monkeypatch.setattr(suppression, "TOKENS", batched)
+@pytest.mark.parametrize("fed", [2048, 150, 33, 1])
+def test_suppression_is_deletion(make_model, tokenizer, monkeypatch, kind, fed):
+    """Sentences in batches, one by one, and each in parts; with few logits at a time."""
+    monkeypatch.setitem(suppression.TOKENS, "cpu", fed)
+    monkeypatch.setattr(suppression, "LOGITS", fed * 320)
     model = make_model(kind)
     trace = traced(model, tokenizer)
     spans = spans_of(trace)
@@ -197,8 +201,10 @@ def test_suppression_is_deletion(make_model, tokenizer, monkeypatch, kind, batch
     assert_clean(model)
 
 
-def test_a_sliding_window_hides_the_same_columns(make_model, tokenizer):
+@pytest.mark.parametrize("fed", [2048, 20])
+def test_a_sliding_window_hides_the_same_columns(make_model, tokenizer, monkeypatch, fed):
     """Beyond Gemma's window, against one full forward for each sentence with an edited mask."""
+    monkeypatch.setitem(suppression.TOKENS, "cpu", fed)
     model = make_model("gemma3")
     trace = traced(model, tokenizer)
     spans = spans_of(trace)
@@ -222,6 +228,27 @@ def test_a_sliding_window_hides_the_same_columns(make_model, tokenizer):
             hidden = logits()
         expected = (plain.exp() * (plain - hidden)).sum(-1).float()
         assert torch.allclose(found[i], expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kl_support", ["dense", "nucleus"])
+def test_no_map_and_no_table_of_logits_is_whole(llama, tokenizer, monkeypatch, kl_support):
+    """No tensor is half as long as the text in two of its dimensions: time x time, or time x vocabulary."""
+    monkeypatch.setitem(suppression.TOKENS, "cpu", 64)
+    monkeypatch.setattr(suppression, "LOGITS", 2**15)
+    trace = traced(llama, tokenizer, " ".join([TEXT] * 3))
+    half, made = len(trace) // 2, []
+    assert half > max(llama.config.intermediate_size, 2**15 // llama.config.vocab_size)
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            out = operation(*args, **(kwargs or {}))
+            made.extend(each.shape for each in tree_leaves(out) if isinstance(each, torch.Tensor))
+            return out
+
+    with Watch():
+        suppressed_kl(llama, trace.ids, spans_of(trace)[::5], kl_support=kl_support)
+    assert any(len(trace) in shape for shape in made)
+    assert [shape for shape in made if sum(size >= half for size in shape) > 1] == []
 
 
 def of_nuclei(plain, hidden, temperature):
@@ -254,7 +281,7 @@ def test_a_divergence_of_nuclei(llama, tokenizer, monkeypatch, temperature):
     monkeypatch.setattr(suppression, "head_logits", kept)
     span = spans_of(trace)[2]
     found = suppressed_kl(llama, trace.ids, [span], temperature=temperature, kl_support="nucleus")[0, span[1] :]
-    plain, hidden = torch.cat(made[::2]), torch.cat(made[1::2], 1)[0]
+    plain, hidden = torch.cat(made, 1)
     expected = [of_nuclei(p, q, temperature) for p, q in zip(plain, hidden, strict=True)]
     assert found.tolist() == pytest.approx(expected, rel=1e-3, abs=1e-6)
     assert found.max() > 1e6 and ((found > 0) & (found < 1)).any()
@@ -276,17 +303,18 @@ def test_a_nucleus_of_everything_is_dense(llama, tokenizer, monkeypatch):
     assert torch.equal(method.suppression(llama, trace).nan_to_num(), expected.nan_to_num())
 
 
-@pytest.mark.parametrize("total", [140, 3000, 20_000])
-def test_sentences_that_run_together(total):
+@pytest.mark.parametrize("most", [384, 2048])
+@pytest.mark.parametrize("total", [140, 2000, 20_000])
+def test_sentences_that_run_together(total, most):
     """In order, each once, with few tokens more than alone and few columns in the cache, one by one if need be."""
     spans = [(start, start + 12) for start in range(0, total - 5, 14)]
-    groups = list(suppression._groups(spans, total))
+    groups = list(suppression._groups(spans, total, most))
     assert [i for group in groups for i in group] == list(range(len(spans)))
-    assert (len(groups) < len(spans)) == (total < 8192)
+    assert (len(groups) < len(spans)) == (2 * total <= 4096)
     for group in groups:
         alone, together = sum(total - spans[i][1] for i in group), len(group) * (total - spans[group[0]][1])
-        assert len(group) == 1 or (together <= min(2048, 1.25 * alone) and len(group) * total <= 8192)
-    assert list(suppression._groups([], total)) == []
+        assert len(group) == 1 or (together <= min(most, 1.25 * alone) and len(group) * total <= 4096)
+    assert list(suppression._groups([], total, most)) == []
 
 
 def test_the_matrix_is_its_definition(llama, tokenizer):

@@ -1,14 +1,15 @@
 """Suppression: what hiding a sentence from all that comes after it does to the next-token distributions there.
 
-What comes before the end of a sentence does not change, so it is taken from the cache of one plain forward. From there
-on several sentences, each hidden in a row of its own, run as one batch.
+What comes before the end of a sentence does not change, so it is taken from the cache of one plain forward. What comes
+after it is fed in parts, so that attention does not compute what the mask hides behind each; where little is left,
+several sentences run as one batch, each hidden in a row of its own. The plain run's logits serve several sentences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from itertools import pairwise
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -19,7 +20,7 @@ from ...core.errors import InputError
 from ...core.fields import require
 from ...hooks.attention import suppress
 from ...models.anatomy import attention_modules, decoder_body, decoder_layers
-from ...models.kv_cache import beginning_of, key_layers, new_cache
+from ...models.kv_cache import beginning_of, new_cache
 from ...text.sentences import check_spans
 from ...text.spans import Span
 from ...trace.recorder import head_logits
@@ -28,10 +29,12 @@ from .sentences import sentences_of
 
 __all__ = ["suppressed_kl", "suppression_matrix"]
 
-TOKENS = 2048  # fed at a time, rows times length, so that memory stays that of a plain forward
-COLUMNS = 8192  # that a batch sees, rows times length, for the same reason
+TOKENS = {"cpu": 384}  # fed at a time, rows times length; more of them are no faster for each
+MANY = 2048  # the same on other devices
+COLUMNS = 4096  # of the cache of a batch, rows times length, so that memory stays that of a plain forward
 SPARE = 1.25  # times as many tokens as one by one that a batch may run
-LOGITS = 2**22  # elements of a chunk of logits
+SHARING = 8  # sentences that share the logits of the plain run
+LOGITS = 2**23  # elements of a chunk of logits
 FLOOR = 1e-9  # added to a divergence before its logarithm
 PORTION, MOST = 0.9999, 100  # of a distribution the authors keep the likeliest tokens up to this share, at most so many
 ABSENT = -1e9  # their logit of any other token
@@ -112,19 +115,16 @@ def suppressed_kl(
     check_spans(spans, len(ids))
     hidden_in = _hidden_in(model, heads, layers)
     tokens = ids.to(model.device)[None]
-    cache = _empty(model)
-    plain = _body(model, tokens, cache)[0]
+    cache, most = _empty(model), TOKENS.get(model.device.type, MANY)
+    states = _body(model, tokens, cache).repeat(1 + min(SHARING, len(spans)), 1, 1)  # the first row stays plain
     found = torch.zeros(len(spans), len(ids))
-    for group in _groups(spans, len(ids)):
-        start = spans[group[0]][1]
-        if start == len(ids):
-            break
-        rows = _beginning(cache, len(ids) - start, len(group))
-        with _hidden(model, [spans[i] for i in group], hidden_in):
-            states = _body(model, tokens[:, start:].expand(len(group), -1), rows)
-        found[group, start:] = _divergence(model, plain[start:], states, temperature, kl_support)
-    for i, (_, stop) in enumerate(spans):
-        found[i, :stop] = 0
+    for first in range(0, len(spans), SHARING):
+        some = spans[first : first + SHARING]
+        for group in _groups(some, len(ids), most):
+            with _hidden(model, [some[i] for i in group], hidden_in):
+                _run_again(model, tokens, cache, some[group[0]][1], most, states[1 + group[0] : 2 + group[-1]])
+        stops = [stop for _, stop in some]
+        found[first : first + SHARING] = _divergence(model, states, stops, temperature, kl_support)
     return found
 
 
@@ -164,14 +164,14 @@ def _hidden_in(
     return {layer: torch.tensor(of, device=model.device) for layer, of in picked.items()}
 
 
-def _groups(spans: Sequence[Span], total: int) -> Iterator[list[int]]:
-    """Spans that run as one batch, each from the end of the first on: neighbors, of which the later ones run few tokens
-    more than from their own end on."""
+def _groups(spans: Sequence[Span], total: int, most: int) -> Iterator[list[int]]:
+    """Spans that run as one batch of at most so many tokens, each from the end of the first on: neighbors, of which the
+    later ones run few tokens more than from their own end on."""
     group: list[int] = []
     for i in range(len(spans)):
         alone = sum(total - spans[k][1] for k in (*group, i))
         together = (len(group) + 1) * (total - spans[group[0] if group else i][1])
-        if group and (together > min(TOKENS, SPARE * alone) or (len(group) + 1) * total > COLUMNS):
+        if group and (together > min(most, SPARE * alone) or (len(group) + 1) * total > COLUMNS):
             yield group
             group = []
         group.append(i)
@@ -188,20 +188,13 @@ def _empty(model: PreTrainedModel) -> Cache:
     return cache
 
 
-def _beginning(cache: Cache, behind: int, rows: int) -> Cache:
-    """All but the last columns of a cache, which so many rows share for one forward; the cache stays as it is."""
-    first = beginning_of(cache, behind, rows)
-    for layer in key_layers(first):
-        layer.update = partial(_forgetful, layer, layer.update)
-    return first
-
-
-def _forgetful(layer: Any, update: Callable[..., Any], *given: Any, **options: Any) -> Any:
-    """What a layer returns for new columns, which it does not keep: nothing follows them."""
-    held = layer.keys, layer.values
-    made = update(*given, **options)
-    layer.keys, layer.values = held
-    return made
+def _run_again(model: PreTrainedModel, tokens: Tensor, cache: Cache, start: int, most: int, states: Tensor) -> None:
+    """Overwrite the last hidden states (rows, T, width) from `start` on, at most so many at a time; the cache stays."""
+    rows, total, _ = states.shape
+    begun, size = beginning_of(cache, total - start, rows), max(1, most // rows)
+    for first in range(start, total, size):
+        picked = slice(first, first + size)
+        states[:, picked] = _body(model, tokens[:, picked].expand(rows, -1), begun)
 
 
 def _body(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
@@ -210,32 +203,33 @@ def _body(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
 
 
 def _divergence(
-    model: PreTrainedModel, plain: Tensor, states: Tensor, temperature: float, kl_support: Support
+    model: PreTrainedModel, states: Tensor, stops: list[int], temperature: float, kl_support: Support
 ) -> Tensor:
-    """KL (rows, T) of distributions at (rows, T, width) from those at (T, width), some columns at a time."""
-    size = max(1, LOGITS // (len(states) * model.config.get_text_config().vocab_size))
-    between = _dense if kl_support == "dense" else _of_nuclei
-    parts = []
-    for first in range(0, len(plain), size):
-        picked = slice(first, first + size)
-        parts.append(between(head_logits(model, plain[picked]), head_logits(model, states[:, picked]), temperature))
-    return torch.cat(parts, 1).cpu()
+    """KL (rows, T) from the distributions at the first of (1 + rows, T, width), of each other from its stop on."""
+    between, total = _dense if kl_support == "dense" else _of_nuclei, states.shape[1]
+    found = torch.zeros(len(stops), total, device=states.device)
+    for rows, (start, end) in enumerate(pairwise([*stops, total]), 1):
+        size = max(1, LOGITS // ((1 + rows) * model.config.get_text_config().vocab_size))
+        for first in range(start, end, size):
+            picked = slice(first, min(first + size, end))
+            found[:rows, picked] = between(head_logits(model, states[: 1 + rows, picked]), temperature)
+    return found.cpu()
 
 
-def _dense(plain: Tensor, hidden: Tensor, temperature: float) -> Tensor:
-    p, q = ((logits / temperature).log_softmax(-1) for logits in (plain, hidden))
-    apart = q - p
-    return (p.exp() * (apart.expm1() - apart)).sum(-1)  # no term is below 0, near 0 nothing cancels
+def _dense(logits: Tensor, temperature: float) -> Tensor:
+    logs = logits.div_(temperature).log_softmax(-1)
+    apart = logs[1:].sub_(logs[0])
+    return apart.expm1().sub_(apart).mul_(logs[0].exp()).sum(-1)  # no term is below 0, near 0 nothing cancels
 
 
-def _of_nuclei(plain: Tensor, hidden: Tensor, temperature: float) -> Tensor:
-    p, q = (_nucleus(logits, temperature) for logits in (plain, hidden))
-    return (p.exp() * (p - q)).sum(-1).clamp(min=0)
+def _of_nuclei(logits: Tensor, temperature: float) -> Tensor:
+    logs = _nucleus(logits, temperature)
+    return (logs[0].exp() * (logs[0] - logs[1:])).sum(-1).clamp(min=0)
 
 
 def _nucleus(logits: Tensor, temperature: float) -> Tensor:
     """Log-probabilities (..., vocab) of the likeliest tokens alone; those of others are far below any number's log."""
-    scaled = logits / temperature
+    scaled = logits.div_(temperature)
     shares, at = scaled.double().softmax(-1).topk(min(MOST, logits.shape[-1]))
     before = shares.cumsum(-1) - shares
     kept = torch.where(before < PORTION, scaled.gather(-1, at), ABSENT / temperature)
