@@ -60,7 +60,7 @@ def build(run: Run[DCSQE]) -> Design:
         AutoModel.from_pretrained(folder, add_pooling_layer=False, trust_remote_code=False),
         AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
     )
-    task = TranslationQualityTask(models, encoder, method, run.count, run.size(PAIRS, 64))
+    task = TranslationQualityTask(models, encoder, method, run.count, run.size(PAIRS, 1000))
     setting = method.model_dump(mode="json")
     roles: dict[str, Any] = {PLAIN: "plain", METHOD: "method"}
     return Design(

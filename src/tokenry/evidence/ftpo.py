@@ -229,7 +229,7 @@ def perplexity_ratio(c: Comparison, arm: str) -> Contrast:
 def at_equal_win(c: Comparison) -> str:
     """Read off the line through both trainings of DPO."""
     low, high, wanted = (c.mean(arm, "choice_win") for arm in (SLOW, DPO, METHOD))
-    part = (wanted - low) / (high - low)
+    part = (wanted - low) / (high - low) if low != high else math.nan
     if not 0 <= part <= 1:
         return f"it is {low:.2f} and {high:.2f}, and {wanted:.2f} is not between"
 

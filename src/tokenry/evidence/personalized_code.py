@@ -53,7 +53,7 @@ def build(run: Run[PersonalizedCode]) -> Design:
     long, count = STRETCH * method.window, run.count
     project, other = (long_files(run.tokenizer, NAMES[side], long) for side in (PROJECT, CONTROL))
     held = {PROJECT: stretches(project[:count], method.window), CONTROL: stretches(other[:count], method.window)}
-    kept = project[count : count + run.size(LEARNED, 4)]
+    kept = project[count : count + run.size(LEARNED, 12)]
     unlike = random_files(run.tokenizer, long, len(kept))
 
     def of_project(seed: int) -> Sequence[SourceFile]:
