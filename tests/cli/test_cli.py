@@ -226,6 +226,16 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
     assert kept < found and len(found) == entry["numbers"]["samples"] * len(entry["numbers"]["subjects"])
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", catalog.experiments())
+def test_every_experiment_runs_at_its_smallest_size(name, tmp_path):
+    command = [sys.executable, "-m", "tokenry", "compare", name, "--quick", "--json", "--store", str(tmp_path / "runs")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["slug"] == name
+
+
 def test_all_experiments_in_one_table_and_one_that_fails(tmp_path, monkeypatch):
     """Each in a process of its own, on its own model; the others go on, and --resume measures nothing twice."""
     monkeypatch.setattr(catalog, "experiments", lambda: ["creditdecoding", "no-such-thing", "masked-diffusion"])
