@@ -1,5 +1,6 @@
 """The command line: what it prints, and how it refuses."""
 
+import ast
 import contextlib
 import json
 import os
@@ -8,11 +9,13 @@ import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from tokenry import catalog
+from tokenry import cli as tokenry_cli
 from tokenry.cli import leaves, main
 from tokenry.measure.store import RunStore
 
@@ -77,6 +80,18 @@ def test_what_libraries_print_is_no_part_of_the_answer(monkeypatch):
     result = CliRunner().invoke(main, ["zoo", "show", "reasoner", "--json"])
     assert json.loads(result.stdout)["name"] == "reasoner" and result.stderr == "{'loss': 0.1}\n"
     assert all(hasattr(command.callback, "__wrapped__") for command in leaves(main))
+
+
+def test_commands_say_nothing_on_standard_output_but_by_say():
+    """While they run, what goes there another way ends on standard error."""
+    found = []
+    for path in Path(tokenry_cli.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "click.echo", "click.secho"):
+                given = {option.arg for option in node.keywords}
+                if not given & {"err", "file"}:
+                    found.append(f"{path.name}:{node.lineno}")
+    assert found == []
 
 
 def test_a_bar_on_the_screen_takes_nothing_of_the_answer(tmp_path):

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, get_args
+from typing import Any, TextIO, get_args
 
 import click
 
@@ -16,9 +16,6 @@ from .. import catalog
 from ..core.errors import InputError
 from ..core.fields import Chunk, Count, allowed, fits, shown
 from ..core.files import as_text, entries_of, explained
-
-if TYPE_CHECKING:
-    pass
 
 
 class _Said(logging.Handler):
