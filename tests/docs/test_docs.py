@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from tokenry import catalog
 from tokenry.cli import main
 from tokenry.measure.claims import VERDICTS
-from tokenry.measure.docs import documents, fill, ledger
+from tokenry.measure.docs import documents, fill, ledger, published_on
 from tokenry.measure.ledger import load_evidence, measured_what, verdict_in
 from tokenry.measure.pages import contract
 from tokenry.measure.pictures import picture
@@ -258,6 +258,13 @@ def test_a_cell_of_the_ledger_holds_at_most_one_number():
         _, _, published, measured, *_ = row.split("|")
         assert re.fullmatch(r" ([-+]?[\d.]+%?( \[[-+\d.%]+, [-+\d.%]+\]| times)?)? ", measured), row
         assert len(published) < 80, row
+
+
+def test_a_published_number_stands_beside_the_one_experiment_that_tests_it():
+    for entry in catalog.METHODS:
+        claim = entry.load().published
+        shown = [name for name in entry.experiments if published_on(entry, name)]
+        assert shown == ([claim.tested_by or entry.slug] if claim and entry.experiments else []), entry.slug
 
 
 def test_blocks_must_exist():

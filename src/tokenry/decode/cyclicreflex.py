@@ -37,7 +37,9 @@ class CyclicReflex(ReflectionMethod):
         "Reasoning models solve more problems at about the same length when reflection words are encouraged and "
         "discouraged by turns."
     )
-    published: ClassVar[Claim] = Claim("0.89", "accuracy (plain 0.86)", "DeepSeek-R1-Distill-Qwen-7B, MATH500")
+    published: ClassVar[Claim] = Claim(
+        "0.89", "accuracy (plain 0.86)", "DeepSeek-R1-Distill-Qwen-7B, MATH500", "cyclicreflex-reasoner-2"
+    )
 
     amplitude: Logits = Field(default=3.0, description="height of the wave in logits; 0 does nothing")
     period: float = Field(default=600.0, ge=0.01, le=2**20, description="length of one wave in tokens")

@@ -50,6 +50,7 @@ class SpecReason(RunnerMethod):
         "1.4 to 3.0",
         "times faster, accuracy +0.4 to +9.0 points",
         "QwQ-32B with R1-Distill-Qwen-1.5B, AIME, MATH-500, GPQA",
+        "specreason-reasoner-2",
     )
 
     small: Annotated[Any, Local(), WithJsonSchema({"type": "string"})] = Field(

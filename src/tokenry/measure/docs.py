@@ -103,9 +103,9 @@ def measurements() -> list[tuple[catalog.Entry, str]]:
 
 
 def published_on(entry: catalog.Entry, name: str) -> str:
-    """The number that was published on what an experiment tests. Where a method has several experiments it is of the
-    last one: those before are about the mechanism."""
-    return str(entry.load().published or "") if name == list(entry.experiments)[-1] else ""
+    """The published number, where this experiment is the one that tests it."""
+    claim = entry.load().published
+    return str(claim) if claim and name == (claim.tested_by or entry.slug) else ""
 
 
 def ledger_page(entries: dict[str, dict[str, Any]]) -> str:
@@ -122,8 +122,9 @@ def ledger_page(entries: dict[str, dict[str, Any]]) -> str:
         "A check holds, fails, or is undecided, by its 95 % interval. `reproduced`: every check holds. `partly`: the "
         "main one does. `not reproduced`: the main one fails. `undecided`: its interval is on both sides of the bound. "
         "Measured is the number that the main check is made from, and which one that is; it is of a small model, and "
-        "seldom in the unit of the published one. Models of the zoo are described in [zoo.md](zoo.md); `smollm2` is "
-        "SmolLM2-135M-Instruct.",
+        "seldom in the unit of the published one. Nothing stands under published where no number could be read, and in "
+        "rows about a part of the method, or about the same on another model. Models of the zoo are described in "
+        "[zoo.md](zoo.md); `smollm2` is SmolLM2-135M-Instruct.",
         "",
         ledger(entries),
         "",
