@@ -167,11 +167,8 @@ def arms(verifiers: dict[str, dict[int, Verifier]], checked: dict[int, Verifier]
 
 def about(name: str) -> dict[str, object]:
     """What identifies a verifier."""
-    known: dict[str, object] = {"verifier": name, "questions": QUESTIONS}
-    if name in (POSITION, RANDOM, CHECKED):  # none of these is trained
-        return known
     base = CHECKER if name in (LED, LED_OUTCOME) else SMALL
-    return known | {"batch": BATCH, "base": base.name} | base._asdict()
+    return {"verifier": name, "questions": QUESTIONS, "batch": BATCH, "base": base.name} | base._asdict()
 
 
 # --- before the comparison -------------------------------------------------------------------------------------------
