@@ -1,5 +1,6 @@
 """The puzzles, the recipe of zoo/denoiser, the model that comes with the package, and the comparison on it."""
 
+import hashlib
 import json
 import random
 import re
@@ -12,7 +13,7 @@ from click.testing import CliRunner
 from tokenry import load
 from tokenry.cli import main
 from tokenry.data.problems import draw_problems, split_of
-from tokenry.data.puzzles import PUZZLES, Addition, Sorting, Sudoku, grids, kind_of
+from tokenry.data.puzzles import LISTING, PUZZLES, Addition, Listing, Sorting, Sudoku, grids, kind_of
 from tokenry.decode import (
     ConfidenceFilter,
     CreditDecoding,
@@ -80,8 +81,17 @@ def test_digits_are_sorted():
     assert sorted(problem.question.removeprefix("sort ").removesuffix("=")) == list(problem.answer)
 
 
+def test_lists_are_numbered():
+    for level in Listing.levels:
+        problem = Listing().draw(level, random.Random(level))
+        text, times = problem.question.removeprefix("list ").removesuffix("=").split("*")
+        lines = re.findall(r"(\d)(\D+)", problem.answer)
+        assert len(set(text)) == 4 and int(times) == level and len(problem.answer) == 5 * level
+        assert lines == [(str(number + 1), text) for number in range(level)]
+
+
 def test_answers_are_checked():
-    for task in PUZZLES:
+    for task in (*PUZZLES, LISTING):
         for problem in draw_problems(task, 8, split="dev"):
             assert kind_of(problem) is task and split_of(problem.question) == "dev"
             assert task.check(problem, problem.answer) and not task.check(problem, problem.answer[:-1])
@@ -100,11 +110,16 @@ def test_every_text_has_tokens(tokenizer):
             assert inputs["input_ids"][0].tolist() == tokenizer.encode(problem.question)
 
 
+def test_the_lessons_of_the_model_of_the_package_are_what_they_were(tokenizer):
+    found = hashlib.sha256(repr(list(islice(denoiser.examples(tokenizer, 0), 300))).encode()).hexdigest()
+    assert found.startswith("ed7c7e627d3649ed")
+
+
 def test_windows_vary_and_no_test_problem_is_learnt(tokenizer):
     eos, widths, narrow = tokenizer.eos_token_id, set(), 0
     for ids, prompt in islice(denoiser.examples(tokenizer, 0), 400):
         question, window = tokenizer.decode(ids[:prompt]), ids[prompt:]
-        assert split_of(question) == "train" and len(window) <= denoiser.WIDEST
+        assert split_of(question) == "train" and len(window) <= denoiser.COURSE.widest
         answer = tokenizer.decode(window, skip_special_tokens=True)
         assert eos not in window or set(window[window.index(eos) :]) == {eos}
         widths.add(len(window))

@@ -1,8 +1,8 @@
-"""Puzzles whose answers have a known length: sums written from the right, sorting of digits, 4 x 4 sudoku.
+"""Puzzles whose answers have a known length: sums written from the right, sorting of digits, 4 x 4 sudoku, lists.
 
 Each tells apart a kind of dependence between the tokens of an answer. A sum has carries that run along it, in sorting
 each digit depends on how many came before, and a sudoku with few clues has several solutions, so that every cell that
-is filled decides about others.
+is filled decides about others. In a list each token follows from its neighbors, and only the length is far away.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from itertools import permutations
 
 from .problems import Problem, VerifiableTask
 
-__all__ = ["PUZZLES", "Addition", "Sorting", "Sudoku", "kind_of"]
+__all__ = ["LISTING", "PUZZLES", "Addition", "Listing", "Sorting", "Sudoku", "kind_of"]
 
 EMPTY = "."
 
@@ -71,6 +71,22 @@ class Sudoku:
         return [grid for grid in grids() if all(clue in (EMPTY, cell) for clue, cell in zip(shown, grid))]
 
 
+class Listing:
+    """Four letters, `level` times, numbered: "list caeb*2=" has the answer "1caeb2caeb"; the longest has 40 tokens."""
+
+    name = "listing"
+    levels = (1, 2, 3, 4, 5, 6, 7, 8)
+    letters = "abcdefgh"
+
+    def draw(self, level: int, rng: random.Random) -> Problem:
+        text = "".join(rng.sample(self.letters, 4))
+        answer = "".join(f"{number}{text}" for number in range(1, level + 1))
+        return Problem(f"list-{text}-{level}", f"list {text}*{level}=", answer, level)
+
+    def check(self, problem: Problem, text: str) -> bool:
+        return text.strip() == problem.answer
+
+
 @cache
 def grids() -> tuple[str, ...]:
     """All 288 solved 4 x 4 sudokus, row by row."""
@@ -88,9 +104,10 @@ def grids() -> tuple[str, ...]:
 
 
 PUZZLES: tuple[VerifiableTask, ...] = (Addition(), Sorting(), Sudoku())
+LISTING: VerifiableTask = Listing()
 
 
 def kind_of(problem: Problem) -> VerifiableTask:
     """The task that a problem of this module belongs to."""
-    kinds = {"add": PUZZLES[0], "sort": PUZZLES[1], "sudoku": PUZZLES[2]}
+    kinds = {"add": PUZZLES[0], "sort": PUZZLES[1], "sudoku": PUZZLES[2], "list": LISTING}
     return kinds[problem.question.split(" ")[0]]

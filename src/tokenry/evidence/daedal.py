@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..core.calibration import spearman
-from ..data.puzzles import Addition, Sorting
+from ..data.puzzles import Addition, Listing, Sorting
 from ..decode.daedal import Daedal
 from ..decode.denoising.contract import DiffusionMethods
 from ..decode.denoising.growth import DaedalLength
@@ -30,14 +30,19 @@ from ..measure.experiment import Design, Run, experiment
 from ..measure.task import Arm, Statistic
 from ..measure.tasks.denoising import LONG, WindowTask, on_dev
 
-DEFAULT = {"initial_gen_length": 8, "max_gen_length": 32}
+DEFAULT = {"block_length": 96, "initial_gen_length": 8, "max_gen_length": 96}
 FACTORS, CHECKS, LOWS = (4, 8), (2, 4, 6), (0.1, 0.3, 0.5, 0.8)  # chosen from on dev problems
 DEV, BATCH = 360, 60
-WIDEST, FIT = 32, 16  # the second is the longest answer
-FIXED = (8, FIT, 24, WIDEST)
-VARIED = (Addition.name, Sorting.name)  # kinds whose answers differ in length
-PLAIN, METHOD, STEPWISE = "one token per step, 32", "daedal", "one token per step, daedal"
+WIDEST, FIT = 96, 40  # the second is the longest answer
+FIXED = (8, LONG, FIT, 64, WIDEST)
+VARIED = (Sorting.name, Listing.name)  # kinds whose answers differ in length, and do not all fit in the first window
+PLAIN, METHOD, STEPWISE = "one token per step, 96", "daedal", "one token per step, daedal"
 OTHERS, GROWTH, INSERTIONS = "widths of other rows", "without insertions", "without growth"
+BEFORE = (
+    "Measured before on zoo/denoiser, whose answers have at most 16 tokens, in windows of up to 32: there sums were "
+    "part of the main finding, which failed on them alone, and with a threshold DAEDAL fed more tokens than the widest "
+    "window."
+)
 MARGIN = 0.02  # of exact match
 FOLLOWS = 0.5  # correlation of widths and lengths within a kind
 
@@ -72,12 +77,12 @@ def following(kind: str = "") -> Statistic:
 @experiment(
     "daedal",
     Daedal,
-    model="zoo/denoiser",
-    samples=360,
+    model="zoo/denoiser-2",
+    samples=180,
     seeds=(0, 1, 2),
     batch=BATCH,
-    quick=6,
-    limit=720,
+    quick=8,
+    limit=360,
     claim="A window that starts short and grows ends up as wide as the answer needs: exact match is that of the best "
     "fixed window, at less cost and with fewer useless tokens than in a wide one.",
 )
@@ -92,12 +97,13 @@ def build(run: Run[Daedal]) -> Design:
         task=WindowTask(run.model, run.tokenizer, run.seeds, run.count, WIDEST),
         arms=arms(method, mean),
         baseline=fixed(WIDEST),
-        statistics=(following(), *map(following, VARIED)),
+        statistics=(following(), *map(following, (Addition.name, *VARIED))),
         facts={"mean": mean},
         notes=f"Each seed has problems of its own. Seconds are those of a batch of {BATCH}, shared by its rows. The "
-        f"longest answer has {FIT} tokens, so that a fixed window of {FIT} knows the task. In a window that is too "
-        "narrow the model writes the start of the answer, mostly surely: what is missing is missing at the end.",
-        tried=tried,
+        f"longest answer has {FIT} tokens, so that a fixed window of {FIT} knows the task. Sums have at most 7 tokens, "
+        "and the first window holds them all. In a window that is too narrow the model writes the start of the answer, "
+        "mostly surely: what is missing is missing at the end.",
+        tried=f"{BEFORE} {tried}",
     )
 
 
@@ -168,10 +174,14 @@ def findings(c: Comparison, mean: int) -> list[Finding]:
     widths = f"mean width {c.mean(METHOD, 'window'):.1f}, mean answer {c.mean(METHOD, 'answer'):.1f}"
     return [
         Finding(
-            "among puzzles of one kind the width of the window follows the length of the answer",
+            "among puzzles of one kind, not all within the first window, its width follows the length of the answer",
             all_of(*(above(c.value(following(kind).name, METHOD, ".2f"), FOLLOWS) for kind in VARIED)),
             main=True,
             note=f"{c.value('spearman', METHOD, '.2f')} of all kinds; {widths}",
+        ),
+        Finding(
+            "and among sums, which all fit in the first window",
+            above(c.value(following(Addition.name).name, METHOD, ".2f"), FOLLOWS),
         ),
         Finding(
             f"exact match falls by at most {MARGIN} against the best fixed window",
@@ -192,6 +202,9 @@ def findings(c: Comparison, mean: int) -> list[Finding]:
         Finding(
             "it is the fit to the question: as wide a window on average, and the same widths in other rows, are worse",
             beats(c, "exact", METHOD, [fixed(mean), OTHERS]),
+        ),
+        describe(
+            f"beside a window of {FIT}, which knows the task", str(c.ratio("tokens_processed", METHOD, fixed(FIT)))
         ),
         describe("either stage alone", "; ".join(str(c.gap("exact", METHOD, arm)) for arm in (INSERTIONS, GROWTH))),
     ]

@@ -12,33 +12,30 @@ of a window whether it is wide enough.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from ..core.progress import Progress
-from ..data.problems import draw_problems, split_of
+from ..data.problems import VerifiableTask, draw_problems, split_of
 from ..data.puzzles import EMPTY, PUZZLES
 from ..decode.denoising.loop import MaskedDiffusionModel, diffusion_generate
 from ..models.prompts import encode_prompts
 from ..train.masked_diffusion import masked_diffusion_loss
 from .training import batches_by_length, character_tokenizer, fit, untrained_llama
 
-__all__ = ["WIDEST", "build_tokenizer", "measure", "train"]
+__all__ = ["COURSE", "Course", "build_tokenizer", "examples", "measure", "solved", "teach", "train", "untrained"]
 
 KINDS = ("add ", "sort ", "sudoku ")  # a token each
 SPECIAL = ("<pad>", "<eos>", "<mask>", "<unk>")
 TEMPLATE = (
     "{% for message in messages %}{{ message.content }}{% if message.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
 )
-SHARES = (0.35, 0.35, 0.3)  # of the examples, by puzzle
 LEVELS = {**{task.name: task.levels for task in PUZZLES}, "sudoku": (4, 6, 8, 10, 12)}  # 14 is beyond what it has seen
-WIDEST = 32  # the widest window in training
-SPARE = 4.0  # end-of-text tokens after an answer, on average
-NARROW, WIDE = 0.08, 0.15  # share of windows that are narrower than the answer, and of any width up to the widest
 EPS = 0.1  # the least share of hidden tokens: fewer are no harder, and their weight would be large
 SHAPE = {
     "hidden_size": 128,
@@ -50,36 +47,62 @@ SHAPE = {
 STEPS, BATCH_TOKENS = 9000, 2000
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A token per character and per kind of puzzle; every text of the model decodes to itself."""
-    tokens = [*SPECIAL, *KINDS, *"0123456789+=", EMPTY]
-    return character_tokenizer(tokens, KINDS, SPECIAL, 128, TEMPLATE, mask_token="<mask>")
+@dataclass(frozen=True)
+class Course:
+    """What a denoiser learns from.
+
+    Attributes:
+        kinds: the puzzles; shares: of the examples, by puzzle; levels: of each puzzle, by its name.
+        widest: the widest window.
+        spare: end-of-text tokens after an answer, on average.
+        narrow, wide: share of windows that are narrower than the answer, and of any width up to the widest.
+    """
+
+    kinds: Sequence[VerifiableTask]
+    shares: Sequence[float]
+    levels: Mapping[str, Sequence[int]]
+    widest: int
+    spare: float = 4.0
+    narrow: float = 0.08
+    wide: float = 0.15
+
+    def width(self, answer: int, rng: random.Random) -> int:
+        """A random width of the window for an answer of this length."""
+        kind = rng.random()
+        if kind < self.narrow:
+            return rng.randint(2, answer)
+        if kind < self.narrow + self.wide:
+            return rng.randint(answer, self.widest)
+        return min(self.widest, answer + int(rng.expovariate(1 / self.spare)))
 
 
-def examples(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[list[int], int]]:
+COURSE = Course(PUZZLES, (0.35, 0.35, 0.3), LEVELS, widest=32)
+
+
+def build_tokenizer(kinds: Sequence[str] = (), characters: str = "") -> PreTrainedTokenizerFast:
+    """A token per character and per kind of puzzle; every text of the model decodes to itself.
+
+    Args:
+        kinds, characters: those that come after the ones of zoo/denoiser.
+    """
+    tokens = [*SPECIAL, *KINDS, *"0123456789+=", EMPTY, *kinds, *characters]
+    return character_tokenizer(tokens, (*KINDS, *kinds), SPECIAL, 128, TEMPLATE, mask_token="<mask>")
+
+
+def examples(tokenizer: PreTrainedTokenizerFast, seed: int, course: Course = COURSE) -> Iterator[tuple[list[int], int]]:
     """Endless training examples: ids of prompt and window, and how many of them are the prompt."""
     rng = random.Random(seed)
     vocabulary, eos = tokenizer.get_vocab(), cast(int, tokenizer.eos_token_id)
     while True:
-        (task,) = rng.choices(PUZZLES, SHARES)
-        problem = task.draw(rng.choice(LEVELS[task.name]), rng)
+        (task,) = rng.choices(course.kinds, course.shares)
+        problem = task.draw(rng.choice(course.levels[task.name]), rng)
         if split_of(problem.question) != "train":
             continue
         kind, rest = problem.question.split(" ")
         prompt = [vocabulary[kind + " "], *(vocabulary[c] for c in rest)]
         answer = [vocabulary[c] for c in problem.answer]
-        answer += [eos] * (WIDEST - len(answer))
-        yield prompt + answer[: _width(len(problem.answer), rng)], len(prompt)
-
-
-def _width(answer: int, rng: random.Random) -> int:
-    """A random width of the window for an answer of this length."""
-    kind = rng.random()
-    if kind < NARROW:
-        return rng.randint(2, answer)
-    if kind < NARROW + WIDE:
-        return rng.randint(answer, WIDEST)
-    return min(WIDEST, answer + int(rng.expovariate(1 / SPARE)))
+        answer += [eos] * (course.widest - len(answer))
+        yield prompt + answer[: course.width(len(problem.answer), rng)], len(prompt)
 
 
 # --- the recipe ----------------------------------------------------------------------------------------------------
@@ -89,11 +112,28 @@ def train(seed: int = 0, progress: Progress | None = None) -> tuple[PreTrainedMo
     """Train it from the seed."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
-    own = {"tie_word_embeddings": False, "is_causal": False, "mask_token_id": tokenizer.mask_token_id}
-    model = untrained_llama(tokenizer, 128, **own, **SHAPE)
-    batches = batches_by_length(examples(tokenizer, seed), BATCH_TOKENS, cast(int, tokenizer.pad_token_id))
-    fit(model, batches, STEPS, learning_rate=3e-3, loss=_loss, progress=progress)
+    model = untrained(tokenizer)
+    teach(model, tokenizer, examples(tokenizer, seed), STEPS, progress=progress)
     return model, tokenizer
+
+
+def untrained(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A denoiser with random weights."""
+    own = {"tie_word_embeddings": False, "is_causal": False, "mask_token_id": tokenizer.mask_token_id}
+    return untrained_llama(tokenizer, 128, **own, **SHAPE)
+
+
+def teach(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    examples: Iterator[tuple[list[int], int]],
+    steps: int,
+    learning_rate: float = 3e-3,
+    progress: Progress | None = None,
+) -> None:
+    """Train it on so many batches of these examples."""
+    batches = batches_by_length(examples, BATCH_TOKENS, cast(int, tokenizer.pad_token_id))
+    fit(model, batches, steps, learning_rate, loss=_loss, progress=progress)
 
 
 def _loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
@@ -111,16 +151,21 @@ def _loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 
 
 def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
-    """Shares of 120 test problems of each puzzle that it solves, one token per step, in windows of 20.
+    """What it has `solved` in windows of 20."""
+    return solved(model, tokenizer, COURSE, 20)
+
+
+def solved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, course: Course, width: int) -> dict[str, float]:
+    """Shares of 120 test problems of each puzzle that it solves, one token per step, in windows of this width.
 
     Returns also `ends`: the share of all answers after which every token is end-of-text.
     """
     denoiser = MaskedDiffusionModel(model, tokenizer)
     found, ends, eos = {}, [], cast(int, tokenizer.eos_token_id)
-    for task in PUZZLES:
-        problems = draw_problems(task, 120, levels=LEVELS[task.name])
+    for task in course.kinds:
+        problems = draw_problems(task, 120, levels=course.levels[task.name])
         inputs = encode_prompts(tokenizer, [problem.question for problem in problems])
-        out = diffusion_generate(denoiser, **inputs, gen_length=20, block_length=None, tokenizer=tokenizer)
+        out = diffusion_generate(denoiser, **inputs, gen_length=width, block_length=None, tokenizer=tokenizer)
         right = [task.check(problem, text) for problem, text in zip(problems, cast(list[str], out.texts))]
         found[task.name] = sum(right) / len(right)
         windows, answers = cast(tuple[list[list[int]], list[list[int]]], (out.windows, out.new_ids))

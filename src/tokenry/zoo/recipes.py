@@ -110,6 +110,22 @@ RECIPES: tuple[Recipe, ...] = (
         targets={"addition": (0.9, 1.0), "sorting": (0.9, 1.0), "sudoku": (0.9, 1.0), "ends": (0.9, 1.0)},
     ),
     Recipe(
+        "denoiser-2",
+        task="what zoo/denoiser does, and numbered lists of up to 40 tokens, in windows of up to 96",
+        data="the lessons of zoo/denoiser, from whose weights it starts, and lists",
+        size=0.8,
+        minutes=20,
+        targets={
+            "addition": (0.9, 1.0),
+            "sorting": (0.9, 1.0),
+            "sudoku": (0.9, 1.0),
+            "listing": (0.9, 1.0),
+            "ends": (0.9, 1.0),
+        },
+        module="denoiser_2",
+        needs=("denoiser",),
+    ),
+    Recipe(
         "storyteller",
         task="short stories about two people, some of which end in a threat",
         data="stories of a small generated language",

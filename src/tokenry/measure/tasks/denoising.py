@@ -8,7 +8,7 @@ from typing import Any, ClassVar, cast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...data.problems import Problem, Split, VerifiableTask, draw_problems
-from ...data.puzzles import PUZZLES, Sudoku, kind_of
+from ...data.puzzles import LISTING, PUZZLES, Sudoku, kind_of
 from ...decode.denoising.contract import DiffusionMethods
 from ...decode.denoising.loop import DiffusionOutput, MaskedDiffusionModel, diffusion_generate
 from ...decode.generation.sampler import row_seed
@@ -19,7 +19,7 @@ from ..task import Arm, Metric, Outcome, Sample
 
 __all__ = ["LONG", "PuzzleTask", "SudokuTask", "WindowTask", "on_dev", "shown_denoising"]
 
-LONG = 8  # an answer with more tokens is a long one
+LONG = 16  # an answer with more tokens is a long one
 
 
 class PuzzleTask:
@@ -113,16 +113,23 @@ class SudokuTask(PuzzleTask):
 
 
 class WindowTask(PuzzleTask):
-    """The same puzzles, and what became of the windows; for arms that choose their width. `width` is the widest."""
+    """These puzzles and lists, and what became of the windows; for arms that choose their width.
+
+    `width` is the widest.
+    """
 
     slug: ClassVar[str] = "windows"
     metrics: ClassVar[Sequence[Metric]] = (
         *PuzzleTask.metrics,
+        Metric(f"exact_{LISTING.name}", "higher", f"the same, {LISTING.name} alone"),
         Metric("exact_long", "higher", f"exact match where the answer has more than {LONG} tokens"),
         Metric("useful", "higher", "share of the window before its first end-of-text token"),
         Metric("window", None, "tokens of the window in the end"),
         Metric("answer", None, "tokens of the right answer"),
     )
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *given: Any, **more: Any) -> None:
+        super().__init__(model, tokenizer, *given, kinds=(*PUZZLES, LISTING), **more)
 
     def quality(self, problem: Problem, output: DiffusionOutput, row: int) -> dict[str, float]:
         found, width = super().quality(problem, output, row), len(output.windows[row])
