@@ -13,6 +13,7 @@ from transformers import GPTJConfig, GPTJForCausalLM
 from tokenry import InputError
 from tokenry.decode import SkipDecode, SkipSchedule, TransformersEngine, loop, skip_forward
 from tokenry.decode.skipdecode import SkipPolicy
+from tokenry.hooks.layers import mask_layers, skip_layers
 from tokenry.models.anatomy import decoder_layers
 from tokenry.models.kv_cache import layer_lengths
 
@@ -506,6 +507,21 @@ def test_training_lowers_the_loss_at_the_depth_trained_for(llama, tokenizer, tmp
     assert after < before - 0.5 and own_hooks(trainer.model) == []
 
 
+@torch.no_grad()
+def test_a_layer_that_no_column_runs_takes_no_time(llama):
+    mask, ids, ran = SkipSchedule(4, 3, 2, 1, 2, 4).mask(6), torch.arange(2, 8)[None], []
+    handles = [
+        layer.mlp.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, layer in enumerate(decoder_layers(llama))
+    ]
+    with mask_layers(llama, mask):
+        masked = llama(ids, use_cache=False).logits
+    for handle in handles:
+        handle.remove()
+    assert ran == [0, 2, 3] == mask.any(1).nonzero().flatten().tolist()
+    with skip_layers(llama, {0, 2, 3}):
+        assert torch.equal(masked[:, 0], llama(ids, use_cache=False).logits[:, 0])
+
+
 def test_one_smallest_depth_is_drawn_for_every_step(llama, tokenizer, tmp_path):
     options = dict(e_min=2, warmup=1, planned_new_tokens=4, sample_e_min=True)
     trainer = trainer_for(twin(llama), tokenizer, tmp_path, **options)
@@ -554,7 +570,7 @@ def test_layerdrop_and_router_losses_are_refused(make_model, tokenizer, tmp_path
 
 
 def test_layers_of_the_controls():
-    from tokenry.measure.tasks.depth import EarlyExit, RandomLayers, smallest_depth
+    from tokenry.measure.tasks.depth import EarlyExit, RandomLayers, depths
 
     early = EarlyExit(6, 6, 3, prompt_len=1, planned_new_tokens=9)
     assert (
@@ -568,8 +584,8 @@ def test_layers_of_the_controls():
         assert [len(s) for s in sets] == [schedule.depth(t) for t in range(12)] and {0, 1, 2, 3} <= sets[-1]
         skipped = sorted(set(range(30)) - sets[-1])
         assert skipped != list(range(skipped[0], skipped[-1] + 1))
-    assert [smallest_depth(30, d) for d in (97, 90, 83, 75, 67)] == [28, 24, 20, 15, 10]
-    assert [smallest_depth(6, d) for d in (83, 75)] == [4, 3]
+    assert [depths(30, d) for d in (97, 90, 83, 75, 67)] == [(30, low) for low in (28, 24, 20, 15, 10)]
+    assert [depths(12, d, 1) for d in (75, 50)] == [(10, 8), (7, 5)]
 
 
 @pytest.fixture
@@ -591,22 +607,33 @@ def reasoner(monkeypatch, tmp_path):
     return loaded
 
 
+@torch.no_grad()
+def test_a_stack_has_every_layer_twice(reasoner):
+    from tokenry.evidence.skipdecode import stacked
+
+    deep, ids = stacked(reasoner).model, torch.arange(2, 12)[None]
+    for part in (range(6), range(6, 12)):
+        with skip_layers(deep, part):
+            assert torch.equal(deep(ids, use_cache=False).logits, reasoner.model(ids, use_cache=False).logits)
+
+
 def test_the_experiment_from_training_to_findings(reasoner, tmp_path):
     from tokenry.evidence.skipdecode import METHOD, PLAIN, build
     from tokenry.measure.compare import compare
 
-    experiment = build(*reasoner, samples=3)
+    experiment = build(*reasoner, samples=3, seeds=(0, 1), quick=True)
     comparison = compare(experiment)
     assert [s.role for s in experiment.arms] == ["plain", *["control"] * 3, *["method"] * 3]
-    assert len(list((tmp_path / "skipdecode").glob("*/*/*"))) == 5
+    assert len(list((tmp_path / "skipdecode").glob("*/*/*"))) == 5 + 2 * 5
     means = {s: comparison.mean(s, "nll_75") for s in comparison.arms}
     assert len(set(means.values())) == 7 and all(2 < m < 5 for m in means.values())
     assert comparison.mean(PLAIN, "nll_97") == comparison.mean(PLAIN, "nll_67")
-    assert comparison.mean(PLAIN, "depth_75") == 1 and 0.5 < comparison.mean(METHOD, "depth_75") < 0.75
-    assert comparison.mean(METHOD, "trained_75") == 0 and comparison.mean(METHOD, "tokens") > 0
+    assert comparison.mean(PLAIN, "depth_50") == 1
+    assert comparison.mean(METHOD, "depth_50") < 0.5 < comparison.mean(METHOD, "depth_75") < 0.75
+    assert comparison.mean(METHOD, "trained_50") == 0 and comparison.mean(METHOD, "tokens") > 0
     findings = experiment.findings(comparison)
     assert len(findings) == 6 and all(f.numbers for f in findings) and not findings[0].holds
-    assert f"average depth of {comparison.mean(METHOD, 'depth_75'):.0%}" in findings[1].statement
+    assert f"average depth of {comparison.mean(METHOD, 'depth_50'):.0%}" in findings[1].statement
     with pytest.raises(InputError, match="sets e_min itself; give warmup alone"):
         build(*reasoner, method=SkipDecode(e_min=3, warmup=2))
 

@@ -128,12 +128,13 @@ def skip_layers(model: PreTrainedModel, executed: Collection[int]) -> AbstractCo
 def mask_layers(model: PreTrainedModel, mask: Tensor) -> Iterator[None]:
     """Where `mask` is False a column does not run a layer: it leaves the layer as it came.
 
-    Every layer still computes all columns, so this is no faster; it is how a model is trained for skipping.
+    A layer that any column runs computes all of them, so only what no column runs saves time; it is how a model is
+    trained for skipping.
 
     Args:
         mask: boolean (layers, columns) or (layers, batch, columns).
     """
-    layers = decoder_layers(model)
+    layers = list(decoder_layers(model))
     if mask.dtype != torch.bool or mask.dim() not in (2, 3) or mask.shape[0] != len(layers):
         raise InputError(
             f"a mask {tuple(mask.shape)} of {mask.dtype} is not allowed; give a boolean one of ({len(layers)} layers, "
@@ -150,9 +151,11 @@ def mask_layers(model: PreTrainedModel, mask: Tensor) -> Iterator[None]:
 
         return mix
 
-    everywhere = mask.flatten(1).all(1).tolist()
+    columns = mask.flatten(1)
+    running, whole = columns.any(1), columns.all(1)
     with hold(model), ExitStack() as stack:
-        for layer, keep, whole in zip(layers, mask[..., None], everywhere):
-            if not whole:
+        stack.enter_context(skip_layers(model, running.nonzero().flatten().tolist()))
+        for layer, keep, mixed in zip(layers, mask[..., None], (running & ~whole).tolist()):
+            if mixed:
                 stack.enter_context(hooked(layer, hook(keep), with_kwargs=True))
         yield

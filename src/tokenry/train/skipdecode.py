@@ -1,7 +1,7 @@
 """`SkipDecodeTrainer` and its config: the loss of trl's `SFTTrainer`, with every token as deep as it will be decoded.
 
-Paper: SkipDecode, arXiv 2307.02628. All layers compute all columns and a mask chooses, so a step costs what it always
-does; see `tokenry.hooks.skip_schedule.skip_forward`.
+Paper: SkipDecode, arXiv 2307.02628. Layers compute all columns and a mask chooses, so a step saves no more than the
+layers beyond `e_max`; see `tokenry.hooks.skip_schedule.skip_forward`.
 """
 
 from __future__ import annotations

@@ -21,11 +21,12 @@ from ..task import Arm, Metric, Outcome, Sample
 from .generated import generation_cost
 from .unlearning import ordinary_texts
 
-__all__ = ["DepthTask", "EarlyExit", "RandomLayers", "smallest_depth"]
+__all__ = ["DepthTask", "EarlyExit", "RandomLayers", "depths"]
 
 PROMPT, COLUMNS = 60, 190  # tokens of a passage that are read, and of all of it
-TEXT_DEPTHS, PROBLEM_DEPTHS = (97, 90, 83, 75, 67), (83, 75)  # average depth in percent
-LEVELS, NEW_TOKENS, PLANNED = (2, 3, 4), 120, 40
+TEXT_DEPTHS, PROBLEM_DEPTHS = (97, 90, 83, 75, 67), (75, 50)  # average depth in percent
+LEVELS, NEW_TOKENS, PLANNED = (2, 3, 4), 120, 24
+SPREAD = 1  # layers above and below the average depth, in sums
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,12 @@ class RandomLayers(SkipSchedule):
         return tuple(self.warmup + 1 + rank[i] if i in rank else 1 for i in range(self.num_layers))
 
 
-def smallest_depth(layers: int, average: int) -> int:
-    """The `e_min` with which depth is `average` percent of the layers on the way down from all of them."""
-    return round((2 * average / 100 - 1) * layers)
+def depths(layers: int, average: int, spread: int | None = None) -> tuple[int, int]:
+    """The `e_max` and `e_min` between which depth is `average` percent of the layers: as many layers more and fewer as
+    `spread`, or from all of them down."""
+    middle = layers * average / 100
+    most = layers if spread is None else round(middle) + spread
+    return most, round(2 * middle - most)
 
 
 class _AnyPrompt:
@@ -80,8 +84,9 @@ class DepthTask:
     * passages of ordinary text: nats per token behind the first 60, with depth falling to the end;
     * sums that the reasoner of the zoo solves: whether the answer is right, before and after training.
 
-    An arm's `apply` is {"schedule": a function of the number of layers, "trained": a model or None, "problems":
-    whether it takes part in them}.
+    A seed is that of training; texts, and models before it, are measured with the first one. An arm's `apply` is
+    {"schedule": a function of layers, average depth, columns of the prompt, planned tokens and, for sums, the spread of
+    depth; "trained": {seed: model}, for an arm that takes part in sums}.
     """
 
     slug: ClassVar[str] = "depth"
@@ -93,7 +98,7 @@ class DepthTask:
         ),
         *(Metric(f"untrained_{d}", "higher", f"sums solved, planned average depth {d}%") for d in PROBLEM_DEPTHS),
         *(Metric(f"trained_{d}", "higher", f"sums solved after training, planned at {d}%") for d in PROBLEM_DEPTHS),
-        Metric("depth_75", None, "average depth that was run at the last of these, as a share of the layers"),
+        *(Metric(f"depth_{d}", None, f"average depth that was run, of 1, planned {d}%") for d in PROBLEM_DEPTHS),
     )
 
     def __init__(
@@ -101,10 +106,11 @@ class DepthTask:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         reasoner: Loaded,
+        first: int = 0,
         texts: int = 12,
         problems: int = 240,
     ) -> None:
-        self.model, self.tokenizer, self.reasoner = model, tokenizer, reasoner
+        self.model, self.tokenizer, self.reasoner, self.first = model, tokenizer, reasoner, first
         self.texts = ordinary_texts(texts)
         self.problems = draw_problems(Arithmetic(), problems, levels=LEVELS)
 
@@ -115,9 +121,9 @@ class DepthTask:
     def run(self, arm: Arm, samples: Sequence[Sample], seed: int) -> list[Outcome]:
         texts = [s for s in samples if "problem" not in s.data]
         problems = [s for s in samples if "problem" in s.data]
-        found = dict(zip([s.id for s in texts], self._texts(arm, texts))) if texts else {}
-        if problems and arm.apply["problems"]:
-            found |= zip([s.id for s in problems], self._problems(arm, problems))
+        found = dict(zip([s.id for s in texts], self._texts(arm, texts))) if texts and seed == self.first else {}
+        if problems and arm.apply["trained"]:
+            found |= zip([s.id for s in problems], self._problems(arm, problems, seed))
         return [found.get(s.id, Outcome({})) for s in samples]
 
     # --- texts ---------------------------------------------------------------------------------------------
@@ -140,9 +146,10 @@ class DepthTask:
 
     # --- problems ------------------------------------------------------------------------------------------
 
-    def _problems(self, arm: Arm, samples: Sequence[Sample]) -> list[Outcome]:
+    def _problems(self, arm: Arm, samples: Sequence[Sample], seed: int) -> list[Outcome]:
         outcomes = [Outcome({}) for _ in samples]
-        models = {"untrained": self.reasoner.model, "trained": arm.apply["trained"]}
+        models = {"untrained": self.reasoner.model} if seed == self.first else {}
+        models["trained"] = arm.apply["trained"][seed]
         for state, model in models.items():
             for average in PROBLEM_DEPTHS:
                 self._solve(model, arm.apply["schedule"], average, state, samples, outcomes)
@@ -158,7 +165,7 @@ class DepthTask:
         outcomes: Sequence[Outcome],
     ) -> None:
         layers = len(decoder_layers(model))
-        policy = _AnyPrompt(schedule(layers, average, 1, PLANNED))
+        policy = _AnyPrompt(schedule(layers, average, 1, PLANNED, SPREAD))
         with Meter() as meter:
             output = generate(
                 model,
@@ -171,7 +178,7 @@ class DepthTask:
         for b, (sample, outcome) in enumerate(zip(samples, outcomes)):
             right = Arithmetic().check(sample.data["problem"], output.texts[b])
             outcome.metrics[f"{state}_{average}"] = float(right)
-            depths = [policy.schedule.depth(first + i) for i in range(len(output.new_ids[b]))]
-            outcome.metrics[f"depth_{PROBLEM_DEPTHS[-1]}"] = sum(depths) / len(depths) / layers
+            run = [policy.schedule.depth(first + i) for i in range(len(output.new_ids[b]))]
+            outcome.metrics[f"depth_{average}"] = sum(run) / len(run) / layers
             outcome.cost = generation_cost(output, b, meter)
             outcome.detail = {"text": output.texts[b]}
