@@ -152,10 +152,11 @@ def mask_layers(model: PreTrainedModel, mask: Tensor) -> Iterator[None]:
         return mix
 
     columns = mask.flatten(1)
-    running, whole = columns.any(1), columns.all(1)
+    running, whole = columns.any(1).tolist(), columns.all(1).tolist()
+    executed = [i for i, runs in enumerate(running) if runs]
     with hold(model), ExitStack() as stack:
-        stack.enter_context(skip_layers(model, running.nonzero().flatten().tolist()))
-        for layer, keep, mixed in zip(layers, mask[..., None], (running & ~whole).tolist()):
-            if mixed:
-                stack.enter_context(hooked(layer, hook(keep), with_kwargs=True))
+        stack.enter_context(skip_layers(model, executed))
+        for i in executed:
+            if not whole[i] or i == executed[0]:  # the first one counts the columns, whatever it runs
+                stack.enter_context(hooked(layers[i], hook(mask[i, ..., None]), with_kwargs=True))
         yield
