@@ -16,7 +16,9 @@ from torch.utils.data import SequentialSampler
 from transformers import LlamaConfig, LlamaForCausalLM
 from peft import LoraConfig
 from transformers import TrainingArguments
-from tokenry.train import FTPOConfig, FTPOTrainer, MaskedDiffusionTrainer
+from datasets import Dataset
+import tokenry
+from tokenry.train import FTPOConfig, FTPOTrainer, MaskedDiffusionTrainer, SkipDecodeConfig, SkipDecodeTrainer
 
 class Noted(MaskedDiffusionTrainer):
     def compute_loss(self, *args, **options):
@@ -49,6 +51,16 @@ drawn = []
 args = TrainingArguments(sys.argv[1], use_cpu=True, per_device_train_batch_size=1, max_steps=2, report_to="none",
                          save_strategy="no", disable_tqdm=True, ddp_timeout=30)
 Noted(copy.deepcopy(model), args, train_dataset=[{"input_ids": [5, 6, 7, 8]}] * 4, mask_token_id=39).train()
+reader = tokenry.load("zoo/reasoner").tokenizer
+deep = LlamaForCausalLM(LlamaConfig(vocab_size=len(reader), hidden_size=8, intermediate_size=8, num_hidden_layers=4,
+                                    num_attention_heads=2, pad_token_id=reader.pad_token_id))
+args = SkipDecodeConfig(sys.argv[1], use_cpu=True, bf16=False, e_max=3, e_min=3, warmup=1, planned_new_tokens=3,
+                        per_device_train_batch_size=1, max_steps=2, report_to="none", save_strategy="no",
+                        disable_tqdm=True, ddp_timeout=30)
+rows = Dataset.from_list([{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}] * 4)
+skipping = SkipDecodeTrainer(deep, args, train_dataset=rows, processing_class=reader)
+skipping.train()  # a layer that never runs has no gradient on any rank
+found["skipping"] = skipping.state.global_step
 Path(sys.argv[1], f"drawn{args.process_index}.json").write_text(json.dumps(drawn))
 Path(sys.argv[1], f"rank{args.process_index}.json").write_text(json.dumps(found))
 torch.distributed.barrier()
@@ -74,6 +86,6 @@ def test_two_ranks_stop_together(tmp_path):
     files = [tmp_path / f"rank{rank}.json" for rank in (0, 1)]
     assert all(file.exists() for file in files), error[-3000:]
     told = [json.loads(file.read_text()) for file in files]
-    assert told == [{"0.75": [3, [0.5] * 3, 0.5], "0.5": [1, [0.5], 0.5]}] * 2
+    assert told == [{"0.75": [3, [0.5] * 3, 0.5], "0.5": [1, [0.5], 0.5], "skipping": 2}] * 2
     drawn = [json.loads((tmp_path / f"drawn{rank}.json").read_text()) for rank in (0, 1)]
     assert len(drawn[0]) == len(drawn[1]) == 2 and not set(drawn[0]) & set(drawn[1])

@@ -102,3 +102,5 @@ class SkipDecodeConfig(SFTConfig):
                 "packing puts several texts into a row, and depth follows the column; set packing=False and "
                 "padding_free=False"
             )
+        if self.ddp_find_unused_parameters is None:  # layers beyond `e_max` do not run, and have no gradient
+            self.ddp_find_unused_parameters = True
