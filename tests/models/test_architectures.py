@@ -23,7 +23,7 @@ NEW = 8  # tokens written
 PROMPT = 14
 
 
-@dataclass(frozen=True)
+@dataclass
 class Case:
     """A model with two prompts, the second one padded on the left, and what plain `generate` makes of them."""
 
@@ -31,8 +31,15 @@ class Case:
     ids: torch.Tensor  # (1, PROMPT)
     both: dict[str, torch.Tensor]
 
-    def plain(self, inputs=None, processors=()):
-        return generate(self.model, self.ids if inputs is None else inputs, logits_processor=list(processors))
+    @functools.cached_property
+    def plain(self):
+        """Of the first prompt alone."""
+        return generate(self.model, self.ids)
+
+    @functools.cached_property
+    def plain_batch(self):
+        """Of both, in one batch."""
+        return generate(self.model, self.both)
 
 
 def takes(model, name):
@@ -44,7 +51,7 @@ def generate(model, inputs, **options):
     return model.generate(**inputs, do_sample=False, max_new_tokens=NEW, pad_token_id=1, **options)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=2)  # tests of a kind follow each other
 def case(kind):
     model = architectures.tiny_model(kind)
     return max((Case(model, *prompts(seed)) for seed in range(4)), key=margin)
@@ -129,32 +136,30 @@ class Guesses:
 
 
 def check_loop(case):
-    assert torch.equal(generate(case.model, case.ids, custom_generate=loop), case.plain())
+    assert torch.equal(generate(case.model, case.ids, custom_generate=loop), case.plain)
 
 
 def check_batch(case):
-    assert torch.equal(generate(case.model, case.both, custom_generate=loop), case.plain(case.both))
+    assert torch.equal(generate(case.model, case.both, custom_generate=loop), case.plain_batch)
 
 
-def ban(case, inputs, tokenizer, indices, **options):
-    plain = case.plain(inputs)
+def ban(case, inputs, plain, tokenizer, indices, **options):
     where = [(index, int(row[PROMPT + index])) for index, row in zip(indices, plain)]
-    expected = case.plain(inputs, [Banned(where)])
+    expected = generate(case.model, inputs, logits_processor=[Banned(where)])
     monitors = {"monitors": [TakenBack(where)], "processing_class": tokenizer, **options}
     assert not torch.equal(plain, expected)
     assert torch.equal(generate(case.model, inputs, custom_generate=loop, **monitors), expected)
 
 
 def check_ban(case, tokenizer):
-    ban(case, case.ids, tokenizer, [2])
+    ban(case, case.ids, case.plain, tokenizer, [2])
 
 
 def check_ban_batch(case, tokenizer):
-    ban(case, case.both, tokenizer, [3, 1])
+    ban(case, case.both, case.plain_batch, tokenizer, [3, 1])
 
 
-def speculate(case, inputs, drafter=None, num_drafts=1):
-    plain = case.plain(inputs)
+def speculate(case, inputs, plain, drafter=None, num_drafts=1):
     mask = inputs["attention_mask"] if isinstance(inputs, dict) else torch.ones_like(inputs)
     texts = [[t for t, m in zip(row.tolist(), [*m.tolist(), *[1] * NEW]) if m] for row, m in zip(plain, mask)]
     size = case.model.config.get_text_config().vocab_size
@@ -166,27 +171,27 @@ def speculate(case, inputs, drafter=None, num_drafts=1):
 
 
 def check_speculation(case):
-    speculate(case, case.ids)
+    speculate(case, case.ids, case.plain)
 
 
 def check_drafts(case):
-    speculate(case, case.ids, num_drafts=3)
+    speculate(case, case.ids, case.plain, num_drafts=3)
 
 
 def check_drafts_batch(case):
-    speculate(case, case.both, num_drafts=3)
+    speculate(case, case.both, case.plain_batch, num_drafts=3)
 
 
 def check_lookup(case):
-    speculate(case, case.ids, "prompt-lookup")
+    speculate(case, case.ids, case.plain, "prompt-lookup")
 
 
 def check_early_exit(case):
-    speculate(case, case.ids, "early-exit")
+    speculate(case, case.ids, case.plain, "early-exit")
 
 
 def check_early_exit_batch(case):
-    speculate(case, case.both, "early-exit", 2)
+    speculate(case, case.both, case.plain_batch, "early-exit", 2)
 
 
 DEPTHS = (4, 4, 3, 3, 3)
@@ -222,7 +227,7 @@ def skipped_text(case, method):
 def check_compresskv(case):
     press = dict(window=2, adaptive=False, heads="all", min_tokens=3)
     with CompressKV(budget=PROMPT, **press)(case.model):
-        assert torch.equal(generate(case.model, case.both), case.plain(case.both))
+        assert torch.equal(generate(case.model, case.both), case.plain_batch)
     with CompressKV(budget=6, **press)(case.model) as cutter:
         out = generate(case.model, case.ids, return_dict_in_generate=True)
     assert cutter.trace.counts() and set(cutter.trace.counts().values()) == {6}
@@ -243,7 +248,7 @@ def check_capture(case):
     logprobs = logits[0].log_softmax(-1)
     expected = logprobs[:-1].gather(1, case.ids[0, 1:, None]).squeeze(1)
     torch.testing.assert_close(cap.trace.logprob[1:], expected, atol=1e-3, rtol=1e-3)
-    assert torch.equal(text, case.plain())
+    assert torch.equal(text, case.plain)
     assert written.trace.ids.tolist()[: PROMPT + NEW - 1] == text[0, :-1].tolist()
 
 
@@ -433,8 +438,8 @@ def test_what_is_absent_fails_without_us(kind):
         case(kind)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in architectures.ARCHITECTURES if kind not in ABSENT])
 @pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("kind", [kind for kind in architectures.ARCHITECTURES if kind not in ABSENT])
 def test_as_plain_or_refused_with_a_true_reason(kind, check, tokenizer):
     cell, run = case(kind), CHECKS[check]
     try:
