@@ -253,20 +253,20 @@ def test_every_experiment_runs_at_its_smallest_size(name, tmp_path):
 
 def test_all_experiments_in_one_table_and_one_that_fails(tmp_path, monkeypatch):
     """Each in a process of its own, on its own model; the others go on, and --resume measures nothing twice."""
-    monkeypatch.setattr(catalog, "experiments", lambda: ["creditdecoding", "no-such-thing", "masked-diffusion"])
+    monkeypatch.setattr(catalog, "experiments", lambda: ["no-such-thing", "masked-diffusion"])
     store = tmp_path / "runs.sqlite"
     for _ in range(2):
         command = ["compare", "--all", "--quick", "--json", "--resume", "--store", str(store)]
         result = CliRunner().invoke(main, command)
-        assert result.exit_code == 1 and "1 of 3 failed: no-such-thing" in result.stderr
-        credit, failed, masked = json.loads(result.stdout)
-        assert credit["model"] == masked["model"] == "zoo/denoiser" and credit["numbers"]["samples"] == 4
-        assert credit["command"] == "tokenry compare creditdecoding --quick" and credit["numbers"]["seeds"] == [0]
+        assert result.exit_code == 1 and "1 of 2 failed: no-such-thing" in result.stderr
+        failed, masked = json.loads(result.stdout)
+        assert masked["model"] == "zoo/denoiser" and masked["numbers"]["samples"] == 6
+        assert masked["command"] == "tokenry compare masked-diffusion --quick" and masked["numbers"]["seeds"] == [0]
         assert failed == {"slug": "no-such-thing", "error": failed["error"]} and "no method" in failed["error"]
         shown = next(line for line in result.stderr.splitlines() if line.startswith("masked-diffusion"))
         assert "zoo/denoiser" in shown and masked["verdict"] in shown
         with RunStore(store) as kept:
-            assert [row[0] for row in kept.db.execute("SELECT count(*) FROM runs")] == [2]
+            assert [row[0] for row in kept.db.execute("SELECT count(*) FROM runs")] == [1]
 
 
 def test_many_prompts_give_a_json_line_each(tmp_path, llama, tokenizer):

@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from tokenry.measure.cost import Meter
 from tokenry.measure.ledger import evidence
 from tokenry.measure.statistics import Interval, bootstrap_statistic, paired_bootstrap
 from tokenry.measure.store import RunStore, signature
-from tokenry.measure.task import Outcome, Statistic
+from tokenry.measure.task import Statistic
 
 # --- a small real task: how far an arm's estimate of a square root is off ------------------------------------
 
@@ -140,23 +139,23 @@ def test_a_run_with_other_settings_is_not_resumed(tmp_path):
     assert signature({"a": 1, "b": 2}) == signature({"b": 2, "a": 1}) != signature({"a": 1})
 
 
-def _write(path, number):
-    with RunStore(path) as store:
-        run = store.begin({"writer": number})
-        for i in range(25):
-            store.add(run, [("s", f"{number}-{i}", 0, Outcome({"x": float(i)}))])
+WRITER = """
+import sys
+from tokenry.measure.store import RunStore
+from tokenry.measure.task import Outcome
+path, number = sys.argv[1:]
+with RunStore(path) as store:
+    run = store.begin({"writer": number})
+    for i in range(25):
+        store.add(run, [("s", f"{number}-{i}", 0, Outcome({"x": float(i)}))])
+"""
 
 
 def test_several_writers_share_a_store(tmp_path):
     path = tmp_path / "runs.sqlite"
     RunStore(path).close()
-    context = get_context("spawn")
-    writers = [context.Process(target=_write, args=(path, n)) for n in range(3)]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join()
-        assert writer.exitcode == 0
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), str(n)]) for n in range(3)]
+    assert [writer.wait() for writer in writers] == [0, 0, 0]
     with RunStore(path) as store:
         assert sum(len(store.outcomes(run)) for run in (1, 2, 3)) == 75
 
