@@ -5,6 +5,7 @@ import math
 import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -71,10 +72,10 @@ def test_pointers_are_those_of_the_recursion(references, data, window):
     time = data.draw(st.integers(0, 10))
     written = [data.draw(st.lists(st.integers(2, 6), min_size=time, max_size=time)) for _ in references]
     rows = [ids + [EOS] * (9 - len(ids)) for ids in references]
-    near = Near.of(torch.tensor(rows), torch.tensor([len(ids) for ids in references]), window)
-    found = pointers(torch.tensor(written).reshape(len(references), time), near)
+    near = Near.of(np.array(rows), np.array([len(ids) for ids in references]), window)
+    found = pointers(np.array(written, int).reshape(len(references), 1, time), near)
     expected = [recursion(*pair, window) for pair in zip(written, references)]
-    assert list(zip(found.r.tolist(), found.c.tolist())) == expected
+    assert list(zip(found.r.ravel().tolist(), found.c.ravel().tolist())) == expected
 
 
 def definition(logprob, written, reference, constraint, first):

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
@@ -54,113 +55,112 @@ class Near(NamedTuple):
     """The tokens around every place of references, and what it means to meet one of them.
 
     Attributes:
-        tokens: (rows * places, 2 window + 1): the one at the place itself, then `window` before it, then as many behind
-            it, in the order in which they count. Beyond the ends of a reference stand its first and its last.
-        begin: (rows,): where the places of each begin.
+        tokens: (references, places, 2 window + 1): the one at the place itself, then `window` before it, then as many
+            behind it, in the order in which they count. Beyond the ends of a reference stand its first and its last.
         since: (2 window + 1,): the fewest tokens since the last agreement with which meeting it counts.
         move: (2 window + 1,): how far the pointer goes then.
     """
 
-    tokens: Tensor
-    begin: Tensor
-    since: Tensor
-    move: Tensor
+    tokens: np.ndarray
+    since: np.ndarray
+    move: np.ndarray
 
     @classmethod
-    def of(cls, references: Tensor, lengths: Tensor, window: int) -> Near:
-        """Of references (rows, length), padded on the right, with their lengths (rows,)."""
-        w, zero = torch.arange(window, device=references.device), torch.zeros_like(lengths[:1])
-        offset = torch.cat([zero, -1 - w, 1 + w])
-        places = torch.arange(references.shape[1] + window, device=references.device)[:, None] + offset
-        held = places.clamp(min=0)[None].minimum(lengths[:, None, None] - 1)
-        tokens = references.gather(1, held.flatten(1)).reshape(-1, len(offset))
-        begin = torch.arange(len(references), device=references.device) * len(places)
-        return cls(tokens, begin, torch.cat([zero, 1 + w, torch.zeros_like(w)]), 1 + offset)
-
-    @property
-    def last(self) -> int:
-        """The place from which on all tokens around it are the end."""
-        return len(self.tokens) // len(self.begin) - 1
+    def of(cls, references: np.ndarray, lengths: np.ndarray, window: int) -> Near:
+        """Of references (references, length), padded on the right, with their lengths (references,)."""
+        w = np.arange(window)
+        offset = np.concatenate([[0], -1 - w, 1 + w])
+        places = np.arange(references.shape[1] + window)[:, None] + offset
+        held = np.minimum(places.clip(min=0), lengths[:, None, None] - 1)
+        tokens = references[np.arange(len(references))[:, None, None], held]
+        return cls(tokens, np.concatenate([[0], 1 + w, 0 * w]), 1 + offset)
 
 
 class Pointer(NamedTuple):
-    """Of each row: the place `r` in its reference, and the tokens `c` since it last agreed with it."""
+    """Of each beam (references, beams): the place `r` in its reference, and the tokens `c` since it last agreed."""
 
-    r: Tensor
-    c: Tensor
+    r: np.ndarray
+    c: np.ndarray
 
     @classmethod
-    def start(cls, rows: int, device: torch.device) -> Pointer:
+    def start(cls, references: int, beams: int) -> Pointer:
         """Before the first token."""
-        return cls(*torch.zeros(2, rows, dtype=torch.long, device=device))
+        return cls(*np.zeros((2, references, beams), int))
 
-    def advanced(self, token: Tensor, near: Near) -> Pointer:
-        """After one more token (rows,) of each.
+    def advanced(self, token: np.ndarray, near: Near) -> Pointer:
+        """After one more token (references, beams) of each.
 
         The token at the pointer agrees. One before it was said already: something was put in. One behind it comes
         later: something was left out. Before any other the pointer just goes on.
         """
-        around = near.tokens.index_select(0, self.r.clamp(max=near.last) + near.begin)
-        met = (around == token[:, None]) & (self.c[:, None] >= near.since)
-        agrees, which = met.max(1)  # the first one of several; where none is met, the move of the first one, too
-        return Pointer(self.r + near.move.index_select(0, which), (self.c + 1).masked_fill_(agrees, 0))
+        row, last = np.arange(len(token))[:, None], near.tokens.shape[1] - 1
+        met = near.tokens[row, np.minimum(self.r, last)] == token[..., None]
+        met &= self.c[..., None] >= near.since
+        moved = self.r + near.move[met.argmax(-1)]  # by the first that is met; if none is, as if it were the first
+        return Pointer(moved, np.where(met.any(-1), 0, self.c + 1))
+
+    def of(self, parent: np.ndarray) -> Pointer:
+        """Those of other beams (references, beams) of the same references."""
+        row = np.arange(len(parent))[:, None]
+        return Pointer(self.r[row, parent], self.c[row, parent])
 
 
-def pointers(written: Tensor, near: Near) -> Pointer:
-    """Where rows (rows, time) of tokens stand in their references, from the tokens alone."""
-    found = Pointer.start(len(written), written.device)
-    for token in written.unbind(1):
+def pointers(written: np.ndarray, near: Near) -> Pointer:
+    """Where beams (references, beams, time) of tokens stand in their references, from the tokens alone."""
+    found = Pointer.start(*written.shape[:2])
+    for token in np.moveaxis(written, -1, 0):
         found = found.advanced(token, near)
     return found
 
 
-class _Rows(NamedTuple):
-    """What is known of the references of every row beforehand.
+class _References:
+    """All that does not depend on what is written.
 
     Attributes:
-        references: (rows, length), padded on the right.
-        last: (rows,): the place of the end of each.
-        first: (rows, length): for each place the first one with the same token.
+        ids: (references, length), padded on the right.
+        last: (references, 1): the place of the end of each.
         near: the tokens around each place.
-        share: (rows, length): 1/2 in a reference, 0 behind its end.
+        present: (references, 1, length): 1 in a reference, 0 behind its end.
+        same: (references, length, length): whether two places hold the same token.
+        once: (references, length, 1): 1 at the first place of a token, 0 at the others.
         closeness: (length + 1, length): 1 / (distance + 1)^2 at and behind a place of the reference, 0 before.
-        group: (rows,): the first row of the beams of the same reference.
     """
 
-    references: Tensor
-    last: Tensor
-    first: Tensor
-    near: Near
-    share: Tensor
-    closeness: Tensor
-    group: Tensor
+    def __init__(self, references: Sequence[Sequence[int]], fill: int, window: int) -> None:
+        ids, present = (one.numpy() for one in right_padded(references, fill))
+        length = ids.shape[1]
+        place = np.arange(length)
+        distance = place - np.arange(length + 1)[:, None]
+        same = ids[:, :, None] == ids[:, None]
+        self.ids, self.last = ids, present.sum(1, keepdims=True) - 1
+        self.near = Near.of(ids, present.sum(1), window)
+        self.present, self.same = present[:, None].astype(np.float32), same.astype(np.float32)
+        self.once = (same.argmax(2) == place)[..., None].astype(np.float32)
+        self.closeness = np.where(distance >= 0, 1 / (distance.clip(min=0) + 1) ** 2, 0).astype(np.float32)
 
-    @classmethod
-    def of(cls, references: Sequence[Sequence[int]], fill: int, window: int, beams: int, device: torch.device) -> _Rows:
-        """A row for each beam."""
-        ids, present = (one.to(device).repeat_interleave(beams, 0) for one in right_padded(references, fill))
-        lengths, place = present.sum(1), torch.arange(ids.shape[1], device=device)
-        distance = place - torch.arange(ids.shape[1] + 1, device=device)[:, None]
-        return cls(
-            ids,
-            lengths - 1,
-            (ids[:, :, None] == ids[:, None]).int().argmax(2),
-            Near.of(ids, lengths, window),
-            present / 2,
-            torch.where(distance >= 0, 1 / (distance + 1.0).square(), 0),
-            torch.arange(len(ids), device=device) // beams * beams,
-        )
+    def share(self, found: Pointer, tau: float) -> np.ndarray:
+        """q (references, beams, length): the reference's share in what is sampled from, of the token at each place.
+
+        A token that stands at several places has one share, the softmax of the sum of its weights; 0 where that is 0.
+        """
+        agreed = np.minimum(found.r - found.c, self.ids.shape[1])
+        weight = (self.closeness[np.minimum(found.r, self.last)] + self.closeness[agreed]) * self.present / 2
+        of_token = weight @ self.same
+        size = np.exp((of_token - of_token.max(-1, keepdims=True)) / np.float32(tau)) * (of_token > 0)
+        return size / (size @ self.once)
 
 
 class _Step(NamedTuple):
     """What the last call was given, and the pointers it found."""
 
-    written: Tensor
+    written: np.ndarray
     found: Pointer
 
 
 class ReferenceConstrainedLogitsProcessor(LogitsProcessor):
     """For `model.generate(..., num_beams=5, logits_processor=[it])`: translations close to their references.
+
+    What concerns the references is small, and NumPy's; only what concerns the vocabulary is done where the scores are.
 
     Args:
         references: token ids of the reference of each row, that end with the tokenizer's end-of-text token.
@@ -181,65 +181,61 @@ class ReferenceConstrainedLogitsProcessor(LogitsProcessor):
         self.constraint, self.start = (constraint or Constraint()).checked(), start
         self.eos, self.pad = _eos_of(tokenizer), pad_id(tokenizer)
         check_references(references, self.eos)
-        self.references = [list(ids) for ids in references]
-        self._rows: dict[tuple[int, torch.device], _Rows] = {}
+        self.references = _References(references, self.eos, self.constraint.window)
+        self._ids: dict[tuple[int, torch.device], Tensor] = {}
         self._last: _Step | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Any:
         """Scores (rows * beams, vocabulary), logits or their logarithms of probabilities, with the pull."""
-        rows, window = len(input_ids), self.constraint.window
-        key = self._beams(rows), scores.device
-        if key not in self._rows:
-            self._rows[key] = _Rows.of(self.references, self.eos, window, *key)
-        found = self._pointers(input_ids[:, self.start :], self._rows[key])
-        pulled = scores.clone() if self.constraint.lam == 1 else self._pulled(scores, found, self._rows[key])
+        count, rows = len(self.references.ids), len(input_ids)
+        if not rows or rows % count:
+            raise InputError(f"{rows} rows are written for {count} references; give one for each prompt")
+        written = input_ids[:, self.start :].cpu().numpy().copy()  # generate may write on in its own
+        pulled = self._pulled(scores, self._pointers(written.reshape(count, rows // count, -1)))
         if self.pad != self.eos:
             pulled[:, self.pad] = -torch.inf
         if input_ids.shape[1] == self.start:
             pulled[:, self.eos] = -torch.inf
         return pulled
 
-    def _beams(self, rows: int) -> int:
-        beams, over = divmod(rows, len(self.references))
-        if over or not beams:
-            raise InputError(f"{rows} rows are written for {len(self.references)} references; give one for each prompt")
-        return beams
-
-    def _pointers(self, written: Tensor, rows: _Rows) -> Pointer:
-        """`pointers`, which follow in one step where every row goes on from a row of the last call."""
-        last, found = self._last, None
-        if last is not None and last.written.shape == (len(written), written.shape[1] - 1):
-            now, then = (one.unflatten(0, (len(self.references), -1)) for one in (written[:, :-1], last.written))
-            known, parent = (now[:, :, None] == then[:, None]).all(-1).max(-1)
-            if bool(known.all()):
-                parent = parent.flatten() + rows.group
-                before = Pointer(*(one.index_select(0, parent) for one in last.found))
-                found = before.advanced(written[:, -1], rows.near)
-        found = found or pointers(written, rows.near)
+    def _pointers(self, written: np.ndarray) -> Pointer:
+        """`pointers`, which follow in one step where every beam goes on from one of the last call."""
+        last, near, found = self._last, self.references.near, None
+        if last is not None and last.written.shape == (*written.shape[:2], written.shape[2] - 1):
+            known = (written[:, :, None, :-1] == last.written[:, None]).all(-1)
+            if known.any(-1).all():
+                found = last.found.of(known.argmax(-1)).advanced(written[..., -1], near)
+        found = found or pointers(written, near)
         self._last = _Step(written, found)
         return found
 
-    def _pulled(self, scores: Tensor, found: Pointer, rows: _Rows) -> Tensor:
+    def _pulled(self, scores: Tensor, found: Pointer) -> Tensor:
         """lam p + (1 - lam) q where the reference's next token is likely enough, otherwise the scores as they are.
 
-        Only tokens of the reference get a share of q, so that all others are multiplied by lam alone. One copy of the
-        scores is made: it first holds what the sum over the vocabulary needs, then the result.
+        Only tokens of the reference get a share of q, so that all others are multiplied by lam alone.
         """
         theta, lam, tau, _ = self.constraint
-        highest = scores.amax(-1, keepdim=True)
-        pulled = scores - highest
-        total = pulled.exp_().sum(-1, keepdim=True).log_().add_(highest)
-        own = scores.gather(1, rows.references)
-        p = (own - total).exp_()
-        r = found.r.minimum(rows.last)
-        free = p.gather(1, r[:, None]) <= theta
-        agreed = (found.r - found.c).clamp_(max=rows.closeness.shape[1])
-        weight = rows.closeness.index_select(0, r).add_(rows.closeness.index_select(0, agreed)).mul_(rows.share)
-        of_token = torch.zeros_like(weight).scatter_add_(1, rows.first, weight)  # it counts once in the softmax
-        q = (of_token / tau).masked_fill_(of_token == 0, -torch.inf).softmax(-1).gather(1, rows.first)
-        lower = ((math.log(lam) if lam else -torch.inf) - total).masked_fill_(free, 0)
-        mixed = p.mul_(lam).add_(q.mul_(1 - lam)).log_()
-        return torch.add(scores, lower, out=pulled).scatter_(1, rows.references, torch.where(free, own, mixed))
+        if lam == 1:
+            return scores.clone()
+        ids = self._ids_for(scores)
+        r, q = (
+            torch.from_numpy(one).flatten(0, 1).to(scores.device)
+            for one in (np.minimum(found.r, self.references.last)[..., None], self.references.share(found, tau))
+        )
+        logp = scores.log_softmax(-1)
+        p = logp.gather(1, ids).exp_()
+        free = p.gather(1, r) <= theta
+        mixed = p.mul_(lam).add_(q, alpha=1 - lam).log_()
+        pulled = logp.add_(math.log(lam) if lam else -torch.inf).scatter_(1, ids, mixed)
+        return torch.where(free, scores, pulled)
+
+    def _ids_for(self, scores: Tensor) -> Tensor:
+        """The reference (rows * beams, length) of each row, where the scores are."""
+        key = len(scores), scores.device
+        if key not in self._ids:
+            beams = len(scores) // len(self.references.ids)
+            self._ids[key] = torch.from_numpy(self.references.ids).to(scores.device).repeat_interleave(beams, 0)
+        return self._ids[key]
 
 
 def _eos_of(tokenizer: PreTrainedTokenizerBase) -> int:
