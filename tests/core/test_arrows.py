@@ -1,12 +1,16 @@
-"""No stage reaches another one behind the back of import-linter: through the catalogue, or in its exports."""
+"""What import-linter does not see: a stage that reaches another one through the catalogue or in its exports, circles of
+types, and methods that import each other."""
 
 import ast
+from graphlib import CycleError, TopologicalSorter
+from itertools import permutations
 from pathlib import Path
 
+import grimp
 import pytest
 
 import tokenry
-from tokenry.catalog import STAGES
+from tokenry.catalog import METHODS, STAGES
 
 ROOT = Path(tokenry.__file__).parent
 FILES = [file for stage in STAGES for file in sorted((ROOT / stage).rglob("*.py*")) if file.suffix in (".py", ".pyi")]
@@ -41,3 +45,40 @@ def test_what_is_forbidden_is_seen(tmp_path, monkeypatch):
     (tmp_path / "train" / "m.py").write_text(code)
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     assert set(reached(tmp_path / "train" / "m.py")) == {"catalog", "decode.learn2pd.x", "read"}
+
+
+# --- circles and methods ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def imports():
+    """Who imports whom, for types alone too."""
+    return grimp.build_graph("tokenry", exclude_type_checking_imports=False, cache_dir=None)
+
+
+def circle(imports):
+    """Modules that import each other in a loop, or None."""
+    try:
+        TopologicalSorter({m: imports.find_modules_directly_imported_by(m) for m in imports.modules}).prepare()
+    except CycleError as found:
+        return found.args[1]
+
+
+def test_no_module_imports_itself_by_way_of_others(imports):
+    assert circle(imports) is None
+
+
+def test_a_circle_is_seen():
+    imports = grimp.ImportGraph()
+    for pair in [("a", "b"), ("b", "c"), ("c", "a"), ("c", "d")]:
+        imports.add_import(importer=pair[0], imported=pair[1])
+    assert set(circle(imports)) == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_method_imports_another_one(stage, imports):
+    names = {file.stem for file in (ROOT / stage).glob("*.py")} - {"__init__", "contract", "api", "adapters"}
+    methods = sorted(f"tokenry.{stage}.{name}" for name in names)
+    assert {entry.target.split(":")[0] for entry in METHODS if entry.stage == stage} <= set(methods)
+    chains = [imports.find_shortest_chain(importer=a, imported=b) for a, b in permutations(methods, 2)]
+    assert not [chain for chain in chains if chain]

@@ -31,7 +31,7 @@ from ..measure.compare import beats
 from ..measure.experiment import Design, Run, experiment
 from ..measure.task import Arm
 from ..measure.tasks.sts import STSTask, load_pairs, spread
-from ..represent.causal2vec import Causal2Vec, Causal2VecModel
+from ..represent.causal2vec import Causal2Vec
 from ..represent.contextual.embedder import ContextEmbedder
 from ..represent.contextual.files import read_folder
 
@@ -74,7 +74,7 @@ def build(run: Run[Causal2Vec]) -> Design:
     def embeds(name: str, seed: int) -> Any:
         one = method.model_copy(update={**SETTINGS.get(name, {}), "trained": None, "seed": seed})
         path = folder / digest([one.model_dump(mode="json"), sizes, name == ALONE])
-        embedder = read_folder(Causal2VecModel, built_folder(path, partial(trained, one, steps, name == ALONE)))
+        embedder = read_folder(built_folder(path, partial(trained, one, steps, name == ALONE)))
         return partial(alone, embedder) if name == ALONE else partial(embedder.encode, batch_size=64)
 
     def arm(name: str, role: Any = "control") -> Arm:

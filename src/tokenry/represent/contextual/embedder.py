@@ -6,11 +6,11 @@ import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ...core.errors import InputError
 from ...core.outputs import write_folder
@@ -20,10 +20,7 @@ from ...models.positions import context_window
 from ...text.token_text import check_encodable
 from ..text.batches import by_length, check_sentences
 from ..text.prompt_embedder import leads_with_bos
-
-if TYPE_CHECKING:
-    from ..causal2vec import Causal2VecModel
-    from .config import Causal2VecConfig
+from .model import Causal2VecModel
 
 __all__ = ["ENCODER_FOLDER", "ContextEmbedder"]
 
@@ -35,7 +32,6 @@ class ContextEmbedder(nn.Module):
     """`encode(texts)`: (texts, width), float32, of length 1.
 
     Args:
-        model: a `Causal2VecModel`.
         encoder_tokenizer: the encoder's own.
         max_seq_length: tokens of a text at most, instruction, Contextual token and EOS included; None is what the
             decoder takes. Can be set later.
@@ -48,7 +44,7 @@ class ContextEmbedder(nn.Module):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Causal2VecModel,
         tokenizer: PreTrainedTokenizerBase,
         encoder_tokenizer: PreTrainedTokenizerBase,
         *,
@@ -59,15 +55,15 @@ class ContextEmbedder(nn.Module):
         self.model, self.tokenizer, self.encoder_tokenizer = model, tokenizer, encoder_tokenizer
         if tokenizer.eos_token_id is None:
             raise InputError("the tokenizer has no eos_token, at which the text is read; set tokenizer.eos_token")
-        self.config = cast("Causal2VecConfig", model.config)
-        self.limit = context_window(cast(PreTrainedModel, model.decoder))
-        self.encoder_limit = context_window(cast(PreTrainedModel, model.encoder)) or 512
+        self.config = model.config
+        self.limit = context_window(model.decoder)
+        self.encoder_limit = context_window(model.encoder) or 512
         self.max_seq_length, self.truncate = max_seq_length, truncate
 
     @property
     def width(self) -> int:
         """Numbers of a vector."""
-        one = cast(PreTrainedModel, self.model.decoder).config.hidden_size
+        one = self.model.decoder.config.hidden_size
         return 2 * one if self.config.pooling == "context_eos" else one
 
     @property
@@ -186,7 +182,7 @@ class ContextEmbedder(nn.Module):
     def _context_tokens(self, rows: Sequence[list[int]], batch_size: int) -> Tensor:
         """(rows, width): what the encoder says of all texts, in batches of its own: by its own lengths, and of as many
         tokens as a batch has on average, so that little of its work is padding."""
-        model = cast("Causal2VecModel", self.model)
+        model = self.model
 
         def tell(places: list[int]) -> Tensor:
             ids, real = right_padded([rows[i] for i in places], pad=pad_id(self.encoder_tokenizer))

@@ -13,6 +13,7 @@ from ...core.fields import shown
 from ...models.checkpoint_files import check_weights, read_tokenizer, reading
 from ...models.embedders import MINILM, wheel_folder
 from .embedder import ENCODER_FOLDER, ContextEmbedder
+from .model import Causal2VecModel
 
 __all__ = ["load_encoder", "read_folder"]
 
@@ -27,7 +28,7 @@ def load_encoder(name: str, like: PreTrainedModel) -> tuple[PreTrainedModel, Pre
     return model.to(like.device).eval(), tokenizer
 
 
-def read_folder(kind: type[PreTrainedModel], folder: str | Path) -> ContextEmbedder:
+def read_folder(folder: str | Path) -> ContextEmbedder:
     """What `ContextEmbedder.save` wrote.
 
     Raises:
@@ -37,9 +38,9 @@ def read_folder(kind: type[PreTrainedModel], folder: str | Path) -> ContextEmbed
     if not isfile(place / "config.json") or not isdir(place / ENCODER_FOLDER):  # false for a name that cannot be one
         raise InputError(f"there is no trained Causal2Vec in {shown(str(folder), 200)}; give what its save has written")
     with reading(str(folder), remedy="train it again"):
-        read: Any = kind.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True)
+        read: Any = Causal2VecModel.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True)
         model, found = read
-        check_weights(found, kind.__name__)
+        check_weights(found, Causal2VecModel.__name__)
         return ContextEmbedder(
             model.eval(), read_tokenizer(str(place), False), read_tokenizer(str(place / ENCODER_FOLDER), False)
         )

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ...core.errors import InputError
 from ...text.words import listed
-from ..causal2vec import Causal2VecModel
 from .embedder import ContextEmbedder
 from .files import read_folder
 
@@ -80,7 +79,7 @@ class Causal2VecTransformer(InputModule):
     def load(cls, model_name_or_path: str, subfolder: str = "", **kwargs: Any) -> Self:
         """Read what `save` wrote, from a folder."""
         config = cls.load_config(model_name_or_path, subfolder=subfolder)
-        embedder = read_folder(Causal2VecModel, Path(model_name_or_path) / subfolder)
+        embedder = read_folder(Path(model_name_or_path) / subfolder)
         embedder.max_seq_length, embedder.truncate = config["max_seq_length"], config["truncate"]
         return cls(embedder)
 
