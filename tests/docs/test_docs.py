@@ -250,6 +250,19 @@ def test_every_measured_method_has_evidence_with_controls():
         assert found["findings"] and all(f["numbers"] for f in found["findings"])
 
 
+def test_a_number_that_is_shown_is_one_that_decides():
+    """Of several checks of a finding one that came out as the finding did."""
+    checks = 0
+    for found in load_evidence(ROOT / "docs" / "evidence"):
+        for finding in found["findings"]:
+            if number := finding["measured"]:
+                text = re.escape(f"{number['what']}: {number['shown']} (")
+                decided = rf"{text}[^()]*: {finding['outcome']}"
+                assert re.search(decided, finding["numbers"]), (found["slug"], finding)
+                checks += 1
+    assert checks > 150
+
+
 def test_a_cell_of_the_ledger_holds_at_most_one_number():
     """With its interval; the published one may say what it is compared with."""
     rows = ledger({e["slug"]: e for e in load_evidence(ROOT / "docs" / "evidence")}).splitlines()[2:]

@@ -31,7 +31,7 @@ from tokenry.measure.claims import (
 )
 from tokenry.measure.compare import Comparison, beats, compare
 from tokenry.measure.experiment import Design, Experiment, Run, experiment, sweep
-from tokenry.measure.ledger import evidence, measured, verdict_in
+from tokenry.measure.ledger import evidence, measured, measured_on, verdict_in
 from tokenry.measure.statistics import Interval, bootstrap_statistic, paired_bootstrap
 from tokenry.measure.task import Arm, Metric, Outcome, Sample, Statistic
 from tokenry.zoo.recipes import RECIPES
@@ -124,7 +124,7 @@ def test_the_text_is_made_from_the_check():
 
 
 def made(outcome):
-    return Check(outcome, outcome[0], number(0, 0, 0))
+    return Check(outcome, outcome[0], Contrast(Interval(0, 0, 0, 20), outcome))
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,8 @@ def made(outcome):
 )
 def test_checks_together(outcomes, every, one):
     for order in permutations(map(made, outcomes)):
-        assert all_of(*order).outcome == every and any_of(*order).outcome == one
+        assert all_of(*order).outcome == all_of(*order).number.what == every
+        assert any_of(*order).outcome == any_of(*order).number.what == one
     assert all_of(*map(made, outcomes)).text == "; ".join(o[0] for o in outcomes)
     assert any_of(*map(made, outcomes)).text == " or ".join(o[0] for o in outcomes)
     assert any_of(all_of(made("holds"), made("fails")), made("fails")).text == "(h; f) or f"
@@ -336,6 +337,14 @@ def test_every_experiment_is_declared_under_its_name(name):
 
 
 # --- records -------------------------------------------------------------------------------------------------------
+
+
+def test_a_record_says_what_its_main_number_is_of():
+    """Of the model, unless the design says of what."""
+    made = declared()(None, None)
+    for on, said in (("", "m"), ("tokenizers", "tokenizers")):
+        c = compare(replace(made, on=on))
+        assert measured_on(evidence(c, made.findings(c), model="m", command="c")) == said
 
 
 def test_a_record_holds_what_its_verdict_needs():

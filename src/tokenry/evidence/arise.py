@@ -42,6 +42,7 @@ def build(run: Run[Arise]) -> Design:
             Arm(METHOD, setting={"m_min": 3, "m_max": 10, "threshold": 0.5}, apply=SAMPLERS[METHOD]),
         ],
         baseline=FEW,
+        on="simulated questions",
         facts={"families": simulated_families(run.size(QUESTIONS, 60)), "repeats": repeats},
         notes=f"Levels of the reasoner: thinking closed at {', '.join(map(str, BUDGETS))} tokens. Simulated: "
         f"{QUESTIONS} questions, tokens log-normal around 100, 200 and 400, ten runs a cell; stability over {REPEATS} "

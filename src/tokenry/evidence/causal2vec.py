@@ -99,6 +99,7 @@ def build(run: Run[Causal2Vec]) -> Design:
             *(once(READER_ALONE, "control"), once(REAL, "method")),
         ],
         baseline=PLAIN,
+        on="a Llama of 2 layers, trained here",
         statistics=STSTask.statistics,
         notes=f"A Llama of 2 layers, {WIDTH} wide, and a BERT of 2 layers, {READER} wide, from random weights, with "
         f"one vocabulary of {VOCABULARY} entries; {steps} steps of {BATCH} pairs of STS-B train that people give "

@@ -107,6 +107,7 @@ def build(run: Run[CodeFill]) -> Design:
             arm(WHOLE, training=METHOD, numbers=PUBLISHED),
         ],
         baseline=PLAIN,
+        on="models of 2 layers, trained here",
         notes=f"Python's library, split by package; {len(kept)} files to learn from, {PLACES} places in each package "
         f"held out. Models of {method.layers} layers, {method.width} wide, {len(words)} entries; {steps} steps of "
         f"{method.batch_size} windows of {method.max_length} tokens of values in every arm but the longer one, in the "

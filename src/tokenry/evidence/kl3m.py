@@ -80,6 +80,7 @@ def build(run: Run[KL3M]) -> Design:
         task=TokensTask(sets, new[:each], clean[:each]),
         arms=[*domain_arms(texts, run.tokenizer), *correction_arms(texts), *given(texts, run.method)],
         baseline=GENERAL,
+        on="tokenizers, trained here",
         notes=f"Vocabularies of {VOCABULARY}, where no other number stands, from equal numbers of bytes, split 80/20 "
         f"by document. New licenses share at most {NEAR_COPY:.0%} of their 20-word stretches with any training "
         "license. Char tokens and the plain BPEs beside them learn from all training licenses. Correction by a "

@@ -82,6 +82,7 @@ def build(run: Run[LinguisticIntegrity]) -> Design:
         task=LanguageTask([sentence.text for sentence in measured]),
         arms=[_arm(name, tokenizer, texts, budget) for name, tokenizer in made.items()],
         baseline=PLAIN,
+        on="models of 2 layers, trained here",
         batch=len(measured),  # one training for all of them
         statistics=[BITS_PER_CHARACTER],
         facts={"scores": scores_of(method, made, held_out[: run.size(len(held_out), 60)])},

@@ -60,6 +60,7 @@ def build(run: Run[Morphological]) -> Design:
             _arm(METHOD, "method", ours, method),
         ],
         baseline=EQUAL,
+        on="tokenizers",
         statistics=[BOUNDARY_F1],
         notes=f"{len(training)} sentences of training. The method has {len(ours)} entries there: little text leaves "
         "few subwords to learn. Its tokens, and the official ones, have one for each space, which BPE has not.",

@@ -104,6 +104,7 @@ def build(run: Run[SkipDecode]) -> Design:
             for name, made in schedules.items()
         ],
         baseline=PLAIN,
+        on="zoo/reasoner, its layers twice",
         batch=count + TEXTS,
         models={"reasoner": deep.model, **{f"start, {name}": start.model for name, start in starts.items()}},
         notes=f"Texts: the model as it is. Sums: zoo/reasoner with its layers twice, one stack on the other, "

@@ -125,6 +125,7 @@ def build(run: Run[TVM]) -> Design:
         task=task,
         arms=arms(verifiers, dict.fromkeys(run.seeds, right_so_far(tokenizer, test))),
         baseline=VOTE,
+        on="zoo/speculator, trained further",
         models={base.name: backbone for base, backbone in backbones.items()},
         facts={"chain": enumerable_chain()},
         notes=f"{len(train)} training questions; {shared_tokens(learned_from):.0%} of the tokens of their {MOST} "

@@ -88,7 +88,7 @@ class Check:
 
     Attributes:
         text: the numbers, what is asked of them, and the outcome of each.
-        number: the one that a ledger shows.
+        number: the one that a ledger shows: of several the first that the outcome hangs on.
     """
 
     outcome: Decision
@@ -138,18 +138,23 @@ def _check(x: Contrast, asked: str, holds: bool, fails: bool) -> Check:
 
 
 def all_of(*checks: Check) -> Check:
-    """Holds if all do, fails if one does. The first one has the number that is shown."""
+    """Holds if all do, fails if one does."""
     outcomes = {check.outcome for check in checks}
     outcome: Decision = "fails" if "fails" in outcomes else "undecided" if "undecided" in outcomes else "holds"
-    return Check(outcome, "; ".join(check.text for check in checks), checks[0].number)
+    return Check(outcome, "; ".join(check.text for check in checks), _deciding(outcome, checks))
 
 
 def any_of(*checks: Check) -> Check:
-    """Holds if one does, fails if all do. The first one has the number that is shown."""
+    """Holds if one does, fails if all do."""
     outcomes = {check.outcome for check in checks}
     outcome: Decision = "holds" if "holds" in outcomes else "undecided" if "undecided" in outcomes else "fails"
     parts = [f"({check.text})" if "; " in check.text else check.text for check in checks]
-    return Check(outcome, " or ".join(parts), checks[0].number)
+    return Check(outcome, " or ".join(parts), _deciding(outcome, checks))
+
+
+def _deciding(outcome: Decision, checks: Sequence[Check]) -> Contrast:
+    """The number of the first check that came out as all of them together."""
+    return next(check.number for check in checks if check.outcome == outcome)
 
 
 # --- findings ------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any
 from .. import catalog
 from ..zoo.recipes import RECIPES, record_of
 from . import pages
-from .ledger import load_evidence, measured, measured_what, verdict_in
+from .ledger import load_evidence, measured, measured_on, measured_what, verdict_in
 from .pictures import picture
 
 __all__ = ["documents"]
@@ -90,8 +90,8 @@ def ledger(entries: dict[str, dict[str, Any]], folder: str = "") -> str:
     for entry, name in measurements():
         cells = ["", "", "", "not measured yet", ""]
         if found := entries.get(name):
-            which, verdict = measured_what(found), verdict_in(found)
-            cells = [measured(found), which, found["model"], verdict, f"[all]({folder}evidence/{name}.md)"]
+            which, on, verdict = measured_what(found), measured_on(found), verdict_in(found)
+            cells = [measured(found), which, on, verdict, f"[all]({folder}evidence/{name}.md)"]
         row = [f"[{name}]({folder}methods/{entry.slug}.md)", published_on(entry, name), *cells]
         rows.append(f"| {' | '.join(row)} |")
     return "\n".join(rows)
@@ -121,8 +121,8 @@ def ledger_page(entries: dict[str, dict[str, Any]]) -> str:
         "",
         "A check holds, fails, or is undecided, by its 95 % interval. `reproduced`: every check holds. `partly`: the "
         "main one does. `not reproduced`: the main one fails. `undecided`: its interval is on both sides of the bound. "
-        "Measured is the number that the main check is made from, and which one that is; it is of a small model, and "
-        "seldom in the unit of the published one. Nothing stands under published where no number could be read, and in "
+        "Measured is the number that decides the main check, and which one that is; it is of a small model, and seldom "
+        "in the unit of the published one. Nothing stands under published where no number could be read, and in "
         "rows about a part of the method, or about the same on another model. Models of the zoo are described in "
         "[zoo.md](zoo.md); `smollm2` is SmolLM2-135M-Instruct.",
         "",

@@ -76,6 +76,7 @@ class Design:
 
     Attributes:
         baseline: the arm that tables show differences from.
+        on: what the main number is of, where that is not the model: one that is trained here, tokenizers, a simulation.
         tried: what was tried before the settings were these, and on which problems.
         batch, seeds: instead of those of the run.
         statistics: numbers over all samples that are no means.
@@ -86,6 +87,7 @@ class Design:
     task: Task
     arms: Sequence[Arm]
     baseline: str
+    on: str = ""
     notes: str = ""
     tried: str = ""
     batch: int | None = None
@@ -99,8 +101,8 @@ class Design:
 class Experiment:
     """A design with its claim, ready to run; `findings` turns the finished `Comparison` into findings.
 
-    `limit` and `tried` are for the record, see `Declaration` and `Design`. `revision` goes up with a change of the
-    experiment that changes numbers and is in no setting: a run is resumed by the same revision alone.
+    `on`, `limit` and `tried` are for the record, see `Declaration` and `Design`. `revision` goes up with a change of
+    the experiment that changes numbers and is in no setting: a run is resumed by the same revision alone.
     """
 
     slug: str
@@ -111,6 +113,7 @@ class Experiment:
     findings: Callable[[Any], list[Finding]]
     seeds: Sequence[int] = (0,)
     batch: int = 1
+    on: str = ""
     notes: str = ""
     tried: str = ""
     limit: int | None = None
@@ -175,6 +178,7 @@ class Declaration:
             findings=partial(_listed, self.judge, design.facts),
             seeds=design.seeds or chosen,
             batch=design.batch or self.batch,
+            on=design.on,
             notes=design.notes,
             tried=design.tried,
             limit=self.limit,

@@ -19,6 +19,7 @@ __all__ = [
     "load_evidence",
     "main_of",
     "measured",
+    "measured_on",
     "measured_what",
     "verdict_in",
     "versions",
@@ -42,6 +43,7 @@ def evidence(comparison: Comparison, findings: Sequence[Finding], *, model: str,
         "verdict": verdict(findings),
         "findings": [_finding(finding) for finding in findings],
         "model": model,
+        "on": experiment.on or model,
         "task": experiment.task.slug,
         "identity": {name: value for name, value in comparison.identity.items() if name != "subjects"},
         "baseline": experiment.baseline,
@@ -91,6 +93,11 @@ def measured(record: Mapping[str, Any]) -> str:
 def measured_what(record: Mapping[str, Any]) -> str:
     """What that number is."""
     return main_of(record)["measured"]["what"]
+
+
+def measured_on(record: Mapping[str, Any]) -> str:
+    """The model that the number is of, or what else it is of."""
+    return record["on"]
 
 
 def main_of(record: Mapping[str, Any]) -> Mapping[str, Any]:
