@@ -284,7 +284,7 @@ def compare_all(given: dict[str, Any]) -> None:
                 f"interrupted after {len(rows)} of {len(names)} experiments; --resume goes on from there", err=True
             )
             sys.exit(130)
-    table = Table("experiment", "model", "verdict", "measured", box=None, pad_edge=False)
+    table = Table("experiment", "on", "verdict", "measured", box=None, pad_edge=False)
     for name in names:
         table.add_row(*row_of(name, rows[name]))
     console(stderr=True).print(table)
@@ -312,8 +312,8 @@ def run_alone(name: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def row_of(name: str, entry: dict[str, Any]) -> tuple[str, str, str, str]:
-    from ..measure.ledger import measured
+    from ..measure.ledger import measured, measured_on
 
     if "error" in entry:
         return name, "", "failed", entry["error"]
-    return name, entry["model"], entry["verdict"], measured(entry)
+    return name, measured_on(entry), entry["verdict"], measured(entry)

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from .. import catalog
 from ..core.method import Method
-from .ledger import main_of, verdict_in
+from .ledger import main_of, measured_on, verdict_in
 
 __all__ = ["contract", "evidence_navigation", "evidence_of", "method_list", "navigation", "paper_index"]
 
@@ -26,10 +26,10 @@ def evidence_of(entry: catalog.Entry, entries: dict[str, dict[str, Any]]) -> str
     found = [entries[name] for name in entry.experiments if name in entries]
     if not found:
         return "No comparison of its own is recorded. Where it is a part or a baseline of another method's, see there."
-    rows = ["| comparison | verdict | main finding | model |", "|---|---|---|---|"]
+    rows = ["| comparison | verdict | main finding | on |", "|---|---|---|---|"]
     for one in found:
         link = f"[{one['slug']}](../evidence/{one['slug']}.md)"
-        rows.append(f"| {link} | {verdict_in(one)} | {main_of(one)['statement']} | {one['model']} |")
+        rows.append(f"| {link} | {verdict_in(one)} | {main_of(one)['statement']} | {measured_on(one)} |")
     for one in found:
         rows += ["", f"![{one['slug']}: what was measured](../pictures/{one['slug']}.svg)", "", f"`{one['command']}`"]
     return "\n".join(rows)
