@@ -167,9 +167,12 @@ def arms(verifiers: dict[str, dict[int, Verifier]], checked: dict[int, Verifier]
 
 
 def about(name: str) -> dict[str, object]:
-    """What identifies a verifier."""
+    """What identifies a verifier: only the trained ones have a base."""
+    setting: dict[str, object] = {"verifier": name, "questions": QUESTIONS}
+    if name in (POSITION, RANDOM, CHECKED):
+        return setting
     base = CHECKER if name in (LED, LED_OUTCOME) else SMALL
-    return {"verifier": name, "questions": QUESTIONS, "batch": BATCH, "base": base.name} | base._asdict()
+    return setting | {"batch": BATCH, "base": base.name, "steps": base.steps, "rate": base.rate}
 
 
 # --- before the comparison -------------------------------------------------------------------------------------------
