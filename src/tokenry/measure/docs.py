@@ -144,10 +144,13 @@ def evidence_page(found: dict[str, Any], reported: bool) -> str:
         parts.append(f"  {finding['numbers']}")
     parts += [part for text in (found["notes"], found.get("tried")) if text for part in ("", text)]
     parts += ["", f"{found['costs']}."] if found.get("costs") else []
-    if found.get("limit"):
-        parts += ["", f"While it is undecided it may be extended up to {found['limit']} samples."]
+    numbers = found["numbers"]
+    if limit := found.get("limit"):
+        extended = f"It was extended to {limit} samples, the limit that had been fixed."
+        allowed = f"While it is undecided it may be extended up to {limit} samples."
+        parts += ["", extended if numbers["samples"] >= limit else allowed]
     parts += ["", *numbers_table(found), ""]
-    numbers, versions = found["numbers"], ", ".join(f"{k} {v}" for k, v in found["versions"].items())
+    versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
     parts.append(
         f"{found['model']}, task `{found['task']}`, {numbers['samples']} samples, seeds {numbers['seeds']}; "
         f"`{found['command']}`; {found['date']}; {versions}."
