@@ -269,6 +269,17 @@ def test_all_experiments_in_one_table_and_one_that_fails(tmp_path, monkeypatch):
             assert [row[0] for row in kept.db.execute("SELECT count(*) FROM runs")] == [1]
 
 
+def test_names_in_the_table_of_all_are_whole(monkeypatch):
+    """Other columns give way: two names may differ in their last letter."""
+    names = ["cyclicreflex-reasoner", "cyclicreflex-reasoner-2"]
+    main_one = {"main": True, "measured": {"what": "gap", "shown": "+6.02 [-30.98, +45.57]"}}
+    entry = {"on": "models of 2 layers, trained here", "verdict": "not reproduced", "findings": [main_one]}
+    monkeypatch.setattr(catalog, "experiments", lambda: names)
+    monkeypatch.setattr("tokenry.cli.compare.run_alone", lambda name, given: entry)
+    result = CliRunner().invoke(main, ["compare", "--all", "--quick"], env={"COLUMNS": "80"})
+    assert [line.split()[0] for line in result.stderr.splitlines() if line.startswith("cyclic")] == names
+
+
 def test_many_prompts_give_a_json_line_each(tmp_path, llama, tokenizer):
     """Batches are those of `generate`: a text does not depend on how many others are asked for after it."""
     folder, prompts, pairs = tmp_path / "model", tmp_path / "prompts.txt", tmp_path / "pairs.jsonl"

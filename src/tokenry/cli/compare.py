@@ -285,6 +285,7 @@ def compare_all(given: dict[str, Any]) -> None:
             )
             sys.exit(130)
     table = Table("experiment", "on", "verdict", "measured", box=None, pad_edge=False)
+    table.columns[0].min_width = max(map(len, names))
     for name in names:
         table.add_row(*row_of(name, rows[name]))
     console(stderr=True).print(table)
