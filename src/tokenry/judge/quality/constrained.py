@@ -190,8 +190,11 @@ class ReferenceConstrainedLogitsProcessor(LogitsProcessor):
         count, rows = len(self.references.ids), len(input_ids)
         if not rows or rows % count:
             raise InputError(f"{rows} rows are written for {count} references; give one for each prompt")
-        written = input_ids[:, self.start :].cpu().numpy().copy()  # generate may write on in its own
-        pulled = self._pulled(scores, self._pointers(written.reshape(count, rows // count, -1)))
+        if self.constraint.lam == 1:
+            pulled = scores.clone()
+        else:
+            written = input_ids[:, self.start :].cpu().numpy().copy()  # generate may write on in its own
+            pulled = self._pulled(scores, self._pointers(written.reshape(count, rows // count, -1)))
         if self.pad != self.eos:
             pulled[:, self.pad] = -torch.inf
         if input_ids.shape[1] == self.start:
@@ -215,8 +218,6 @@ class ReferenceConstrainedLogitsProcessor(LogitsProcessor):
         Only tokens of the reference get a share of q, so that all others are multiplied by lam alone.
         """
         theta, lam, tau, _ = self.constraint
-        if lam == 1:
-            return scores.clone()
         ids = self._ids_for(scores)
         r, q = (
             torch.from_numpy(one).flatten(0, 1).to(scores.device)
