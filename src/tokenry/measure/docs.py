@@ -146,9 +146,9 @@ def evidence_page(found: dict[str, Any], reported: bool) -> str:
     parts += ["", f"{found['costs']}."] if found.get("costs") else []
     numbers = found["numbers"]
     if limit := found.get("limit"):
-        extended = f"It was extended to {limit} samples, the limit that had been fixed."
+        ended = f"With {limit} samples it is at the limit that was fixed beforehand."
         allowed = f"While it is undecided it may be extended up to {limit} samples."
-        parts += ["", extended if numbers["samples"] >= limit else allowed]
+        parts += ["", ended if numbers["samples"] >= limit else allowed]
     parts += ["", *numbers_table(found), ""]
     versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
     parts.append(
